@@ -1,0 +1,38 @@
+# make demo | test | check | bench. Each makes its own environment when there is none, and starts at once when there is.
+#   VENV=path      another place for the environment, or one that you already have
+#   PINS=          install beside what that environment has, instead of the tested versions
+#   PYTHON=name    the interpreter of a new environment (3.11 or newer)
+PYTHON ?= python3
+VENV ?= .venv
+PINS ?= -c constraints.txt
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+STAMP := $(VENV)/.stepdistill-installed
+
+.PHONY: demo test check bench
+
+demo: $(STAMP)
+	$(BIN)/python -m stepdistill.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: $(STAMP)
+	$(BIN)/python scripts/benchmark.py --config configs/benchmark_fashion.yaml
+
+# The stamp is written last, so an installation that was cut short is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'stepdistill needs Python 3.11 or newer, found ' + sys.version.split()[0] + '; name one: make PYTHON=python3.12')"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): once, a few minutes"
+	$(PIP) install $(PINS) torch
+	$(PIP) install $(PINS) -e '.[dev]'
+	@touch $@

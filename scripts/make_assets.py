@@ -1,0 +1,48 @@
+"""Make the Fashion-MNIST files that ship with the package: a training subset and reference statistics.
+
+python scripts/make_assets.py --train data/fashion_train.npz --output_dir stepdistill/assets/fashion
+
+Needs the feature network in <output_dir>/features (scripts/train_features.py).
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stepdistill.features import load_features
+from stepdistill.metrics import Moments, ReferenceStatistics
+from stepdistill.pretrain_features import read_labelled_images
+
+
+def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, in order, of the first ``count`` images of every class."""
+    picked = [(labels == label).nonzero().flatten()[:count] for label in labels.unique()]
+    return torch.cat(picked).sort().values
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--per_class", type=int, default=1000, help="images of each class in train_subset.npz")
+    args = parser.parse_args()
+    images, labels = read_labelled_images(args.train)
+
+    index = first_of_each_class(labels, args.per_class)
+    subset = images[index].movedim(1, -1).squeeze(-1).numpy()
+    np.savez_compressed(
+        args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
+    )
+
+    features = load_features(str(args.output_dir / "features"))
+    moments = functools.reduce(Moments.merge, (Moments.of(features(batch)) for batch in images.split(1000)))
+    ReferenceStatistics.of(moments, features).write(args.output_dir / "reference.npz")
+    print(f"{args.output_dir}: {len(index)} images, statistics of {moments.n} under {features.sha256[:12]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Train the small classifier whose features judge images: data/fashion_train.npz -> config.json + model.safetensors.
+
+python scripts/train_features.py --train data/fashion_train.npz --test data/fashion_test.npz \
+    --output_dir stepdistill/assets/fashion/features
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from stepdistill.features import SmallConvNet
+from stepdistill.pretrain_features import accuracy, read_labelled_images, train_classifier
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
+    parser.add_argument("--test", type=Path, required=True, help=".npz with images and labels, never trained on")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=24, help="channels of the first convolution")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak of the one-cycle learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    images, labels = read_labelled_images(args.train)
+    network = SmallConvNet(images.shape[1], int(labels.max()) + 1, args.width)
+    recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    train_classifier(network, images, labels, **recipe)
+
+    network.save_pretrained(args.output_dir)
+    network = SmallConvNet.from_pretrained(args.output_dir)  # measured as shipped, in half precision
+    facts = {"test_accuracy": accuracy(network, *read_labelled_images(args.test)), "test": args.test.name}
+    network.save_pretrained(args.output_dir, **facts, train=args.train.name, **recipe)
+    print(f"{args.output_dir}: test accuracy {facts['test_accuracy']:.4f}, sha256 {network.sha256[:12]}")
+
+
+if __name__ == "__main__":
+    main()

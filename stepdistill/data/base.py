@@ -1,0 +1,104 @@
+"""What a data source is: a finite, indexed set of samples that loads any of them, in any order, without state."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class RawBatch:
+    """What a data source yields: before any family has encoded it.
+
+    Attributes:
+        images: (B, C, H, W) float32 in [-1, 1]; None where a method needs no data.
+        labels: (B,) int64 in [0, num_classes); None for a teacher without classes.
+        captions: B texts, as written (possibly empty); None where the data has none.
+        indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
+        unreadable: ``"name: reason"`` of every file that was skipped on the way to these B samples.
+    """
+
+    images: Tensor | None
+    labels: Tensor | None
+    captions: tuple[str, ...] | None
+    indices: tuple[int, ...]
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The ``data:`` section.
+
+    Attributes:
+        name: ``images`` (see ``path``), or ``noise`` for methods that need no data.
+        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk.
+        resolution: if given, the teacher's short side in pixels; allows an ``.npz`` of another size, which is resized.
+        channels: if given, the teacher's channels; allows an ``.npz`` with other channels (1 or 3), which is converted.
+        batch_size: samples per micro-batch and process.
+        num_workers: loading processes beside each training process; 0 loads in the training process.
+        flip: mirror half of the images, chosen by their position in the order.
+        max_samples: keep a fixed random subset of this size; for ``noise``, the length of an epoch.
+        bad_files: ``skip`` takes the next readable sample for an unreadable one and warns; ``error`` stops.
+        label_column: name of the label in ``metadata.jsonl`` or the Hugging Face dataset; ``label`` where present.
+        caption_column: name of the caption there; ``text`` where present.
+        image_column: name of the image in the Hugging Face dataset.
+    """
+
+    name: Literal["images", "noise"]
+    path: str | None = None
+    resolution: int | None = None
+    channels: int | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    flip: bool = False
+    max_samples: int | None = None
+    bad_files: Literal["error", "skip"] = "skip"
+    label_column: str | None = None
+    caption_column: str | None = None
+    image_column: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.name == "images" and not self.path:
+            raise ValueError("path: missing; expected a folder of images, an .npz or a saved Hugging Face dataset")
+        if self.name == "noise" and self.path:
+            raise ValueError(f"path: found {self.path!r}, but 'noise' reads no data; did you mean name: images?")
+        for key in ("resolution", "channels", "batch_size", "max_samples"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: found {value}, expected at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers: found {self.num_workers}, expected at least 0")
+
+
+class Dataset(abc.ABC):
+    """Samples 0 ... len - 1. Loading has no state, so any process may load any sample at any time.
+
+    Attributes:
+        size: (C, H, W) of an image.
+        num_classes: labels are in [0, num_classes); None if there are no labels.
+        flip: whether :func:`~stepdistill.data.order.loader` mirrors half of the images.
+    """
+
+    size: tuple[int, int, int]
+    num_classes: int | None
+    flip: bool
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """What a person calls this sample: its path, or its row in a file."""
+
+    @abc.abstractmethod
+    def load(self, indices: Sequence[int]) -> RawBatch:
+        """The samples at ``indices``, as many and in that order.
+
+        Raises:
+            ValueError: if a sample cannot be read and may not be skipped; it names the sample.
+        """

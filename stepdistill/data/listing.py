@@ -1,0 +1,202 @@
+"""Which samples a path holds: images not yet decoded, their labels and captions.
+
+===================================  ===============================================================================
+path                                 samples
+===================================  ===============================================================================
+``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and if present ``labels`` int (N,),
+                                     ``captions`` str (N,)
+Hugging Face dataset saved on disk   its ``image`` column, and if present ``label``, ``text``
+folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
+folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
+folder                               images without labels
+===================================  ===============================================================================
+
+Nothing is unpickled. Hidden folders and files that are not images are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stepdistill.config import nearest
+from stepdistill.data.base import DataConfig
+
+T = TypeVar("T")
+STRAY = -1  # label of an image that lies beside the class folders
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The samples of a path: ``images`` in a form that :func:`~stepdistill.data.pixels.read_pixels` takes."""
+
+    images: Sequence[Any] | np.ndarray
+    labels: np.ndarray | None = None
+    captions: Sequence[str] | np.ndarray | None = None
+    num_folders: int | None = None  # classes, where labels only number the sub-folders
+
+
+def list_samples(config: DataConfig) -> Listing:
+    """The samples at ``config.path``, whichever of the forms above it has.
+
+    Raises:
+        ValueError: if it has none of them, or breaks its rules; it names the file.
+    """
+    path = Path(str(config.path))
+    if path.is_file() and path.suffix == ".npz":
+        return _npz(path)
+    if not path.is_dir():
+        raise ValueError(f"data.path: {path}: {_why_not(path)}")
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise ValueError(f"data.path: {path} holds several splits, expected one of {[str(path / s) for s in splits]}")
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return _saved_dataset(path, config)
+    if (path / "metadata.jsonl").is_file():
+        return _metadata(path / "metadata.jsonl", config)
+    return _folder(path)
+
+
+def _why_not(path: Path) -> str:
+    if path.exists():
+        return "expected a folder or an .npz, found another file"
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
+
+
+# ------------------------------------------------------------------------------------------------- .npz
+
+
+def _npz(path: Path) -> Listing:
+    arrays = _arrays(path)
+    images, labels, captions = arrays["images"], arrays.get("labels"), arrays.get("captions")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(
+            f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, H, W) or (N, H, W, C) in [0, 255]"
+        )
+    for name, column, kind in (("labels", labels, "iu"), ("captions", captions, "U")):
+        if column is not None and (column.dtype.kind not in kind or column.shape != images.shape[:1]):
+            wanted = "int" if name == "labels" else "str"
+            raise ValueError(f"{path}: {name!r} is {column.dtype} {column.shape}, expected {wanted} ({len(images)},)")
+    return Listing(images if images.ndim == 4 else images[..., None], labels, captions)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is one bare array")
+            if "images" not in archive.files:
+                raise ValueError(f"no array 'images'{nearest('images', archive.files)}")
+            return {name: archive[name] for name in ("images", "labels", "captions") if name in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected an .npz of plain arrays: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _folder(folder: Path) -> Listing:
+    files = _image_files(folder)
+    inside = [file[len(str(folder)) + 1 :] for file in files]
+    tops = [name.split(os.sep)[0] if os.sep in name else None for name in inside]
+    classes = sorted({top for top in tops if top is not None})
+    if not classes:
+        return Listing(files)
+    number: dict[str | None, int] = {None: STRAY} | {name: label for label, name in enumerate(classes)}
+    return Listing(files, np.array([number[top] for top in tops]), num_folders=len(classes))
+
+
+def _image_files(folder: Path) -> list[str]:
+    found: list[str] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(root, name) for name in names if _is_image(name)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _metadata(file: Path, config: DataConfig) -> Listing:
+    rows = _json_lines(file)
+    known = sorted({key for row in rows.values() for key in row})
+    label = _column(config.label_column, "label", known, str(file))
+    caption = _column(config.caption_column, "text", known, str(file))
+
+    def column(key: str, kind: type[T]) -> list[T]:
+        return [_value(row, key, kind, where) for where, row in rows.items()]
+
+    return Listing(
+        [str(file.parent / name) for name in column("file_name", str)],
+        np.array(column(label, int)) if label else None,
+        column(caption, str) if caption else None,
+    )
+
+
+def _json_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """Every object by ``file:line``."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from None
+    named = ((f"{file}:{number}", line) for number, line in enumerate(lines, 1))
+    return {where: _json_object(line, where) for where, line in named if line.strip()}
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {line.strip()[:60]}")
+    return row
+
+
+def _value(row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
+    if key not in row:
+        raise ValueError(f"{where}: no key {key!r}{nearest(key, row)}")
+    if type(row[key]) is not kind:  # not isinstance: true is no label
+        raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {'text' if kind is str else 'a whole number'}")
+    return row[key]
+
+
+def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> str | None:
+    """The name asked for, which must exist; else the usual one if it does."""
+    known = list(known)
+    if asked and asked not in known:
+        raise ValueError(f"{where}: no column {asked!r}{nearest(asked, known)}")
+    return asked or (usual if usual in known else None)
+
+
+# ----------------------------------------------------------------------------------- Hugging Face datasets
+
+
+def _saved_dataset(path: Path, config: DataConfig) -> Listing:
+    import datasets
+
+    table = datasets.load_from_disk(str(path))
+    image = _column(config.image_column, "image", table.column_names, str(path))
+    label = _column(config.label_column, "label", table.column_names, str(path))
+    caption = _column(config.caption_column, "text", table.column_names, str(path))
+    if not isinstance(table.features[image], datasets.Image):
+        raise ValueError(f"{path}: column {image!r} is {table.features[image]}, expected a datasets.Image")
+    labels = np.asarray(table.with_format("numpy")[label][:]) if label else None
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
+        raise ValueError(f"{path}: column {label!r} is {table.features[label]}, expected whole numbers, none missing")
+    return Listing(
+        table.cast_column(image, datasets.Image(decode=False))[image], labels, table[caption] if caption else None
+    )

@@ -1,0 +1,203 @@
+"""A student as a plain diffusers directory, and back.
+
+The export is what stock diffusers loads: the stock pipeline and scheduler wherever they can express the student, else
+one self-contained file of ``stepdistill.pipelines`` beside the weights. ``stepdistill.json`` is the *sampling contract*:
+everything a caller must know to sample as trained. :func:`load_pipeline` applies it, so that a bare call is right.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from stepdistill.families.base import Family
+from stepdistill.sampling import Sampler
+
+CONTRACT = "stepdistill.json"
+CUSTOM_FILE = "pipeline.py"
+
+
+def export_pipeline(
+    family: Family,
+    network: nn.Module,
+    sampler: Sampler,
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    guidance_scale: float = 1.0,
+) -> Path:
+    """Write ``network`` as a pipeline directory that samples like ``sampler``.
+
+    The directory appears whole or not at all: it is written beside and renamed.
+
+    Args:
+        family: the student's family.
+        network: a plain diffusers model.
+        sampler: the rule and grid it was trained for.
+        folder: where to write; an older export there is replaced.
+        about: what else belongs into the contract: method, teacher, config hash, measured numbers.
+        guidance_scale: diffusers' scale of a bare call; 1 is none.
+
+    Raises:
+        ValueError: if no scheduler can express the sampler.
+    """
+    pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
+    contract = describe(family, pipeline, sampler, guidance_scale) | dict(about)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_pipeline(pipeline, partial)
+    (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(model_card(contract, type(pipeline).__name__), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """``save_pretrained``, and for a pipeline of this package its file, so that diffusers finds the class."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if not type(pipeline).__module__.startswith("stepdistill.pipelines"):
+        return
+    shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
+    index = folder / "model_index.json"
+    entries = json.loads(index.read_text())
+    entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
+    index.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
+    """The sampling contract."""
+    return {
+        "format": 1,
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        **sampler.contract(),
+        "guidance_scale": guidance_scale,
+        "guidance_convention": "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none",
+        "prediction_type": family.prediction_type,
+        "conditioning": "class_labels" if family.num_classes else "none",
+        "num_classes": family.num_classes,
+        "sample_shape": list(family.sample_shape),
+        "call": call_arguments(pipeline, sampler, guidance_scale),
+        "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
+    }
+
+
+def call_arguments(pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
+    """The keyword arguments that make a call of the pipeline sample as trained."""
+    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale}
+    return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """The contract of an exported pipeline; empty for a directory that was not made here."""
+    path = folder / CONTRACT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_pipeline(path: str | Path, *, trust_remote_code: bool = False, **options: Any) -> DiffusionPipeline:
+    """Load a pipeline directory with its contract applied: a bare call samples as trained.
+
+    Code in the directory runs only if it is, byte for byte, a file of this package, or if ``trust_remote_code`` is set.
+
+    Args:
+        path: an exported directory, or any diffusers pipeline directory.
+        trust_remote_code: run another ``pipeline.py`` that lies in the directory.
+        options: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype``.
+
+    Raises:
+        ValueError: if the directory is missing, is no pipeline, or brings code of its own.
+    """
+    folder = Path(path)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
+    own = runs_own_code(folder)
+    if own and not trust_remote_code and not is_our_code(folder / CUSTOM_FILE):
+        raise ValueError(f"{folder}: brings its own code ({CUSTOM_FILE}); read it, then pass trust_remote_code=True")
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, **options)
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    return apply_contract(pipeline, read_contract(folder))
+
+
+def runs_own_code(folder: Path) -> bool:
+    """Whether loading the directory would run Python files that lie in it."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return isinstance(index.get("_class_name"), list) or any(folder.rglob("*.py"))
+
+
+def is_our_code(file: Path) -> bool:
+    """Whether ``file`` is a copy of a file of ``stepdistill.pipelines``."""
+    import stepdistill.pipelines
+
+    if not file.is_file() or len(list(file.parent.rglob("*.py"))) != 1:
+        return False
+    ours = Path(stepdistill.pipelines.__file__).parent.glob("*.py")
+    return any(file.read_bytes() == our.read_bytes() for our in ours)
+
+
+def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:
+    """Make the contract's arguments the defaults of a call of this one pipeline object."""
+    defaults = contract.get("call", {})
+    if not defaults:
+        return pipeline
+    original = type(pipeline)
+
+    @functools.wraps(original.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original.__call__).bind_partial(self, *args, **kwargs).arguments
+        return original.__call__(self, *args, **({k: v for k, v in defaults.items() if k not in bound} | kwargs))
+
+    # a call looks its method up on the class; the name stays, since save_pretrained writes it
+    pipeline.__class__ = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+    return pipeline
+
+
+def model_card(contract: Mapping[str, Any], pipeline: str) -> str:
+    """The README of an export: what it is, how to call it, what it was measured at."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", contract.get("method", "")])
+    custom = ", trust_remote_code=True" if pipeline == "ClassConditionalPipeline" else ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
+    labels = "class_labels=[0, 1, 2]" if contract["conditioning"] == "class_labels" else "batch_size=3"
+    results = contract.get("results", {})
+    table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
+    return f"""---
+{data.to_yaml()}
+---
+# A {contract["steps"]}-step student
+
+Distilled by **{contract.get("method", "?")}** with stepdistill from `{contract.get("teacher", "?")}`.
+
+![samples](samples.png)
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
+images = pipe({labels}, {arguments}).images
+```
+
+Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts than trained give worse images.
+{"| measured | value |" + chr(10) + "|---|---|" + chr(10) + table if table else ""}"""
+
+
+def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Silence a pipeline's progress bar, for use inside other loops."""
+    pipeline.set_progress_bar_config(disable=True, file=sys.stderr)
+    return pipeline

@@ -1,0 +1,71 @@
+"""Teacher families: everything that is peculiar to one kind of diffusers model, one file each.
+
+There is no registry: a family's file is found because it lies here, and the classes of networks it names are what
+:func:`load_teacher` recognises a teacher by.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+
+from stepdistill.config import nearest
+from stepdistill.families.base import Family, TeacherConfig
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family, by the name of its file."""
+    found = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+        found |= {module_info.name: cls for cls in classes if issubclass(cls, Family) and not inspect.isabstract(cls)}
+    return found
+
+
+def load_teacher(config: TeacherConfig) -> Family:
+    """Open a teacher: a diffusers pipeline directory, a bare ``unet/`` or ``transformer/`` folder, or a hub id.
+
+    Raises:
+        ValueError: if there is no such folder or its network's class belongs to no family.
+    """
+    known = families()
+    if config.family is not None and config.family not in known:
+        raise ValueError(f"teacher.family: {config.family!r} is not a family{nearest(config.family, known)}")
+    folder = locate(config)
+    if config.family is not None:
+        return known[config.family].load(folder, config)
+    for cls in known.values():
+        if network_class(folder, cls.component) in cls.network_classes:
+            return cls.load(folder, config)
+    found = network_class(folder, "unet") or network_class(folder, "transformer")
+    supported = sorted(name for cls in known.values() for name in cls.network_classes)
+    raise ValueError(
+        f"teacher.path: {config.path}: no family knows the network {found!r}; known: {', '.join(supported)}. "
+        "A new family is one file in stepdistill/families/, see CONTRIBUTING.md."
+    )
+
+
+def locate(config: TeacherConfig) -> Path:
+    """The local folder of ``config.path``: the folder itself, the embedded teacher's, or a downloaded snapshot."""
+    if config.path == "embedded":
+        return Path(str(importlib.resources.files("stepdistill") / "assets/fashion/teacher"))
+    folder = Path(config.path)
+    if folder.is_dir():
+        return folder
+    if config.path.count("/") != 1 or folder.is_absolute() or config.path.startswith("."):
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ValueError(f"teacher.path: no folder {config.path!r}{nearest(folder.name, siblings)}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+
+
+def network_class(folder: Path, component: str) -> str | None:
+    """The class name in ``<component>/config.json``, or None where there is no such component."""
+    path = folder / component / "config.json"
+    return json.loads(path.read_text())["_class_name"] if path.is_file() else None

@@ -1,0 +1,158 @@
+"""What a family of teachers has to say about itself.
+
+A family hides how its networks are called (time convention, preconditioning, packing, sign, latents) behind one method,
+:meth:`Family.call`, and one pair of maps between what users have and what networks see, :meth:`Family.encode` and
+:meth:`Family.decode`. Methods, trainer, evaluation and export know nothing else of a teacher.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.data import RawBatch
+from stepdistill.denoiser import Cond
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The ``teacher`` section."""
+
+    path: str
+    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a hub id, or ``embedded``."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen teacher's weights; students always train in float32."""
+    family: str | None = None
+    """Overrides the detection: the name of a file in ``stepdistill/families``."""
+    null_class: int | None = None
+    """The class label that means "no class", where the teacher was trained with one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What methods see: clean images in the network's space (B, C, H, W), None for data-free training, and conditions."""
+
+    x0: Tensor | None
+    cond: Cond
+    size: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        x0 = None if self.x0 is None else self.x0.to(device, non_blocking=True)
+        return Batch(x0, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size)
+
+
+class Family(abc.ABC):
+    """One family of teachers, holding one opened teacher."""
+
+    component: ClassVar[str]
+    """The network's folder and argument in the pipeline: ``"unet"`` or ``"transformer"``."""
+    network_classes: ClassVar[tuple[str, ...]]
+    """Diffusers classes by which a teacher is recognised."""
+    feature_blocks: ClassVar[tuple[str, ...]]
+    """Sub-modules whose outputs are good features for a critic."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Layers that get adapters."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    prediction_type: str
+    scheduler_config: Mapping[str, Any]
+    sample_shape: tuple[int, int, int]
+    """(C, H, W) of what the network sees."""
+    num_classes: int | None
+    """How many classes a label may name, None for an unconditional teacher."""
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: Path, config: TeacherConfig) -> Family:
+        """Open the teacher in ``folder``. Raises ``ValueError`` naming the file that is wrong."""
+
+    @classmethod
+    @abc.abstractmethod
+    def tiny(cls, seed: int = 0) -> Family:
+        """A random miniature of the real classes, so that contract tests need no download."""
+
+    def with_prediction(self, prediction_type: str) -> Family:
+        """The same family for networks of another prediction type, for students that change it."""
+        other = copy.copy(self)
+        other.prediction_type = prediction_type
+        other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
+        return other
+
+    @abc.abstractmethod
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        """The raw output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it."""
+
+    @abc.abstractmethod
+    def encode(self, raw: RawBatch) -> Batch:
+        """What users have -> what networks see."""
+
+    @abc.abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """What networks see -> images (B, C, H, W) in [0, 1]."""
+
+    @abc.abstractmethod
+    def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
+        """The conditioning that means "none", of the shapes of ``cond``.
+
+        Raises:
+            ValueError: if the teacher was trained without one, so that it cannot be guided.
+        """
+
+    @abc.abstractmethod
+    def example_cond(self, indices: Sequence[int]) -> Cond:
+        """Conditions for sample grids and evaluation, a pure function of the sample's index."""
+
+    @abc.abstractmethod
+    def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
+        """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
+
+
+def read_schedule(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    """The noise schedule and prediction type that a diffusers scheduler config stands for.
+
+    Raises:
+        ValueError: for a scheduler whose process is unknown here, or an epsilon-network asked to see pure noise.
+    """
+    name = config.get("_class_name", "DDPMScheduler")
+    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
+        shift = config.get("shift", config.get("flow_shift", 1.0)) or 1.0
+        return RectifiedFlow(shift, config.get("num_train_timesteps", 1000)), "flow"
+    if name.startswith("EDM"):
+        keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
+        return Karras(**{key: config[key] for key in keys if key in config}), "edm"
+    if name == "CMStochasticIterativeScheduler":
+        keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
+        return Karras(**{key: config[key] for key in keys if key in config}, noise_scale=1000.0), "edm"
+    if "beta_schedule" not in config and "trained_betas" not in config:
+        raise ValueError(f"scheduler: cannot read the noise process of {name!r}: it has no betas and is no flow")
+    schedule = DiscreteVP.from_config(config)
+    prediction_type = config.get("prediction_type", "epsilon")
+    alpha_1, _ = schedule(torch.ones(1))
+    if prediction_type == "epsilon" and alpha_1.item() == 0:
+        raise ValueError(
+            "scheduler: prediction_type 'epsilon' at zero terminal SNR (alpha_T = 0) cannot tell the clean image; "
+            "wanted 'v_prediction' or 'sample', or rescale_betas_zero_snr: false"
+        )
+    return schedule, prediction_type

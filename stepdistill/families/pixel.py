@@ -1,0 +1,149 @@
+"""Pixel-space UNets (``UNet2DModel``): unconditional, or conditioned on class labels.
+
+The network sees images in [-1, 1], diffusers' timestep, and a class label where it has an embedding for one. EDM-style
+networks (a Karras schedule) are preconditioned here: they see ``c_in x_t`` and return F.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, LCMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from stepdistill.data import RawBatch
+from stepdistill.denoiser import Cond, edm_scalings
+from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import expand
+
+
+class Pixel(Family):
+    """An opened ``UNet2DModel`` teacher."""
+
+    component = "unet"
+    network_classes = ("UNet2DModel",)
+    feature_blocks = ("down_blocks", "mid_block")
+    lora_targets = (
+        "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "time_emb_proj",
+        "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out.0",
+    )  # fmt: skip
+
+    def __init__(self, network: UNet2DModel, scheduler_config: Mapping[str, Any], null_class: int | None = None) -> None:
+        size = network.config.sample_size
+        if size is None:
+            raise ValueError("unet/config.json: sample_size is missing; wanted the height (and width) of the images")
+        height, width = (size, size) if isinstance(size, int) else size
+        labels = network.config.num_class_embeds
+        if null_class is not None and (labels is None or not 0 <= null_class < labels):
+            raise ValueError(
+                f"teacher.null_class: found {null_class}, but the network "
+                + ("has no class embedding" if labels is None else f"embeds the labels 0 to {labels - 1}")
+            )
+        self.network = network
+        self.scheduler_config = dict(scheduler_config)
+        self.schedule, self.prediction_type = read_schedule(scheduler_config)
+        self.sample_shape = (network.config.in_channels, height, width)
+        self.null_class = null_class
+        self.num_classes = labels if labels is None or null_class is None else labels - 1
+
+    @classmethod
+    def load(cls, folder: Path, config: TeacherConfig) -> Pixel:
+        for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"teacher.path: {folder / name} is missing")
+        dtype = getattr(torch, config.dtype)
+        network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)
+        scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        return cls(network, scheduler_config, cls._null_class(folder, config))
+
+    @staticmethod
+    def _null_class(folder: Path, config: TeacherConfig) -> int | None:
+        index = folder / "model_index.json"
+        if config.null_class is not None or not index.is_file():
+            return config.null_class
+        return json.loads(index.read_text()).get("null_class")
+
+    @classmethod
+    def tiny(cls, seed: int = 0, *, prediction_type: str = "v_prediction", num_classes: int | None = 3, size: int = 8,
+             channels: int = 1, scheduler: Mapping[str, Any] | None = None) -> Pixel:  # fmt: skip
+        torch.manual_seed(seed)
+        network = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+            num_class_embeds=None if num_classes is None else num_classes + 1,
+        )
+        config = scheduler or DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type).config
+        return cls(network, config, num_classes)
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        if self.prediction_type == "edm":
+            _, sigma = self.schedule(t)
+            x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
+        timestep = self.schedule.timestep(t).float()
+        return network(x_t.to(network.dtype), timestep, class_labels=cond.get("class_labels")).sample
+
+    def encode(self, raw: RawBatch) -> Batch:
+        size = len(raw.indices)
+        if self.num_classes is None:
+            return Batch(raw.images, {}, size)
+        if raw.labels is None:
+            raise ValueError("data: the teacher is class-conditional, but the data has no labels")
+        return Batch(raw.images, {"class_labels": raw.labels}, size)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return (x0 / 2 + 0.5).clamp(0, 1)
+
+    def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
+        if self.null_class is None:
+            raise ValueError(
+                "guidance needs a teacher that knows 'no class': set teacher.null_class, "
+                + ("but this teacher is unconditional" if self.num_classes is None else "if it was trained with one")
+            )
+        return {name: torch.full_like(labels, self.null_class) for name, labels in cond.items()}
+
+    def example_cond(self, indices: Sequence[int]) -> Cond:
+        if self.num_classes is None:
+            return {}
+        return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
+
+    def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> DiffusionPipeline:
+        scheduler = sampler.scheduler(self.scheduler_config)
+        if self.num_classes is None and isinstance(scheduler, DDIMScheduler):
+            return DDIMPipeline(network, scheduler)
+        if self.num_classes is None and isinstance(scheduler, LCMScheduler):
+            return DDPMPipeline(network, scheduler)
+        sigmas = None
+        if self.prediction_type == "flow":
+            sigmas = sampler.times[:-1].tolist()
+        return ClassConditionalPipeline(
+            network,
+            scheduler,
+            null_class=self.null_class,
+            num_inference_steps=sampler.steps,
+            guidance_scale=guidance_scale,
+            sigmas=sigmas,
+            noise_scale=self.schedule.initial_noise(torch.ones(1)).item(),
+        )

@@ -1,0 +1,211 @@
+"""Fréchet distance: from moments, with an interval, against reference statistics that know what made them.
+
+The distance between N(m, S) and N(m', S'), fitted to the features of two image sets,
+
+    |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),
+
+is called FID on Inception's features (Heusel et al. 2017, arXiv 1706.08500) and FD on any others. It needs only
+:class:`Moments`, so a reference is a small file; everything here is float64.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepdistill.features import FeatureExtractor
+
+
+class Interval(NamedTuple):
+    """A confidence interval, in the units of its metric, and its level in (0, 1)."""
+
+    low: float
+    high: float
+    level: float
+
+    def overlaps(self, other: Interval) -> bool:
+        """True where two results are not distinguishable at this level."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and unbiased covariance (d, d), float64, of ``n`` features; ``n`` is None where a file does not say."""
+
+    n: int | None
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Moments of ``features`` (N, d), N >= 1 (a single row has covariance 0 until it is merged)."""
+        x = checked(features, least=1)
+        mean = x.mean(0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred / max(len(x) - 1, 1))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together, for streams too large to hold (Chan et al. 1979, eq. 2.1)."""
+        assert self.n is not None and other.n is not None, "moments read from a foreign file cannot be merged"
+        n, shift = self.n + other.n, other.mean - self.mean
+        scatter = (self.n - 1) * self.cov + (other.n - 1) * other.cov
+        scatter = scatter + torch.outer(shift, shift) * (self.n * other.n / n)
+        return Moments(n, self.mean + shift * (other.n / n), scatter / (n - 1))
+
+
+def frechet_distance(real: Moments, fake: Moments) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians, |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)); >= 0.
+
+    Heusel et al. 2017 (arXiv 1706.08500), eq. 6; Dowson & Landau 1982. The last trace is taken as the sum of the
+    square roots of the eigenvalues of S^(1/2) S' S^(1/2), which is symmetric: no complex numbers, no iteration.
+
+    Raises:
+        ValueError: fewer than two features on a side, or two feature lengths.
+    """
+    return _frechet(real, fake, _root(_at_least_two(real).cov))
+
+
+def bootstrap_interval(
+    fake: Tensor, real: Moments, *, level: float = 0.95, resamples: int = 100, seed: int = 0
+) -> Interval:
+    """Interval in which the Fréchet distance of ``len(fake)`` images falls at ``level``, the reference being given.
+
+    Images are drawn with replacement ``resamples`` times (Efron 1979); a draw is a vector of counts, so each costs one
+    weighted covariance. Because a draw has fewer distinct images, its distance is biased upwards by about as much
+    as the distance itself: the interval is the spread of the draws about their own mean, put at the distance.
+
+    Args:
+        fake: (N, d) features.
+        real: moments of the reference, which is not resampled: all rows of a table share it.
+        level: in (0, 1).
+        resamples: number of draws.
+        seed: of the draws.
+    """
+    x = checked(fake)
+    whole = Moments.of(x)
+    root = _root(_at_least_two(real).cov)
+    centred = x - whole.mean
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(resamples):
+        drawn = torch.randint(len(x), (len(x),), generator=generator)
+        counts = torch.bincount(drawn, minlength=len(x)).to(x)
+        shift = counts @ centred / len(x)
+        cov = (centred.T @ (centred * counts[:, None]) - len(x) * torch.outer(shift, shift)) / (len(x) - 1)
+        distances.append(_frechet(real, Moments(len(x), whole.mean + shift, cov), root))
+    spread = torch.tensor(distances, dtype=torch.float64)
+    spread = spread - spread.mean()
+    tail = (1 - level) / 2
+    distance = _frechet(real, whole, root)
+    return Interval(distance + spread.quantile(tail).item(), distance + spread.quantile(1 - tail).item(), level)
+
+
+def _frechet(real: Moments, fake: Moments, real_root: Tensor) -> float:
+    _at_least_two(fake)
+    if real.mean.shape != fake.mean.shape:
+        raise ValueError(f"features of length {len(fake.mean)} against a reference of length {len(real.mean)}")
+    fake_mean, fake_cov = fake.mean.to(real.mean), fake.cov.to(real.cov)
+    cross = torch.linalg.eigvalsh(real_root @ fake_cov @ real_root).clamp(min=0).sqrt().sum()
+    distance = (real.mean - fake_mean).square().sum() + real.cov.trace() + fake_cov.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def _root(cov: Tensor) -> Tensor:
+    """Symmetric square root (d, d) of a covariance; rounding may make an eigenvalue slightly negative."""
+    values, vectors = torch.linalg.eigh(cov)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _at_least_two(moments: Moments) -> Moments:
+    if moments.n is not None and moments.n < 2:
+        raise ValueError(f"a covariance needs at least 2 images; found {moments.n}")
+    return moments
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """Moments of a reference set, and the ``describe()`` of the features they were taken with.
+
+    Three files are read: ours, ADM's (``mu``, ``sigma``, and more that is ignored) and clean-fid's (``mu``, ``sigma``).
+    The last two say nothing of their network, which is Inception; only Inception is let near them. Nor do they say
+    how images were resized: that stays for the user to match (``load_features(..., resize=)``).
+    """
+
+    moments: Moments
+    features: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, moments: Moments, features: FeatureExtractor) -> ReferenceStatistics:
+        """Statistics as ``features`` makes them."""
+        return cls(moments, features.describe())
+
+    def write(self, path: str | Path) -> None:
+        """Write ``mu`` (d,), ``sigma`` (d, d), both float64, ``n`` and ``features`` (JSON) to an ``.npz``."""
+        mean, cov = self.moments.mean.cpu().numpy(), self.moments.cov.cpu().numpy()
+        np.savez_compressed(path, mu=mean, sigma=cov, n=self.moments.n or 0, features=json.dumps(dict(self.features)))
+
+    @classmethod
+    def read(cls, path: str | Path) -> ReferenceStatistics:
+        """Read any of the three kinds of file.
+
+        Raises:
+            ValueError: no such file, or no statistics in it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                content = {key: archive[key] for key in ("mu", "sigma", "n", "features") if key in archive.files}
+                found = archive.files
+        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"reference {str(path)!r}: not an .npz of statistics ({error})") from error
+        if "mu" not in content or "sigma" not in content:
+            raise ValueError(f"reference {str(path)!r}: expected mu and sigma, found {', '.join(found)}")
+        mean, cov = (torch.from_numpy(content[key].astype(np.float64)) for key in ("mu", "sigma"))
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"reference {str(path)!r}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} do not fit")
+        n = int(content["n"]) or None if "n" in content else None
+        features = json.loads(str(content["features"])) if "features" in content else {"name": "inception"}
+        return cls(Moments(n, mean, cov), features)
+
+    def check(self, features: FeatureExtractor) -> Moments:
+        """The moments, if ``features`` is what made them.
+
+        Raises:
+            ValueError: another network, other weights or another preprocessing; names both.
+        """
+        ours = features.describe()
+        for key in ("sha256", "preprocessing") if "sha256" in self.features else ("name",):
+            if ours[key] != self.features[key]:
+                raise ValueError(
+                    f"reference made with features {self.features['name']!r} ({key} {self.features[key]!r}), "
+                    f"not {features.name!r} ({key} {ours[key]!r}): make one with the same features, or judge with those"
+                )
+        if features.num_features != len(self.moments.mean):
+            raise ValueError(f"reference of length {len(self.moments.mean)}, features of {features.num_features}")
+        return self.moments
+
+
+def checked(features: Tensor, least: int = 2) -> Tensor:
+    """``features`` (N, d) in float64, after the checks that every metric needs.
+
+    Raises:
+        ValueError: another shape, fewer than ``least`` rows, NaN or infinite values.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features: expected (N, d), found {tuple(features.shape)}")
+    if len(features) < least:
+        raise ValueError(f"features: at least {least} images are needed, found {len(features)}")
+    bad = ~features.isfinite().all(1)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"features: {int(bad.sum())} of {len(features)} images have NaN or infinite values, first {first}"
+        )
+    return features.double()

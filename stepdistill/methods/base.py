@@ -1,0 +1,121 @@
+"""What every distillation method is made of: turns and stages.
+
+A *turn* is one optimiser's move, stated once: whose parameters, which loss, on which steps. Most methods have one; a
+method with a critic or a fake score has two. A *stage* is a stretch of training with its own learning-rate schedule and
+fresh optimisers; progressive distillation has one a halving. The loop over both is :mod:`stepdistill.trainer`; a method
+is only its algorithm box.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.families.base import Batch, Family
+from stepdistill.networks import NetworkBank
+from stepdistill.randomness import Draws
+from stepdistill.sampling import Sampler
+
+STUDENT, EMA = "student", "ema"
+
+
+class Losses(NamedTuple):
+    """What a turn computes on one micro-batch."""
+
+    terms: dict[str, Tensor]
+    """Scalars by name; the turn minimises their sum."""
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012 (never written)
+    """Detached scalars that are only logged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One optimiser's move."""
+
+    name: str
+    params: Sequence[nn.Parameter]
+    loss: Callable[[Batch, Draws], Losses]
+    when: Callable[[int], bool] = lambda step: True
+    """Whether the turn happens on a step (counted from 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of training with fresh optimisers and its own learning-rate schedule."""
+
+    name: str
+    steps: int
+    """How many training steps it lasts."""
+    value: Any = None
+    """What the method wants to know about it, for example the student's number of sampling steps."""
+
+
+class Distiller(nn.Module, abc.ABC):
+    """A distillation method: an abstract base, one final class a file.
+
+    A subclass declares a nested frozen ``Config`` dataclass with a field ``steps`` (what the finished student takes)
+    and ``turn_names``; it adds its roles and states its turns in :meth:`build`.
+
+    Args:
+        family: the opened teacher's family.
+        bank: the networks; this adds ``student`` and, where wanted, ``ema``.
+        config: the method's own options.
+        ema: whether an average of the student is kept and is what gets evaluated and exported.
+    """
+
+    Config: ClassVar[type]
+    turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
+    needs_images: ClassVar[bool] = True
+    """Whether the method trains on real images, or on noise and conditions alone."""
+
+    def __init__(self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False) -> None:
+        super().__init__()
+        self.family = family
+        self.bank = bank
+        self.config = config
+        self.schedule = family.schedule
+        self.stage = Stage("train", 0)
+        self.teacher = Denoiser(family, bank, "teacher")
+        bank.fork(STUDENT)
+        self.student = Denoiser(family, bank, STUDENT)
+        self.turns = {turn.name: turn for turn in self.build()}
+        assert tuple(self.turns) == self.turn_names
+        if ema:
+            bank.fork(EMA, STUDENT, trainable=False)
+        self.result_role = EMA if ema else STUDENT
+        self.result = Denoiser(self.student.family, bank, self.result_role)
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
+
+    @abc.abstractmethod
+    def build(self) -> Sequence[Turn]:
+        """Add the roles and modules the method needs, and state its turns."""
+
+    @abc.abstractmethod
+    def sampler(self) -> Sampler:
+        """How the student of the current stage is sampled."""
+
+    def stages(self, steps: int) -> list[Stage]:
+        """The stages that ``steps`` training steps are spent on."""
+        return [Stage("train", steps)]
+
+    def begin_stage(self) -> None:
+        """Move weights between roles at the start of ``self.stage``; not called when a stage is resumed."""
+
+    def after_step(self) -> None:
+        """Move weights between roles after every step, for example a target's average."""
+
+    def forward(self, turn: str, batch: Batch, draws: Draws) -> Losses:
+        """The loss of a turn: the one entry that is wrapped for distributed training."""
+        return self.turns[turn].loss(batch, draws)
+
+    def contract(self) -> dict[str, Any]:
+        """What else a caller of the finished student must know: JSON values."""
+        return {}

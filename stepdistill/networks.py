@@ -1,0 +1,231 @@
+"""Who owns which weights: one bank of networks that play roles, under one of two memory policies.
+
+A distillation method speaks of a teacher, a student, an average of it, a mentor, a fake score, ...: *roles*. Whether a
+role is a full copy of the network (:class:`CopyBank`) or one frozen network with an adapter per role
+(:class:`AdapterBank`, LoRA: Hu et al. 2021, arXiv 2106.09685) is decided here and nowhere else.
+
+Two hazards are absorbed here, because neither raises an error when it strikes (tests/test_networks.py):
+
+- PEFT's ``set_adapter`` flips ``requires_grad``; called between a forward and its backward it zeroes the gradient of
+  the adapter that was used. :meth:`AdapterBank.using` changes only which adapter is *active*.
+- Gradient checkpointing recomputes a block at backward time, under whichever role is active *then*. The recomputation
+  is therefore run under the role of its forward, see :func:`enable_checkpointing`.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TEACHER = "teacher"
+
+
+class NetworkBank(nn.Module, abc.ABC):
+    """Networks by role. The role ``"teacher"`` is always there, frozen, and never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable: dict[str, bool] = {TEACHER: False}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles there are, the teacher first."""
+        return tuple(self.trainable)
+
+    def fork(self, role: str, from_: str = TEACHER, *, trainable: bool = True) -> None:
+        """Add ``role`` with the weights of ``from_``; frozen roles (averages, mentors) stay in eval mode."""
+        assert role not in self.trainable, f"role {role!r} exists"
+        assert from_ in self.trainable, f"no role {from_!r} to fork from"
+        self._add(role, from_)
+        self.trainable[role] = trainable
+        for parameter in self._own(role).values():
+            parameter.requires_grad_(trainable)
+
+    def params(self, role: str) -> list[nn.Parameter]:
+        """The parameters that belong to ``role`` alone, in a fixed order."""
+        return [tensor for tensor in self._own(role).values() if isinstance(tensor, nn.Parameter)]
+
+    def state(self, role: str) -> dict[str, Tensor]:
+        """The tensors that belong to ``role`` alone, by name; writing into them changes the role."""
+        return {name: tensor.detach() for name, tensor in self._own(role).items()}
+
+    @torch.no_grad()
+    def blend(self, dst: str, src: str, keep: float) -> None:
+        """``dst <- keep dst + (1 - keep) src``: ``keep`` = 0 copies, 0.999 is a step of an average."""
+        assert dst != TEACHER, "the teacher never changes"
+        targets, sources = self._pairs(dst, src)
+        floating = [i for i, target in enumerate(targets) if target.is_floating_point()]
+        for i in set(range(len(targets))) - set(floating):
+            targets[i].copy_(sources[i])
+        targets, sources = [targets[i] for i in floating], [sources[i] for i in floating]
+        if keep == 0:
+            torch._foreach_copy_(targets, sources)
+        else:
+            torch._foreach_lerp_(targets, sources, 1 - keep)
+
+    @abc.abstractmethod
+    def using(self, role: str) -> contextlib.AbstractContextManager[nn.Module]:
+        """The network playing ``role``, for as long as the context lasts; contexts may nest."""
+
+    @abc.abstractmethod
+    def extract(self, role: str) -> nn.Module:
+        """A stand-alone copy of the network playing ``role``, a plain diffusers model (adapters merged)."""
+
+    @abc.abstractmethod
+    def _add(self, role: str, from_: str) -> None: ...
+
+    @abc.abstractmethod
+    def _own(self, role: str) -> dict[str, Tensor]: ...
+
+    @abc.abstractmethod
+    def _pairs(self, dst: str, src: str) -> tuple[list[Tensor], list[Tensor]]: ...
+
+
+class CopyBank(NetworkBank):
+    """A full copy of the network for every role."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict({TEACHER: network.requires_grad_(False).eval()})
+
+    @contextlib.contextmanager
+    def using(self, role: str) -> Iterator[nn.Module]:
+        yield self.networks[role]
+
+    def extract(self, role: str) -> nn.Module:
+        return copy.deepcopy(self.networks[role]).requires_grad_(True)
+
+    def train(self, mode: bool = True) -> CopyBank:
+        """Training mode for trainable roles only: no dropout in a target, mentor or teacher."""
+        self.training = mode
+        for role, network in self.networks.items():
+            network.train(mode and self.trainable[role])
+        return self
+
+    def _add(self, role: str, from_: str) -> None:
+        self.networks[role] = copy.deepcopy(self.networks[from_])
+
+    def _own(self, role: str) -> dict[str, Tensor]:
+        network = self.networks[role]
+        return dict([*network.named_parameters(), *network.named_buffers()])
+
+    def _pairs(self, dst: str, src: str) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.state(dst).values()), list(self.state(src).values())
+
+
+class AdapterBank(NetworkBank):
+    """One frozen network and one LoRA adapter per role; the teacher is the network with its adapters off.
+
+    Args:
+        network: the teacher, which gets adapter layers in place and keeps its weights.
+        rank: rank of the adapters; alpha equals it, so that the update is ``B A`` itself.
+        targets: names (or endings of names) of the layers that get adapters.
+    """
+
+    def __init__(self, network: nn.Module, *, rank: int, targets: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.rank = rank
+        self.targets = list(targets)
+
+    @functools.cached_property
+    def _layers(self) -> list[nn.Module]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextlib.contextmanager
+    def using(self, role: str) -> Iterator[nn.Module]:
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        for layer in self._layers:
+            layer._active_adapter, layer._disable_adapters = [role], role == TEACHER
+        try:
+            yield self.network
+        finally:
+            for layer, (active, disabled) in zip(self._layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def extract(self, role: str) -> nn.Module:
+        network = copy.deepcopy(self.network)
+        for name, module in list(network.named_modules()):
+            if not hasattr(module, "get_base_layer"):
+                continue
+            if role != TEACHER:
+                module._disable_adapters = False
+                module.merge(adapter_names=[role])
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+        network.__dict__.pop("peft_config", None)
+        return network.requires_grad_(True)
+
+    def lora_state(self, role: str) -> dict[str, Tensor]:
+        """The adapter of ``role`` as PEFT names it in files: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``."""
+        return {name.replace(f".{role}.", "."): tensor for name, tensor in self.state(role).items()}
+
+    def train(self, mode: bool = True) -> AdapterBank:
+        """The shared network stays in eval mode: its dropout would reach the teacher."""
+        self.training = mode
+        return self
+
+    def _add(self, role: str, from_: str) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        frozen = {name: p.requires_grad for name, p in self.network.named_parameters()}
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=self.targets, init_lora_weights=True)
+        inject_adapter_in_model(config, self.network, adapter_name=role)
+        self.__dict__.pop("_layers", None)
+        # injection decides anew which adapters train; the bank alone decides that
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(frozen.get(name, False))
+        self.network.eval()
+        if from_ != TEACHER:
+            self.trainable.setdefault(role, False)
+            self.blend(role, from_, keep=0.0)
+
+    def _own(self, role: str) -> dict[str, Tensor]:
+        marker = f".{role}."
+        return {name: tensor for name, tensor in self.network.named_parameters() if marker in name and "lora_" in name}
+
+    def _pairs(self, dst: str, src: str) -> tuple[list[Tensor], list[Tensor]]:
+        targets = self.state(dst)
+        if src != TEACHER:
+            return list(targets.values()), list(self.state(src).values())
+        # the teacher is the adapter whose B is zero, whatever its A
+        up = [tensor for name, tensor in targets.items() if ".lora_B." in name]
+        return up, [torch.zeros_like(tensor) for tensor in up]
+
+
+def enable_checkpointing(bank: NetworkBank) -> None:
+    """Recompute activations at backward instead of keeping them, under the role that was active at forward.
+
+    Raises:
+        ValueError: if the network's class has no gradient checkpointing.
+    """
+    for network in {id(module): module for module in _networks(bank)}.values():
+        if not getattr(network, "_supports_gradient_checkpointing", False):
+            raise ValueError(f"{type(network).__name__} does not support gradient checkpointing")
+        network.enable_gradient_checkpointing(functools.partial(_checkpoint, bank))
+
+
+def _networks(bank: NetworkBank) -> list[nn.Module]:
+    return list(bank.networks.values()) if isinstance(bank, CopyBank) else [bank.network]
+
+
+def _checkpoint(bank: NetworkBank, function: nn.Module, *args: object) -> object:
+    return checkpoint(function, *args, use_reentrant=False, context_fn=functools.partial(_same_adapters, bank))
+
+
+def _same_adapters(bank: NetworkBank) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Contexts for a checkpointed block's forward and for its recomputation: nothing, and today's role again."""
+    if not isinstance(bank, AdapterBank):
+        return contextlib.nullcontext(), contextlib.nullcontext()
+    layer = bank._layers[0]
+    role = TEACHER if layer._disable_adapters else layer._active_adapter[0]
+    return contextlib.nullcontext(), bank.using(role)

@@ -1,0 +1,61 @@
+"""Grids of images, for people who would rather look than read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as rounded bytes; metrics and files see the same numbers."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image (C, H, W), bytes, as PIL: grey, RGB, or (other channel counts) the first channel in grey."""
+    array = image.cpu().numpy()
+    return Image.fromarray(array.transpose(1, 2, 0)) if len(array) == 3 else Image.fromarray(array[0])
+
+
+def make_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1] in rows of ``columns``, enlarged ``scale`` times, on white."""
+    count, channels, height, width = images.shape
+    shown = channels if channels == 3 else 1
+    rows = math.ceil(count / columns)
+    canvas = torch.full((shown, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(to_uint8(images[:, :shown]).cpu()):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    picture = to_pil(canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Write a grid, small images enlarged so that they can be seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_grid(images, columns, scale=max(1, 64 // images.shape[-1])).save(path)
+
+
+def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> None:
+    """One labelled row of images a name, the same seeds above each other; values (N, C, H, W) in [0, 1]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = max(len(images) for images in rows.values())
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(0.55 * count + 2.6, 0.62 * len(rows) + 0.4), squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
+        axis.imshow(make_grid(images, columns=count, scale=2), cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
+    pyplot.close(figure)

@@ -1,0 +1,116 @@
+"""Train a small pixel teacher from scratch, so that there is something to distil without a download.
+
+The denoising loss of the chosen prediction type, ``|| target(x0, eps, t) - network(x_t, t, label) ||^2`` with t
+uniform over the scheduler's timesteps, AdamW with a warm-up and a cosine decay, an exponential moving average
+as the result, and labels dropped to a null class so that classifier-free guidance works (Ho & Salimans,
+arXiv 2207.12598). This is deliberately plain: a teacher is a means here. The distillation loop, with its
+checkpoints and exact resume, is :mod:`stepdistill.trainer`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+WARMUP_STEPS = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
+
+    model: dict[str, object]
+    scheduler: dict[str, object]
+    data: str
+    output_dir: str
+    label_dropout: float = 0.1
+    steps: int = 10_000
+    batch_size: int = 128
+    lr: float = 1e-3
+    ema: float = 0.9995
+    precision: str = "no"
+    seed: int = 0
+    log_every: int = 100
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        if not Path(self.data).is_file():
+            raise ValueError(f"data: no such file {self.data!r}; expected an .npz with 'images' and 'labels'")
+
+
+def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean squared error of the scheduler's prediction type at uniform timesteps. ``x0`` is (B, C, H, W) in [-1, 1]."""
+    noise = torch.randn_like(x0)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
+    x_t = scheduler.add_noise(x0, noise, timesteps)
+    targets = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: scheduler.get_velocity(x0, noise, timesteps),
+        "sample": lambda: x0,
+    }
+    target = targets[scheduler.config.prediction_type]()
+    prediction = network(x_t, timesteps, class_labels=labels).sample
+    return nn.functional.mse_loss(prediction.float(), target.float())
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Learning-rate factor: linear over the first steps, then half a cosine down to zero."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * 0.5 * (1 + np.cos(np.pi * step / steps))
+
+
+def train_teacher(config: PretrainConfig) -> Path:
+    """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
+    accelerator = Accelerator(mixed_precision=config.precision)
+    torch.manual_seed(config.seed)
+    archive = np.load(config.data)
+    images = torch.from_numpy(archive["images"])
+    labels = torch.from_numpy(archive["labels"]).long()
+    null_class = config.model.get("num_class_embeds", 0) - 1
+
+    network = UNet2DModel(**config.model).to(accelerator.device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    scheduler = DDIMScheduler(**config.scheduler)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
+    network, optimizer = accelerator.prepare(network, optimizer)
+
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc="teacher")
+    started = time.perf_counter()
+    for step in progress:
+        generator = torch.Generator().manual_seed(config.seed + accelerator.process_index + 1000 * step)
+        index = torch.randint(len(images), (config.batch_size,), generator=generator)
+        x0 = images[index].float().div(127.5).sub(1).reshape(len(index), -1, *images.shape[1:3]).to(accelerator.device)
+        dropped = torch.rand(len(index), generator=generator) < config.label_dropout
+        label = labels[index].masked_fill(dropped, null_class).to(accelerator.device) if null_class > 0 else None
+        with accelerator.autocast():
+            loss = denoising_loss(network, scheduler, x0, label)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        decay = min(config.ema, (1 + step) / (10 + step))
+        live = list(accelerator.unwrap_model(network).parameters())
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in live], 1 - decay)
+        if step % config.log_every == 0 and accelerator.is_main_process:
+            row = {"step": step, "loss": loss.item(), "seconds": round(time.perf_counter() - started, 1)}
+            progress.set_postfix(loss=f"{row['loss']:.4f}")
+            with (folder / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if (step % config.save_every == 0 or step == config.steps) and accelerator.is_main_process:
+            average.save_pretrained(folder / "unet")
+            scheduler.save_pretrained(folder / "scheduler")
+    return folder

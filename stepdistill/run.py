@@ -1,0 +1,266 @@
+"""From a configuration to a finished student: the one path that scripts, console and Python callers take."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stepdistill import config as configuration
+from stepdistill.checkpoint import RunLock
+from stepdistill.config import ConfigError, build, nearest
+from stepdistill.data import DataConfig, open_data
+from stepdistill.export import export_pipeline
+from stepdistill.families import load_teacher
+from stepdistill.families.base import Family, TeacherConfig
+from stepdistill.methods import find_method
+from stepdistill.methods.base import Distiller, Stage
+from stepdistill.networks import AdapterBank, CopyBank, NetworkBank
+from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
+
+FREE_KEYS = (
+    "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
+    "data.num_workers", "teacher.path",
+)  # fmt: skip
+"""Keys that may change between a run and its resumption, because no bit of the result depends on them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """The ``bank`` section: a full copy of the network per role, or one network with an adapter per role."""
+
+    name: Literal["copy", "adapter"] = "copy"
+    rank: int = 64
+    """Rank of the adapters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole configuration, every section resolved."""
+
+    teacher: TeacherConfig
+    method: Any
+    method_name: str
+    bank: BankConfig
+    data: DataConfig
+    optim: dict[str, OptimConfig]
+    train: TrainConfig
+
+    def as_sections(self) -> dict[str, Any]:
+        """The configuration as it would be written in YAML."""
+        tree = configuration.to_dict(self)
+        tree["method"] = {"name": tree.pop("method_name"), **tree["method"]}
+        return tree
+
+
+SECTIONS = ("teacher", "method", "bank", "data", "optim", "train")
+
+
+def resolve(mapping: Mapping[str, Any]) -> RunConfig:
+    """Check a configuration and fill in its defaults.
+
+    Raises:
+        ConfigError: listing every problem of every section.
+    """
+    problems = [f"{name}: unknown section{nearest(str(name), SECTIONS)}" for name in mapping if name not in SECTIONS]
+    resolved: dict[str, Any] = {}
+    sections = {"teacher": TeacherConfig, "bank": BankConfig, "data": DataConfig, "train": TrainConfig}
+    for name, cls in sections.items():
+        problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
+    problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
+    if "method" in resolved:
+        resolved["method_name"], distiller, resolved["method"] = resolved["method"]
+        problems += _collect(resolved, "optim", lambda: _build_optim(mapping.get("optim"), distiller))
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**resolved)
+
+
+def _collect(resolved: dict[str, Any], name: str, make: Any) -> list[str]:
+    try:
+        resolved[name] = make()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ConfigError(["method.name: missing (the name of a file in stepdistill/methods is required)"])
+    distiller = find_method(section["name"])
+    options = {key: value for key, value in section.items() if key != "name"}
+    return section["name"], distiller, build(distiller.Config, options, "method")
+
+
+def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimConfig]:
+    section = section or {}
+    turns = distiller.turn_names
+    problems = [f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns]
+    resolved: dict[str, Any] = {}
+    for turn in turns:
+        problems += _collect(resolved, turn, lambda turn=turn: build(OptimConfig, section.get(turn), f"optim.{turn}"))
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+class Run:
+    """Everything that is built before the first training step.
+
+    Raises:
+        ValueError: for any input that could only fail later.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.train.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"train.output_dir: {self.folder} is a file, wanted a folder")
+        torch.manual_seed(config.train.seed)
+        self.family = load_teacher(config.teacher)
+        self.method = find_method(config.method_name)
+        self.method.check(config.method, self.family)
+        channels, *size = self.family.sample_shape
+        self.dataset = open_data(config.data, channels=channels, size=tuple(size), num_classes=self.family.num_classes)
+        self.teacher_fingerprint = fingerprint_weights(self.family.network)
+        bank = make_bank(self.family, config.bank)
+        self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a run to be resumed."""
+        flat = configuration.flatten(self.config.as_sections())
+        return {key: value for key, value in flat.items() if key not in FREE_KEYS} | {
+            "teacher (weights)": self.teacher_fingerprint
+        }
+
+    def plan(self) -> str:
+        """The resolved configuration and what will be held in memory, for ``--dry_run``."""
+        return configuration.to_yaml(self.config.as_sections()) + "\n" + memory_plan(self.distiller)
+
+    def train(self) -> Path:
+        """Train, export, and return the pipeline directory."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(
+            self.distiller,
+            self.dataset,
+            batch_size=self.config.data.batch_size,
+            config=self.config.train,
+            optim=self.config.optim,
+            identity=self.identity,
+            num_workers=self.config.data.num_workers,
+            on_stage_end=self.export_stage,
+        )
+        lock = RunLock(self.folder) if trainer.accelerator.is_main_process else _NoLock()
+        with lock:
+            if trainer.accelerator.is_main_process:
+                (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
+            trainer.run()
+            if trainer.accelerator.is_main_process:
+                self.export(self.folder / "pipeline")
+            trainer.accelerator.wait_for_everyone()
+        return self.folder / "pipeline"
+
+    def export_stage(self, distiller: Distiller, stage: Stage) -> None:
+        """Export the student of every stage that has a sampler diffusers can express."""
+        del distiller
+        if isinstance(stage.value, int) and stage.value != self.config.method.steps:
+            try:
+                self.export(self.folder / f"pipeline-{stage.name}")
+            except ValueError as reason:
+                print(f"stage {stage.name} is not exported: {reason}")
+
+    def export(self, folder: Path) -> Path:
+        """Write the student as it is now."""
+        about = {
+            "method": self.config.method_name,
+            "teacher": self.config.teacher.path,
+            "teacher_sha256": self.teacher_fingerprint,
+            "config_hash": configuration.fingerprint(self.config.as_sections()),
+            **self.distiller.contract(),
+        }
+        network = self.distiller.bank.extract(self.distiller.result_role).cpu()
+        export_pipeline(self.distiller.family, network, self.distiller.sampler(), folder, about=about)
+        grids = sorted((self.folder / "samples").glob("step-*.png"))
+        if grids:
+            (folder / "samples.png").write_bytes(grids[-1].read_bytes())
+        return folder
+
+
+class _NoLock:
+    """What the other processes hold while the main one holds the run's lock."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def distill(
+    *, teacher: str, method: str | Mapping[str, Any], data: str | Mapping[str, Any], output_dir: str, **sections: Any
+) -> Path:
+    """Distil a teacher; the same as ``scripts/train.py``.
+
+    Args:
+        teacher: a diffusers directory, a hub id, or ``"embedded"``.
+        method: a method's name, or its section (``{"name": "progressive", "steps": 4}``).
+        data: a path of images, or the data section.
+        output_dir: the run's folder; the same call again resumes there.
+        sections: further sections or parts of them: ``train={"steps": 2000}``, ``bank``, ``optim``, ``teacher_options``.
+
+    Returns:
+        The exported pipeline's directory.
+    """
+    mapping = {
+        "teacher": {"path": str(teacher), **sections.pop("teacher_options", {})},
+        "method": {"name": method} if isinstance(method, str) else dict(method),
+        "data": {"name": "images", "path": str(data)} if isinstance(data, (str, Path)) else dict(data),
+        "train": {"steps": 2000, **sections.pop("train", {}), "output_dir": str(output_dir)},
+        **sections,
+    }
+    return Run(resolve(mapping)).train()
+
+
+def make_bank(family: Family, config: BankConfig) -> NetworkBank:
+    """The memory policy of a configuration around an opened teacher."""
+    if config.name == "copy":
+        return CopyBank(family.network)
+    return AdapterBank(family.network, rank=config.rank, targets=family.lora_targets)
+
+
+def fingerprint_weights(network: nn.Module) -> str:
+    """Sixteen hex digits of a network's weights: two float64 moments of every tensor, hashed."""
+    moments = [(name, *(f"{m:.12e}" for m in (p.double().mean(), p.double().square().mean())))
+               for name, p in network.state_dict().items()]  # fmt: skip
+    return configuration.fingerprint(moments)
+
+
+def memory_plan(distiller: Distiller) -> str:
+    """A table: parameters and bytes of weights, gradients and optimiser states by role."""
+    rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "AdamW MB")]
+    bank = distiller.bank
+    base = sum(p.numel() * p.element_size() for p in bank.network.parameters()) if isinstance(bank, AdapterBank) else 0
+    total = 0.0
+    for role in bank.roles:
+        params = bank.params(role) if role != "teacher" or not base else list(distiller.family.network.parameters())
+        count = sum(p.numel() for p in params)
+        weights = sum(p.numel() * p.element_size() for p in params) / 1e6
+        trained = 4 * count / 1e6 if bank.trainable[role] else 0.0
+        total += weights + 3 * trained
+        rows.append((role, f"{count:,}", str(bank.trainable[role]), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB"])
+
+
+def load_json(path: Path) -> Any:
+    """A JSON file's value."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+__all__ = ["Run", "RunConfig", "distill", "importlib", "resolve"]

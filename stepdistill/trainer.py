@@ -1,0 +1,391 @@
+"""The training loop, visible from top to bottom.
+
+A run is stages of steps of turns of micro-batches. Everything a step needs is a pure function of (seed, step): the
+data's order, every random number, the learning rate. So the state of a run is its weights, its optimisers and one
+number, and a run that was killed and started again ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from stepdistill.data import Dataset, loader
+from stepdistill.families.base import Batch
+from stepdistill.guard import FiniteGuard
+from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
+from stepdistill.networks import TEACHER, enable_checkpointing
+from stepdistill.pictures import save_grid
+from stepdistill.randomness import Draws, derive_seed
+from stepdistill.sampling import bind, sample
+
+logger = get_logger(__name__)
+
+INTERRUPTED = 143
+"""Exit code after a SIGTERM: the step was finished and saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The ``train`` section."""
+
+    steps: int
+    """Training steps of the whole run, over all stages."""
+    output_dir: str
+    accumulation: int = 1
+    """Micro-batches a turn takes before its optimiser moves."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What networks compute in; weights, optimisers and losses stay in float32."""
+    ema: float = 0.0
+    """Decay of the student's average, which is then what is evaluated and exported; 0 is none."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    sample_every: int = 500
+    save_every: int = 500
+    keep: int = 2
+    """How many checkpoints stay."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "sample_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: found {self.ema}, wanted 0 <= ema < 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """One entry of the ``optim`` section: AdamW and its schedule, restarted in every stage."""
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to zero within a stage."""
+    warmup: int = 0
+    """Steps of linear warm-up at the start of a stage."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr: found {self.lr}, wanted a positive number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: found {self.betas}, wanted two numbers in [0, 1)")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate on ``step`` (from 0) of a stage of ``steps``."""
+        decay = {
+            "constant": 1.0,
+            "linear": 1 - step / steps,
+            "cosine": 0.5 * (1 + math.cos(math.pi * step / steps)),
+        }[self.schedule]
+        return self.lr * decay * min(1.0, (step + 1) / (self.warmup + 1))
+
+
+class Trainer:
+    """Runs a distiller on data.
+
+    Args:
+        distiller: the method, its networks built.
+        dataset: where raw batches come from.
+        batch_size: images of one micro-batch of one process.
+        config: the ``train`` section.
+        optim: one entry a turn.
+        identity: what must not change between a run and its resumption, flat ``{"section.key": value}``.
+        num_workers: processes that decode images.
+        on_stage_end: called on the main process with the stage, for exports.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        config: TrainConfig,
+        optim: dict[str, OptimConfig],
+        identity: dict[str, Any],
+        num_workers: int = 0,
+        on_stage_end: Any = None,
+    ) -> None:
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.distiller = distiller.to(self.device)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.config = config
+        self.optim = optim
+        self.identity = identity
+        self.num_workers = num_workers
+        self.on_stage_end = on_stage_end
+        self.folder = Path(config.output_dir)
+        self.step = 0
+        self.stop_requested = False
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.guard = FiniteGuard(self.device)
+        if config.gradient_checkpointing:
+            enable_checkpointing(distiller.bank)
+        self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
+        self.wrapped = self.accelerator.prepare(distiller) if self.accelerator.num_processes > 1 else distiller
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Train to the end, from the newest checkpoint where there is one."""
+        stages = self.distiller.stages(self.config.steps)
+        first, done = self._resume(stages)
+        batches = self._batches()
+        with self._progress(stages) as progress, self._signals():
+            for index, stage in enumerate(stages[first:], start=first):
+                self.distiller.stage = stage
+                if done == 0:
+                    self._begin_stage()
+                for step_in_stage in range(done, stage.steps):
+                    logs = self._step(step_in_stage, [next(batches) for _ in range(self.config.accumulation)])
+                    self.step += 1
+                    self._after_step(logs, stage, step_in_stage + 1, index, progress)
+                done = 0
+                self._end_stage(stage)
+
+    def _begin_stage(self) -> None:
+        self.distiller.begin_stage()
+        self.optimizers = {name: self._make_optimizer(turn) for name, turn in self.distiller.turns.items()}
+
+    def _step(self, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
+        """One step: every turn that is due moves once; returns what to log, still on the device."""
+        logs: dict[str, Tensor] = {}
+        for turn in self.distiller.turns.values():
+            if turn.when(self.step):
+                logs |= self._move(turn, step_in_stage, batches)
+        self.distiller.after_step()
+        if self.config.ema:
+            # a young average follows closely, so that it forgets the weights it started from
+            keep = min(self.config.ema, (1 + step_in_stage) / (10 + step_in_stage))
+            self.distiller.bank.blend(EMA, STUDENT, keep)
+        return logs
+
+    def _move(self, turn: Turn, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
+        """Gradients over all micro-batches, then one step of the turn's optimiser."""
+        optimizer, optim = self.optimizers[turn.name], self.optim[turn.name]
+        self._train_only(turn)
+        logs: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            last = micro == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    losses = self.wrapped(turn.name, batch, self._draws(turn, micro, batch.size))
+                self.accelerator.backward(sum(losses.terms.values()) / len(batches))
+            for name, value in {**losses.terms, **losses.metrics}.items():
+                key = f"{turn.name}/{name}"
+                logs[key] = logs.get(key, 0) + value.detach() / len(batches)
+        logs[f"{turn.name}/grad_norm"] = torch.nn.utils.clip_grad_norm_(turn.params, optim.clip)
+        optimizer.found_inf = self.guard.check(self.step, turn.name, {k: v for k, v in logs.items() if v.ndim == 0})
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr_at(step_in_stage, self.distiller.stage.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return logs
+
+    def _train_only(self, turn: Turn) -> None:
+        """Gradients for this turn's parameters alone; they may still flow through the others."""
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
+        for parameter in turn.params:
+            parameter.requires_grad_(True)
+
+    def _draws(self, turn: Turn, micro: int, size: int) -> Draws:
+        seed = derive_seed(self.config.seed, self.step, turn.name, micro)
+        torch.manual_seed(seed)  # dropout
+        return Draws(
+            seed, size, rank=self.accelerator.process_index, world=self.accelerator.num_processes, device=self.device
+        )
+
+    def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
+        optim = self.optim[turn.name]
+        return torch.optim.AdamW(
+            turn.params, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        raw = loader(
+            self.dataset,
+            batch_size=self.batch_size,
+            seed=self.config.seed,
+            start=self.step * self.config.accumulation,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            num_workers=self.num_workers,
+        )
+        return (self.distiller.family.encode(batch).to(self.device) for batch in raw)
+
+    # ---------------------------------------------------------------------------------------- beside the loop
+
+    def _after_step(self, logs: dict[str, Tensor], stage: Stage, done: int, index: int, progress: tqdm) -> None:
+        config, finished = self.config, self.step == self.config.steps
+        if self.device.type == "cpu" or self.step % config.log_every == 0 or finished:
+            self.guard.raise_if_tripped()
+        progress.update()
+        if self.step % config.log_every == 0 or finished:
+            self._log(logs, stage, done, progress)
+        if self.step % config.sample_every == 0 or finished:
+            self._sample()
+        if self.step % config.save_every == 0 or finished or self.stop_requested:
+            self._save(stage, done, index)
+        if self.stop_requested and not finished:
+            logger.warning(f"stopped on a signal after step {self.step}; the same command goes on from there")
+            raise SystemExit(INTERRUPTED)
+
+    def _log(self, logs: dict[str, Tensor], stage: Stage, done: int, progress: tqdm) -> None:
+        values = {name: round(float(value), 6) for name, value in logs.items()}
+        lrs = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.accelerator.log(values | lrs, step=self.step)
+        if not self.accelerator.is_main_process:
+            return
+        row = {"step": self.step, "stage": stage.name, "time": round(time.time(), 2)} | values | lrs
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name.replace("/", " "): f"{value:.4g}" for name, value in values.items() if "grad_norm" not in name}
+        progress.set_description(f"{stage.name} {done}/{stage.steps}")
+        progress.set_postfix(shown)
+
+    def _sample(self, count: int = 32) -> None:
+        """A grid of the result role's samples: fixed noise, fixed conditions."""
+        if not self.accelerator.is_main_process:
+            return
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn((count, *self.distiller.family.sample_shape), generator=generator).to(self.device)
+        cond = {k: v.to(self.device) for k, v in self.distiller.family.example_cond(range(count)).items()}
+        sampler = self.distiller.sampler()
+
+        def fresh(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+        with torch.no_grad(), self.accelerator.autocast():
+            x0 = sample(bind(self.distiller.result, cond), sampler, self.distiller.schedule.initial_noise(noise), fresh)
+            images = self.distiller.family.decode(x0.float())
+        save_grid(images, self.folder / "samples" / f"step-{self.step:06d}.png")
+
+    def _end_stage(self, stage: Stage) -> None:
+        if self.on_stage_end is not None and self.accelerator.is_main_process:
+            self.on_stage_end(self.distiller, stage)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _progress(self, stages: list[Stage]) -> Iterator[tqdm]:
+        disable = not self.accelerator.is_local_main_process
+        with tqdm(total=sum(s.steps for s in stages), initial=self.step, disable=disable, dynamic_ncols=True) as bar:
+            yield bar
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM finishes the step, saves and leaves; a second one leaves at once."""
+
+        def request(number: int, frame: object) -> None:
+            del frame
+            self.stop_requested = True
+            signal.signal(number, signal.SIG_DFL)
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Everything training made: all roles but the teacher, and the method's own modules."""
+        bank, prefix = self.distiller.bank, "bank."
+        roles = {f"{role}/{k}": v for role in bank.roles if role != TEACHER for k, v in bank.state(role).items()}
+        own = {k: v for k, v in self.distiller.state_dict().items() if not k.startswith(prefix)}
+        return roles | own
+
+    def _save(self, stage: Stage, done: int, index: int) -> None:
+        if self.accelerator.is_main_process:
+            groups = {"weights": self._weights()}
+            groups |= {f"optimizer-{name}": optimizer_tensors(opt) for name, opt in self.optimizers.items()}
+            state = {"stage": index, "stage_name": stage.name, "done": done, "config": self.identity}
+            save_checkpoint(self.folder, self.step, groups, state, keep=self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, stages: list[Stage]) -> tuple[int, int]:
+        """The stage to go on with and its steps already done."""
+        self.accelerator.wait_for_everyone()
+        checkpoint = latest_checkpoint(self.folder)
+        if checkpoint is None:
+            self._truncate_log(0)
+            return 0, 0
+        self._check_identity(checkpoint)
+        index, done = checkpoint.state["stage"], checkpoint.state["done"]
+        self.distiller.stage = stages[index]
+        self._load_weights(checkpoint.tensors("weights"))
+        for name, turn in self.distiller.turns.items():
+            self.optimizers[name] = self._make_optimizer(turn)
+            restore_optimizer(self.optimizers[name], checkpoint.tensors(f"optimizer-{name}"))
+        self.step = checkpoint.step
+        self._truncate_log(self.step)
+        logger.info(f"resuming from {checkpoint.path} at step {self.step}")
+        return index, done
+
+    @torch.no_grad()
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        targets = self._weights()
+        if missing := sorted(set(targets) ^ set(tensors)):
+            raise ValueError(f"checkpoint: its tensors are not this run's; first difference: {missing[0]!r}")
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+    def _check_identity(self, checkpoint: Checkpoint) -> None:
+        before, now = checkpoint.state["config"], json.loads(json.dumps(self.identity))
+        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
+            raise ValueError(
+                f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
+                "train.output_dir:\n  - " + "\n  - ".join(lines)
+            )
+
+    def _truncate_log(self, step: int) -> None:
+        """Forget what was logged after the checkpoint: those steps are run again."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file() and self.accelerator.is_main_process:
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] <= step]
+            path.write_text("".join(rows), encoding="utf-8")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate with the project's choices: one wrapped distiller, unused parameters allowed, explicit precision."""
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+    )
+    if config.tracker != "none":
+        accelerator.init_trackers("stepdistill")
+    return accelerator
