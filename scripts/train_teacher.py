@@ -1,4 +1,4 @@
-"""Train a pixel teacher from scratch: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``."""
+"""Train a pixel teacher: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``."""
 
 import argparse
 

@@ -39,7 +39,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(
@@ -47,7 +49,9 @@ _StrictLoader.add_implicit_resolver(
 )
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -146,12 +150,12 @@ def build(cls: type[T], mapping: Mapping | None, where: str = "") -> T:
     """
     problems: list[str] = []
     value = _build_dataclass(cls, {} if mapping is None else mapping, where, problems)
-    if problems:
+    if problems or value is None:
         raise ConfigError(problems)
     return value
 
 
-def _build_dataclass(cls: type[T], mapping: Any, where: str, problems: list[str]) -> T | None:
+def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(mapping, Mapping):
         problems.append(f"{where or 'config'}: expected a section of keys, found {mapping!r}")
         return None

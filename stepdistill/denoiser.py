@@ -63,9 +63,7 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
     return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
 
 
-def to_prediction(
-    output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction_type: str
-) -> Prediction:
+def to_prediction(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Prediction:
     """Read a network's raw output (B, ...) at states ``x_t`` and times ``t`` (B,) as ``(x0, eps)``."""
     alpha, sigma = (expand(coefficient, x_t) for coefficient in schedule(t))
     output = output.to(x_t.dtype)
@@ -147,7 +145,12 @@ class Denoiser:
 
 
 def guided(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], null: Mapping[str, Tensor], w: Tensor | float
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    w: Tensor | float,
 ) -> Prediction:
     """Classifier-free guidance ``(1 + w) conditional - w unconditional``, both halves in one batched call.
 

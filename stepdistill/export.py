@@ -1,7 +1,7 @@
 """A student as a plain diffusers directory, and back.
 
-The export is what stock diffusers loads: the stock pipeline and scheduler wherever they can express the student, else
-one self-contained file of ``stepdistill.pipelines`` beside the weights. ``stepdistill.json`` is the *sampling contract*:
+The export is what stock diffusers loads: stock pipeline and scheduler wherever they can express the student, else one
+self-contained file of ``stepdistill.pipelines`` beside the weights. ``stepdistill.json`` is the *sampling contract*:
 everything a caller must know to sample as trained. :func:`load_pipeline` applies it, so that a bare call is right.
 """
 
@@ -193,7 +193,7 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
 images = pipe({labels}, {arguments}).images
 ```
 
-Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts than trained give worse images.
+Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts give worse images.
 {"| measured | value |" + chr(10) + "|---|---|" + chr(10) + table if table else ""}"""
 
 

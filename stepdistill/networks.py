@@ -19,6 +19,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ class AdapterBank(NetworkBank):
         self.targets = list(targets)
 
     @functools.cached_property
-    def _layers(self) -> list[nn.Module]:
+    def _layers(self) -> list[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
@@ -214,8 +215,11 @@ def enable_checkpointing(bank: NetworkBank) -> None:
         network.enable_gradient_checkpointing(functools.partial(_checkpoint, bank))
 
 
-def _networks(bank: NetworkBank) -> list[nn.Module]:
-    return list(bank.networks.values()) if isinstance(bank, CopyBank) else [bank.network]
+def _networks(bank: NetworkBank) -> list[Any]:
+    if isinstance(bank, AdapterBank):
+        return [bank.network]
+    assert isinstance(bank, CopyBank)
+    return list(bank.networks.values())
 
 
 def _checkpoint(bank: NetworkBank, function: nn.Module, *args: object) -> object:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ WARMUP_STEPS = 200
 class PretrainConfig:
     """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
 
-    model: dict[str, object]
-    scheduler: dict[str, object]
+    model: dict[str, Any]
+    scheduler: dict[str, Any]
     data: str
     output_dir: str
     label_dropout: float = 0.1

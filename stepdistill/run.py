@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +99,9 @@ def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
 def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimConfig]:
     section = section or {}
     turns = distiller.turn_names
-    problems = [f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns]
+    problems = [
+        f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns
+    ]
     resolved: dict[str, Any] = {}
     for turn in turns:
         problems += _collect(resolved, turn, lambda turn=turn: build(OptimConfig, section.get(turn), f"optim.{turn}"))
@@ -126,8 +126,10 @@ class Run:
         self.family = load_teacher(config.teacher)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
-        channels, *size = self.family.sample_shape
-        self.dataset = open_data(config.data, channels=channels, size=tuple(size), num_classes=self.family.num_classes)
+        channels, height, width = self.family.sample_shape
+        self.dataset = open_data(
+            config.data, channels=channels, size=(height, width), num_classes=self.family.num_classes
+        )
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         bank = make_bank(self.family, config.bank)
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
@@ -252,15 +254,9 @@ def memory_plan(distiller: Distiller) -> str:
         weights = sum(p.numel() * p.element_size() for p in params) / 1e6
         trained = 4 * count / 1e6 if bank.trainable[role] else 0.0
         total += weights + 3 * trained
-        rows.append((role, f"{count:,}", str(bank.trainable[role]), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}"))
+        rows.append(
+            (role, f"{count:,}", str(bank.trainable[role]), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}")
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB"])
-
-
-def load_json(path: Path) -> Any:
-    """A JSON file's value."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-__all__ = ["Run", "RunConfig", "distill", "importlib", "resolve"]

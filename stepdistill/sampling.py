@@ -83,7 +83,7 @@ class DDIM(Sampler):
         from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
         if isinstance(self.schedule, RectifiedFlow):
-            return flow_scheduler(FlowMatchEulerDiscreteScheduler, self)
+            return flow_scheduler(FlowMatchEulerDiscreteScheduler, self.schedule)
         if isinstance(self.schedule, Karras):
             levels = {"sigma_min": self.schedule.sigma_min, "sigma_max": self.schedule.sigma_max}
             return EDMEulerScheduler(**levels, sigma_data=self.schedule.sigma_data, rho=self.schedule.rho)
@@ -106,12 +106,12 @@ class Renoise(Sampler):
         from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
         if isinstance(self.schedule, RectifiedFlow):
-            return flow_scheduler(FlowMatchEulerDiscreteScheduler, self, stochastic_sampling=True)
+            return flow_scheduler(FlowMatchEulerDiscreteScheduler, self.schedule, stochastic_sampling=True)
         check_trailing_grid(self)
         return LCMScheduler.from_config(
             noise_process(teacher),
             original_inference_steps=self.steps,  # its grid is then the trailing one
-            timestep_scaling=1e4,  # c_skip < 1e-8 and c_out = 1 - 1e-8 on every timestep but 0: the network's x_0 itself
+            timestep_scaling=1e4,  # c_skip < 1e-8 on every timestep but 0: the network's x_0 itself
             set_alpha_to_one=True,
             clip_sample=False,
         )
@@ -138,9 +138,9 @@ def check_trailing_grid(sampler: Sampler) -> None:
         )
 
 
-def flow_scheduler(cls: type, sampler: Sampler, **options: Any) -> Any:
-    """A flow-matching Euler scheduler; its shift is baked into the explicit sigmas of the contract."""
-    return cls(num_train_timesteps=sampler.schedule.num_timesteps, shift=1.0, **options)
+def flow_scheduler(cls: type, schedule: RectifiedFlow, **options: Any) -> Any:
+    """A flow-matching scheduler without shift: that of the student's grid is in the explicit sigmas of its pipeline."""
+    return cls(num_train_timesteps=schedule.num_timesteps, shift=1.0, **options)
 
 
 def sample(
@@ -170,7 +170,9 @@ def rollout(
     return x
 
 
-def bind(denoiser: Denoiser, cond: Mapping[str, Tensor], w: Tensor | None = None) -> Callable[[Tensor, Tensor], Prediction]:
+def bind(
+    denoiser: Denoiser, cond: Mapping[str, Tensor], w: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Prediction]:
     """A denoiser with its conditioning fixed, as :func:`sample` and :func:`rollout` want it."""
     return lambda x_t, t: denoiser(x_t, t, cond, w=w)
 

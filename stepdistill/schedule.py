@@ -42,6 +42,9 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 class NoiseSchedule(abc.ABC):
     """The map from time to ``(alpha_t, sigma_t)``; abstract or final, never overridden."""
 
+    sigma_data: float = 1.0
+    """Standard deviation of the data, which EDM's and TrigFlow's preconditioning know."""
+
     @abc.abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(alpha_t, sigma_t)`` in float64, each of the shape of ``t``, for ``t`` in [0, 1]."""
@@ -88,6 +91,7 @@ class DiscreteVP(NoiseSchedule):
         alphas_cumprod = alphas_cumprod.double().cpu()
         angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt())
         self.angles = torch.cat([angles.new_zeros(1), angles])
+        self.num_timesteps = len(angles)
         if not (self.angles.diff() > 0).all():
             raise ValueError("alphas_cumprod must strictly decrease from below 1; found a flat or rising stretch")
 
@@ -96,13 +100,15 @@ class DiscreteVP(NoiseSchedule):
         """From a diffusers scheduler config: any beta schedule, trained betas, ``rescale_betas_zero_snr``."""
         from diffusers import DDIMScheduler
 
-        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        keys = (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+        )
         return cls(DDIMScheduler(**{key: config[key] for key in keys if config.get(key) is not None}).alphas_cumprod)
-
-    @property
-    def num_timesteps(self) -> int:
-        """T, the number of timesteps the teacher was trained with."""
-        return len(self.angles) - 1
 
     def angle(self, t: Tensor) -> Tensor:
         """``atan2(sigma_t, alpha_t)`` in [0, pi / 2]."""

@@ -204,7 +204,8 @@ class Trainer:
                 key = f"{turn.name}/{name}"
                 logs[key] = logs.get(key, 0) + value.detach() / len(batches)
         logs[f"{turn.name}/grad_norm"] = torch.nn.utils.clip_grad_norm_(turn.params, optim.clip)
-        optimizer.found_inf = self.guard.check(self.step, turn.name, {k: v for k, v in logs.items() if v.ndim == 0})
+        flag = self.guard.check(self.step, turn.name, {k: v for k, v in logs.items() if v.ndim == 0})
+        optimizer.found_inf = flag  # type: ignore[attr-defined]  # a fused optimiser skips its step while it is 1
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step_in_stage, self.distiller.stage.steps)
         optimizer.step()
@@ -228,7 +229,12 @@ class Trainer:
     def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
         optim = self.optim[turn.name]
         return torch.optim.AdamW(
-            turn.params, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+            turn.params,
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -374,7 +380,9 @@ class Trainer:
         """Forget what was logged after the checkpoint: those steps are run again."""
         path = self.folder / "metrics.jsonl"
         if path.is_file() and self.accelerator.is_main_process:
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] <= step]
+            rows = [
+                line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] <= step
+            ]
             path.write_text("".join(rows), encoding="utf-8")
 
 

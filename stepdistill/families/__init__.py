@@ -18,11 +18,12 @@ from stepdistill.families.base import Family, TeacherConfig
 
 def families() -> dict[str, type[Family]]:
     """Every family, by the name of its file."""
-    found = {}
+    found: dict[str, type[Family]] = {}
     for module_info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{module_info.name}")
-        classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
-        found |= {module_info.name: cls for cls in classes if issubclass(cls, Family) and not inspect.isabstract(cls)}
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == module.__name__ and issubclass(cls, Family) and not inspect.isabstract(cls):
+                found[module_info.name] = cls
     return found
 
 

@@ -41,16 +41,25 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What methods see: clean images in the network's space (B, C, H, W), None for data-free training, and conditions."""
+    """What methods see: clean images in the network's space (B, C, H, W) and their conditions."""
 
-    x0: Tensor | None
+    images: Tensor | None
+    """None for data-free training."""
     cond: Cond
     size: int
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        x0 = None if self.x0 is None else self.x0.to(device, non_blocking=True)
-        return Batch(x0, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size)
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        return Batch(
+            images, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size
+        )
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean images, for methods that train on them."""
+        assert self.images is not None, "this method trains on images; Run checks that the data has some"
+        return self.images
 
 
 class Family(abc.ABC):

@@ -34,7 +34,9 @@ class Pixel(Family):
         "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out.0",
     )  # fmt: skip
 
-    def __init__(self, network: UNet2DModel, scheduler_config: Mapping[str, Any], null_class: int | None = None) -> None:
+    def __init__(
+        self, network: UNet2DModel, scheduler_config: Mapping[str, Any], null_class: int | None = None
+    ) -> None:
         size = network.config.sample_size
         if size is None:
             raise ValueError("unet/config.json: sample_size is missing; wanted the height (and width) of the images")
@@ -103,7 +105,7 @@ class Pixel(Family):
             _, sigma = self.schedule(t)
             x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
         timestep = self.schedule.timestep(t).float()
-        return network(x_t.to(network.dtype), timestep, class_labels=cond.get("class_labels")).sample
+        return network(x_t.to(next(network.parameters()).dtype), timestep, class_labels=cond.get("class_labels")).sample
 
     def encode(self, raw: RawBatch) -> Batch:
         size = len(raw.indices)

@@ -53,7 +53,9 @@ class Progressive(Distiller):
         def __post_init__(self) -> None:
             ratio, rest = divmod(self.start, self.steps) if self.steps > 0 else (0, 1)
             if rest or ratio < 2 or ratio & (ratio - 1):
-                raise ValueError(f"start must be steps times 2, 4, 8, ...; found start {self.start}, steps {self.steps}")
+                raise ValueError(
+                    f"start must be steps times 2, 4, 8, ...; found start {self.start}, steps {self.steps}"
+                )
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
