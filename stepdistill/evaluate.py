@@ -5,7 +5,8 @@ depend on the batch size or on how many processes share the work. They are quant
 before any metric sees them, and pass through the feature network once, whatever number of metrics is asked for.
 
 A result says everything that gives its numbers a meaning: number of samples, seed, call arguments, scheduler, feature
-network with the hash of its weights, reference, versions. A Fréchet distance is called FID on Inception's features only.
+network with the hash of its weights, reference, versions. A Fréchet distance is called FID on Inception's features
+only.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 100,
     num_classes: int | None = None,
+    labels: Sequence[int] | None = None,
     precision: str = "fp32",
     call: Mapping[str, Any] | None = None,
     description: str = "sampling",
@@ -71,6 +73,7 @@ def sample_images(
         seed: of the whole set; image i depends on (seed, i) alone.
         batch_size: images at a time; changes nothing but the speed.
         num_classes: image i gets label i modulo this; None for an unconditional pipeline.
+        labels: image i gets label ``labels[i modulo their number]`` instead.
         precision: ``"bf16"`` runs the network under autocast.
         call: further arguments of the call, for example ``num_inference_steps``.
         description: what the progress bar says.
@@ -78,19 +81,24 @@ def sample_images(
     pipeline.set_progress_bar_config(disable=True)
     device = pipeline.device
     pixels, seconds = [], []
-    labels = None if num_classes is None else torch.arange(count) % num_classes
+    asked = None if num_classes is None else asked_labels(count, range(num_classes) if labels is None else labels)
     with counted_rows(network_of(pipeline)) as rows, autocast(device, precision):
         for start in tqdm(range(0, count, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, count))
             generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
-            chosen = {"batch_size": len(indices)} if labels is None else {"class_labels": labels[indices]}
+            chosen = {"batch_size": len(indices)} if asked is None else {"class_labels": asked[indices]}
             began = time.perf_counter()
             output = pipeline(**chosen, generator=generators, output_type="np", **(call or {})).images
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append((time.perf_counter() - began) / len(indices))
             pixels.append(to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)))
-    return Images(torch.cat(pixels), labels, rows[0] / count, statistics.median(seconds[1:] or seconds))
+    return Images(torch.cat(pixels), asked, rows[0] / count, statistics.median(seconds[1:] or seconds))
+
+
+def asked_labels(count: int, labels: Sequence[int]) -> Tensor:
+    """Labels in turn, (count,)."""
+    return torch.tensor(list(labels))[torch.arange(count) % len(labels)]
 
 
 def network_of(pipeline: Any) -> torch.nn.Module:

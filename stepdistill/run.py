@@ -29,6 +29,9 @@ FREE_KEYS = (
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
 
 
+EMBEDDED_DATA = Path(__file__).parent / "assets" / "fashion" / "train_subset.npz"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankConfig:
     """The ``bank`` section: a full copy of the network per role, or one network with an adapter per role."""
@@ -127,8 +130,10 @@ class Run:
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
         channels, height, width = self.family.sample_shape
+        if self.method.needs_images and config.data.name == "noise":
+            raise ValueError(f"data.name: {config.method_name!r} trains on images; found 'noise', wanted 'images'")
         self.dataset = open_data(
-            config.data, channels=channels, size=(height, width), num_classes=self.family.num_classes
+            locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes
         )
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         bank = make_bank(self.family, config.bank)
@@ -146,10 +151,9 @@ class Run:
         """The resolved configuration and what will be held in memory, for ``--dry_run``."""
         return configuration.to_yaml(self.config.as_sections()) + "\n" + memory_plan(self.distiller)
 
-    def train(self) -> Path:
-        """Train, export, and return the pipeline directory."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(
+    def trainer(self) -> Trainer:
+        """The loop over this run."""
+        return Trainer(
             self.distiller,
             self.dataset,
             batch_size=self.config.data.batch_size,
@@ -159,6 +163,11 @@ class Run:
             num_workers=self.config.data.num_workers,
             on_stage_end=self.export_stage,
         )
+
+    def train(self) -> Path:
+        """Train, export, and return the pipeline directory."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer = self.trainer()
         lock = RunLock(self.folder) if trainer.accelerator.is_main_process else _NoLock()
         with lock:
             if trainer.accelerator.is_main_process:
@@ -177,6 +186,14 @@ class Run:
                 self.export(self.folder / f"pipeline-{stage.name}")
             except ValueError as reason:
                 print(f"stage {stage.name} is not exported: {reason}")
+
+    def export_checkpoint(self, folder: Path) -> Path:
+        """Write the student of the run's newest checkpoint."""
+        trainer = self.trainer()
+        trainer.restore()
+        if trainer.step == 0:
+            raise ValueError(f"train.output_dir: no checkpoint in {self.folder}")
+        return self.export(folder)
 
     def export(self, folder: Path) -> Path:
         """Write the student as it is now."""
@@ -213,7 +230,7 @@ def distill(
         method: a method's name, or its section (``{"name": "progressive", "steps": 4}``).
         data: a path of images, or the data section.
         output_dir: the run's folder; the same call again resumes there.
-        sections: further sections or parts of them: ``train={"steps": 2000}``, ``bank``, ``optim``, ``teacher_options``.
+        sections: further sections: ``train={"steps": 2000}``, ``bank``, ``optim``, ``teacher_options``.
 
     Returns:
         The exported pipeline's directory.
@@ -226,6 +243,11 @@ def distill(
         **sections,
     }
     return Run(resolve(mapping)).train()
+
+
+def locate_data(config: DataConfig) -> DataConfig:
+    """The section with ``path: embedded`` replaced by the file that travels with the package."""
+    return dataclasses.replace(config, path=str(EMBEDDED_DATA)) if config.path == "embedded" else config
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:

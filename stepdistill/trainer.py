@@ -158,7 +158,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, from the newest checkpoint where there is one."""
         stages = self.distiller.stages(self.config.steps)
-        first, done = self._resume(stages)
+        first, done = self.restore()
         batches = self._batches()
         with self._progress(stages) as progress, self._signals():
             for index, stage in enumerate(stages[first:], start=first):
@@ -339,8 +339,8 @@ class Trainer:
             save_checkpoint(self.folder, self.step, groups, state, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, stages: list[Stage]) -> tuple[int, int]:
-        """The stage to go on with and its steps already done."""
+    def restore(self) -> tuple[int, int]:
+        """Load the newest checkpoint, if any; returns the stage to go on with and its steps already done."""
         self.accelerator.wait_for_everyone()
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is None:
@@ -348,7 +348,7 @@ class Trainer:
             return 0, 0
         self._check_identity(checkpoint)
         index, done = checkpoint.state["stage"], checkpoint.state["done"]
-        self.distiller.stage = stages[index]
+        self.distiller.stage = self.distiller.stages(self.config.steps)[index]
         self._load_weights(checkpoint.tensors("weights"))
         for name, turn in self.distiller.turns.items():
             self.optimizers[name] = self._make_optimizer(turn)

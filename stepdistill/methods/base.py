@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]
     """Scalars by name; the turn minimises their sum."""
-    metrics: dict[str, Tensor] = {}  # noqa: RUF012 (never written)
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
     """Detached scalars that are only logged."""
 
 

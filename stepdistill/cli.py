@@ -1,0 +1,156 @@
+"""The console: ``stepdistill train | generate | evaluate | export | benchmark | demo``; scripts/ call the same."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, build, run; a user's mistake is one message and exit code 2."""
+    args = make_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"stepdistill {args.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their flags, spelled as the diffusers examples spell them."""
+    parser = argparse.ArgumentParser(prog="stepdistill", description="From a many-step teacher to a few-step student.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = add(commands, "train", train, "train a student; the same command again resumes")
+    command.add_argument("--config", required=True, help="YAML file, see configs/")
+    command.add_argument("--dry_run", action="store_true", help="print the resolved config and a memory plan")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+
+    command = add(commands, "generate", generate, "sample an exported pipeline")
+    command.add_argument("--pipeline", required=True, help="exported directory")
+    command.add_argument("--num_images", type=int, default=16)
+    command.add_argument(
+        "--class_labels", type=int, nargs="+", help="labels, repeated as needed; all in turn by default"
+    )
+    command.add_argument("--num_inference_steps", type=int, help="other than trained: worse images")
+    command.add_argument("--guidance_scale", type=float, help="1 is none; by default as the contract says")
+    command.add_argument("--batch_size", type=int, default=100)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", required=True, help="a .png for a grid, or a folder for single images")
+
+    command = add(commands, "evaluate", evaluate, "measure a pipeline")
+    command.add_argument(
+        "--pipeline", required=True, help="exported directory, or any class-conditional pixel pipeline"
+    )
+    command.add_argument("--reference", default="embedded", help="images, or .npz statistics")
+    command.add_argument(
+        "--features", default="embedded", help="'inception', a weights file, or a vision model's folder"
+    )
+    command.add_argument(
+        "--metrics", nargs="+", default=["fd"], help="fd kd precision_recall density_coverage spread ..."
+    )
+    command.add_argument("--num_samples", type=int, default=5000)
+    command.add_argument("--batch_size", type=int, default=100, help="changes nothing but the speed")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", required=True, help="result file (.json)")
+
+    command = add(commands, "export", export, "export the student of a run's newest checkpoint")
+    command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
+    command.add_argument("--output", required=True, help="folder to write")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+    for name, function, text in [
+        ("benchmark", benchmark, "students beside the teacher and the training-free solvers"),
+        ("demo", demo, "distil the embedded teacher and draw the picture"),
+    ]:
+        command = add(commands, name, function, text)
+        command.add_argument("--config", default=f"configs/{name}.yaml", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def add(commands: argparse._SubParsersAction, name: str, function: object, text: str) -> argparse.ArgumentParser:
+    """A sub-command that runs ``function``."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=function)
+    return command
+
+
+def train(args: argparse.Namespace) -> None:
+    """``stepdistill train``."""
+    from stepdistill.config import read_config
+    from stepdistill.run import Run, resolve
+
+    run = Run(resolve(read_config(args.config, args.overrides)))
+    if args.dry_run:
+        print(run.plan())
+        return
+    print(f"student: {run.train()}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """``stepdistill generate``."""
+    from stepdistill.evaluate import class_count, sample_images
+    from stepdistill.export import load_pipeline
+    from stepdistill.pictures import save_grid, to_pil
+
+    pipeline = load_pipeline(args.pipeline)
+    flags = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    images = sample_images(
+        pipeline, args.num_images, seed=args.seed, batch_size=args.batch_size, num_classes=class_count(pipeline),
+        labels=args.class_labels, call={name: value for name, value in flags.items() if value is not None},
+    )  # fmt: skip
+    output = Path(args.output)
+    if output.suffix == ".png":
+        save_grid(images.pixels / 255, output)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images.pixels):
+            to_pil(image).save(output / f"{index:06d}.png")
+    print(f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image: {output}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``stepdistill evaluate``."""
+    import json
+
+    from stepdistill.evaluate import Judge, evaluate_pipeline, write_result
+    from stepdistill.export import load_pipeline
+
+    judge = Judge.open(args.features, args.reference)
+    result = evaluate_pipeline(
+        load_pipeline(args.pipeline), judge, wanted=args.metrics, count=args.num_samples, seed=args.seed,
+        batch_size=args.batch_size, name=args.pipeline,
+    )  # fmt: skip
+    write_result(Path(args.output), result)
+    print(json.dumps({key: value for key, value in result.items() if key != "setting"}, indent=2))
+
+
+def export(args: argparse.Namespace) -> None:
+    """``stepdistill export``."""
+    from stepdistill.config import read_config
+    from stepdistill.run import Run, resolve
+
+    print(Run(resolve(read_config(args.config, args.overrides))).export_checkpoint(Path(args.output)))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """``stepdistill benchmark``."""
+    from stepdistill.benchmark import BenchmarkConfig, benchmark
+    from stepdistill.config import build, read_config
+
+    path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)))
+    print(path.read_text(encoding="utf-8"))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """``stepdistill demo``."""
+    from stepdistill.demo import demo
+
+    demo(args.config, args.overrides)
+
+
+if __name__ == "__main__":
+    main()
