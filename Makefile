@@ -13,7 +13,7 @@ STAMP := $(VENV)/.stepdistill-installed
 .PHONY: demo test check bench
 
 demo: $(STAMP)
-	$(BIN)/python -m stepdistill.demo
+	$(BIN)/python scripts/demo.py --config configs/demo.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
@@ -25,6 +25,7 @@ check: $(STAMP)
 	$(BIN)/codespell
 
 bench: $(STAMP)
+	$(BIN)/python scripts/train.py --config configs/pixel_progressive.yaml
 	$(BIN)/python scripts/benchmark.py --config configs/benchmark_fashion.yaml
 
 # The stamp is written last, so an installation that was cut short is taken up again.

@@ -1,6 +1,7 @@
-"""Make the Fashion-MNIST files that ship with the package: a training subset and reference statistics.
+"""Make the Fashion-MNIST files that ship with the package: teacher, training subset, reference statistics.
 
-python scripts/make_assets.py --train data/fashion_train.npz --output_dir stepdistill/assets/fashion
+python scripts/make_assets.py --train data/fashion_train.npz --teacher runs/teacher_fashion \
+    --output_dir stepdistill/assets/fashion
 
 Needs the feature network in <output_dir>/features (scripts/train_features.py).
 """
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 
+from stepdistill.export import save_pipeline
 from stepdistill.features import load_features
 from stepdistill.metrics import Moments, ReferenceStatistics
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretrain_features import read_labelled_images
 
 
@@ -27,6 +31,7 @@ def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
+    parser.add_argument("--teacher", type=Path, required=True, help="what scripts/train_teacher.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--per_class", type=int, default=1000, help="images of each class in train_subset.npz")
     args = parser.parse_args()
@@ -37,6 +42,11 @@ def main() -> None:
     np.savez_compressed(
         args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
     )
+
+    unet = UNet2DModel.from_pretrained(args.teacher / "unet").half()
+    scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
+    pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
+    save_pipeline(pipeline, args.output_dir / "teacher")
 
     features = load_features(str(args.output_dir / "features"))
     moments = functools.reduce(Moments.merge, (Moments.of(features(batch)) for batch in images.split(1000)))

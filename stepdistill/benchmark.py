@@ -8,6 +8,7 @@ number of samples. Rows are kept in a JSON file as they are made, so that a benc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,14 +64,17 @@ class Benchmark:
         """All rows of the configuration, in the order of a table."""
         config = self.config
         self.add("real images", self.floor)
-        self.add(f"teacher, {config.teacher_steps} steps", lambda name: self.solver(name, "DDIM", config.teacher_steps))
+        self.add(
+            f"teacher, {config.teacher_steps} steps",
+            functools.partial(self.solver, solver="DDIM", steps=config.teacher_steps),
+        )
         for calls in config.calls:
             for solver in config.solvers:
                 steps = steps_for(solver, calls)
                 if steps is not None:
-                    self.add(f"{solver}, {calls} calls", lambda name, s=solver, n=steps: self.solver(name, s, n))
+                    self.add(f"{solver}, {calls} calls", functools.partial(self.solver, solver=solver, steps=steps))
         for name, folder in config.students.items():
-            self.add(name, lambda name, folder=folder: self.student(name, folder))
+            self.add(name, functools.partial(self.student, folder=folder))
         return self.rows
 
     def add(self, name: str, make: Callable[[str], Row]) -> Row:

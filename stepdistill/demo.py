@@ -81,7 +81,7 @@ def pictures(bench: Benchmark, rows: Sequence[Row], students: Mapping[str, Path]
     chosen = [int((real.labels == i % 10).nonzero()[i // 10]) for i in range(SHOWN)]
     shown = {"real images": real.pixels[torch.tensor(chosen)] / 255}
     teacher = by_name[f"teacher, {bench.config.teacher_steps} steps"]
-    lines = [(teacher, "DDIM", bench.config.teacher_steps)]
+    lines: list[tuple[Row, str | Path, int]] = [(teacher, "DDIM", bench.config.teacher_steps)]
     for name, folder in students.items():
         calls = int(by_name[name]["calls"])
         row = best_solver(rows, calls, bench.metric)

@@ -20,11 +20,13 @@ predictions, with the papers' ``w``: ``(1 + w) conditional - w unconditional``. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.schedule import NoiseSchedule, expand
 
@@ -142,6 +144,59 @@ class Denoiser:
             s: target times (B,), for networks that take a second time.
         """
         return to_prediction(self.raw(x_t, t, cond, w=w, s=s), x_t, t, self.schedule, self.family.prediction_type)
+
+    @torch.no_grad()
+    def jvp(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
+    ) -> tuple[Prediction, Prediction]:
+        """The prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
+
+        Args:
+            x_t: noisy images (B, ...).
+            t: times (B,).
+            cond: conditioning of the batch.
+            dx: the direction of the images, (B, ...).
+            dt: the direction of the times, (B,).
+
+        Raises:
+            NotImplementedError, RuntimeError: torch's own, for a network with an operation that has no forward
+                derivative, for example a fused attention kernel that was chosen by hand.
+        """
+        with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
+            return torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
+
+
+@contextlib.contextmanager
+def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Make ``network`` differentiable forward for a while: full precision, plain attention, contiguous norm inputs.
+
+    Torch's fused attention kernels have no forward derivative (pytorch#128971, #165530), and its group norm cannot
+    view the tangent of a transposed input, which diffusers' attention blocks give it.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    del module
+    return tuple(tensor.contiguous() for tensor in inputs)
+
+
+def at_scale(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], scale: float) -> Prediction:
+    """The prediction under users' guidance scale ``g = 1 + w``; 1 is no guidance, and one call.
+
+    Raises:
+        ValueError: if the network was trained without a null condition, and ``scale`` is not 1.
+    """
+    if scale == 1:
+        return denoiser(x_t, t, cond)
+    return guided(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
 
 
 def guided(

@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ from stepdistill.features import FeatureExtractor, load_features
 from stepdistill.frechet import Moments, ReferenceStatistics
 from stepdistill.pictures import to_uint8
 from stepdistill.randomness import derive_seed
+from stepdistill.sampling import bind, sample
+
+if TYPE_CHECKING:
+    from stepdistill.methods.base import Distiller
 
 METRICS = ("fd", "kd", "precision_recall", "density_coverage", "spread", "accuracy", "cmmd")
 ASSETS = Path(__file__).parent / "assets" / "fashion"
@@ -96,12 +100,35 @@ def sample_images(
     return Images(torch.cat(pixels), asked, rows[0] / count, statistics.median(seconds[1:] or seconds))
 
 
+@torch.no_grad()
+def student_images(
+    distiller: Distiller, count: int, *, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu"
+) -> Images:
+    """What the student of a running distillation samples: the images its export will give for the same seeds."""
+    family, sampler = distiller.family, distiller.sampler()
+    began, pixels, labels = time.perf_counter(), [], []
+    for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
+        generators = [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
+        cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
+
+        def fresh(x: Tensor, generators: list[torch.Generator] = generators) -> Tensor:
+            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+
+        noise = fresh(torch.empty(len(indices), *family.sample_shape, device=device))
+        x0 = sample(bind(distiller.result, cond), sampler, distiller.schedule.initial_noise(noise), fresh)
+        pixels.append(to_uint8(family.decode(x0.float())).cpu())
+        labels.append(cond.get("class_labels", torch.zeros(0)).cpu())
+    asked = torch.cat(labels) if family.num_classes else None
+    return Images(torch.cat(pixels), asked, sampler.steps, (time.perf_counter() - began) / count)
+
+
 def asked_labels(count: int, labels: Sequence[int]) -> Tensor:
     """Labels in turn, (count,)."""
     return torch.tensor(list(labels))[torch.arange(count) % len(labels)]
 
 
-def network_of(pipeline: Any) -> torch.nn.Module:
+def network_of(pipeline: Any) -> Any:
     """The denoising network of a pipeline."""
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
@@ -113,7 +140,7 @@ def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         del module
-        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        first = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         rows[0] += len(first)
 
     handle = network.register_forward_pre_hook(count, with_kwargs=True)

@@ -74,17 +74,26 @@ def frechet_distance(real: Moments, fake: Moments) -> float:
 
 
 def bootstrap_interval(
-    fake: Tensor, real: Moments, *, level: float = 0.95, resamples: int = 100, seed: int = 0
+    fake: Tensor,
+    real: Moments,
+    *,
+    labels: Tensor | None = None,
+    level: float = 0.95,
+    resamples: int = 100,
+    seed: int = 0,
 ) -> Interval:
     """Interval in which the Fréchet distance of ``len(fake)`` images falls at ``level``, the reference being given.
 
     Images are drawn with replacement ``resamples`` times (Efron 1979); a draw is a vector of counts, so each costs one
-    weighted covariance. Because a draw has fewer distinct images, its distance is biased upwards by about as much
-    as the distance itself: the interval is the spread of the draws about their own mean, put at the distance.
+    weighted covariance. A draw has fewer distinct images, which biases its distance upwards by as much again as N
+    images already do: the interval is therefore the spread of the draws about their own mean, put at the distance
+    and cut at 0. Where the distance is mostly that bias (a sample of the reference itself) it comes out too wide.
 
     Args:
         fake: (N, d) features.
         real: moments of the reference, which is not resampled: all rows of a table share it.
+        labels: (N,) int, if the number of images of each class was chosen rather than drawn: then images are drawn
+            within their class, as a new sample would be, and chance in the mix of classes does not widen the interval.
         level: in (0, 1).
         resamples: number of draws.
         seed: of the draws.
@@ -93,10 +102,11 @@ def bootstrap_interval(
     whole = Moments.of(x)
     root = _root(_at_least_two(real).cov)
     centred = x - whole.mean
+    strata = _strata(torch.zeros(len(x)) if labels is None else labels.cpu())
     generator = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(resamples):
-        drawn = torch.randint(len(x), (len(x),), generator=generator)
+        drawn = torch.cat([rows[torch.randint(len(rows), rows.shape, generator=generator)] for rows in strata])
         counts = torch.bincount(drawn, minlength=len(x)).to(x)
         shift = counts @ centred / len(x)
         cov = (centred.T @ (centred * counts[:, None]) - len(x) * torch.outer(shift, shift)) / (len(x) - 1)
@@ -105,7 +115,8 @@ def bootstrap_interval(
     spread = spread - spread.mean()
     tail = (1 - level) / 2
     distance = _frechet(real, whole, root)
-    return Interval(distance + spread.quantile(tail).item(), distance + spread.quantile(1 - tail).item(), level)
+    low, high = (distance + spread.quantile(q).item() for q in (tail, 1 - tail))
+    return Interval(max(low, 0.0), high, level)
 
 
 def _frechet(real: Moments, fake: Moments, real_root: Tensor) -> float:
@@ -116,6 +127,11 @@ def _frechet(real: Moments, fake: Moments, real_root: Tensor) -> float:
     cross = torch.linalg.eigvalsh(real_root @ fake_cov @ real_root).clamp(min=0).sqrt().sum()
     distance = (real.mean - fake_mean).square().sum() + real.cov.trace() + fake_cov.trace() - 2 * cross
     return max(distance.item(), 0.0)
+
+
+def _strata(labels: Tensor) -> list[Tensor]:
+    """Indices of the images of each class."""
+    return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 
 def _root(cov: Tensor) -> Tensor:

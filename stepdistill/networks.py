@@ -191,6 +191,8 @@ class AdapterBank(NetworkBank):
             self.blend(role, from_, keep=0.0)
 
     def _own(self, role: str) -> dict[str, Tensor]:
+        if role == TEACHER:
+            return {name: tensor for name, tensor in self.network.named_parameters() if "lora_" not in name}
         marker = f".{role}."
         return {name: tensor for name, tensor in self.network.named_parameters() if marker in name and "lora_" in name}
 

@@ -14,6 +14,7 @@ from stepdistill import config as configuration
 from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
 from stepdistill.data import DataConfig, open_data
+from stepdistill.evaluate import Judge, student_images
 from stepdistill.export import export_pipeline
 from stepdistill.families import load_teacher
 from stepdistill.families.base import Family, TeacherConfig
@@ -25,6 +26,7 @@ from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
     "data.num_workers", "teacher.path",
+    "eval.every", "eval.metrics", "eval.num_samples", "eval.features", "eval.reference",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
 
@@ -42,6 +44,22 @@ class BankConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The ``eval`` section: what is measured while training, on the role that will be exported, with fixed seeds."""
+
+    every: int = 0
+    """Training steps between two measurements; 0 is never."""
+    metrics: tuple[str, ...] = ("fd",)
+    num_samples: int = 1000
+    features: str = "embedded"
+    reference: str = "embedded"
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.num_samples < 2:
+            raise ValueError(f"wanted every >= 0 and num_samples >= 2; found {self.every} and {self.num_samples}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole configuration, every section resolved."""
 
@@ -52,6 +70,7 @@ class RunConfig:
     data: DataConfig
     optim: dict[str, OptimConfig]
     train: TrainConfig
+    eval: EvalConfig
 
     def as_sections(self) -> dict[str, Any]:
         """The configuration as it would be written in YAML."""
@@ -60,7 +79,7 @@ class RunConfig:
         return tree
 
 
-SECTIONS = ("teacher", "method", "bank", "data", "optim", "train")
+SECTIONS = ("teacher", "method", "bank", "data", "optim", "train", "eval")
 
 
 def resolve(mapping: Mapping[str, Any]) -> RunConfig:
@@ -71,7 +90,13 @@ def resolve(mapping: Mapping[str, Any]) -> RunConfig:
     """
     problems = [f"{name}: unknown section{nearest(str(name), SECTIONS)}" for name in mapping if name not in SECTIONS]
     resolved: dict[str, Any] = {}
-    sections = {"teacher": TeacherConfig, "bank": BankConfig, "data": DataConfig, "train": TrainConfig}
+    sections = {
+        "teacher": TeacherConfig,
+        "bank": BankConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "eval": EvalConfig,
+    }
     for name, cls in sections.items():
         problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
     problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
@@ -135,6 +160,7 @@ class Run:
         self.dataset = open_data(
             locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes
         )
+        self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         bank = make_bank(self.family, config.bank)
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
@@ -162,6 +188,8 @@ class Run:
             identity=self.identity,
             num_workers=self.config.data.num_workers,
             on_stage_end=self.export_stage,
+            measure=self.measure,
+            measure_every=self.config.eval.every,
         )
 
     def train(self) -> Path:
@@ -177,6 +205,13 @@ class Run:
                 self.export(self.folder / "pipeline")
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of the ``eval`` section, of the student as it is now."""
+        assert self.judge is not None
+        device = next(self.distiller.parameters()).device
+        images = student_images(self.distiller, self.config.eval.num_samples, device=device)
+        return self.judge.score(images, self.config.eval.metrics)
 
     def export_stage(self, distiller: Distiller, stage: Stage) -> None:
         """Export the student of every stage that has a sampler diffusers can express."""
@@ -268,10 +303,9 @@ def memory_plan(distiller: Distiller) -> str:
     """A table: parameters and bytes of weights, gradients and optimiser states by role."""
     rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "AdamW MB")]
     bank = distiller.bank
-    base = sum(p.numel() * p.element_size() for p in bank.network.parameters()) if isinstance(bank, AdapterBank) else 0
     total = 0.0
     for role in bank.roles:
-        params = bank.params(role) if role != "teacher" or not base else list(distiller.family.network.parameters())
+        params = bank.params(role)
         count = sum(p.numel() for p in params)
         weights = sum(p.numel() * p.element_size() for p in params) / 1e6
         trained = 4 * count / 1e6 if bank.trainable[role] else 0.0

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Denoiser, Prediction
-from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, expand
+from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
 
 Noise = Callable[[Tensor], Tensor]
 """Fresh unit Gaussian noise of the shape of its argument."""

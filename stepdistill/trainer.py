@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +32,13 @@ from stepdistill.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.data import Dataset, loader
+from stepdistill.evaluate import student_images
 from stepdistill.families.base import Batch
 from stepdistill.guard import FiniteGuard
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.pictures import save_grid
 from stepdistill.randomness import Draws, derive_seed
-from stepdistill.sampling import bind, sample
 
 logger = get_logger(__name__)
 
@@ -119,6 +119,8 @@ class Trainer:
         identity: what must not change between a run and its resumption, flat ``{"section.key": value}``.
         num_workers: processes that decode images.
         on_stage_end: called on the main process with the stage, for exports.
+        measure: called on the main process every ``measure_every`` steps; what it returns is logged.
+        measure_every: 0 is never.
     """
 
     def __init__(
@@ -131,7 +133,9 @@ class Trainer:
         optim: dict[str, OptimConfig],
         identity: dict[str, Any],
         num_workers: int = 0,
-        on_stage_end: Any = None,
+        on_stage_end: Callable[[Distiller, Stage], None] | None = None,
+        measure: Callable[[], dict[str, float]] = dict,
+        measure_every: int = 0,
     ) -> None:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -143,6 +147,8 @@ class Trainer:
         self.identity = identity
         self.num_workers = num_workers
         self.on_stage_end = on_stage_end
+        self.measure = measure
+        self.measure_every = measure_every
         self.folder = Path(config.output_dir)
         self.step = 0
         self.stop_requested = False
@@ -260,41 +266,43 @@ class Trainer:
             self._log(logs, stage, done, progress)
         if self.step % config.sample_every == 0 or finished:
             self._sample()
-        if self.step % config.save_every == 0 or finished or self.stop_requested:
+        if self.measure_every and (self.step % self.measure_every == 0 or finished):
+            self._measure(stage)
+        stop = self._stop_agreed()
+        if self.step % config.save_every == 0 or finished or stop:
             self._save(stage, done, index)
-        if self.stop_requested and not finished:
+        if stop and not finished:
             logger.warning(f"stopped on a signal after step {self.step}; the same command goes on from there")
             raise SystemExit(INTERRUPTED)
 
     def _log(self, logs: dict[str, Tensor], stage: Stage, done: int, progress: tqdm) -> None:
         values = {name: round(float(value), 6) for name, value in logs.items()}
         lrs = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        self.accelerator.log(values | lrs, step=self.step)
-        if not self.accelerator.is_main_process:
-            return
-        row = {"step": self.step, "stage": stage.name, "time": round(time.time(), 2)} | values | lrs
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write_row(stage, values | lrs)
         shown = {name.replace("/", " "): f"{value:.4g}" for name, value in values.items() if "grad_norm" not in name}
         progress.set_description(f"{stage.name} {done}/{stage.steps}")
         progress.set_postfix(shown)
+
+    def _write_row(self, stage: Stage, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.step)
+        if not self.accelerator.is_main_process:
+            return
+        row = {"step": self.step, "stage": stage.name, "time": round(time.time(), 2)} | values
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _measure(self, stage: Stage) -> None:
+        values = self.measure() if self.accelerator.is_main_process else {}
+        self._write_row(stage, {f"eval/{name}": value for name, value in values.items()})
+        self.accelerator.wait_for_everyone()
 
     def _sample(self, count: int = 32) -> None:
         """A grid of the result role's samples: fixed noise, fixed conditions."""
         if not self.accelerator.is_main_process:
             return
-        generator = torch.Generator().manual_seed(self.config.seed)
-        noise = torch.randn((count, *self.distiller.family.sample_shape), generator=generator).to(self.device)
-        cond = {k: v.to(self.device) for k, v in self.distiller.family.example_cond(range(count)).items()}
-        sampler = self.distiller.sampler()
-
-        def fresh(x: Tensor) -> Tensor:
-            return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-
-        with torch.no_grad(), self.accelerator.autocast():
-            x0 = sample(bind(self.distiller.result, cond), sampler, self.distiller.schedule.initial_noise(noise), fresh)
-            images = self.distiller.family.decode(x0.float())
-        save_grid(images, self.folder / "samples" / f"step-{self.step:06d}.png")
+        with self.accelerator.autocast():
+            images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
+        save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
 
     def _end_stage(self, stage: Stage) -> None:
         if self.on_stage_end is not None and self.accelerator.is_main_process:
@@ -306,6 +314,15 @@ class Trainer:
         disable = not self.accelerator.is_local_main_process
         with tqdm(total=sum(s.steps for s in stages), initial=self.step, disable=disable, dynamic_ncols=True) as bar:
             yield bar
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was asked to stop; several processes ask each other when they log."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_requested
+        if self.step % self.config.log_every:
+            return False
+        asked = torch.tensor(float(self.stop_requested), device=self.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum").item())
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -115,6 +115,21 @@ def test_bootstrap_interval_is_as_wide_as_fresh_samples_spread():
     assert width == pytest.approx(expected, rel=0.3)
 
 
+def test_bootstrap_within_classes_does_not_count_the_mix_as_chance():
+    labels = torch.arange(400) % 4
+
+    def sample(seed):
+        return normal(400, seed=seed) + 3.0 * labels[:, None]
+
+    reference = Moments.of(normal(40_000, seed=999, shift=0.3) + 3.0 * (torch.arange(40_000) % 4)[:, None])
+    fresh = torch.tensor([frechet_distance(reference, Moments.of(sample(s))) for s in range(200)])
+    expected = (fresh.quantile(0.975) - fresh.quantile(0.025)).item()
+    within = bootstrap_interval(sample(0), reference, labels=labels)
+    assert within.high - within.low == pytest.approx(expected, rel=0.4)
+    across = bootstrap_interval(sample(0), reference)
+    assert across.high - across.low > 2 * expected
+
+
 def test_bootstrap_draw_equals_the_repeated_images():
     fake, real = correlated(50), Moments.of(correlated(60, seed=9))
     drawn = torch.randint(50, (50,), generator=torch.Generator().manual_seed(3))
