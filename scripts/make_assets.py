@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from stepdistill.export import save_pipeline
 from stepdistill.features import load_features
 from stepdistill.metrics import Moments, ReferenceStatistics
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
@@ -46,7 +45,7 @@ def main() -> None:
     unet = UNet2DModel.from_pretrained(args.teacher / "unet").half()
     scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
     pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
-    save_pipeline(pipeline, args.output_dir / "teacher")
+    pipeline.save_pretrained(args.output_dir / "teacher")  # without its code, which the package has
 
     features = load_features(str(args.output_dir / "features"))
     moments = functools.reduce(Moments.merge, (Moments.of(features(batch)) for batch in images.split(1000)))
