@@ -20,7 +20,7 @@ from stepdistill.export import load_pipeline
 from stepdistill.families import load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.solvers import make_solver, steps_for
+from stepdistill.solvers import make_solver
 
 Row = dict[str, Any]
 
@@ -35,11 +35,13 @@ class BenchmarkConfig:
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines by the name their rows shall have."""
     solvers: tuple[str, ...] = ("DDIM", "DPM-Solver++ 2M", "UniPC", "Euler", "Heun")
-    calls: tuple[int, ...] = (1, 2, 4, 8)
-    """Network calls of the solvers' rows."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Steps of the solvers' rows; a guided step takes two network calls, a step of Heun two but for the last."""
     guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0)
-    """The grid from which teacher and solvers get their best."""
+    """The grid from which every solver gets its best, at the students' number of steps, not of calls."""
     teacher_steps: int = 50
+    teacher_guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0)
+    """The grid from which the teacher at many steps gets its best."""
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
     reference: str = "embedded"
@@ -64,15 +66,14 @@ class Benchmark:
         """All rows of the configuration, in the order of a table."""
         config = self.config
         self.add("real images", self.floor)
-        self.add(
-            f"teacher, {config.teacher_steps} steps",
-            functools.partial(self.solver, solver="DDIM", steps=config.teacher_steps),
+        teacher = functools.partial(
+            self.solver, solver="DDIM", steps=config.teacher_steps, scales=config.teacher_guidance_scales
         )
-        for calls in config.calls:
+        self.add(f"teacher, {config.teacher_steps} steps", teacher)
+        for steps in config.steps:
             for solver in config.solvers:
-                steps = steps_for(solver, calls)
-                if steps is not None:
-                    self.add(f"{solver}, {calls} calls", functools.partial(self.solver, solver=solver, steps=steps))
+                make = functools.partial(self.solver, solver=solver, steps=steps, scales=config.guidance_scales)
+                self.add(solver_row_name(solver, steps), make)
         for name, folder in config.students.items():
             self.add(name, functools.partial(self.student, folder=folder))
         return self.rows
@@ -94,10 +95,10 @@ class Benchmark:
         real: Images = read_images(path, self.config.num_samples)
         return {"name": name, "calls": 0, "seconds_per_image": 0.0, **self.judge.score(real, ("fd",))}
 
-    def solver(self, name: str, solver: str, steps: int) -> Row:
+    def solver(self, name: str, solver: str, steps: int, scales: Sequence[float]) -> Row:
         """A training-free solver of the teacher at its best guidance scale."""
         pipeline = self.solver_pipeline(solver)
-        scales = self.config.guidance_scales if self.family.num_classes else (1.0,)
+        scales = scales if self.family.num_classes else (1.0,)
         rows = [self._measure(name, pipeline, {"num_inference_steps": steps, "guidance_scale": g}) for g in scales]
         best = min(rows, key=lambda row: row[self.metric])
         return best | {"tried": {str(row["guidance_scale"]): row[self.metric] for row in rows}}
@@ -126,11 +127,16 @@ class Benchmark:
             return []
         result = json.loads(self.path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(describe_setting(self.judge, **to_dict(self.config))))
-        same = [key for key in now if key not in ("students", "calls", "solvers", "output")]
+        same = [key for key in now if key not in ("students", "steps", "solvers", "output")]
         changed = [key for key in same if result["setting"].get(key) != now[key]]
         if changed:
             raise ValueError(f"{self.path} was measured with another {changed[0]}; move it away or restore the setting")
         return list(result["rows"])
+
+
+def solver_row_name(solver: str, steps: int) -> str:
+    """``"UniPC, 4 steps"``."""
+    return f"{solver}, {steps} step{'s' if steps > 1 else ''}"
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -163,12 +169,12 @@ def plot(rows: Sequence[Mapping[str, Any]], metric: str, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        family, _, calls = row["name"].partition(", ")
-        if calls.endswith("calls"):
-            lines.setdefault(family, []).append((row["calls"], row[metric]))
-        elif row["calls"] == 0 or family == "teacher":
+        family, _, _ = row["name"].partition(", ")
+        if row["calls"] == 0 or family == "teacher":
             axis.axhline(row[metric], linestyle="--" if row["calls"] else ":", color="black", linewidth=1)
             axis.annotate(row["name"], (0.99, row[metric]), xycoords=("axes fraction", "data"), fontsize=8, ha="right")
+        elif "guidance_scale" in row:
+            lines.setdefault(family, []).append((row["calls"], row[metric]))
         else:
             axis.plot(row["calls"], row[metric], "*", markersize=13, label=row["name"])
     for family, points in lines.items():

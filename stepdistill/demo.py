@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.benchmark import Benchmark, BenchmarkConfig, Row, cell
+from stepdistill.benchmark import Benchmark, BenchmarkConfig, Row, cell, solver_row_name
 from stepdistill.config import build, read_config
 from stepdistill.evaluate import ASSETS, read_images, sample_images
 from stepdistill.export import load_pipeline
 from stepdistill.pictures import make_grid
 from stepdistill.run import Run, resolve
-from stepdistill.solvers import steps_for
 
 SHOWN = 20
 
@@ -60,9 +59,10 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     return picture
 
 
-def best_solver(rows: Sequence[Row], calls: int, metric: str) -> Row:
+def best_solver(rows: Sequence[Row], solvers: Sequence[str], steps: int, metric: str) -> Row:
     """The best training-free row of a number of steps."""
-    return min((row for row in rows if row["name"].endswith(f", {calls} calls")), key=lambda row: row[metric])
+    names = [solver_row_name(solver, steps) for solver in solvers]
+    return min((row for row in rows if row["name"] in names), key=lambda row: row[metric])
 
 
 def pictures(bench: Benchmark, rows: Sequence[Row], students: Mapping[str, Path]) -> dict[str, Tensor]:
@@ -84,9 +84,8 @@ def pictures(bench: Benchmark, rows: Sequence[Row], students: Mapping[str, Path]
     lines: list[tuple[Row, str | Path, int]] = [(teacher, "DDIM", bench.config.teacher_steps)]
     for name, folder in students.items():
         calls = int(by_name[name]["calls"])
-        row = best_solver(rows, calls, bench.metric)
-        solver = row["name"].rpartition(", ")[0]
-        lines.append((row, solver, steps_for(solver, calls) or calls))
+        row = best_solver(rows, bench.config.solvers, calls, bench.metric)
+        lines.append((row, row["name"].rpartition(", ")[0], calls))
         lines.append((by_name[name], folder, calls))
     for row, source, steps in lines:
         if isinstance(source, Path):

@@ -51,14 +51,3 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
             return HeunDiscreteScheduler.from_config(process, timestep_spacing="trailing")
         case _:
             raise ValueError(f"solver {name!r}: unknown{nearest(name, SOLVERS)}")
-
-
-def steps_for(name: str, calls: int) -> int | None:
-    """How many steps of a solver take ``calls`` network calls; None where no number does.
-
-    >>> steps_for("DDIM", 4), steps_for("Heun", 4), steps_for("Heun", 5)
-    (4, None, 3)
-    """
-    if name != "Heun":
-        return calls
-    return (calls + 1) // 2 if calls % 2 else None  # two calls a step, but one in the last
