@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -23,9 +23,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance_scale: guidance of a bare call; 1 is none.
         sigmas: noise levels of a bare call, for schedulers that take them (flow matching).
         noise_scale: standard deviation of the initial noise; None takes the scheduler's.
+        eta: share of fresh noise of a bare call, for schedulers whose step takes it; None takes the scheduler's.
+        condition_embedding: what embeds class, guidance weight and target time, for a UNet that takes the vector;
+            where it takes the weight, guidance costs one call a step and its scale must lie in the trained range.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "condition_embedding->unet"
+    _optional_components = ["condition_embedding"]
 
     def __init__(
         self,
@@ -36,15 +40,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         sigmas: list[float] | None = None,
         noise_scale: float | None = None,
+        eta: float | None = None,
+        condition_embedding: ModelMixin | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, condition_embedding=condition_embedding)
         self.register_to_config(
             null_class=null_class,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             sigmas=None if sigmas is None else list(sigmas),
             noise_scale=noise_scale,
+            eta=eta,
         )
 
     @torch.no_grad()
@@ -53,6 +60,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: list[int] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
         latents: torch.Tensor | None = None,
@@ -65,6 +73,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: one label an image, a list or a tensor; None for an unconditional network.
             num_inference_steps: network calls; by default as the student was trained.
             guidance_scale: 1 is no guidance; by default as the student was trained.
+            eta: share of fresh noise, for schedulers whose step takes it; by default as the student was trained.
             generator: a ``torch.Generator``, or one an image, which makes an image independent of its batch.
             batch_size: number of images, where there are no labels to count.
             latents: unit Gaussian initial noise (B, C, H, W) to use instead of drawing it.
@@ -73,16 +82,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._check_guidance(scale)
         labels = self._labels(class_labels, batch_size)
         count = (batch_size or 1) if labels is None else len(labels)
         x = self._initial_noise(count, generator, latents)
         self._set_timesteps(steps)
         x = x * (self.scheduler.init_noise_sigma if self.config.noise_scale is None else self.config.noise_scale)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        eta = self.config.eta if eta is None else eta
+        wanted = {"generator": generator, "eta": eta}
+        taken = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in wanted.items() if name in taken and value is not None}
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            x = self.scheduler.step(self._predict(scaled, t, labels, scale), t, x, **extra).prev_sample
+            output = self._predict(scaled, t, self._target(t, eta), labels, scale)
+            x = self.scheduler.step(output, t, x, **extra).prev_sample
         images = self._to_output((x / 2 + 0.5).clamp(0, 1), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -115,19 +128,48 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sigmas = trained if steps == len(trained) else torch.linspace(1, 1 / steps, steps).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self.device)
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, scale: float) -> torch.Tensor:
-        timestep = t.expand(len(x)).to(x.device)
-        if labels is None:
-            return self.unet(x, timestep).sample
-        if scale == 1:
-            return self.unet(x, timestep, class_labels=labels).sample
-        if self.config.null_class is None:
+    def _takes(self, name: str) -> bool:
+        return self.condition_embedding is not None and bool(self.condition_embedding.config[name])
+
+    def _check_guidance(self, scale: float) -> None:
+        if self._takes("w_range"):
+            low, high = (1 + w for w in self.condition_embedding.config.w_range)
+            if not low <= scale <= high:
+                raise ValueError(f"guidance_scale: found {scale}, but this student was trained for {low:g} to {high:g}")
+        elif scale != 1 and self.config.null_class is None:
             raise ValueError(f"guidance_scale: found {scale}, but this network knows no null class; wanted 1")
+
+    def _target(self, t: torch.Tensor, eta: float | None) -> torch.Tensor | None:
+        """The timestep that the step from ``t`` leads to, for networks that take it; clean data is -1, in TCD 0."""
+        if not self._takes("takes_s"):
+            return None
+        later = self.scheduler.timesteps[self.scheduler.timesteps < t]
+        if eta is None:
+            return later[0] if len(later) else torch.full_like(t, -1)
+        return torch.floor((1 - eta) * (later[0] if len(later) else torch.zeros_like(t)))
+
+    def _predict(
+        self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor | None, labels: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        if self._takes("w_range"):
+            return self._call(x, t, s, labels, torch.full((len(x),), scale - 1, device=x.device))
+        if labels is None or scale == 1:
+            return self._call(x, t, s, labels)
         both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
-        conditional, unconditional = self.unet(
-            x.repeat(2, 1, 1, 1), timestep.repeat(2), class_labels=both
-        ).sample.chunk(2)
+        conditional, unconditional = self._call(x.repeat(2, 1, 1, 1), t, s, both).chunk(2)
         return unconditional + scale * (conditional - unconditional)
+
+    def _call(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        w: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.condition_embedding is not None:
+            labels = self.condition_embedding(labels, w, None if s is None else s.expand(len(x)))
+        return self.unet(x, t.expand(len(x)).to(x.device), class_labels=labels).sample
 
     def _to_output(self, images: torch.Tensor, output_type: str) -> Any:
         if output_type == "pt":

@@ -70,12 +70,12 @@ class Benchmark:
             self.solver, solver="DDIM", steps=config.teacher_steps, scales=config.teacher_guidance_scales
         )
         self.add(f"teacher, {config.teacher_steps} steps", teacher)
+        for name, folder in config.students.items():
+            self.add(name, functools.partial(self.student, folder=folder))
         for steps in config.steps:
             for solver in config.solvers:
                 make = functools.partial(self.solver, solver=solver, steps=steps, scales=config.guidance_scales)
                 self.add(solver_row_name(solver, steps), make)
-        for name, folder in config.students.items():
-            self.add(name, functools.partial(self.student, folder=folder))
         return self.rows
 
     def add(self, name: str, make: Callable[[str], Row]) -> Row:
@@ -127,7 +127,7 @@ class Benchmark:
             return []
         result = json.loads(self.path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(describe_setting(self.judge, **to_dict(self.config))))
-        same = [key for key in now if key not in ("students", "steps", "solvers", "output")]
+        same = [key for key in now if key not in ("students", "steps", "solvers", "output", "batch_size")]
         changed = [key for key in same if result["setting"].get(key) != now[key]]
         if changed:
             raise ValueError(f"{self.path} was measured with another {changed[0]}; move it away or restore the setting")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.schedule import Karras, NoiseSchedule, expand
 
 if TYPE_CHECKING:
     from stepdistill.families.base import Family
@@ -111,13 +111,35 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, predict
             raise ValueError(f"prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-class Denoiser:
-    """The network that plays ``role`` in a bank, called through its family and its schedule."""
+def end_point(prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The consistency function's value (B, ...), its boundary exact, from what a network sees in ``x_t`` at ``t``.
 
-    def __init__(self, family: Family, bank: NetworkBank, role: str) -> None:
+    For EDM, ``c_out F`` is written through the network's clean image: ``(1 - sigma_min / sigma) (x_0 - c_skip x_t)``.
+    """
+    if not isinstance(schedule, Karras):
+        return torch.where(expand(t == 0, x_t) > 0, x_t, prediction.x0)
+    _, sigma = schedule(t)
+    skip, _, _ = edm_scalings(sigma, schedule.sigma_data)
+    shifted_skip, _, _ = edm_scalings(sigma - schedule.sigma_min, schedule.sigma_data)
+    rest = prediction.x0 - expand(skip, x_t) * x_t
+    return expand(shifted_skip, x_t) * x_t + expand(1 - schedule.sigma_min / sigma, x_t) * rest
+
+
+class Denoiser:
+    """The network that plays ``role`` in a bank, called through its family and its schedule.
+
+    Args:
+        family: how its networks are called.
+        bank: the networks.
+        role: which of them this is.
+        w: the guidance weight of a call that names none, for networks that take one.
+    """
+
+    def __init__(self, family: Family, bank: NetworkBank, role: str, *, w: float | None = None) -> None:
         self.family = family
         self.bank = bank
         self.role = role
+        self.w = w
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -128,6 +150,8 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
     ) -> Tensor:
         """The network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,)."""
+        if w is None and self.w is not None:
+            w = torch.full((len(x_t),), self.w, device=x_t.device)
         with self.bank.using(self.role) as network:
             return self.family.call(network, x_t, t, cond, w=w, s=s)
 
@@ -163,7 +187,8 @@ class Denoiser:
                 derivative, for example a fused attention kernel that was chosen by hand.
         """
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
-            return torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
+            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
+            return prediction, derivative
 
 
 @contextlib.contextmanager
@@ -186,17 +211,6 @@ def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     del module
     return tuple(tensor.contiguous() for tensor in inputs)
-
-
-def at_scale(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], scale: float) -> Prediction:
-    """The prediction under users' guidance scale ``g = 1 + w``; 1 is no guidance, and one call.
-
-    Raises:
-        ValueError: if the network was trained without a null condition, and ``scale`` is not 1.
-    """
-    if scale == 1:
-        return denoiser(x_t, t, cond)
-    return guided(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
 
 
 def guided(

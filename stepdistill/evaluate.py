@@ -220,8 +220,7 @@ class Judge:
         return metrics.reported_name(metric, self.features.name)
 
     def _fd(self, fake: Tensor, images: Images) -> dict[str, float]:
-        del images
-        interval = metrics.bootstrap_interval(fake, self.reference)
+        interval = metrics.bootstrap_interval(fake, self.reference, labels=images.labels)
         name = self._named("fd")
         distance = metrics.frechet_distance(self.reference, Moments.of(fake))
         return {name: distance, f"{name}_low": interval.low, f"{name}_high": interval.high}

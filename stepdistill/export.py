@@ -65,15 +65,25 @@ def export_pipeline(
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """``save_pretrained``, and for a pipeline of this package its file, so that diffusers finds the class."""
+    """``save_pretrained``, and the files of this package's classes in it, where diffusers looks for them."""
     pipeline.save_pretrained(folder, safe_serialization=True)
-    if not type(pipeline).__module__.startswith("stepdistill.pipelines"):
+    if not is_our_class(pipeline):
         return
     shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
     index = folder / "model_index.json"
     entries = json.loads(index.read_text())
     entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
+    for name, component in pipeline.components.items():
+        if is_our_class(component):
+            file = Path(inspect.getfile(type(component)))
+            shutil.copy(file, folder / name / file.name)
+            entries[name] = [file.stem, type(component).__name__]
     index.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def is_our_class(thing: object) -> bool:
+    """Whether the class of ``thing`` is one of ``stepdistill.pipelines``."""
+    return type(thing).__module__.startswith("stepdistill.pipelines")
 
 
 def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guid
 
 def call_arguments(pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
     """The keyword arguments that make a call of the pipeline sample as trained."""
-    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale}
+    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.call_options}
     return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}
 
 
@@ -123,8 +133,9 @@ def load_pipeline(path: str | Path, *, trust_remote_code: bool = False, **option
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     own = runs_own_code(folder)
-    if own and not trust_remote_code and not is_our_code(folder / CUSTOM_FILE):
-        raise ValueError(f"{folder}: brings its own code ({CUSTOM_FILE}); read it, then pass trust_remote_code=True")
+    if own and not trust_remote_code and not is_our_code(folder):
+        files = ", ".join(str(file.relative_to(folder)) for file in sorted(folder.rglob("*.py")))
+        raise ValueError(f"{folder}: brings its own code ({files}); read it, then pass trust_remote_code=True")
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -140,14 +151,12 @@ def runs_own_code(folder: Path) -> bool:
     return isinstance(index.get("_class_name"), list) or any(folder.rglob("*.py"))
 
 
-def is_our_code(file: Path) -> bool:
-    """Whether ``file`` is a copy of a file of ``stepdistill.pipelines``."""
+def is_our_code(folder: Path) -> bool:
+    """Whether every Python file in the directory is, byte for byte, one of ``stepdistill.pipelines``."""
     import stepdistill.pipelines
 
-    if not file.is_file() or len(list(file.parent.rglob("*.py"))) != 1:
-        return False
-    ours = Path(stepdistill.pipelines.__file__).parent.glob("*.py")
-    return any(file.read_bytes() == our.read_bytes() for our in ours)
+    ours = {file.read_bytes() for file in Path(stepdistill.pipelines.__file__).parent.glob("*.py")}
+    return (folder / CUSTOM_FILE).is_file() and all(file.read_bytes() in ours for file in folder.rglob("*.py"))
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:

@@ -1,11 +1,18 @@
-"""Stops a run at its first non-finite number, before anything has been stepped, without a host sync a step.
+"""Stops a run that has gone wrong: at once at a number that is not finite, and after a while where training diverges.
+
+:class:`FiniteGuard` acts before anything has been stepped, without a host sync a step.
 
 Every turn hands its scalars to :meth:`FiniteGuard.check`. The flag it returns stays on the device and is given to the
 fused optimiser, which skips its step while the flag is up; it never comes down. The host looks at the flag when it logs
 anyway, and then names step, turn and term.
+
+:class:`DivergenceGuard` reads the diagnostics that adversarial and distribution-matching methods log, and names which
+of the known ways to fail it sees: a run that goes on for hours as a collapsed one helps nobody.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -54,3 +61,49 @@ class FiniteGuard:
             f"step {step + 1}, turn {turn!r}: {term!r} is not finite; nothing was stepped. "
             "Lower optim.*.lr, or look at the batch and at train.precision; the last checkpoint is good."
         )
+
+
+class DivergenceError(ValueError):
+    """Training has failed in a way that has a name."""
+
+
+ADVICE = {
+    "the spread collapsed": "the student's images are almost all alike: raise the distillation or regression weight, "
+    "or lower optim.student.lr",
+    "the critic is saturated": "it tells every image right, so the student learns nothing from it: lower its learning "
+    "rate, raise r1, or give the student's turn more steps",
+}
+
+
+class DivergenceGuard:
+    """Looks at what is logged, and stops a run in which the same sign has stood for ``patience`` logs in a row."""
+
+    def __init__(self, patience: int = 50) -> None:
+        self.patience = patience
+        self.since: dict[str, list[int]] = {cause: [] for cause in ADVICE}
+
+    def check(self, step: int, values: Mapping[str, float]) -> None:
+        """Note the values logged at ``step``, by ``turn/name``; those of turns that did not move are missing.
+
+        Raises:
+            DivergenceError: naming the cause, since when it stands, and what helps.
+        """
+        for cause, standing in self.signs({name.rpartition("/")[2]: value for name, value in values.items()}).items():
+            steps = self.since[cause]
+            steps.append(step)
+            if not standing:
+                steps.clear()
+            if len(steps) >= self.patience:
+                raise DivergenceError(
+                    f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}. "
+                    "A checkpoint from before is good; the last ones are not."
+                )
+
+    def signs(self, values: Mapping[str, float]) -> dict[str, bool]:
+        """Which causes can be seen in the values, and whether they are."""
+        seen = {}
+        if "spread" in values:
+            seen["the spread collapsed"] = values["spread"] < 0.1
+        if {"accuracy_real", "accuracy_fake"} <= values.keys():
+            seen["the critic is saturated"] = min(values["accuracy_real"], values["accuracy_fake"]) > 0.995
+        return seen

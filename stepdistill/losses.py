@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Weighting = Literal["constant", "snr", "truncated_snr", "snr_plus_one"]
+Distance = Literal["l1", "l2", "huber"]
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
@@ -24,6 +25,18 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """``sqrt(||a - b||^2 + c^2) - c`` with the norm over all pixels: (B, ...) -> (B,). Song & Dhariwal 2023, Eq. 7."""
     return ((a.float() - b.float()).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+def distance(a: Tensor, b: Tensor, kind: Distance, c: float = 1e-3) -> Tensor:
+    """Mean over pixels of ``|d|``, ``d^2`` or ``sqrt(d^2 + c^2) - c`` with ``d = a - b``: (B, ...) -> (B,)."""
+    difference = (a.float() - b.float()).flatten(1)
+    match kind:
+        case "l1":
+            return difference.abs().mean(1)
+        case "l2":
+            return difference.square().mean(1)
+        case "huber":
+            return ((difference.square() + c**2).sqrt() - c).mean(1)
 
 
 def x0_weight(log_snr: Tensor, weighting: Weighting) -> Tensor:

@@ -46,7 +46,7 @@ class NetworkBank(nn.Module, abc.ABC):
         assert from_ in self.trainable, f"no role {from_!r} to fork from"
         self._add(role, from_)
         self.trainable[role] = trainable
-        for parameter in self._own(role).values():
+        for parameter in self.params(role):
             parameter.requires_grad_(trainable)
 
     def params(self, role: str) -> list[nn.Parameter]:
@@ -79,6 +79,10 @@ class NetworkBank(nn.Module, abc.ABC):
     def extract(self, role: str) -> nn.Module:
         """A stand-alone copy of the network playing ``role``, a plain diffusers model (adapters merged)."""
 
+    def _copy(self, network: nn.Module) -> nn.Module:
+        """A copy of one network: where it recomputes activations it holds this bank, which is not copied with it."""
+        return copy.deepcopy(network, {id(self): self})
+
     @abc.abstractmethod
     def _add(self, role: str, from_: str) -> None: ...
 
@@ -101,7 +105,7 @@ class CopyBank(NetworkBank):
         yield self.networks[role]
 
     def extract(self, role: str) -> nn.Module:
-        return copy.deepcopy(self.networks[role]).requires_grad_(True)
+        return without_checkpointing(self._copy(self.networks[role])).requires_grad_(True)
 
     def train(self, mode: bool = True) -> CopyBank:
         """Training mode for trainable roles only: no dropout in a target, mentor or teacher."""
@@ -111,7 +115,7 @@ class CopyBank(NetworkBank):
         return self
 
     def _add(self, role: str, from_: str) -> None:
-        self.networks[role] = copy.deepcopy(self.networks[from_])
+        self.networks[role] = self._copy(self.networks[from_])
 
     def _own(self, role: str) -> dict[str, Tensor]:
         network = self.networks[role]
@@ -154,7 +158,7 @@ class AdapterBank(NetworkBank):
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
     def extract(self, role: str) -> nn.Module:
-        network = copy.deepcopy(self.network)
+        network = without_checkpointing(self._copy(self.network))
         for name, module in list(network.named_modules()):
             if not hasattr(module, "get_base_layer"):
                 continue
@@ -179,6 +183,7 @@ class AdapterBank(NetworkBank):
         from peft import LoraConfig, inject_adapter_in_model
 
         frozen = {name: p.requires_grad for name, p in self.network.named_parameters()}
+        self.network.__dict__.pop("peft_config", None)  # PEFT's note of the last adapter, about which it would warn
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=self.targets, init_lora_weights=True)
         inject_adapter_in_model(config, self.network, adapter_name=role)
         self.__dict__.pop("_layers", None)
@@ -215,6 +220,15 @@ def enable_checkpointing(bank: NetworkBank) -> None:
         if not getattr(network, "_supports_gradient_checkpointing", False):
             raise ValueError(f"{type(network).__name__} does not support gradient checkpointing")
         network.enable_gradient_checkpointing(functools.partial(_checkpoint, bank))
+
+
+def without_checkpointing(network: nn.Module) -> nn.Module:
+    """The same network, keeping its activations, and so without the bank that :func:`enable_checkpointing` gave it."""
+    for module in network.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+            module._gradient_checkpointing_func = None  # type: ignore[assignment]
+    return network
 
 
 def _networks(bank: NetworkBank) -> list[Any]:

@@ -39,7 +39,8 @@ class Draws:
         self.world = world
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.host = torch.Generator().manual_seed(seed)  # its numbers cost no synchronisation with an accelerator
+        # numbers that cost no synchronisation with an accelerator; of another seed, or they would repeat the batch's
+        self.host = torch.Generator().manual_seed(derive_seed(seed, "host"))
 
     def _rows(self, of_all: Tensor) -> Tensor:
         return of_all[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
@@ -63,6 +64,10 @@ class Draws:
         """Uniform integers (B,) in {low, ..., high - 1}."""
         every = (self.world * self.batch_size,)
         return self._rows(torch.randint(low, high, every, generator=self.generator, device=self.device))
+
+    def rows_of(self, length: int) -> list[int]:
+        """Indices, one a sample, into a table of ``length`` rows; known to the host."""
+        return self._rows(torch.randint(length, (self.world * self.batch_size,), generator=self.host)).tolist()
 
     def shared_integer(self, low: int, high: int) -> int:
         """One integer in {low, ..., high - 1}, the same in every process."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stepdistill import config as configuration
+from stepdistill.backbones import refuse_judge
 from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
 from stepdistill.data import DataConfig, open_data
@@ -132,10 +133,17 @@ def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimCon
     ]
     resolved: dict[str, Any] = {}
     for turn in turns:
-        problems += _collect(resolved, turn, lambda turn=turn: build(OptimConfig, section.get(turn), f"optim.{turn}"))
+        problems += _collect(resolved, turn, lambda turn=turn: _build_turn(section, distiller, turn))
     if problems:
         raise ConfigError(problems)
     return resolved
+
+
+def _build_turn(section: Mapping[str, Any], distiller: type[Distiller], turn: str) -> OptimConfig:
+    given = section.get(turn) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError([f"optim.{turn}: expected a section of keys, found {given!r}"])
+    return build(OptimConfig, {**distiller.optim_defaults.get(turn, {}), **given}, f"optim.{turn}")
 
 
 class Run:
@@ -162,8 +170,11 @@ class Run:
         )
         self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
+        self.family.extend(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
+        if self.judge is not None:
+            refuse_judge(self.distiller.feature_hashes(), self.judge.features)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -239,8 +250,13 @@ class Run:
             "config_hash": configuration.fingerprint(self.config.as_sections()),
             **self.distiller.contract(),
         }
+        if self.judge is not None:
+            about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
         network = self.distiller.bank.extract(self.distiller.result_role).cpu()
-        export_pipeline(self.distiller.family, network, self.distiller.sampler(), folder, about=about)
+        scale = 1 + (self.distiller.result.w or 0.0)
+        export_pipeline(
+            self.distiller.family, network, self.distiller.sampler(), folder, about=about, guidance_scale=scale
+        )
         grids = sorted((self.folder / "samples").glob("step-*.png"))
         if grids:
             (folder / "samples.png").write_bytes(grids[-1].read_bytes())

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.checkpoint import (
     Checkpoint,
     latest_checkpoint,
+    load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
@@ -34,7 +35,7 @@ from stepdistill.checkpoint import (
 from stepdistill.data import Dataset, loader
 from stepdistill.evaluate import student_images
 from stepdistill.families.base import Batch
-from stepdistill.guard import FiniteGuard
+from stepdistill.guard import DivergenceGuard, FiniteGuard
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.pictures import save_grid
@@ -154,6 +155,7 @@ class Trainer:
         self.stop_requested = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.guard = FiniteGuard(self.device)
+        self.divergence = DivergenceGuard()
         if config.gradient_checkpointing:
             enable_checkpointing(distiller.bank)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
@@ -165,6 +167,7 @@ class Trainer:
         """Train to the end, from the newest checkpoint where there is one."""
         stages = self.distiller.stages(self.config.steps)
         first, done = self.restore()
+        self._truncate_log()
         batches = self._batches()
         with self._progress(stages) as progress, self._signals():
             for index, stage in enumerate(stages[first:], start=first):
@@ -185,6 +188,7 @@ class Trainer:
     def _step(self, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
         """One step: every turn that is due moves once; returns what to log, still on the device."""
         logs: dict[str, Tensor] = {}
+        self.distiller.done = step_in_stage
         for turn in self.distiller.turns.values():
             if turn.when(self.step):
                 logs |= self._move(turn, step_in_stage, batches)
@@ -226,11 +230,12 @@ class Trainer:
             parameter.requires_grad_(True)
 
     def _draws(self, turn: Turn, micro: int, size: int) -> Draws:
-        seed = derive_seed(self.config.seed, self.step, turn.name, micro)
-        torch.manual_seed(seed)  # dropout
-        return Draws(
-            seed, size, rank=self.accelerator.process_index, world=self.accelerator.num_processes, device=self.device
-        )
+        """A micro-batch of a process is a part of one large batch, whose numbers depend on no division into parts."""
+        parts = self.config.accumulation * self.accelerator.num_processes
+        part = micro * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(derive_seed(self.config.seed, self.step, turn.name, part))  # dropout
+        seed = derive_seed(self.config.seed, self.step, turn.name)
+        return Draws(seed, size, rank=part, world=parts, device=self.device)
 
     def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
         optim = self.optim[turn.name]
@@ -279,6 +284,7 @@ class Trainer:
         values = {name: round(float(value), 6) for name, value in logs.items()}
         lrs = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self._write_row(stage, values | lrs)
+        self.divergence.check(self.step, values)
         shown = {name.replace("/", " "): f"{value:.4g}" for name, value in values.items() if "grad_norm" not in name}
         progress.set_description(f"{stage.name} {done}/{stage.steps}")
         progress.set_postfix(shown)
@@ -358,10 +364,8 @@ class Trainer:
 
     def restore(self) -> tuple[int, int]:
         """Load the newest checkpoint, if any; returns the stage to go on with and its steps already done."""
-        self.accelerator.wait_for_everyone()
-        checkpoint = latest_checkpoint(self.folder)
+        checkpoint = self._newest_checkpoint()
         if checkpoint is None:
-            self._truncate_log(0)
             return 0, 0
         self._check_identity(checkpoint)
         index, done = checkpoint.state["stage"], checkpoint.state["done"]
@@ -371,9 +375,16 @@ class Trainer:
             self.optimizers[name] = self._make_optimizer(turn)
             restore_optimizer(self.optimizers[name], checkpoint.tensors(f"optimizer-{name}"))
         self.step = checkpoint.step
-        self._truncate_log(self.step)
         logger.info(f"resuming from {checkpoint.path} at step {self.step}")
         return index, done
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from; the main process chooses it, since that may set a corrupt one aside."""
+        checkpoint = latest_checkpoint(self.folder) if self.accelerator.is_main_process else None
+        if self.accelerator.num_processes == 1:
+            return checkpoint
+        (path,) = broadcast_object_list([checkpoint and str(checkpoint.path)])
+        return checkpoint if path is None or checkpoint is not None else load_checkpoint(path)
 
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -393,14 +404,13 @@ class Trainer:
                 "train.output_dir:\n  - " + "\n  - ".join(lines)
             )
 
-    def _truncate_log(self, step: int) -> None:
+    def _truncate_log(self) -> None:
         """Forget what was logged after the checkpoint: those steps are run again."""
         path = self.folder / "metrics.jsonl"
         if path.is_file() and self.accelerator.is_main_process:
-            rows = [
-                line for line in path.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] <= step
-            ]
-            path.write_text("".join(rows), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines(True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= self.step), encoding="utf-8")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -38,7 +38,7 @@ def test_vp_adds_noise_as_diffusers_at_every_timestep(process):
 def test_trained_betas_and_another_number_of_timesteps():
     betas = torch.linspace(1e-4, 0.2, 50).tolist()
     scheduler = DDPMScheduler(num_train_timesteps=50, trained_betas=betas)
-    alpha, _ = DiscreteVP.from_config(scheduler.config)(torch.arange(1, 51) / 50)
+    alpha, _ = DiscreteVP.from_config(scheduler.config)(torch.arange(1, 51).double() / 50)
     torch.testing.assert_close(alpha, scheduler.alphas_cumprod.double().sqrt(), atol=1e-12, rtol=0)
 
 

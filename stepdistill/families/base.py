@@ -62,6 +62,16 @@ class Batch:
         return self.images
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a student's network sees besides state, time and condition."""
+
+    w: tuple[float, float] | None = None
+    """The range of guidance weights ``w = guidance_scale - 1`` it is trained for; None where it takes none."""
+    s: bool = False
+    """Whether it takes the time that a step leads to."""
+
+
 class Family(abc.ABC):
     """One family of teachers, holding one opened teacher."""
 
@@ -82,6 +92,8 @@ class Family(abc.ABC):
     """(C, H, W) of what the network sees."""
     num_classes: int | None
     """How many classes a label may name, None for an unconditional teacher."""
+    inputs: Inputs = Inputs()
+    """What the network takes besides state, time and condition; see :meth:`extend`."""
 
     @classmethod
     @abc.abstractmethod
@@ -100,6 +112,20 @@ class Family(abc.ABC):
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
         return other
 
+    def extend(self, inputs: Inputs) -> None:
+        """Give the opened network further inputs, in place, before any role is forked from it.
+
+        The new branches end in zeros: whatever their inputs, the network still is the teacher, bit for bit. A
+        method asks for them in :meth:`stepdistill.methods.base.Distiller.extra_inputs`.
+
+        Raises:
+            ValueError: if networks of this family cannot take them.
+        """
+        if inputs != Inputs():
+            raise ValueError(
+                f"teacher.family: networks of {type(self).__name__} take no inputs beyond time and condition"
+            )
+
     @abc.abstractmethod
     def call(
         self,
@@ -111,7 +137,16 @@ class Family(abc.ABC):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        """The raw output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it."""
+        """The raw output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it.
+
+        Args:
+            network: a network of this family; extended if :meth:`extend` was called.
+            x_t: noisy images.
+            t: times in (0, 1].
+            cond: conditioning of the batch.
+            w: guidance weights (B,), 0 is no guidance; None leaves that branch out, as for the teacher.
+            s: target times (B,) in [0, t]; None leaves that branch out.
+        """
 
     @abc.abstractmethod
     def encode(self, raw: RawBatch) -> Batch:

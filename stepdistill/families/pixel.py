@@ -6,19 +6,30 @@ networks (a Karras schedule) are preconditioned here: they see ``c_in x_t`` and 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, LCMScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    LCMScheduler,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 
 from stepdistill.data import RawBatch
 from stepdistill.denoiser import Cond, edm_scalings
-from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
+from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, read_schedule
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
+from stepdistill.pipelines.condition_embedding import ConditionEmbedding
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import expand
 
@@ -41,6 +52,11 @@ class Pixel(Family):
         if size is None:
             raise ValueError("unet/config.json: sample_size is missing; wanted the height (and width) of the images")
         height, width = (size, size) if isinstance(size, int) else size
+        if network.config.class_embed_type is not None:
+            raise ValueError(
+                f"unet/config.json: class_embed_type {network.config.class_embed_type!r} is no teacher's (a student "
+                "with further inputs cannot be distilled again); wanted null: labels, or no condition"
+            )
         labels = network.config.num_class_embeds
         if null_class is not None and (labels is None or not 0 <= null_class < labels):
             raise ValueError(
@@ -100,12 +116,41 @@ class Pixel(Family):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
         if self.prediction_type == "edm":
             _, sigma = self.schedule(t)
             x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
         timestep = self.schedule.timestep(t).float()
-        return network(x_t.to(next(network.parameters()).dtype), timestep, class_labels=cond.get("class_labels")).sample
+        labels = cond.get("class_labels")
+        if self.inputs != Inputs():
+            embed = network.get_submodule("condition_embedding")
+            labels = embed(labels, w, None if s is None else self.schedule.timestep(s))
+        else:
+            assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        return network(x_t.to(next(network.parameters()).dtype), timestep, class_labels=labels).sample
+
+    def extend(self, inputs: Inputs) -> None:
+        """Move the label embedding into a :class:`ConditionEmbedding`, whose vector a stock ``UNet2DModel`` adds.
+
+        It is a child of the network, so that every role has its own (or its own adapters), and a component of its own
+        in an exported pipeline.
+        """
+        if inputs == Inputs():
+            return
+        network: Any = self.network
+        with torch.random.fork_rng([]):  # the same branches in every process and every resumed run
+            torch.manual_seed(0)
+            embedding = ConditionEmbedding(
+                network.time_embedding.linear_2.out_features,
+                num_class_embeds=network.config.num_class_embeds,
+                w_range=inputs.w and list(inputs.w),
+                takes_s=inputs.s,
+            )
+        if network.class_embedding is not None:
+            embedding.class_embedding = network.class_embedding
+        network.class_embedding = nn.Identity()
+        network.register_to_config(class_embed_type="identity")
+        network.condition_embedding = nn.Module.to(embedding, network.device, network.dtype)  # diffusers' own warns
+        self.inputs = inputs
 
     def encode(self, raw: RawBatch) -> Batch:
         size = len(raw.indices)
@@ -133,10 +178,13 @@ class Pixel(Family):
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> DiffusionPipeline:
         scheduler = sampler.scheduler(self.scheduler_config)
-        if self.num_classes is None and isinstance(scheduler, DDIMScheduler):
+        network, embedding = apart(network)
+        if embedding is None and self.num_classes is None and type(scheduler) is DDIMScheduler:
             return DDIMPipeline(network, scheduler)
-        if self.num_classes is None and isinstance(scheduler, LCMScheduler):
+        if embedding is None and self.num_classes is None and isinstance(scheduler, LCMScheduler):
             return DDPMPipeline(network, scheduler)
+        if embedding is None and isinstance(scheduler, CMStochasticIterativeScheduler):
+            return ConsistencyModelPipeline(network, scheduler)
         sigmas = None
         if self.prediction_type == "flow":
             sigmas = sampler.times[:-1].tolist()
@@ -148,4 +196,13 @@ class Pixel(Family):
             guidance_scale=guidance_scale,
             sigmas=sigmas,
             noise_scale=self.schedule.initial_noise(torch.ones(1)).item(),
+            eta=sampler.call_options.get("eta"),
+            condition_embedding=embedding,
         )
+
+
+def apart(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:
+    """A stock ``UNet2DModel`` of the same weights, and what embeds its further inputs, if it was extended."""
+    stock = copy.copy(network)
+    stock._modules = dict(network._modules)
+    return stock, stock._modules.pop("condition_embedding", None)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
-from stepdistill.families.base import Batch, Family
+from stepdistill.families.base import Batch, Family, Inputs
 from stepdistill.networks import NetworkBank
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
@@ -71,6 +71,8 @@ class Distiller(nn.Module, abc.ABC):
 
     Config: ClassVar[type]
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
+    optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """By turn, what the paper's optimiser has other than :class:`~stepdistill.trainer.OptimConfig`."""
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images, or on noise and conditions alone."""
 
@@ -81,6 +83,8 @@ class Distiller(nn.Module, abc.ABC):
         self.config = config
         self.schedule = family.schedule
         self.stage = Stage("train", 0)
+        self.done = 0
+        """Training steps of the stage that were made before the present one; the trainer keeps it, also on resuming."""
         self.teacher = Denoiser(family, bank, "teacher")
         bank.fork(STUDENT)
         self.student = Denoiser(family, bank, STUDENT)
@@ -89,11 +93,17 @@ class Distiller(nn.Module, abc.ABC):
         if ema:
             bank.fork(EMA, STUDENT, trainable=False)
         self.result_role = EMA if ema else STUDENT
-        self.result = Denoiser(self.student.family, bank, self.result_role)
+        self.result = Denoiser(self.student.family, bank, self.result_role, w=self.student.w)
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
+
+    @classmethod
+    def extra_inputs(cls, config: Any) -> Inputs:
+        """What the networks must take besides state, time and condition; added before any role is forked."""
+        del config
+        return Inputs()
 
     @abc.abstractmethod
     def build(self) -> Sequence[Turn]:
@@ -119,4 +129,8 @@ class Distiller(nn.Module, abc.ABC):
 
     def contract(self) -> dict[str, Any]:
         """What else a caller of the finished student must know: JSON values."""
+        return {}
+
+    def feature_hashes(self) -> dict[str, str]:
+        """The sha256 of every feature network that trains, by its configuration key: none of them may judge."""
         return {}

@@ -1,0 +1,34 @@
+"""Sample a teacher in pairs of noise and image: ``python scripts/make_pairs.py --config configs/pixel_dmd_pairs.yaml``.
+
+Pairs that are there already are kept: the same command again goes on where it was stopped.
+"""
+
+import argparse
+
+import torch
+from tqdm.auto import tqdm
+
+from stepdistill.config import ConfigError, build, read_config
+from stepdistill.families import load_teacher
+from stepdistill.families.base import TeacherConfig
+from stepdistill.pairs import PairsConfig, make_pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file with the sections teacher and pairs")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    args = parser.parse_args()
+    sections = read_config(args.config, args.overrides)
+    if unknown := sorted(sections.keys() - {"teacher", "pairs"}):
+        raise ConfigError([f"{name}: unknown section; wanted teacher and pairs" for name in unknown])
+    teacher = build(TeacherConfig, sections.get("teacher"), "teacher")
+    config = build(PairsConfig, sections.get("pairs"), "pairs")
+    family = load_teacher(teacher)
+    family.network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
+    with tqdm(total=config.count, desc="pairs") as bar:
+        print(make_pairs(family, config, lambda done: bar.update(done - bar.n)))
+
+
+if __name__ == "__main__":
+    main()

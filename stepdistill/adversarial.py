@@ -1,0 +1,224 @@
+r"""What adversarial methods share: what a student is shown, the critics it is trained against, and their turn.
+
+A critic here is a module with one entry, logits of clean images under their conditions. There are two:
+
+- :class:`CleanCritic` looks at clean images through a frozen feature network (ADD), under projections of the condition
+  and of the embedding of the image that was noised;
+- :class:`RenoisedCritic` noises images again and looks through the teacher itself (LADD, Sauer et al. 2024, arXiv
+  2403.12015): at high noise it judges structure, at low noise texture, and latents need no decoding.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from stepdistill.backbones import Backbone, open_backbone
+from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.discriminator import (
+    BlockFeatures,
+    Heads,
+    Logits,
+    approximate_r1,
+    condition_vector,
+    diff_augment,
+    r1_penalty,
+)
+from stepdistill.families.base import Family
+from stepdistill.randomness import Draws
+from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
+
+Conditioning = Literal["none", "condition", "both"]
+CLEAN = 0.02
+"""The time a teacher is told when it looks at clean images: below it, its features grow empty."""
+MIN_ALPHA = 0.01
+MIN_TIME = 1e-3
+TIME_WAVES = 4
+
+
+def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """``x_t`` (B, ...), and at t = 1 what a sampler starts from: pure noise, in which no data is left to leak."""
+    return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
+
+
+def check_first_step(family: Family) -> None:
+    """Raise ``ValueError`` for a noise-predicting teacher that cannot tell the clean image in pure noise."""
+    alpha_1, _ = family.schedule(torch.ones(1))
+    if family.prediction_type == "epsilon" and isinstance(family.schedule, DiscreteVP) and alpha_1.item() < MIN_ALPHA:
+        raise ValueError(
+            f"scheduler.prediction_type: 'epsilon' with alpha_T = {alpha_1.item():.2g} makes the clean image at pure "
+            f"noise a division by almost zero; wanted alpha_T of at least {MIN_ALPHA}, or a 'v_prediction' or 'sample' "
+            "teacher (progressive distillation makes one of yours)"
+        )
+
+
+def spread_ratio(fake: Tensor, real: Tensor) -> Tensor:
+    """How much images (B, ...) differ among a batch, against real ones: about 1; a fall to 0 is a mode collapse."""
+    spreads = [x.detach().float().flatten(1).var(0, unbiased=False).mean().sqrt() for x in (fake, real)]
+    return spreads[0] / spreads[1].clamp(min=1e-6)
+
+
+class Eyes(abc.ABC):
+    """What a critic sees of clean images; a plain object, so that no checkpoint holds its weights."""
+
+    shapes: Sequence[Sequence[int]]
+    """Shapes of the features, without the batch."""
+    num_embedded: int
+    """Length of an image's embedding."""
+
+    @abc.abstractmethod
+    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+        """Features of clean images (B, ...) of the network's space."""
+
+    @abc.abstractmethod
+    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
+        """One vector an image (B, num_embedded), without gradient."""
+
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of the feature network by its configuration key, unless it is the teacher."""
+        return {}
+
+
+class ImageEyes(Eyes):
+    """A feature network on decoded images, real and fake augmented alike."""
+
+    def __init__(self, family: Family, backbone: Backbone, *, augment: bool) -> None:
+        self.family = family
+        self.backbone = backbone
+        self.augment = augment
+        self.shapes, self.num_embedded = backbone.shapes, backbone.num_features
+
+    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+        del cond
+        images = self.family.decode(x0)
+        return self.backbone(diff_augment(images, draws) if self.augment else images)
+
+    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
+        del cond
+        return self.backbone.embed(self.family.decode(x0))
+
+    def hashes(self) -> dict[str, str]:
+        return {"method.features": self.backbone.sha256}
+
+
+class TeacherEyes(Eyes):
+    """The teacher's own blocks on clean images, as it would see them at a noise too small to see."""
+
+    def __init__(self, teacher: Denoiser) -> None:
+        self.blocks = BlockFeatures(teacher)
+        self.shapes = self.blocks.shapes()
+        self.num_embedded = self.shapes[-1][0]
+
+    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+        del draws
+        return self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
+
+    @torch.no_grad()
+    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
+        features = self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
+        return features[-1].float().flatten(2).mean(2)
+
+
+def open_eyes(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> Eyes:
+    """What ``method.features`` names: ``"teacher"``, or a feature network.
+
+    Raises:
+        ValueError: if it is a judge, or cannot see the teacher's images.
+    """
+    if features == "teacher":
+        return TeacherEyes(teacher)
+    device = next(family.network.parameters()).device
+    with torch.no_grad():
+        channels, height, width = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]
+    return ImageEyes(family, open_backbone(features, channels, (height, width)), augment=augment)
+
+
+class CleanCritic(nn.Module):
+    """Heads on what some eyes see in clean images.
+
+    Args:
+        family: says what conditions there are.
+        eyes: the frozen features.
+        conditioning: what is projected: nothing, the condition, or also the embedding of the image that was noised.
+    """
+
+    def __init__(self, family: Family, eyes: Eyes, conditioning: Conditioning) -> None:
+        super().__init__()
+        self.eyes = eyes
+        self.conditioning = conditioning
+        self.num_classes = family.num_classes
+        known = condition_vector(family.example_cond([0]), 1, family.num_classes).shape[1]
+        sizes = {"none": 0, "condition": known, "both": known + eyes.num_embedded}
+        self.heads = Heads(eyes.shapes, sizes[conditioning])
+
+    def condition(self, cond: Cond, x0: Tensor, t: Tensor) -> Tensor:
+        """What is projected (B, d), where the student was shown ``x0`` (B, ...) noised to times ``t`` (B,).
+
+        At t = 1 it was shown none of it, and the embedding is the zero vector, for real and fake alike.
+        """
+        if self.conditioning == "none":
+            return x0.new_zeros(len(x0), 0)
+        vector = condition_vector(cond, len(x0), self.num_classes).to(x0.device)
+        if self.conditioning == "condition":
+            return vector
+        embedded = normalize(self.eyes.embed(x0, cond), dim=1)
+        return torch.cat([vector, expand(t < 1, embedded) * embedded], 1)
+
+    def forward(self, x0: Tensor, cond: Cond, vector: Tensor, draws: Draws) -> Logits:
+        """Logits of clean images (B, ...); ``vector`` is of :meth:`condition`."""
+        return self.heads(self.eyes.see(x0, cond, draws), vector)
+
+    def r1(self, x0: Tensor, cond: Cond, vector: Tensor, draws: Draws) -> Tensor:
+        """:func:`~stepdistill.discriminator.r1_penalty` of the heads at real images."""
+        with torch.no_grad():
+            features = self.eyes.see(x0, cond, draws)
+        return r1_penalty(lambda leaves: self.heads(leaves, vector), features)
+
+
+class RenoisedCritic(nn.Module):
+    """Heads on what the teacher sees in images that were noised again.
+
+    Args:
+        teacher: whose blocks are watched, and whose schedule noises.
+        location: of the logit-normal noise levels, ``sigmoid(location + scale n)`` in a flow's time; larger is noisier.
+        scale: their spread.
+    """
+
+    def __init__(self, teacher: Denoiser, location: float, scale: float) -> None:
+        super().__init__()
+        self.blocks = BlockFeatures(teacher)
+        self.schedule = teacher.schedule
+        self.num_classes = teacher.family.num_classes
+        self.location, self.scale = location, scale
+        example = condition_vector(teacher.family.example_cond([0]), 1, self.num_classes)
+        self.heads = Heads(self.blocks.shapes(), example.shape[1] + TIME_WAVES)
+
+    def levels(self, draws: Draws) -> Tensor:
+        """Times (B,) of the schedule at which signal and noise are to each other as in a flow of logit-normal time."""
+        u = self.location + self.scale * draws.normal().double()
+        return self.schedule.inverse(-2 * u).clamp(MIN_TIME, 1.0)
+
+    def forward(self, x0: Tensor, t: Tensor, cond: Cond, draws: Draws) -> Logits:
+        """Logits of clean images (B, ...) noised to times (B,) with fresh noise."""
+        x_t = self.schedule.add_noise(x0, draws.normal_like(x0), t)
+        return self.heads(self.blocks(x_t, t, cond), self.condition(cond, t))
+
+    def r1(self, x0: Tensor, t: Tensor, cond: Cond, draws: Draws, distance: float) -> Tensor:
+        """:func:`~stepdistill.discriminator.approximate_r1` at real images, moved by Gaussian noise in image space."""
+        noise, nudge = draws.normal_like(x0), draws.normal_like(x0)
+        x_t, near = (self.schedule.add_noise(x, noise, t) for x in (x0, x0 + distance * nudge))
+        vector = self.condition(cond, t)
+        features, moved = self.blocks(x_t, t, cond), self.blocks(near, t, cond)
+        return approximate_r1(lambda seen: self.heads(seen, vector), features, moved, distance)
+
+    def condition(self, cond: Cond, t: Tensor) -> Tensor:
+        """The condition and the time (B, d)."""
+        vector = condition_vector(cond, len(t), self.num_classes).to(t.device)
+        waves = torch.stack([(k * math.pi * t).cos() for k in range(TIME_WAVES)], 1)
+        return torch.cat([vector, waves.to(vector.dtype)], 1)

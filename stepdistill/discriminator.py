@@ -1,0 +1,375 @@
+r"""Critics: small heads on frozen features, what they are trained on, and what a student learns from them.
+
+A critic tells real images from a student's. Heads of few parameters on the features of a frozen network do that better
+and far more stably than a network of their own (projected GANs; ADD, Sauer et al. 2023, arXiv 2311.17042). With
+logits ``D_k`` of the heads on features ``F_k`` of real and fake images, a critic descends
+
+.. math:: \sum_k \max(0, 1 - D_k(F_k(x))) + \max(0, 1 + D_k(F_k(\hat x))) + \gamma \|\nabla_{F_k} D_k\|^2
+
+(hinge, Eq. 2, with R1 on the features of real images) or ``softplus(-D(x)) + softplus(D(x'))``, and a student descends
+``-D(x')`` or ``softplus(-D(x'))``. Conditions enter by projection: the logit at a position is the inner product of
+the head's vector there and the projected condition ``c``, so it is 0 for ``c = 0``.
+
+Against the StyleGAN-T heads of ADD: weights are divided by their exact spectral norm instead of an estimate that moves
+with every forward, and positions are normalised within a sample instead of across a part of the batch. Both make a
+logit depend on the sample and the weights alone: the same in n processes as in one, and after resuming.
+
+Features are ``(B, C, N)`` (tokens) or ``(B, C, H, W)`` (maps); logits are ``(B, positions)`` a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample, layer_norm, normalize, one_hot, relu, softplus
+from torch.nn.utils.parametrize import register_parametrization
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.randomness import Draws
+from stepdistill.schedule import expand
+
+AdversarialLoss = Literal["hinge", "softplus"]
+Logits = list[Tensor]
+"""A tensor (B, positions) a head."""
+
+MAX_WIDTH = 256
+PROJECTION = 64
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def critic_loss(real: Logits, fake: Logits, kind: AdversarialLoss) -> Tensor:
+    """What a critic descends: the sum over heads of the mean over samples and positions.
+
+    Logits of 0 cost 2 a head (hinge) or 2 ln 2 (softplus).
+    """
+    if kind == "hinge":
+        return _sum([relu(1 - r).mean() + relu(1 + f).mean() for r, f in _pairs(real, fake)])
+    return _sum([softplus(-r).mean() + softplus(f).mean() for r, f in _pairs(real, fake)])
+
+
+def generator_loss(fake: Logits, kind: AdversarialLoss) -> Tensor:
+    """What a student descends: ``-D`` (hinge), or the non-saturating ``softplus(-D)``, summed over heads."""
+    return _sum([-f.float().mean() if kind == "hinge" else softplus(-f.float()).mean() for f in fake])
+
+
+def critic_metrics(real: Logits, fake: Logits) -> dict[str, Tensor]:
+    """How well a critic does: shares of real and of fake images it names right, in [0, 1], and its mean logits.
+
+    About 0.5 to 0.9 trains a student; 1 on both is a saturated critic, whose gradient says little.
+    """
+    r, f = (torch.cat(logits, 1).detach().float() for logits in (real, fake))
+    hits = {"accuracy_real": (r > 0).float().mean(), "accuracy_fake": (f < 0).float().mean()}
+    return hits | {"logit_real": r.mean(), "logit_fake": f.mean()}
+
+
+def r1_penalty(heads: Callable[[list[Tensor]], Logits], features: Sequence[Tensor]) -> Tensor:
+    """``||grad_F D(F)||^2`` summed over heads, the mean over samples: Mescheder et al. 2018 (1801.04406) on features.
+
+    ``D`` is the mean over positions; for ``D(F) = <w, F>`` the penalty is ``||w||^2``.
+    """
+    with torch.enable_grad():
+        leaves = [feature.detach().requires_grad_() for feature in features]
+        total = _sum([logits.float().mean(1).sum() for logits in heads(leaves)])
+        gradients = torch.autograd.grad(total, leaves, create_graph=True)
+        return _sum([gradient.float().square().flatten(1).sum(1).mean() for gradient in gradients])
+
+
+def approximate_r1(
+    heads: Callable[[list[Tensor]], Logits], features: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float
+) -> Tensor:
+    """``((D(F') - D(F)) / alpha)^2`` summed over heads, the mean over samples: R1 without a second derivative.
+
+    Args:
+        heads: the critic.
+        features: of real images.
+        perturbed: of the same images plus ``alpha`` times unit Gaussian noise (or those features plus as much): the
+            expectation over the noise then is R1's, up to ``alpha^2``.
+        alpha: how far.
+    """
+    before, after = heads(list(features)), heads(list(perturbed))
+    return _sum([((a.mean(1) - b.mean(1)) / alpha).square().mean() for a, b in _pairs(after, before)])
+
+
+def _pairs(real: Logits, fake: Logits) -> list[tuple[Tensor, Tensor]]:
+    return [(r.float(), f.float()) for r, f in zip(real, fake, strict=True)]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+# ------------------------------------------------------------------------------------------------- heads
+
+
+class SpectralNorm(nn.Module):
+    """A weight (out, ...) divided by its largest singular value (Miyato et al. 2018, arXiv 1802.05957), without state.
+
+    Seven squarings of the Gram matrix are 128 power iterations from the best start there is.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with spectral norm 1; its gradient is that of the quotient."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.float().flatten(1)
+            with torch.no_grad():
+                gram = matrix @ matrix.T
+                for _ in range(7):
+                    gram = gram / gram.trace().clamp(min=1e-30)
+                    gram = gram @ gram
+                u = normalize(gram.index_select(1, gram.diagonal().argmax().view(1)).squeeze(1), dim=0)
+                v = normalize(matrix.T @ u, dim=0)
+            return weight / (u @ matrix @ v).clamp(min=1e-12)
+
+
+class Head(nn.Module):
+    """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit a position.
+
+    Args:
+        shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3.
+        cond_size: length of the condition; 0 is an unconditional head.
+    """
+
+    def __init__(self, shape: Sequence[int], cond_size: int = 0) -> None:
+        super().__init__()
+        width = min(shape[0], MAX_WIDTH)
+        self.narrow = _block(shape, shape[0], width, kernel=1)
+        self.wide = _block(shape, width, width, kernel=9 if len(shape) == 2 else 3)
+        self.last = _convolution(shape, width, PROJECTION if cond_size else 1, kernel=1)
+        self.project = nn.Linear(cond_size, PROJECTION, bias=False) if cond_size else None
+
+    def forward(self, feature: Tensor, cond: Tensor) -> Tensor:
+        """Logits (B, positions) of features (B, *shape) under conditions (B, cond_size)."""
+        x = self.narrow(feature.float())
+        x = self.last((x + self.wide(x)) / math.sqrt(2)).flatten(2)
+        if self.project is None:
+            return x.squeeze(1)
+        return (x * self.project(cond.to(x.dtype)).unsqueeze(2)).sum(1) / math.sqrt(PROJECTION)
+
+
+def _block(shape: Sequence[int], before: int, after: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(_convolution(shape, before, after, kernel), nn.GroupNorm(1, after), nn.LeakyReLU(0.2))
+
+
+def _convolution(shape: Sequence[int], before: int, after: int, kernel: int) -> nn.Module:
+    convolution: Any
+    if len(shape) == 3:
+        convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2)
+    else:
+        kernel = kernel if shape[1] >= kernel else 1  # a circle shorter than the kernel would meet itself
+        convolution = nn.Conv1d(before, after, kernel, padding=kernel // 2, padding_mode="circular")
+    register_parametrization(convolution, "weight", SpectralNorm())
+    return convolution
+
+
+class Heads(nn.Module):
+    """A head a feature.
+
+    Args:
+        shapes: of the features, without the batch.
+        cond_size: length of the condition; 0 is an unconditional critic.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], cond_size: int = 0) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(shape, cond_size) for shape in shapes)
+        self.cond_size = cond_size
+
+    def forward(self, features: Sequence[Tensor], cond: Tensor) -> Logits:
+        """Logits (B, positions) a head, for features and conditions (B, cond_size)."""
+        return [head(feature, cond) for head, feature in zip(self.heads, features, strict=True)]
+
+
+class BottleneckHead(nn.Module):
+    """DMD2's head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1).
+
+    Convolutions of stride 2 down to four pixels, one over what is left, a linear layer. What the image is conditioned
+    on and how noisy it is, the features know already.
+
+    Args:
+        shape: (C, H, W) of the feature map, or (C, N) of tokens, which are averaged.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        channels, *size = shape if len(shape) == 3 else (shape[0], 1, 1)
+        layers: list[nn.Module] = []
+        while min(size) > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
+            size = [n // 2 for n in size]
+        layers += [nn.Conv2d(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Logits (B, 1) of a feature (B, *shape)."""
+        x = feature if feature.ndim == 4 else feature.mean(2)[:, :, None, None]
+        return self.body(x)
+
+
+def _norm_silu(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]
+
+
+# ------------------------------------------------------------------------------------------- conditions
+
+
+def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
+    """What a batch is conditioned on as vectors (B, D), D = 0 where on nothing.
+
+    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d) or (B, n, d)
+    its mean over n, normalised to mean 0 and variance 1.
+    """
+    parts = [torch.zeros(size, 0)]
+    for name, value in sorted(cond.items()):
+        if name == "class_labels" and num_classes is not None:
+            parts.append(one_hot(value, num_classes + 1)[:, :num_classes].float())
+        elif value.is_floating_point():
+            pooled = value.float().reshape(size, -1, value.shape[-1]).mean(1)
+            parts.append(layer_norm(pooled, pooled.shape[1:]))
+    return torch.cat([part.to(parts[-1].device) for part in parts], 1)
+
+
+def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
+    """Raise ``ValueError`` for a batch of one class that cannot be an accident; waits for the device.
+
+    A critic conditioned on classes would see one of them only, and a student of the others would learn from noise.
+    """
+    labels = cond.get("class_labels")
+    if labels is None or num_classes is None or num_classes ** (1 - len(labels)) > 1e-6:
+        return
+    if bool((labels == labels[0]).all()):
+        raise ValueError(
+            f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, but the teacher knows "
+            f"{num_classes} classes; a conditional critic needs them all: check the labels, or set "
+            "method.conditioning: none"
+        )
+
+
+# ------------------------------------------------------------------------------------- features of networks
+
+
+class _Seen(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not wanted
+    """The last feature has been seen."""
+
+
+def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -> list[Tensor]:
+    """What the sub-modules ``names`` of ``network`` return while ``call`` runs it, as far as the last of them.
+
+    The forward itself is nobody's copy: it is the network's own, watched by hooks and left when all is seen.
+
+    Args:
+        network: the network that ``call`` runs.
+        names: sub-modules, a list of blocks standing for each of its blocks; each runs once.
+        call: runs the network.
+
+    Returns:
+        A tensor (B, C, N) or (B, C, H, W) a module.
+    """
+    modules = block_modules(network, names)
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            del module, inputs
+            found[index] = as_map(output[0] if isinstance(output, tuple) else output)
+            if len(found) == len(modules):
+                raise _Seen
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(index)) for index, module in enumerate(modules)]
+    try:
+        call()
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(found) == len(modules), f"of {len(modules)} modules only {len(found)} ran"
+    return [found[index] for index in range(len(modules))]
+
+
+def block_modules(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The sub-modules of these names; a ``ModuleList`` stands for its members."""
+    modules = [network.get_submodule(name) for name in names]
+    return [m for module in modules for m in (module if isinstance(module, nn.ModuleList) else [module])]
+
+
+def as_map(output: Tensor) -> Tensor:
+    """A block's output (B, C), (B, N, C) or (B, C, H, W) with its channels second and at least one position."""
+    return {2: output[..., None], 3: output.transpose(1, -1), 4: output}[output.ndim]
+
+
+class BlockFeatures:
+    """A denoiser's own features, at noisy images: gradients pass through them to the image.
+
+    Args:
+        denoiser: the teacher (LADD), or a fake score (DMD2).
+        names: sub-modules; by default those that the family names.
+    """
+
+    def __init__(self, denoiser: Denoiser, names: Sequence[str] = ()) -> None:
+        self.denoiser = denoiser
+        self.names = tuple(names) or denoiser.family.feature_blocks
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
+        """Features of images (B, ...) at times (B,); only the part of the network below the last is run."""
+        with self.denoiser.bank.using(self.denoiser.role) as network:
+            return seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
+
+    @torch.no_grad()
+    def shapes(self) -> list[torch.Size]:
+        """The features' shapes, without the batch; runs the network once."""
+        family = self.denoiser.family
+        x = torch.zeros(1, *family.sample_shape)
+        return [feature.shape[1:] for feature in self(x, torch.full((1,), 0.5), family.example_cond([0]))]
+
+
+# ------------------------------------------------------------------------------------------ augmentation
+
+
+def diff_augment(images: Tensor, draws: Draws, *, translate: float = 0.125, cut: float = 0.2) -> Tensor:
+    """DiffAugment (Zhao et al. 2020, arXiv 2006.10738): colour, translation, cutout, through which gradients pass.
+
+    Args:
+        images: (B, C, H, W) in [0, 1]; the result may leave the range, as in the paper.
+        draws: what is drawn is independent for every image.
+        translate: largest shift, as a share of the side.
+        cut: side of the square that is cut out, as a share of the side.
+    """
+    return cutout(shift(colour(images, draws), draws, translate), draws, cut)
+
+
+def colour(images: Tensor, draws: Draws) -> Tensor:
+    """Brightness moved by up to 0.5, saturation by up to a factor of 2, contrast by up to 1.5."""
+    x = images + expand(draws.uniform(-0.5, 0.5), images)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * expand(draws.uniform(0, 2), x)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * expand(draws.uniform(0.5, 1.5), x)
+
+
+def shift(images: Tensor, draws: Draws, ratio: float) -> Tensor:
+    """Images moved by whole pixels, up to ``ratio`` of each side, zeros behind them."""
+    theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    for axis, side in enumerate((images.shape[3], images.shape[2])):
+        pixels = (draws.uniform(-1, 1) * (ratio * side + 0.5)).trunc()
+        theta[:, axis, 2] = (2 * pixels / side).float()
+    grid = affine_grid(theta, list(images.shape), align_corners=False)
+    return grid_sample(images.float(), grid, mode="nearest", align_corners=False)
+
+
+def cutout(images: Tensor, draws: Draws, ratio: float) -> Tensor:
+    """Images with a rectangle of ``ratio`` of each side set to zero, somewhere."""
+    inside = torch.ones(len(images), 1, *images.shape[2:], device=images.device, dtype=torch.bool)
+    for axis in (2, 3):
+        side = images.shape[axis]
+        centre = (draws.uniform() * side)[:, None]
+        near = (torch.arange(side, device=images.device) + 0.5 - centre).abs() < ratio * side / 2
+        inside = inside & near.reshape(len(images), 1, *([side, 1] if axis == 2 else [1, side]))
+    return images * ~inside

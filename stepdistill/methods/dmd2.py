@@ -1,0 +1,165 @@
+r"""Improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
+
+DMD (:mod:`stepdistill.methods.dmd`) without its pairs. Four changes:
+
+- *Two time scales*: the fake score moves several times for every move of the student, so that its score is true; this
+  is what regression was needed for (Section 4.2).
+- *A critic*: a head on the fake score's bottleneck tells real images from the student's, both noised,
+
+  .. math:: L_D = \mathrm{softplus}(-D(x_t)) + \mathrm{softplus}(D(\hat x_t)), \quad
+      L_G = \mathrm{softplus}(-D(\hat x_t)),
+
+  so that the student can become better than a teacher whose score is not perfect (Section 4.3).
+- *Several steps*, by re-noising the student's own clean image (Section 4.4).
+- *Backward simulation*: what the student is shown in training at a later step is the end of its own rollout from pure
+  noise, without gradient, as when it is used; never a noised real image (Section 4.5).
+
+Teacher, student, fake score and critic are one network and two adapters under the adapter bank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.adversarial import check_first_step, spread_ratio
+from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.discriminator import (
+    BlockFeatures,
+    BottleneckHead,
+    Logits,
+    check_classes,
+    critic_loss,
+    critic_metrics,
+    generator_loss,
+)
+from stepdistill.families.base import Batch, Family
+from stepdistill.matching import MATCHED, denoising_loss, gaps, levels, matching_gradient, matching_loss, resting
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.randomness import Draws
+from stepdistill.sampling import Renoise, Sampler, bind, rollout
+from stepdistill.trajectory import check_guidance, lead
+
+
+class DMD2(Distiller):
+    """A student of one or a few steps, a fake score that follows it closely, and a head on that."""
+
+    turn_names = ("student", "fake")
+    optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of improved distribution matching distillation."""
+
+        steps: int = 4
+        """Network calls of the finished student."""
+        guidance_scale: float = 1.0
+        """Guidance of the teacher whose distribution is matched; 1 is none."""
+        every: int = 5
+        """The student moves on every ``every``-th step; the paper has 5, and 10 for Stable Diffusion."""
+        turns: Literal["both", "alternate"] = "both"
+        """On the student's steps the fake score moves too (the paper's code), or rests (NVIDIA's FastGen)."""
+        gan_weight: float = 3e-3
+        """What the critic's word counts for in the student's loss; 0, and there is no critic."""
+        critic_weight: float = 1e-2
+        """What the critic's loss counts for beside the fake score's."""
+
+        def __post_init__(self) -> None:
+            if min(self.steps, self.every) < 1:
+                raise ValueError(f"wanted steps, every >= 1; found {self.steps}, {self.every}")
+            if self.turns == "alternate" and self.every == 1:
+                raise ValueError("turns: 'alternate' with every: 1 leaves the fake score no step; wanted every >= 2")
+            if not (self.gan_weight >= 0 and self.critic_weight > 0):
+                raise ValueError(
+                    f"wanted gan_weight >= 0, critic_weight > 0; found {self.gan_weight}, {self.critic_weight}"
+                )
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        check_first_step(family)
+        check_guidance(config.guidance_scale, family)
+        Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+
+    def build(self) -> Sequence[Turn]:
+        self.bank.fork("fake")
+        self.fake = Denoiser(self.family, self.bank, "fake")
+        params = self.bank.params("fake")
+        if self.config.gan_weight:
+            self.bottleneck = BlockFeatures(self.fake, self.family.feature_blocks[-1:])
+            self.head = BottleneckHead(self.bottleneck.shapes()[-1])
+            params = [*params, *self.head.parameters()]
+        return [
+            Turn("student", self.bank.params("student"), self.student_loss, self.student_moves),
+            Turn("fake", params, self.fake_loss, self.fake_moves),
+        ]
+
+    def student_moves(self, step: int) -> bool:
+        """The last step of every ``every``: the fake score goes first."""
+        return step % self.config.every == self.config.every - 1
+
+    def fake_moves(self, step: int) -> bool:
+        """Every step, unless the turns alternate."""
+        return self.config.turns == "both" or not self.student_moves(step)
+
+    def sampler(self) -> Sampler:
+        return Renoise(self.schedule, self.schedule.grid(self.config.steps))
+
+    # ------------------------------------------------------------------------------------------------- student
+
+    def student_input(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Backward simulation: states (B, ...) and times (B,) of the student's own rollout, at any of its steps."""
+        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal_like(batch.x0))
+        done = draws.shared_integer(0, sampler.steps)
+        with torch.no_grad():
+            x_t = rollout(bind(self.student, batch.cond), sampler, start, done, draws.normal_like)
+        return x_t, sampler.times[done].expand(batch.size).to(start.device)
+
+    def answer(self, batch: Batch, draws: Draws) -> Tensor:
+        """The student's clean images (B, ...)."""
+        return self.student(*self.student_input(batch, draws), batch.cond).x0
+
+    def student_loss(self, batch: Batch, draws: Draws) -> Losses:
+        x0 = self.answer(batch, draws)
+        t = levels(self.schedule, draws, *MATCHED)
+        real, fake = self.scores(x0.detach(), t, batch.cond, draws.normal_like(x0))
+        terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
+        if self.config.gan_weight:
+            with resting(self.fake):
+                (logits,) = self.critic([x0], batch.cond, draws)
+            terms["gan"] = self.config.gan_weight * generator_loss(logits, "softplus")
+        return Losses(terms, {**gaps(real, fake, t), "spread": spread_ratio(x0, batch.x0)})
+
+    @torch.no_grad()
+    def scores(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean images (B, ...) that the real and the fake score see in ``x0``, noised to times (B,)."""
+        x_t = self.schedule.add_noise(x0, noise, t)
+        with resting(self.fake):
+            fake = self.fake(x_t, t, cond).x0
+        return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t).x0, fake
+
+    # --------------------------------------------------------------------------------- fake score and critic
+
+    def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
+        with torch.no_grad():
+            x0 = self.answer(batch, draws)
+        t = levels(self.schedule, draws)
+        terms = {"denoising": denoising_loss(self.fake, x0, draws.normal_like(x0), t, batch.cond).mean()}
+        if not self.config.gan_weight:
+            return Losses(terms)
+        if self.done == 0:
+            check_classes(batch.cond, self.family.num_classes)
+        real, fake = self.critic([batch.x0, x0], batch.cond, draws)
+        terms["critic"] = self.config.critic_weight * critic_loss(real, fake, "softplus")
+        return Losses(terms, critic_metrics(real, fake))
+
+    def critic(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:
+        """The head's logits of each of several batches of clean images (B, ...), noised to times of their own."""
+        t = torch.cat([levels(self.schedule, draws) for _ in images])
+        noise = torch.cat([draws.normal_like(x0) for x0 in images])
+        x_t = self.schedule.add_noise(torch.cat(list(images)), noise, t)
+        (feature,) = self.bottleneck(x_t, t, {name: torch.cat([c] * len(images)) for name, c in cond.items()})
+        return [[part] for part in self.head(feature).chunk(len(images))]

@@ -1,0 +1,99 @@
+r"""Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548).
+
+A diffusion model is a consistency model whose neighbour is clean data: ``x_s = x_0``. Tuning starts there, from the
+teacher's weights, and moves the neighbour towards ``x_t``, with noise levels ``sigma`` (of t) and ``r`` (of s)
+
+.. math:: r = \max\left(0, \sigma \left(1 - q^{-(j + 1)} (1 + k\, \mathrm{sigmoid}(-b \sigma))\right)\right), \qquad
+    \ln \sigma \sim N(m, v^2),
+
+where the stage j counts up from 0. The student itself, without gradient, is the target, and a pseudo-Huber error counts
+for ``1 / (sigma - r)``. Noise levels are EDM's, ``sigma_t / alpha_t``, whatever the schedule; the teacher's clean image
+is used as it is, since ``r = 0`` is exact under every schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.families.base import Batch, Family
+from stepdistill.losses import pseudo_huber, weighted
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.randomness import Draws
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import expand
+from stepdistill.trajectory import check_intervals, consistency_sampler, noise_to_signal, same_dropout
+
+SAMPLING_GRID = 40
+"""Sampling times are every n-th of so many intervals; training knows no grid."""
+
+
+def neighbour(sigma: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """The noise level r that ``sigma`` is paired with, 0 <= r < sigma.
+
+    >>> [round(r, 4) for r in neighbour(torch.tensor([1.0, 10.0]), stage=0, q=2.0).tolist()]
+    [0.0, 4.9982]
+    """
+    return (sigma * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * sigma)))).clamp(min=0)
+
+
+class ECT(Distiller):
+    """A student tuned from denoising to consistency."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of easy consistency tuning."""
+
+        steps: int = 2
+        """Network calls of a sample."""
+        q: float = 2.0
+        """How much closer the neighbour comes from stage to stage."""
+        num_stages: int = 8
+        """Into how many equal parts the training steps are cut; q = 256 in one part is the short recipe."""
+        noise_mean: float = -1.1
+        """Mean m of ln sigma; larger favours few steps."""
+        noise_std: float = 2.0
+        """Standard deviation v of ln sigma."""
+        huber: float = 0.00054
+        """The pseudo-Huber constant, times the root of the number of pixels."""
+
+        def __post_init__(self) -> None:
+            if self.q <= 1:
+                raise ValueError(f"q: found {self.q}, wanted more than 1")
+            if self.num_stages < 1:
+                raise ValueError(f"num_stages: found {self.num_stages}, wanted at least 1")
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        check_intervals(family.schedule, config.steps, SAMPLING_GRID, "the sampling grid")
+        consistency_sampler(family.schedule, config.steps, SAMPLING_GRID).scheduler(family.scheduler_config)
+
+    def build(self) -> Sequence[Turn]:
+        return [Turn("student", self.bank.params("student"), self.loss)]
+
+    def sampler(self) -> Sampler:
+        return consistency_sampler(self.schedule, self.config.steps, SAMPLING_GRID)
+
+    @property
+    def closeness(self) -> int:
+        """The stage j of the present step."""
+        return self.done * self.config.num_stages // max(1, self.stage.steps)
+
+    def loss(self, batch: Batch, draws: Draws) -> Losses:
+        config = self.config
+        largest = noise_to_signal(self.schedule, torch.ones(1, dtype=torch.float64)).to(batch.x0.device)
+        sigma = (config.noise_mean + config.noise_std * draws.normal().double()).exp().minimum(largest)
+        r = neighbour(sigma, self.closeness, config.q)
+        t, s = (self.schedule.inverse(-2 * level.log()) for level in (sigma, r))
+        noise = draws.normal_like(batch.x0)
+        x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
+        with torch.no_grad(), same_dropout(x_s):
+            target = self.student(x_s, s, batch.cond).x0
+        target = torch.where(expand(r == 0, target) > 0, batch.x0, target)
+        error = pseudo_huber(self.student(x_t, t, batch.cond).x0, target, config.huber * math.sqrt(batch.x0[0].numel()))
+        return Losses({"loss": weighted(1 / (sigma - r), error)})

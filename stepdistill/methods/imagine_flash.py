@@ -1,0 +1,149 @@
+r"""Imagine Flash: backward distillation, shifted reconstruction, noise correction (Kohler et al. 2024, 2405.05224).
+
+*Backward distillation*: what the student is shown at a time t is never a noised image but the end of its own rollout
+from pure noise down to t, by the sampler it will be used with. Nothing of a real image leaks into training, and
+training and use see the same inputs.
+
+*Shifted reconstruction*: its clean image ``x`` is noised again, to ``gamma(t)``, and the guided teacher walks k DDIM
+steps down from there; where it arrives is the target,
+
+.. math:: \| \hat x_\Phi(f^k_\Phi(\alpha_\gamma x + \sigma_\gamma \epsilon)) - x \|^2, \qquad \gamma(t) = g\, t^p.
+
+Early steps are thus taught structure, late ones detail. The paper's gamma is not published; p = 1 shifts nothing, and
+g < 1 leaves the teacher something of ``x`` to reconstruct at t = 1, where the target else has nothing to do with it.
+
+*Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Networks that predict a velocity or the clean
+image at zero terminal SNR, and flows, say so of themselves; others go by :class:`~stepdistill.sampling.NoiseCorrected`.
+
+The critic, of which the paper's text tells little, is LADD's: heads on the teacher's features of re-noised images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.adversarial import RenoisedCritic, check_first_step, spread_ratio
+from stepdistill.denoiser import Cond
+from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
+from stepdistill.families.base import Batch, Family
+from stepdistill.losses import mean_square
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.randomness import Draws
+from stepdistill.sampling import DDIM, NoiseCorrected, Sampler, bind, ode_step, rollout
+from stepdistill.schedule import DiscreteVP
+from stepdistill.trajectory import check_guidance, lead
+
+
+class ImagineFlash(Distiller):
+    """A student that learns on its own rollouts, and a critic on its teacher's features."""
+
+    turn_names = ("student", "critic")
+    optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of Imagine Flash."""
+
+        steps: int = 3
+        """Network calls of the finished student, 1 to 3 in the paper."""
+        teacher_steps: int = 4
+        """k, the DDIM steps of the teacher to a target."""
+        guidance_scale: float = 1.0
+        """Guidance of the teacher, baked into the student; 1 is none."""
+        shift_power: float = 2.0
+        """p of gamma."""
+        shift_top: float = 0.95
+        """g of gamma, the noisiest time a teacher starts from."""
+        adversarial_weight: float = 0.1
+        """What a logit counts for against the squared error; 0 is no critic's word."""
+        adversarial: AdversarialLoss = "hinge"
+        location: float = 0.0
+        """Of the logit-normal noise levels at which the critic looks."""
+        scale: float = 1.0
+        """Of the logit-normal noise levels at which the critic looks."""
+
+        def __post_init__(self) -> None:
+            if min(self.steps, self.teacher_steps) < 1:
+                raise ValueError(f"wanted steps, teacher_steps >= 1; found {self.steps}, {self.teacher_steps}")
+            if not (0 < self.shift_top <= 1 and self.shift_power > 0):
+                raise ValueError(
+                    f"wanted 0 < shift_top <= 1 and shift_power > 0; found {self.shift_top}, {self.shift_power}"
+                )
+            if not (self.adversarial_weight >= 0 and self.scale > 0):
+                raise ValueError(
+                    f"wanted adversarial_weight >= 0, scale > 0; found {self.adversarial_weight}, {self.scale}"
+                )
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        check_first_step(family)
+        check_guidance(config.guidance_scale, family)
+        own_sampler(family, config.steps).scheduler(family.scheduler_config)
+
+    def build(self) -> Sequence[Turn]:
+        self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)
+        return [
+            Turn("student", self.bank.params("student"), self.student_loss),
+            Turn("critic", list(self.critic.parameters()), self.critic_loss),
+        ]
+
+    def sampler(self) -> Sampler:
+        return own_sampler(self.family, self.config.steps)
+
+    def answer(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Backward distillation: the student's clean images (B, ...) from its own rollout to times (B,)."""
+        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal_like(batch.x0))
+        done = draws.shared_integer(0, self.config.steps)
+        with torch.no_grad():
+            x_t = rollout(bind(self.student, batch.cond), sampler, start, done, draws.normal_like)
+        t = sampler.times[done].expand(batch.size).to(start.device)
+        return self.student(x_t, t, batch.cond).x0, t
+
+    def student_loss(self, batch: Batch, draws: Draws) -> Losses:
+        x0, t = self.answer(batch, draws)
+        with torch.no_grad():
+            target = self.target(x0.detach(), t, batch.cond, draws.normal_like(x0))
+        logits = self.critic(x0, self.critic.levels(draws), batch.cond, draws)
+        terms = {
+            "reconstruction": mean_square(x0, target).mean(),
+            "adversarial": self.config.adversarial_weight * generator_loss(logits, self.config.adversarial),
+        }
+        return Losses(terms, {"spread": spread_ratio(x0, batch.x0)})
+
+    def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
+        if self.done == 0:
+            check_classes(batch.cond, self.family.num_classes)
+        with torch.no_grad():
+            x0, _ = self.answer(batch, draws)
+        t = self.critic.levels(draws)
+        real, fake = self.critic(batch.x0, t, batch.cond, draws), self.critic(x0, t, batch.cond, draws)
+        return Losses({"loss": critic_loss(real, fake, self.config.adversarial)}, critic_metrics(real, fake))
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """Where the teacher starts that teaches the student at ``t``, (B,)."""
+        return self.config.shift_top * t**self.config.shift_power
+
+    def target(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> Tensor:
+        """The clean image (B, ...) that k steps of the teacher make of ``x0``, noised to ``gamma(t)``."""
+        teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
+        k, start = self.config.teacher_steps, self.gamma(t)
+        x = self.schedule.add_noise(x0, noise, start)
+        for i in range(k, 1, -1):
+            x = ode_step(teacher(x, start * i / k), self.schedule, start * (i - 1) / k)
+        return teacher(x, start / k).x0
+
+
+def own_sampler(family: Family, steps: int) -> Sampler:
+    """DDIM, noise-corrected at the first step where the network does not do so of itself.
+
+    The corrected sampler's own scheduler also takes numbers of steps that stock DDIM cannot, such as 3 of 1000.
+    """
+    schedule, grid = family.schedule, family.schedule.grid(steps)
+    knows = steps == 1 or family.prediction_type not in ("epsilon", "edm")
+    stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
+    return (DDIM if knows and stock else NoiseCorrected)(schedule, grid)

@@ -1,0 +1,116 @@
+r"""Latent adversarial diffusion distillation (Sauer et al. 2024, arXiv 2403.12015).
+
+The teacher is also the critic's eyes. Real images and a student's are noised again, to levels that are logit-normal,
+
+.. math:: \hat t = \mathrm{sigmoid}(m + s n), \qquad n \sim N(0, 1),
+
+in a flow's time (and at the same signal-to-noise ratio on other schedules), and heads on the teacher's own blocks tell
+them apart. Large ``m`` judges structure, small ``m`` texture. There is no other loss, no decoding, no second network:
+the images to learn from are best the teacher's own samples at a good guidance scale, whose condition they follow.
+
+What the paper leaves open and is chosen here: the hinge loss (SANA-Sprint, arXiv 2503.09641, which follows LADD), and
+R1, off by default and approximated by finite differences of the logits (as NVIDIA's FastGen does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.adversarial import RenoisedCritic, check_first_step, spread_ratio, student_input
+from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
+from stepdistill.families.base import Batch, Family
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.randomness import Draws
+from stepdistill.sampling import Renoise, Sampler
+
+
+class LADD(Distiller):
+    """A student, and heads on its teacher's features."""
+
+    turn_names = ("student", "critic")
+    optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of latent adversarial diffusion distillation."""
+
+        steps: int = 4
+        """Network calls of the finished student."""
+        first_share: float = 0.7
+        """How often the student is asked at pure noise; the rest is spread evenly over its other times."""
+        warmup: int = 500
+        """Training steps in which it is asked at the less noisy half of its times only, where there are several."""
+        location: float = 1.0
+        """``m`` of the noise levels at which the critic looks."""
+        scale: float = 1.0
+        """``s`` of the noise levels at which the critic looks."""
+        adversarial: AdversarialLoss = "hinge"
+        r1: float = 0.0
+        """Weight of the approximate R1; FastGen takes 0.1 to 1000."""
+        r1_distance: float = 0.1
+        """How far, in standard deviations of noise on a real image, R1's finite difference reaches."""
+        every: int = 1
+        """The student moves on every ``every``-th step, the critic on all."""
+
+        def __post_init__(self) -> None:
+            if min(self.steps, self.every) < 1:
+                raise ValueError(f"wanted steps, every >= 1; found {self.steps}, {self.every}")
+            if not 0 < self.first_share <= 1:
+                raise ValueError(f"first_share: found {self.first_share}, wanted 0 < first_share <= 1")
+            if not (self.scale > 0 and self.r1_distance > 0 and self.r1 >= 0):
+                raise ValueError("wanted scale, r1_distance > 0 and r1 >= 0")
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        check_first_step(family)
+        Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+
+    def build(self) -> Sequence[Turn]:
+        self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)
+        return [
+            Turn("student", self.bank.params("student"), self.student_loss, lambda step: step % self.config.every == 0),
+            Turn("critic", list(self.critic.parameters()), self.critic_loss),
+        ]
+
+    def sampler(self) -> Sampler:
+        return Renoise(self.schedule, self.schedule.grid(self.config.steps))
+
+    def shares(self) -> Tensor:
+        """How often each of the student's times is asked for, (steps,), at the present training step."""
+        steps = self.config.steps
+        if steps == 1:
+            return torch.ones(1, dtype=torch.float64)
+        shares = torch.full((steps,), (1 - self.config.first_share) / (steps - 1), dtype=torch.float64)
+        shares[0] = self.config.first_share
+        late = torch.arange(steps) >= steps // 2
+        return late / late.sum().double() if self.done < self.config.warmup else shares
+
+    def answer(self, batch: Batch, draws: Draws) -> Tensor:
+        """The student's clean images (B, ...)."""
+        edges = self.shares().cumsum(0).to(batch.x0.device)[:-1]
+        t = self.sampler().times.to(batch.x0.device)[torch.searchsorted(edges, draws.uniform(), right=True)]
+        x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
+        return self.student(x_t, t, batch.cond).x0
+
+    def student_loss(self, batch: Batch, draws: Draws) -> Losses:
+        x0 = self.answer(batch, draws)
+        logits = self.critic(x0, self.critic.levels(draws), batch.cond, draws)
+        loss = generator_loss(logits, self.config.adversarial)
+        return Losses({"loss": loss}, {"spread": spread_ratio(x0, batch.x0)})
+
+    def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
+        if self.done == 0:
+            check_classes(batch.cond, self.family.num_classes)
+        with torch.no_grad():
+            x0 = self.answer(batch, draws)
+        t = self.critic.levels(draws)
+        real, fake = self.critic(batch.x0, t, batch.cond, draws), self.critic(x0, t, batch.cond, draws)
+        terms = {"loss": critic_loss(real, fake, self.config.adversarial)}
+        if self.config.r1:
+            terms["r1"] = self.config.r1 * self.critic.r1(batch.x0, t, batch.cond, draws, self.config.r1_distance)
+        return Losses(terms, critic_metrics(real, fake))

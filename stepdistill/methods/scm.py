@@ -1,0 +1,234 @@
+r"""sCM: continuous-time consistency models (Lu & Song 2024, arXiv 2410.11081), for teachers of any schedule.
+
+A consistency model f maps every point of an ODE path to the path's end, so along the path it must not change. TrigFlow
+says it with an angle theta, ``x = cos(theta) x_0 + sin(theta) z`` with noise z of the data's standard deviation
+sigma_d, and a network F for the velocity ``sigma_d F = cos(theta) z - sin(theta) x_0``; then
+``f = cos(theta) x - sin(theta) sigma_d F``, and Algorithm 1 moves F against the tangent
+
+.. math:: g = -\cos^2\theta (\sigma_d F - \dot x)
+    - r (\cos\theta \sin\theta x + \sigma_d \dot F \cos\theta \sin\theta), \qquad r: 0 \to 1,
+
+which at r = 1 is ``cos(theta) df/dtheta``. The path's direction ``dx/dtheta`` comes from the teacher (sCD), or from the
+very data and noise that made x (sCT).
+
+**Any teacher, no change of architecture.** Schedules differ by a scale of the state only, and (x_0, eps) have none: a
+network of any schedule *is* a TrigFlow network, with ``theta = atan(sigma / (alpha sigma_d))`` and ``z = sigma_d eps``.
+So all of this happens in the teacher's own coordinates. The angle's derivative weighed by cos sin is the derivative by
+the log noise level ``nu = log(sigma / alpha)``, and with (x_0', eps') the student's derivatives by it along the path,
+
+.. math:: \cos\theta \sin\theta x + \sigma_d \dot F \cos\theta \sin\theta
+    = \cos\theta \sigma_d \epsilon' - \sin\theta x_0'.
+
+The finished student predicts x_0 as its teacher does, so what samples it is the same re-noising as every consistency
+model's; on a native TrigFlow schedule that is diffusers' ``SCMScheduler``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond, Denoiser, Prediction
+from stepdistill.families.base import Batch, Family
+from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
+from stepdistill.networks import CopyBank
+from stepdistill.randomness import Draws
+from stepdistill.sampling import Renoise, Sampler, ode_step
+from stepdistill.schedule import Karras, NoiseSchedule, Trig, expand
+from stepdistill.trajectory import check_guidance, lead
+
+NORM_FLOOR = 0.1
+"""The tangent is divided by its norm plus this (the paper's c)."""
+
+
+class Point(NamedTuple):
+    """Times (B,) of the teacher's schedule, and how TrigFlow sees them."""
+
+    t: Tensor
+    cos: Tensor
+    """Of the TrigFlow angle, (B, 1, ..., 1)."""
+    sin: Tensor
+
+
+class Scm(Distiller):
+    """One student and a weight that it learns for every time."""
+
+    optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of sCM."""
+
+        steps: int = 2
+        """Network calls of the finished student."""
+        path: Literal["teacher", "data"] = "teacher"
+        """Where the direction of the path comes from: distillation (sCD), or training on data alone (sCT)."""
+        sigma_data: float = 0.5
+        """The data's standard deviation; a teacher whose schedule has one of its own keeps that."""
+        log_sigma_mean: float = -1.0
+        """Mean of the log noise level ``log(sigma / alpha)`` that the student is trained at (P_mean)."""
+        log_sigma_std: float = 1.4
+        """Its standard deviation (P_std)."""
+        tangent: Literal["jvp", "difference"] = "jvp"
+        """The student's derivative: exact, by forward-mode differentiation, or by a difference of two calls."""
+        difference: float = 2e-3
+        """How far apart these two calls are, as an angle."""
+        warmup: int = 1000
+        """Training steps until the tangent counts in full (r = 1)."""
+        guidance_scale: float = 1.0
+        """Guidance baked into the student; 1 is none."""
+
+        def __post_init__(self) -> None:
+            for name in ("steps", "sigma_data", "log_sigma_std", "difference"):
+                if getattr(self, name) <= 0:
+                    raise ValueError(f"{name}: found {getattr(self, name)}, wanted a positive number")
+            if self.warmup < 0:
+                raise ValueError(f"warmup: found {self.warmup}, wanted 0 or more steps")
+            if self.path == "data" and self.guidance_scale != 1:
+                raise ValueError("guidance_scale: only a teacher can be guided; wanted 1, or path 'teacher'")
+
+    @classmethod
+    def check(cls, config: Any, family: Family) -> None:
+        check_guidance(config.guidance_scale, family)
+        alpha, _ = family.schedule(torch.ones(1))
+        if family.prediction_type == "epsilon" and alpha.item() < 0.01:
+            raise ValueError(
+                f"an epsilon-network at alpha = {alpha.item():.1e} cannot tell the clean image of pure noise, which is "
+                "where a student starts; wanted a teacher of another prediction type (progressive converts this one)"
+            )
+        make_sampler(family.schedule, config.steps).scheduler(family.scheduler_config)
+        if config.tangent == "jvp":
+            check_forward_mode(family)
+
+    def build(self) -> Sequence[Turn]:
+        knows = isinstance(self.schedule, (Karras, Trig))
+        self.sigma_data = self.schedule.sigma_data if knows else self.config.sigma_data
+        self.time_weight = TimeWeight()
+        return [Turn(STUDENT, [*self.bank.params(STUDENT), *self.time_weight.parameters()], self.loss)]
+
+    def sampler(self) -> Sampler:
+        return make_sampler(self.schedule, self.config.steps)
+
+    # --------------------------------------------------------------------------------------------------- loss
+
+    def loss(self, batch: Batch, draws: Draws) -> Losses:
+        point = self.draw_point(draws, batch.x0)
+        noise = draws.normal_like(batch.x0)
+        x_t = self.schedule.add_noise(batch.x0, noise, point.t)
+        with torch.no_grad():
+            path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
+            tangent = self.tangent(x_t, point, path, batch.cond)
+            norm = tangent.flatten(1).norm(dim=1)
+            # the root of the number of pixels only moves the learned weight: a pixel's error is then near 1
+            step = tangent / expand((norm + NORM_FLOOR) / math.sqrt(tangent[0].numel()), tangent)
+        velocity = self.velocity(self.student(x_t, point.t, batch.cond), point).float()
+        error = (velocity - velocity.detach() - step).square().flatten(1).mean(1)
+        log_weight = self.time_weight(point.t)
+        return Losses(
+            {"loss": (log_weight.exp() * error - log_weight).mean()},
+            {"tangent": norm.mean(), "error": error.detach().mean()},
+        )
+
+    def draw_point(self, draws: Draws, like: Tensor) -> Point:
+        """Log-normal noise levels: far from where nothing is to be learnt."""
+        normal = draws.normal().double()
+        log_sigma = self.config.log_sigma_mean + self.config.log_sigma_std * normal
+        return self.point(self.schedule.inverse(-2 * log_sigma).clamp(max=1), like)
+
+    def point(self, t: Tensor, like: Tensor) -> Point:
+        """Times (B,) of the teacher's schedule as TrigFlow's, coefficients for images ``like``."""
+        alpha, sigma = self.schedule(t)
+        radius = torch.hypot(alpha, sigma / self.sigma_data)
+        return Point(t, expand(alpha / radius, like), expand(sigma / self.sigma_data / radius, like))
+
+    def path(self, x_t: Tensor, t: Tensor, data: Prediction, cond: Cond) -> Prediction:
+        """The (x_0, eps) that the ODE's path through ``x_t`` heads for, float32 at least."""
+        if self.config.path == "data":
+            return data
+        x_0, eps = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t)
+        return Prediction(x_0.to(x_t.dtype), eps.to(x_t.dtype))
+
+    def velocity(self, prediction: Prediction, point: Point) -> Tensor:
+        """TrigFlow's F."""
+        return prediction.velocity(point.cos, point.sin / self.sigma_data)
+
+    def tangent(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
+        """The tangent g of Algorithm 1, before its normalisation."""
+        derive = self.derive if self.config.tangent == "jvp" else self.derive_by_difference
+        student, (d_x_0, d_eps) = derive(x_t, point, path, cond)
+        warmup = min(1.0, self.done / self.config.warmup) if self.config.warmup else 1.0
+        apart = self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
+        return -(point.cos**2) * apart - warmup * (point.cos * self.sigma_data * d_eps - point.sin * d_x_0)
+
+    def derive(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> tuple[Prediction, Prediction]:
+        """The student's prediction, and its derivative by the log noise level along the path."""
+        one = torch.ones_like(point.t)
+        (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(self.schedule, (point.t,), (one,))[:2]
+        dt = alpha * sigma / (d_sigma * alpha - d_alpha * sigma)  # dt / d log(sigma / alpha)
+        dx = path.to_state(expand(d_alpha * dt, x_t), expand(d_sigma * dt, x_t))
+        return self.student.jvp(x_t, point.t, cond, dx, dt)
+
+    def derive_by_difference(
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond
+    ) -> tuple[Prediction, Prediction]:
+        """The same from a second call a small angle down the path, in one batch with the first, in float32."""
+        trig = Trig(self.sigma_data)
+        theta = trig.inverse(self.schedule.log_snr(point.t))
+        theta_near = torch.maximum(theta - self.config.difference / (math.pi / 2), theta / 2)
+        t_near = self.schedule.inverse(trig.log_snr(theta_near))
+        both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
+        x_both = torch.cat([x_t, ode_step(path, self.schedule, t_near)])
+        with torch.autocast(x_t.device.type, enabled=False):
+            x_0, eps = self.student(x_both, torch.cat([point.t, t_near]), both)
+        (x_0, x_0_near), (eps, eps_near) = x_0.chunk(2), eps.chunk(2)
+        per_angle = point.cos * point.sin / expand((theta - theta_near) * (math.pi / 2), x_t)
+        return Prediction(x_0, eps), Prediction((x_0 - x_0_near) * per_angle, (eps - eps_near) * per_angle)
+
+
+class TimeWeight(nn.Module):
+    """The log weight w(t) of the loss: where the error is small, the weight grows until both balance."""
+
+    def __init__(self, waves: int = 16) -> None:
+        super().__init__()
+        self.linear = nn.Linear(waves, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Times (B,) -> log weights (B,), 0 at first."""
+        k = torch.arange(1, self.linear.in_features + 1, device=t.device)
+        with torch.autocast(t.device.type, enabled=False):
+            return self.linear((math.pi * k * t[:, None]).cos().to(self.linear.weight.dtype)).squeeze(1)
+
+
+def make_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
+    """Re-noising, on the schedule's grid, or for EDM on even angles: its rho-grid would spend a call on no noise."""
+    if not isinstance(schedule, Karras):
+        return Renoise(schedule, schedule.grid(steps))
+    trig = Trig(schedule.sigma_data)
+    top = trig.inverse(schedule.log_snr(torch.ones(1, dtype=torch.float64)))
+    between = schedule.inverse(trig.log_snr(top * trig.grid(steps)[1:-1]))
+    return Renoise(schedule, torch.cat([torch.ones(1), between, torch.zeros(1)]))
+
+
+def check_forward_mode(family: Family) -> None:
+    """Differentiate the teacher forward once, on one image.
+
+    Raises:
+        ValueError: if one of its operations cannot be, for example an attention kernel that was chosen by hand.
+    """
+    x, t = torch.zeros(1, *family.sample_shape), torch.full((1,), 0.5, dtype=torch.float64)
+    teacher = Denoiser(family, CopyBank(family.network), "teacher")
+    try:
+        teacher.jvp(x, t, family.example_cond([0]), x, t)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"method.tangent: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, but: "
+            f"{reason} Set tangent: difference, or give the network its default attention processor."
+        ) from error

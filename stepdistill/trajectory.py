@@ -1,0 +1,116 @@
+r"""What the consistency family shares: functions that are constant along a trajectory of the teacher.
+
+The probability-flow ODE carries ``x_t`` to one clean image. A *consistency function* names it from anywhere on the way,
+
+.. math:: f(x_t, t) = f(x_s, s), \qquad f(x, t_{end}) = x,
+
+and the second equation, the boundary, must hold by construction, or a constant would satisfy the first. Which end, and
+how the network's own clean image is bent to it:
+
+- variance preserving, flow, TrigFlow: the end is clean data, where ``sigma = 0`` and ``x_0 = x_t`` holds of itself;
+- EDM: the end is ``sigma_min``, and ``f = c_skip x_t + c_out F`` with the shifted scalings of Song et al. 2023
+  (arXiv 2303.01469, Appendix C), which is what diffusers' ``CMStochasticIterativeScheduler`` computes.
+
+Every member trains a student on a pair ``(x_t, x_s)`` of neighbours on one trajectory: made by a step of the (guided)
+teacher (CD, LCM, TCD), or by the same noise on the same image (CT, iCT, ECT), which agrees with it in expectation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Cond, Denoiser, end_point, guided
+from stepdistill.families.base import Family
+from stepdistill.sampling import ConsistencyKarras, Denoise, Renoise, Sampler, bind, ode_step
+from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, expand
+
+Solver = Literal["euler", "heun"]
+
+
+def consistency(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], w: Tensor | None = None
+) -> Tensor:
+    """``f(x_t, t)`` (B, ...) of the network in ``denoiser``'s role, for times (B,) not below the trajectory's end."""
+    return end_point(denoiser(x_t, t, cond, w=w), x_t, t, denoiser.schedule)
+
+
+def edges(schedule: NoiseSchedule, intervals: int) -> Tensor:
+    """``intervals + 1`` descending times from 1 to the end of the trajectory (``sigma_min`` for EDM, else 0)."""
+    return schedule.grid(intervals + 1)[:-1] if isinstance(schedule, Karras) else schedule.grid(intervals)
+
+
+def lead(family: Family, teacher: Denoiser, cond: Cond, w: Tensor | float) -> Denoise:
+    """The teacher under guidance weight ``w`` (0: none, and then half the cost), its conditioning bound."""
+    if not isinstance(w, Tensor) and w == 0:
+        return bind(teacher, cond)
+    null = family.null_cond(cond)
+    return lambda x_t, t: guided(teacher, x_t, t, cond, null, w)
+
+
+def solver_step(
+    denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule, solver: Solver = "euler"
+) -> Tensor:
+    """One step of the probability-flow ODE from times ``t`` to ``s``, both (B,).
+
+    ``heun`` is the trapezoidal rule of ``dx = x_0 dalpha + eps dsigma``, for EDM the step of Karras et al. 2022
+    (arXiv 2206.00364), Algorithm 1; as there, the step to clean data stays an Euler (DDIM) step.
+    """
+    here = denoise(x_t, t)
+    x_s = ode_step(here, schedule, s)
+    if solver == "euler":
+        return x_s
+    there = denoise(x_s, s)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([expand(c, x_t) for c in schedule(time)] for time in (t, s))
+    x_heun = x_t + (alpha_s - alpha_t) * (here.x0 + there.x0) / 2 + (sigma_s - sigma_t) * (here.eps + there.eps) / 2
+    return torch.where(expand(s == 0, x_t) > 0, x_s, x_heun)
+
+
+def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
+    """``steps + 1`` times of ``schedule.grid(intervals)``, as ``LCMScheduler`` and ``TCDScheduler`` choose them.
+
+    >>> from stepdistill.schedule import DiscreteVP
+    >>> vp = DiscreteVP((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
+    >>> vp.timestep(skip_grid(vp, 4, 50))[:-1].round().int().tolist()
+    [999, 759, 499, 259]
+    """
+    grid = schedule.grid(intervals)
+    return torch.cat([grid[[intervals * i // steps for i in range(steps)]], grid[-1:]])
+
+
+def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int) -> Sampler:
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1) at times out of ``intervals``."""
+    if isinstance(schedule, Karras):
+        return ConsistencyKarras(schedule, steps, points=intervals + 1)
+    return Renoise(schedule, skip_grid(schedule, steps, intervals))
+
+
+def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, name: str) -> None:
+    """Raise ``ValueError`` unless the trajectory can be cut into ``intervals`` and sampled in ``steps``."""
+    if not 1 <= steps <= intervals:
+        raise ValueError(f"method.steps: found {steps}, wanted 1 to {name} = {intervals}")
+    if isinstance(schedule, DiscreteVP) and intervals > schedule.num_timesteps:
+        raise ValueError(f"method.{name}: found {intervals}, but the teacher has {schedule.num_timesteps} timesteps")
+
+
+def check_guidance(guidance_scale: float, family: Family) -> None:
+    """Raise ``ValueError`` for a scale below 1, or any other than 1 where the teacher has no "none" condition."""
+    if guidance_scale < 1:
+        raise ValueError(f"method.guidance_scale: found {guidance_scale}, wanted at least 1 (1 is no guidance)")
+    if guidance_scale != 1:
+        family.null_cond(family.example_cond([0]))
+
+
+def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """EDM's noise level of any schedule, ``sigma_t / alpha_t`` (B,), float64; infinite where there is no signal."""
+    alpha_t, sigma_t = schedule(t)
+    return sigma_t / alpha_t
+
+
+def same_dropout(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """What runs inside drops the same units as what runs next outside: two passes that shall differ in time alone."""
+    return torch.random.fork_rng([x.device] if x.is_cuda else [])

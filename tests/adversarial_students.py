@@ -1,0 +1,62 @@
+"""Students of the 2-D mixture trained against a critic, and whether they cover its modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from oracles import CENTRES, Oracle, PointNet
+from torch import Tensor
+from training import batch_of, draw, make
+
+from stepdistill.families.base import Batch
+from stepdistill.methods.base import Distiller
+from stepdistill.randomness import Draws, derive_seed
+
+
+def taught_by(method: type[Distiller], oracle: Oracle, num_classes: int | None = None, **options: Any) -> Distiller:
+    """A distiller in float64 whose teacher is the oracle, in a network that has blocks for a critic to watch."""
+    network = PointNet(oracle.schedule, oracle, num_classes=num_classes or 0).double()
+    distiller = make(method, network, oracle, num_classes, **options)
+    return distiller.double()
+
+
+def train_adversarially(
+    method: type[Distiller], oracle: Oracle, moves: int, *, lr: float = 4e-3, size: int = 128, **options: Any
+) -> Distiller:
+    """A student of the oracle after ``moves`` of all turns, the student's learning rate falling to 0."""
+    distiller = make(method, PointNet(oracle.schedule, oracle), oracle, **options)
+    distiller.stage = distiller.stages(moves)[0]
+    optimizers = {
+        name: torch.optim.Adam(turn.params, lr=lr, betas=(0.0, 0.99)) for name, turn in distiller.turns.items()
+    }
+    trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
+    for step in range(moves):
+        distiller.done = step
+        batch = batch_of(oracle, size)
+        batch = Batch(batch.x0.float(), batch.cond, batch.size)
+        for name, turn in distiller.turns.items():
+            if not turn.when(step):
+                continue
+            own = {id(parameter) for parameter in turn.params}
+            for parameter in trained:
+                parameter.requires_grad_(id(parameter) in own)
+            loss = sum(distiller(name, batch, Draws(derive_seed(step, name), size)).terms.values())
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].param_groups[0]["lr"] = lr * (1 - step / moves)
+            optimizers[name].step()
+        distiller.after_step()
+    return distiller
+
+
+def mode_shares(distiller: Distiller, size: int) -> tuple[Tensor, float]:
+    """How the student's samples fall to the nearest centre (3,), and the share farther than 4 widths from it."""
+    distance = (draw(distiller, size).flatten(1)[:, None].double() - CENTRES).norm(dim=2)
+    nearest, mode = distance.min(1)
+    return mode.bincount(minlength=3) / size, (nearest > 0.8).double().mean().item()
+
+
+def mode_test(shares: Tensor, size: int) -> float:
+    """Chi-square of the modes' shares against thirds."""
+    return (size * (shares - 1 / 3).square() / (1 / 3)).sum().item()

@@ -1,0 +1,210 @@
+"""What the contract tests run over.
+
+Families and methods are discovered, so a new file in ``stepdistill/families`` or ``stepdistill/methods`` is tested the
+moment it exists. A table below needs a line only where the default does not do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from stepdistill.config import build
+from stepdistill.export import save_pipeline
+from stepdistill.families.base import Family
+from stepdistill.families.pixel import Pixel
+from stepdistill.methods import find_method
+from stepdistill.run import Run, resolve
+from stepdistill.sampling import DDIM, bind, sample
+from stepdistill.trainer import Trainer
+
+BANKS = ("copy", "adapter")
+STEPS = 4
+"""Training steps of a small run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a method is made small."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its ``method`` section; with two stages, if the method has stages."""
+    overfits: str | None = None
+    """The turn whose loss must fall on one batch (not every loss is a distance); by default the first."""
+
+
+CASES = {
+    "progressive": Case({"steps": 2, "start": 8}),
+    "tract": Case({"steps": 1, "start": 8, "via": [2]}),
+    "ect": Case({"num_stages": 2}),
+    "dmd": Case(overfits="fake"),
+    "dmd2": Case({"every": 2}, overfits="fake"),
+    "add": Case({"steps": 2}, overfits="critic"),
+    "ladd": Case({"warmup": 2}, overfits="critic"),
+    "imagine_flash": Case({"steps": 2, "teacher_steps": 2}, overfits="critic"),
+}
+
+
+def case(method: str) -> Case:
+    return CASES.get(method, Case())
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """The config as it lies in a file, which also names the class."""
+    return json.loads(scheduler.to_json_string())
+
+
+ZERO_SNR = DDIMScheduler(
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+)  # fmt: skip
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+PIXELS: dict[str, Callable[[], Pixel]] = {
+    "pixel": Pixel.tiny,
+    "pixel-epsilon": lambda: Pixel.tiny(prediction_type="epsilon"),
+    "pixel-sample": lambda: Pixel.tiny(prediction_type="sample"),
+    "pixel-zero-snr": lambda: Pixel.tiny(scheduler=scheduler_config(ZERO_SNR)),
+    "pixel-flow": lambda: Pixel.tiny(scheduler=scheduler_config(FLOW)),
+    "pixel-edm": lambda: Pixel.tiny(scheduler=scheduler_config(EDMEulerScheduler(sigma_max=20.0))),
+    "pixel-unconditional": lambda: Pixel.tiny(num_classes=None),
+}
+"""Pixel teachers of every kind. A method is tested on the first that it accepts."""
+
+
+def refusal(method: str, family: Family) -> str | None:
+    """Why a method refuses a teacher, None if it takes it."""
+    distiller = find_method(method)
+    try:
+        distiller.check(build(distiller.Config, case(method).options, "method"), family)
+    except ValueError as reason:
+        return str(reason)
+    return None
+
+
+def teacher_for(method: str) -> Family:
+    reasons = {}
+    for name, make in PIXELS.items():
+        reasons[name] = refusal(method, family := make())
+        if reasons[name] is None:
+            return family
+    raise AssertionError(f"{method} refuses every tiny teacher: {reasons}")
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def save_teacher(family: Family, folder: Path) -> Path:
+    """The teacher as a diffusers directory, its own scheduler config in it."""
+    one_step = DDIM(family.schedule, family.schedule.grid(1))
+    save_pipeline(family.pipeline(family.network, one_step, 1.0), folder)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(family.scheduler_config)))
+    return folder
+
+
+def save_images(family: Family, path: Path, count: int = 16) -> Path:
+    """Smooth random images of the teacher's size, each class equally often."""
+    channels, height, width = family.sample_shape
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 1, 1, channels)) + random.integers(-40, 40, (count, height, width, 1))
+    labels = {"labels": np.arange(count) % family.num_classes} if family.num_classes else {}
+    np.savez(path, images=images.clip(0, 255).astype(np.uint8), **labels)
+    return path
+
+
+def sections(folder: Path, family: Family, method: str, bank: str = "copy", **train: Any) -> dict[str, Any]:
+    """A whole configuration around a tiny teacher; teacher and data lie in ``folder``, the run in ``folder/run``."""
+    if not (folder / "teacher").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_teacher(family, folder / "teacher")
+        save_images(family, folder / "images.npz")
+    # an eps above the rounding of gradients: Adam would make steps of it where the true gradient is zero
+    optim = {turn: {"lr": 5e-3, "eps": 1e-4} for turn in find_method(method).turn_names}
+    return {
+        "teacher": {"path": str(folder / "teacher")},
+        "method": {"name": method, **case(method).options},
+        "bank": {"name": bank, "rank": 4},
+        "data": {"name": "images", "path": str(folder / "images.npz"), "batch_size": 4},
+        "optim": optim,
+        "train": {"steps": STEPS, "output_dir": str(folder / "run"), "log_every": 1, **train},
+    }
+
+
+def make_run(folder: Path, method: str, bank: str = "copy", **train: Any) -> Run:
+    return Run(resolve(sections(folder, teacher_for(method), method, bank, **train)))
+
+
+def make_trainer(run: Run) -> Trainer:
+    config = run.config
+    trainer = Trainer(
+        run.distiller, run.dataset, batch_size=config.data.batch_size, config=config.train, optim=config.optim,
+        identity=run.identity,
+    )  # fmt: skip
+    run.distiller.stage = run.distiller.stages(config.train.steps)[0]
+    trainer._begin_stage()
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Runs get a request to stop in the middle of ``step``, as SIGTERM would make it."""
+    original = Trainer._step
+
+    def ask(self: Trainer, *args: Any) -> dict[str, Tensor]:
+        self.stop_requested |= self.step + 1 == step
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", ask)
+        yield
+
+
+def train_until(run: Run, step: int) -> None:
+    with stopping_after(step), pytest.raises(SystemExit) as leaving:
+        run.train()
+    assert leaving.value.code == 143
+
+
+def checkpoint_bytes(folder: Path, step: int) -> dict[str, bytes]:
+    """Weights and optimisers of a checkpoint, to the bit."""
+    return {path.name: path.read_bytes() for path in (folder / f"checkpoint-{step}").glob("*.safetensors")}
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in run.distiller.state_dict().items()}
+
+
+@torch.no_grad()
+def reference_images(run: Run, count: int, seed: int) -> Tensor:
+    """What the trainer's sampler makes of the result, from the noise that a pipeline draws with this seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator)
+
+    family, distiller = run.distiller.family, run.distiller
+    start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
+    return family.decode(
+        sample(bind(distiller.result, family.example_cond(range(count))), distiller.sampler(), start, noise)
+    )
+
+
+def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:
+    """Images (B, C, H, W) of a pipeline for the family's example conditions."""
+    pipeline.set_progress_bar_config(disable=True)
+    cond = family.example_cond(range(count)) or {"batch_size": count}
+    images = pipeline(**cond, generator=torch.Generator().manual_seed(seed), output_type="np", **options).images
+    return torch.from_numpy(np.asarray(images)).movedim(-1, 1)

@@ -1,0 +1,176 @@
+"""Every family's miniature against diffusers: its noise, its predictions, its stock pipeline's calls, its files."""
+
+import pytest
+import torch
+from contracts.cases import PIXELS, pipeline_images, save_teacher
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+
+from stepdistill import load_pipeline
+from stepdistill.data import RawBatch
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.families import families, load_teacher
+from stepdistill.families.base import TeacherConfig
+from stepdistill.networks import CopyBank
+from stepdistill.sampling import DDIM, noise_process
+from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow
+
+MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
+LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images back
+
+
+@pytest.fixture(params=MINIATURES)
+def family(request):
+    return MINIATURES[request.param]()
+
+
+def states(family, count):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn((count, *family.sample_shape), generator=generator) for _ in range(2)]
+
+
+def denoiser_of(family):
+    return Denoiser(family, CopyBank(family.network), "teacher")
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def test_add_noise_is_the_schedulers_at_every_timestep(family):
+    schedule, total = family.schedule, 1000
+    index = torch.arange(total)
+    x0, noise = torch.randn(total, 1, 2, 2), torch.randn(total, 1, 2, 2)
+    if isinstance(schedule, DiscreteVP):
+        t = (index + 1) / schedule.num_timesteps
+        expected = DDIMScheduler(**noise_process(family.scheduler_config)).add_noise(x0, noise, index)
+    elif isinstance(schedule, RectifiedFlow):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
+        t = scheduler.sigmas[:total].double()
+        expected = scheduler.scale_noise(x0, scheduler.timesteps, noise)
+    else:
+        assert isinstance(schedule, Karras)
+        scheduler = edm_scheduler(schedule)
+        scheduler.set_timesteps(total)
+        t = schedule.time_of(scheduler.sigmas[:total])
+        expected = scheduler.add_noise(x0, noise, scheduler.timesteps)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t.double()), expected, atol=2e-5, rtol=1e-5)
+
+
+def edm_scheduler(schedule):
+    return EDMEulerScheduler(schedule.sigma_min, schedule.sigma_max, schedule.sigma_data)
+
+
+def original_sample(family, output, t, x_t):
+    """The scheduler's own reading of a network's output as a clean image."""
+    schedule = family.schedule
+    if isinstance(schedule, DiscreteVP):
+        scheduler = DDIMScheduler(**noise_process(family.scheduler_config), clip_sample=False)
+        scheduler.set_timesteps(schedule.num_timesteps)
+        return scheduler.step(output, round(schedule.timestep(t).item()), x_t).pred_original_sample
+    if isinstance(schedule, RectifiedFlow):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=[t.item()])  # a single step to sigma = 0 lands on the clean image
+        return scheduler.step(output, scheduler.timesteps[0], x_t).prev_sample
+    scheduler = edm_scheduler(schedule)
+    _, sigma = schedule(t)
+    return scheduler.precondition_outputs(x_t, output, sigma.float())
+
+
+@pytest.mark.parametrize("t", [1.0, 0.7, 0.25, 0.001])
+def test_the_prediction_is_the_schedulers_pred_original_sample(family, t):
+    x_t, _ = states(family, 2)
+    x_t = family.schedule.initial_noise(x_t)
+    t = torch.tensor(t, dtype=torch.float64)
+    denoiser, cond = denoiser_of(family), family.example_cond(range(2))
+    with torch.no_grad():
+        output = denoiser.raw(x_t, t.expand(2), cond)
+        prediction = denoiser(x_t, t.expand(2), cond)
+    expected = original_sample(family, output, t, x_t)
+    scale = expected.abs().max().clamp(min=1)  # an epsilon-prediction at t = 1 is divided by a small alpha
+    torch.testing.assert_close(prediction.x0 / scale, expected / scale, atol=1e-5, rtol=0)
+    again = family.schedule.add_noise(prediction.x0, prediction.eps, t.expand(2))
+    torch.testing.assert_close(again, x_t, atol=2e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- calls
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_our_call_is_the_pipelines_own(family, scale):
+    if scale != 1 and not can_be_guided(family):
+        pytest.skip("this teacher knows no null condition")
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    pipeline, seen = family.pipeline(family.network, sampler, scale), []
+    step = pipeline.scheduler.step
+
+    def spy(model_output, t, sample, *args, **kwargs):
+        seen.append((sample, step(model_output, t, sample, *args, **kwargs)))
+        return seen[-1][1]
+
+    pipeline.scheduler.step = spy
+    pipeline_images(pipeline, family, 3, seed=0, num_inference_steps=2)
+    denoiser, cond = denoiser_of(family), family.example_cond(range(3))
+    for i, (x_t, stepped) in enumerate(seen):
+        t, s = (sampler.times[j].expand(3) for j in (i, i + 1))
+        with torch.no_grad():
+            prediction = denoiser(x_t, t, cond) if scale == 1 else guide(denoiser, x_t, t, cond, scale)
+        ours, scale_of = sampler.step(prediction, t, s, torch.randn_like), stepped.prev_sample.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale_of, stepped.prev_sample / scale_of, atol=2e-5, rtol=0)
+    assert len(seen) == 2
+
+
+def can_be_guided(family):
+    try:
+        family.null_cond(family.example_cond(range(3)))
+    except ValueError:
+        return False
+    return True
+
+
+def guide(denoiser, x_t, t, cond, scale):
+    return guided(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    save_teacher(family, tmp_path / "teacher")
+    loaded = load_teacher(TeacherConfig(path=str(tmp_path / "teacher")))
+    assert type(loaded) is type(family)
+    assert (loaded.sample_shape, loaded.num_classes) == (family.sample_shape, family.num_classes)
+    assert loaded.prediction_type == family.prediction_type
+    before, after = (
+        pipeline_images(one.pipeline(one.network, sampler, 1.0), one, 2, seed=1, num_inference_steps=2)
+        for one in (family, loaded)
+    )
+    assert torch.equal(before, after)
+    assert before.std() > 0
+
+
+def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
+    pipeline = load_pipeline(save_teacher(family, tmp_path / "teacher"))
+    assert pipeline_images(pipeline, family, 2, seed=1, num_inference_steps=2).shape[0] == 2
+
+
+# ----------------------------------------------------------------------------------------- encode and decode
+
+
+def test_encode_and_decode(family):
+    images = torch.rand((3, *family.sample_shape)) * 2 - 1
+    labels = None if family.num_classes is None else torch.arange(3) % family.num_classes
+    batch = family.encode(RawBatch(images, labels, ("one", "two", "three"), (0, 1, 2)))
+    assert batch.size == 3 and batch.x0.shape[1:] == family.sample_shape
+    assert all(len(tensor) == 3 for tensor in batch.cond.values())
+    decoded = family.decode(batch.x0)
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    if type(family).__module__.rpartition(".")[2] in LOSSLESS:
+        torch.testing.assert_close(decoded, images / 2 + 0.5)
+
+
+def test_example_conditions_depend_on_the_index_alone(family):
+    every, some = family.example_cond(range(6)), family.example_cond([4, 1])
+    assert all(torch.equal(every[name][[4, 1]], some[name]) for name in every)
+    if can_be_guided(family):
+        null = family.null_cond(every)
+        assert {name: tensor.shape for name, tensor in null.items()} == {n: t.shape for n, t in every.items()}

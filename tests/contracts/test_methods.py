@@ -1,0 +1,177 @@
+"""Every method with both banks: what the trainer, the checkpoints and the export promise of it."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from contracts.cases import (
+    BANKS,
+    STEPS,
+    case,
+    checkpoint_bytes,
+    make_run,
+    make_trainer,
+    pipeline_images,
+    reference_images,
+    train_until,
+    weights,
+)
+from safetensors.torch import load_file
+
+from stepdistill import load_pipeline
+from stepdistill.methods import method_names
+from stepdistill.randomness import Draws
+from stepdistill.trainer import OptimConfig
+
+every_method = pytest.mark.parametrize(
+    ("method", "bank"), [(method, bank) for method in method_names() for bank in BANKS]
+)
+TESTS = Path(__file__).parents[1]
+
+
+def first_batch(trainer):
+    return next(trainer._batches())
+
+
+# -------------------------------------------------------------------------------------------------- turns
+
+
+@every_method
+def test_a_turn_touches_its_own_params_only(tmp_path, method, bank):
+    run = make_run(tmp_path, method, bank)
+    trainer = make_trainer(run)
+    batch = first_batch(trainer)
+    trainer._step(0, [batch])  # at the start a fake is the teacher, and half of an adapter is zero: nothing to learn
+    for turn in run.distiller.turns.values():
+        trainer._train_only(turn)
+        losses = run.distiller(turn.name, batch, trainer._draws(turn, 0, batch.size))
+        assert all(term.ndim == 0 and term.isfinite() for term in losses.terms.values())
+        sum(losses.terms.values()).backward()
+        own = {id(parameter) for parameter in turn.params}
+        touched = {id(p): p.grad for p in run.distiller.parameters() if p.grad is not None}
+        assert touched and touched.keys() <= own
+        assert all(grad.isfinite().all() for grad in touched.values())
+        assert any(grad.abs().max() > 0 for grad in touched.values())
+        before = weights(run)
+        trainer.optimizers[turn.name].step()
+        run.distiller.zero_grad(set_to_none=True)
+        places = {parameter.data_ptr() for parameter in turn.params}
+        ours = {name for name, tensor in run.distiller.state_dict().items() if tensor.data_ptr() in places}
+        after = weights(run)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and moved <= ours
+
+
+@every_method
+def test_one_batch_can_be_overfitted(tmp_path, method, bank):
+    """From the teacher's weights and with the same noise; a student is near its goal then, a critic is not."""
+    falls = (fall(make_run(tmp_path, method, bank), lr) for lr in (3e-3, 1e-3, 1e-2))
+    assert any(last < 0.7 * first for first, last in falls)
+
+
+def fall(run, lr, steps=20):
+    """The loss of a turn on one batch, before and after ``steps`` steps."""
+    trainer = make_trainer(run)
+    name = case(run.config.method_name).overfits or run.distiller.turn_names[0]
+    turn, batch = run.distiller.turns[name], first_batch(trainer)
+    with torch.no_grad():
+        terms = [f"{name}/{term}" for term in run.distiller(name, batch, Draws(1, batch.size)).terms]
+    run.distiller.stage = dataclasses.replace(run.distiller.stage, steps=steps)
+    trainer.optim[name] = OptimConfig(lr=lr, schedule="linear")
+    trainer.optimizers[name] = trainer._make_optimizer(turn)
+    trainer._draws = lambda turn, micro, size: Draws(1, size)
+    losses = []
+    for step in range(steps):
+        logs = trainer._move(turn, step, [batch])
+        losses.append(sum(float(logs[term]) for term in terms))
+    return losses[0], losses[-1]
+
+
+# ------------------------------------------------------------------------------------------- whole trainings
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The finished straight run of a method and bank (few steps over all its stages, accumulation 2, an average)."""
+    finished = {}
+
+    def train(method, bank):
+        if (method, bank) not in finished:
+            run = make_run(tmp_path_factory.mktemp(f"{method}-{bank}"), method, bank, accumulation=2, ema=0.9)
+            before = run.teacher_fingerprint, untouched(run), teacher_output(run)
+            run.train()
+            finished[method, bank] = run, before
+        return finished[method, bank]
+
+    return train
+
+
+def untouched(run):
+    """The teacher's own weights."""
+    named = run.family.network.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if "lora_" not in name}
+
+
+@torch.no_grad()
+def teacher_output(run):
+    x_t = torch.randn((3, *run.family.sample_shape), generator=torch.Generator().manual_seed(0))
+    return run.distiller.teacher.raw(x_t, torch.full((3,), 0.5), run.family.example_cond(range(3)))
+
+
+@every_method
+def test_the_teacher_never_changes(straight, method, bank):
+    run, (_, before, output) = straight(method, bank)
+    after = untouched(run)
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(teacher_output(run), output)
+
+
+@every_method
+def test_stopped_and_resumed_is_straight_through_bit_for_bit(tmp_path, straight, method, bank):
+    run, _ = straight(method, bank)
+    ends = torch.tensor([stage.steps for stage in run.distiller.stages(STEPS)]).cumsum(0).tolist()
+    for step in sorted({2, *ends} - {0, STEPS}):  # inside a stage, and at every boundary
+        train_until(make_run(tmp_path, method, bank, accumulation=2, ema=0.9), step)
+    make_run(tmp_path, method, bank, accumulation=2, ema=0.9).train()
+    expected = checkpoint_bytes(run.folder, STEPS)
+    assert "weights.safetensors" in expected
+    assert checkpoint_bytes(tmp_path / "run", STEPS) == expected
+
+
+@every_method
+def test_the_exported_pipeline_samples_like_the_trainer(straight, method, bank):
+    run, _ = straight(method, bank)
+    pipeline = load_pipeline(run.folder / "pipeline")
+    images = pipeline_images(pipeline, run.distiller.family, 5, seed=7)
+    assert (images - reference_images(run, 5, seed=7)).abs().max() < 1e-5
+    assert images.std() > 0.01
+
+
+# --------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Every method and bank trained by two gloo processes, in one launch; the folder of the runs."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "-m", "contracts.two_processes", str(folder)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+@every_method
+def test_two_processes_train_to_the_weights_of_one(straight, two_processes, method, bank):
+    run, _ = straight(method, bank)  # two micro-batches, as large a batch as the two processes have
+    one = load_file(run.folder / f"checkpoint-{STEPS}/weights.safetensors")
+    two = load_file(two_processes / f"{method}-{bank}/run/checkpoint-{STEPS}/weights.safetensors")
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

@@ -1,0 +1,40 @@
+"""Run by torchrun: every method and bank for a few steps; and a stop that only the second process was asked for."""
+
+import sys
+from pathlib import Path
+
+from contracts.cases import BANKS, make_run, stopping_after
+
+from stepdistill.methods import method_names
+
+
+def main(folder: Path) -> None:
+    import torch
+    from accelerate import PartialState
+
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    for method in method_names():
+        for bank in BANKS:
+            home = folder / f"{method}-{bank}"
+            with state.main_process_first():  # who comes first writes teacher and data
+                run = make_run(home, method, bank, ema=0.9)
+            if method == method_names()[0]:
+                stop_on_one(run, state.process_index)
+                run = make_run(home, method, bank, ema=0.9)
+            run.train()
+
+
+def stop_on_one(run, rank: int) -> None:
+    with stopping_after(2 if rank == 1 else -1):
+        try:
+            run.train()
+        except SystemExit as leaving:
+            assert leaving.code == 143
+            assert (run.folder / "checkpoint-2").is_dir()
+        else:
+            raise AssertionError("the other process did not stop")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,206 @@
+"""Configuration: read the way people mean it, and strict about everything else."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from stepdistill.config import (
+    ConfigError,
+    apply_overrides,
+    build,
+    fingerprint,
+    flatten,
+    nearest,
+    parse_yaml,
+    read_config,
+    to_dict,
+    to_yaml,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr: found {self.lr}, wanted a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    steps: int
+    name: str = "run"
+    precision: Literal["no", "bf16"] = "no"
+    flip: bool = False
+    folder: str | None = None
+    optim: dict[str, Optim] = dataclasses.field(default_factory=dict)
+    main: Optim = Optim()
+    extra: Any = None
+
+
+def problems(mapping) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build(Settings, mapping)
+    return caught.value.problems
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), ("1.", 1.0), (".5", 0.5), ("0.1", 0.1),
+        ("7", 7), ("-7", -7), ("0", 0),
+        ("no", "no"), ("yes", "yes"), ("on", "on"), ("off", "off"), ("n", "n"), ("Y", "Y"),
+        ("true", True), ("False", False), ("null", None), ("~", None),
+        ("1e", "1e"), ("e5", "e5"), ("1.2.3", "1.2.3"), ("bf16", "bf16"), ("'1e-4'", "1e-4"), ("-", "-"),
+        ("[1e-4, no]", [1e-4, "no"]),
+    ],
+)  # fmt: skip
+def test_values_are_what_people_mean(text, value):
+    if text == "-":
+        text = "'-'"
+    found = parse_yaml(text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["lr: 1\nlr: 2", "a: 1\nmain:\n  lr: 1\n  b: 2\n  lr: 3", "{lr: 1, lr: 1}"])
+def test_a_key_given_twice_is_an_error_with_its_line(text, tmp_path):
+    line = text.count("\n") + 1
+    with pytest.raises(ConfigError, match=f"line {line}: the key 'lr' is given twice"):
+        parse_yaml(text)
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml: line"):
+        read_config(path)
+
+
+def test_a_file_that_is_missing_malformed_or_no_mapping_is_named(tmp_path):
+    (tmp_path / "pixel.yaml").write_text("steps: 1")
+    with pytest.raises(ConfigError, match=r"pixle\.yaml: no such file; did you mean 'pixel\.yaml'"):
+        read_config(tmp_path / "pixle.yaml")
+    (tmp_path / "bad.yaml").write_text("steps: [1,")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML: .*line"):
+        read_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match=r"list\.yaml: expected sections of keys, found list"):
+        read_config(tmp_path / "list.yaml")
+
+
+def test_an_empty_file_is_an_empty_configuration(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert read_config(tmp_path / "empty.yaml", ["steps=3"]) == {"steps": 3}
+
+
+def test_yaml_cannot_build_objects():
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        parse_yaml("!!python/object/apply:os.system [true]")
+
+
+def test_overrides_set_values_deep_down_and_leave_the_original_alone():
+    original = {"main": {"lr": 1.0}, "steps": 1}
+    found = apply_overrides(original, ["main.lr=1e-3", "optim.student.lr=2", "name=no", "folder=a=b", "steps=4"])
+    assert found == {
+        "main": {"lr": 1e-3}, "optim": {"student": {"lr": 2}}, "name": "no", "folder": "a=b", "steps": 4,
+    }  # fmt: skip
+    assert original == {"main": {"lr": 1.0}, "steps": 1}
+
+
+@pytest.mark.parametrize(("override", "message"), [("steps", r"section\.key=value"), ("steps.a=1", "not a section")])
+def test_a_wrong_override_is_named(override, message):
+    with pytest.raises(ConfigError, match=f"override '{override}'.*{message}"):
+        apply_overrides({"steps": 1}, [override])
+
+
+# --------------------------------------------------------------------------------------------- building
+
+
+def test_a_configuration_is_built_recursively():
+    found = build(
+        Settings, {"steps": 3, "optim": {"fake": {"lr": 1, "betas": [0, 0.99], "clip": 2}}, "main": {"lr": 1e-3}}
+    )
+    assert found == Settings(steps=3, optim={"fake": Optim(lr=1.0, betas=(0.0, 0.99), clip=2.0)}, main=Optim(lr=1e-3))
+    assert type(found.optim["fake"].lr) is float
+    assert build(Settings, {"steps": 3, "folder": None, "main": {}}) == Settings(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "problem"),
+    [
+        ({"steps": 1.5}, "steps: expected whole number, found 1.5"),
+        ({"steps": True}, "steps: expected whole number, found True"),
+        ({"steps": "3"}, "steps: expected whole number, found '3'"),
+        ({"steps": 3, "flip": "no"}, "flip: expected true/false, found 'no'"),
+        ({"steps": 3, "flip": 1}, "flip: expected true/false, found 1"),
+        ({"steps": 3, "name": 7}, "name: expected text, found 7"),
+        ({"steps": 3, "name": None}, "name: expected text, found None"),
+        ({"steps": 3, "main": {"lr": True}}, "main.lr: expected number, found True"),
+        ({"steps": 3, "main": {"lr": float("nan")}}, "main.lr: expected number, found nan"),
+        ({"steps": 3, "main": {"lr": float("inf")}}, "main.lr: expected number, found inf"),
+        ({"steps": 3, "main": {"betas": [0.9, "x"]}}, "main.betas[1]: expected number, found 'x'"),
+        ({"steps": 3, "main": {"clip": "big"}}, "main.clip: expected number, found 'big'"),
+        ({"steps": 3, "main": 5}, "main: expected a section of keys, found 5"),
+        ({"steps": 3, "precision": "bf61"}, "precision: found 'bf61'; did you mean 'bf16'?"),
+        ({"steps": 3, "optim": {"fake": {"lrr": 1}}}, "optim.fake.lrr: unknown key; did you mean 'lr'?"),
+        ({"steps": 3, "main": {"lr": -1}}, "main: lr: found -1.0, wanted a positive number"),
+        ({}, "steps: missing (a whole number is required)"),
+        ({"stepz": 3}, "stepz: unknown key; did you mean 'steps'?"),
+    ],
+)  # fmt: skip
+def test_a_problem_names_key_value_and_what_was_wanted(mapping, problem):
+    assert problem in problems(mapping)
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems({"stepz": 3, "flip": "no", "main": {"lr": "fast", "betaz": 1}, "optim": {"a": {"lr": -1}}})
+    assert len(found) == 6
+    assert {problem.partition(":")[0] for problem in found} == {
+        "stepz", "steps", "flip", "main.lr", "main.betaz", "optim.a",
+    }  # fmt: skip
+    message = str(ConfigError(found))
+    assert all(f"\n  - {problem}" in message for problem in found)
+
+
+def test_a_configuration_that_is_no_mapping_is_a_problem():
+    assert problems([1]) == ["config: expected a section of keys, found [1]"]
+    assert problems(None) == ["steps: missing (a whole number is required)"]
+
+
+def test_nearest_names():
+    assert nearest("snr_plus", ["snr", "snr_plus_one"]) == "; did you mean 'snr_plus_one'?"
+    assert nearest("zzz", ["b", "a"]) == "; known: a, b"
+    assert nearest("zzz", []) == ""
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_written_is_read_back():
+    settings = Settings(steps=3, folder="café", optim={"fake": Optim(lr=1e-05)}, extra={"path": Path("a/b")})
+    again = build(Settings, parse_yaml(to_yaml(settings)))
+    assert to_dict(again) == to_dict(settings)
+    assert again.optim["fake"].lr == 1e-5
+
+
+def test_the_fingerprint_changes_with_every_value_and_with_nothing_else():
+    settings = Settings(steps=3)
+    assert fingerprint(settings) == fingerprint(Settings(steps=3)) == fingerprint(to_dict(settings))
+    changed = [dataclasses.replace(settings, steps=4), dataclasses.replace(settings, main=Optim(lr=2e-4))]
+    assert len({fingerprint(s) for s in [settings, *changed]}) == 3
+
+
+def test_flat_keys_are_the_dotted_ones():
+    flat = flatten(Settings(steps=3, optim={"fake": Optim()}))
+    assert flat["steps"] == 3 and flat["optim.fake.lr"] == 1e-4 and flat["main.betas"] == [0.9, 0.999]
+    assert flatten(Settings(steps=3))["optim"] == {}  # an empty section is a value
+
+
+def test_the_configurations_that_come_with_the_project_are_well_formed():
+    for path in sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml")):
+        assert isinstance(read_config(path), dict)

@@ -1,0 +1,293 @@
+"""CD, CT, iCT and ECT: boundary, solver, curricula, optimum, samplers, and a student of a mixture."""
+
+import math
+
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler
+from oracles import (
+    SCHEDULES,
+    Gaussian,
+    native_types,
+    sliced_wasserstein,
+    teacher_denoiser,
+    three_clusters,
+)
+from training import Known, batch_of, draw, loss_of, make, put, train
+
+from stepdistill.denoiser import Denoiser, end_point, to_prediction
+from stepdistill.families.pixel import Pixel
+from stepdistill.methods.cd import CD
+from stepdistill.methods.ct import CT, num_points, target_decay
+from stepdistill.methods.ect import ECT, neighbour
+from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
+from stepdistill.networks import CopyBank
+from stepdistill.sampling import ConsistencyKarras, bind, sample
+from stepdistill.schedule import Karras
+from stepdistill.trajectory import consistency, edges, lead, skip_grid, solver_step
+
+EVERY = [(name, kind) for name, schedule in SCHEDULES.items() for kind in native_types(schedule)]
+TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
+SOLVED = ["cosine", "flow", "karras", "trig"]
+
+
+def main_type(name):
+    return {"flow": "flow", "karras": "edm", "trig": "trigflow"}.get(name, "v_prediction")
+
+
+def at(time, size):
+    return time.reshape(1).expand(size)
+
+
+# --------------------------------------------------------------------------------------------- the boundary
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_at_the_end_of_a_trajectory_the_function_is_the_identity_whatever_the_network_says(name, kind):
+    schedule = SCHEDULES[name]
+    x, output = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
+    end = at(edges(schedule, 10)[-1], 4)
+    prediction = to_prediction(output, x, end, schedule, kind)
+    assert torch.allclose(end_point(prediction, x, end, schedule), x, atol=1e-9)
+
+
+def test_edm_scalings_are_those_of_the_paper():
+    schedule = Karras(sigma_max=80.0)
+    x, output = torch.randn(2, 6, 2, 1, 1, dtype=torch.float64)
+    t = schedule.time_of(torch.tensor([0.002, 0.01, 0.5, 3.0, 20.0, 80.0]))
+    c_skip, c_out = CMStochasticIterativeScheduler().get_scalings_for_boundary_condition(schedule(t)[1])
+    expected = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * output
+    assert torch.allclose(end_point(to_prediction(output, x, t, schedule, "edm"), x, t, schedule), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_gaussian_oracles_optimum_is_the_closed_form(name):
+    """EDM: mu + (x - mu) sqrt((s^2 + sigma_min^2) / (s^2 + sigma^2)); else mu + (x - alpha mu) s / sqrt(...)."""
+    schedule = SCHEDULES[name]
+    oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
+    grid = edges(schedule, 200)
+    x = torch.randn(5, 2, 1, 1, dtype=torch.float64) * max(1.0, schedule(grid[:1])[1].item())
+    start, denoise = x, bind(teacher_denoiser(oracle), {})
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = solver_step(denoise, x, at(t, 5), at(s, 5), schedule)
+    assert torch.allclose(x, oracle.solve(start, at(grid[0], 5), at(grid[-1], 5)), atol=0.05)
+
+
+# ------------------------------------------------------------------------------------------ solver and grids
+
+
+@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_solvers_have_their_order(name, solver, order):
+    schedule = SCHEDULES[name]
+    oracle = Gaussian(TWO, 0.3, schedule, main_type(name))  # of TrigFlow's own width, one step would be exact
+    start, end = (schedule.inverse(torch.tensor([-2 * math.log(level)])) for level in (3.0, 0.3))
+    x_t = torch.randn(5, 2, 1, 1, dtype=torch.float64)
+    exact = oracle.solve(x_t, start.expand(5), end.expand(5))
+
+    def error(steps):
+        x, times = x_t, torch.linspace(start.item(), end.item(), steps + 1, dtype=torch.float64)
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x = solver_step(bind(teacher_denoiser(oracle), {}), x, at(t, 5), at(s, 5), schedule, solver)
+        return (x - exact).abs().max().item()
+
+    assert math.log2(error(32) / error(64)) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"), [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]),
+                             (8, [999, 879, 759, 639, 499, 379, 259, 139])]
+)  # fmt: skip
+def test_lcm_timesteps(steps, timesteps):
+    schedule = SCHEDULES["scaled_linear"]
+    assert schedule.timestep(skip_grid(schedule, steps, 50)[:-1]).round().tolist() == timesteps
+
+
+def test_curricula_are_those_of_the_papers():
+    assert (num_points(0, 800, 2, 150), num_points(800, 800, 2, 150)) == (2, 151)
+    assert [num_points(k, 800, 2, 150) for k in range(800)] == sorted(num_points(k, 800, 2, 150) for k in range(800))
+    assert target_decay(2, 2, 0.9) == pytest.approx(0.9) and target_decay(151, 2, 0.9) > 0.998
+    assert sorted({num_intervals(k, 800, 10, 1280) + 1 for k in range(800)}) == [11, 21, 41, 81, 161, 321, 641, 1281]
+
+
+def test_ict_noise_levels_follow_the_lognormal():
+    sigma = torch.logspace(4, -4, 200, dtype=torch.float64)
+    shares = lognormal_shares(sigma, -1.1, 2.0)
+    assert shares.sum().item() == pytest.approx(1) and shares.min() >= 0
+    mean = (shares * (sigma[:-1] * sigma[1:]).sqrt().log()).sum().item()
+    assert mean == pytest.approx(-1.1, abs=0.01)
+
+
+def test_ect_neighbours_start_at_clean_data_and_close_in():
+    sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
+    stages = torch.stack([neighbour(sigma, stage, q=2.0) for stage in range(12)])
+    assert (stages >= 0).all() and (stages < sigma).all() and (stages.diff(dim=0) >= 0).all()
+    assert (stages[0][sigma < 2] == 0).all()
+    assert stages[7][-1].item() == pytest.approx(0.996 * sigma[-1].item(), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- the optimum
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_cd_is_zero_at_the_product_of_the_teachers_gains(name):
+    schedule = SCHEDULES[name]
+    oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
+    distiller = make(CD, oracle, oracle, intervals=10, steps=2, solver="euler")
+    grid = edges(schedule, 10)
+    gains = torch.cat([oracle.gain(grid[:-1], grid[1:]), torch.ones(1)]).flip(0).cumprod(0).flip(0)
+
+    def end(x_t, t, labels):
+        i = (grid[None] - t[:, None]).abs().argmin(1)
+        return oracle.centre(x_t, at(grid[-1], len(x_t))) + gains[i, None, None, None] * (x_t - oracle.centre(x_t, t))
+
+    batch = batch_of(oracle, 64)
+    before = loss_of(distiller, batch)
+    put(distiller, Known(schedule, oracle.prediction_type, end))
+    assert loss_of(distiller, batch) < 1e-9 < 1e-4 < before
+
+
+def test_cd_is_zero_at_the_teachers_own_guided_heun_solver():
+    schedule = SCHEDULES["cosine"]
+    oracle = three_clusters(schedule, "v_prediction", conditional=True)
+    distiller = make(CD, oracle, oracle, 3, intervals=8, guidance_scale=2.5)
+    grid = edges(schedule, 8)
+
+    def end(x, t, labels):
+        denoise = lead(distiller.family, distiller.teacher, {"class_labels": labels}, 1.5)
+        for now, then in zip(grid[:-1], grid[1:], strict=True):
+            stepped = solver_step(denoise, x, at(now, len(x)), at(then, len(x)), schedule, "heun")
+            x = torch.where((t >= now - 1e-9)[:, None, None, None], stepped, x)
+        return x
+
+    batch = batch_of(oracle, 64, 3)
+    before = loss_of(distiller, batch)
+    put(distiller, Known(schedule, "v_prediction", end))
+    assert loss_of(distiller, batch) < 1e-9 < 1e-4 < before
+
+
+@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("method", [CT, ICT, ECT])
+@pytest.mark.parametrize("done", [0, 50, 99])
+def test_training_from_data_is_zero_where_the_data_is_one_point(name, method, done):
+    """The only data whose pairs lie on one trajectory exactly; the oracle's own clean image is then the end."""
+    schedule = SCHEDULES[name]
+    oracle = Gaussian(TWO, 0.0, schedule, main_type(name))
+    distiller = make(method, oracle, oracle)
+    distiller.done = done
+    end = edges(schedule, 10)[-1] if method is not ECT else torch.zeros(1)
+    if method is not ECT:
+        put(distiller, Known(schedule, oracle.prediction_type, lambda x, t, _: oracle.solve(x, t, at(end, len(x)))))
+    assert loss_of(distiller, batch_of(oracle, 64)) < 1e-6
+
+
+@pytest.mark.parametrize("method", [CD, CT])
+def test_the_target_is_an_average_and_gets_no_gradient(method):
+    oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
+    distiller = train(method, oracle, 3)
+    student, target = (distiller.bank.state(role) for role in ("student", "target"))
+    assert any(not torch.equal(student[name], target[name]) for name in student)
+    assert not any(p.requires_grad for p in distiller.bank.params("target"))
+
+
+# ----------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(steps):
+    config = {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 20.0}
+    family = Pixel.tiny(scheduler=config)
+    sampler = ConsistencyKarras(family.schedule, steps, points=41)
+    pipeline = family.pipeline(family.network, sampler, 1.0)
+    assert type(pipeline).__name__ == "ConsistencyModelPipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    cond = family.example_cond(range(3))
+    images = pipeline(
+        batch_size=3, class_labels=cond["class_labels"], num_inference_steps=steps, output_type="pt",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    start = family.schedule.initial_noise(torch.randn(3, *family.sample_shape, generator=generator))
+
+    def noise(x):
+        return torch.randn(x.shape, generator=generator)
+
+    with torch.no_grad():
+        expected = family.decode(sample(bind(teacher_of(family), cond), sampler, start, noise))
+    assert (images - expected).abs().max() < 1e-5
+
+
+def teacher_of(family):
+    return Denoiser(family, CopyBank(family.network), "teacher")
+
+
+def test_one_consistency_step_is_the_consistency_function():
+    schedule = Karras()
+    oracle = three_clusters(schedule, "edm")
+    x = schedule.initial_noise(torch.randn(5, 2, 1, 1, dtype=torch.float64))
+    teacher = teacher_denoiser(oracle)
+    sampled = sample(bind(teacher, {}), ConsistencyKarras(schedule, 1, 41), x)
+    assert torch.allclose(sampled, consistency(teacher, x, torch.ones(5), {}), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- a trained student
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "train_steps", "bound"),
+    [
+        (CD, {"steps": 1, "intervals": 20, "target_ema": 0.9}, 1000, 0.3),
+        (CD, {"steps": 2, "intervals": 20, "solver": "euler"}, 500, 0.35),
+        (CT, {"steps": 2, "first_points": 5, "last_points": 40}, 600, 0.4),
+        (ICT, {"steps": 2, "last_intervals": 80}, 600, 0.4),
+        (ECT, {"steps": 2}, 600, 0.4),
+    ],
+)
+def test_a_student_of_the_mixture_lands_on_it(method, options, train_steps, bound):
+    """Where the teacher in as many calls is 1.08 (one) and 0.45 (two) away from it."""
+    oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
+    distiller = train(method, oracle, train_steps, **options)
+    exact = oracle.draw(2000)
+    untrained = sliced_wasserstein(draw(make(method, oracle, oracle, **options), 2000), exact)
+    assert sliced_wasserstein(draw(distiller, 2000), exact) < bound < untrained
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (CD, {"steps": 3, "intervals": 40}, "multiple of steps = 3"),
+        (CD, {"steps": 3, "intervals": 48}, "must divide the teacher's 1000"),
+        (CD, {"guidance_scale": 0.5}, "at least 1"),
+        (CD, {"steps": 0}, "wanted 1 to"),
+        (CD, {"steps": 50, "intervals": 50, "guidance_scale": 2.0}, "unconditional"),
+        (CT, {"last_points": 2000}, "has 1000 timesteps"),
+        (ICT, {"last_intervals": 1280}, "has 1000 timesteps"),
+        (ECT, {"steps": 41}, "wanted 1 to"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method.check(method.Config(**options), Pixel.tiny(num_classes=None))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (CD, {"target_ema": 1.0}, "target_ema"),
+        (CT, {"first_points": 1}, "first_points"),
+        (ICT, {"first_intervals": 800}, "first_intervals"),
+        (ECT, {"q": 1.0}, "q: found"),
+    ],
+)
+def test_options_out_of_range_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method.Config(**options)
+
+
+def test_an_edm_teacher_that_no_stock_scheduler_can_call_is_refused():
+    family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler"})
+    with pytest.raises(ValueError, match="embeds 250 ln"):
+        CD.check(CD.Config(), family)

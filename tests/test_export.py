@@ -1,0 +1,213 @@
+"""Exports: stock diffusers alone makes of them the images of the trainer's sampler, and nothing foreign is run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from contracts.cases import FLOW, ZERO_SNR, pipeline_images, scheduler_config
+from diffusers import DDIMScheduler, UNet2DModel
+
+from stepdistill import load_pipeline
+from stepdistill.denoiser import Denoiser
+from stepdistill.export import export_pipeline, read_contract
+from stepdistill.families.pixel import Pixel
+from stepdistill.networks import CopyBank
+from stepdistill.sampling import DDIM, Renoise, bind, sample
+
+WITHOUT_STEPDISTILL = """
+import json, sys
+from pathlib import Path
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "stepdistill":
+            raise ModuleNotFoundError(f"No module named {name!r}: this machine does not have it")
+
+sys.meta_path.insert(0, Absent())
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+torch.set_num_threads(1)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    contract = json.loads((folder / "stepdistill.json").read_text())
+    stock = contract["pipeline"] in ("DDIMPipeline", "DDPMPipeline")
+    trust = {} if stock else {"trust_remote_code": True}
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **trust)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = contract["num_classes"]
+    who = {"class_labels": [i % classes for i in range(3)]} if classes else {"batch_size": 3}
+    generator = torch.Generator().manual_seed(3)
+    np.save(folder / "images.npy", pipeline(**who, **contract["call"], generator=generator, output_type="np").images)
+assert "stepdistill" not in sys.modules
+"""
+
+
+def uneven(height, width):
+    """A teacher of one level, which takes images of odd sizes."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=(height, width), in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4, attention_head_dim=8,
+    )  # fmt: skip
+    return Pixel(network, DDIMScheduler(prediction_type="v_prediction").config)
+
+
+TEACHERS = {
+    "conditional": lambda: Pixel.tiny(),
+    "unconditional": lambda: Pixel.tiny(num_classes=None),
+    "unconditional-epsilon": lambda: Pixel.tiny(num_classes=None, prediction_type="epsilon"),
+    "zero-snr": lambda: Pixel.tiny(scheduler=scheduler_config(ZERO_SNR)),
+    "zero-snr-unconditional": lambda: Pixel.tiny(num_classes=None, scheduler=scheduler_config(ZERO_SNR)),
+    "flow": lambda: Pixel.tiny(scheduler=scheduler_config(FLOW)),
+    "flow-unconditional": lambda: Pixel.tiny(num_classes=None, scheduler=scheduler_config(FLOW)),
+    "28x28x1": lambda: Pixel.tiny(size=28, num_classes=None),
+    "20x20x4": lambda: Pixel.tiny(size=20, channels=4),
+    "7x5x1": lambda: uneven(7, 5),
+}
+SAMPLERS = {"ddim-1": (DDIM, 1), "ddim-4": (DDIM, 4), "renoise-1": (Renoise, 1), "renoise-4": (Renoise, 4)}
+
+
+def make_sampler(family, name):
+    cls, steps = SAMPLERS[name]
+    return cls(family.schedule, family.schedule.grid(steps))
+
+
+@torch.no_grad()
+def expected_images(family, sampler, count=3, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=generator)
+
+    start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
+    denoiser = Denoiser(family, CopyBank(family.network), "teacher")
+    return family.decode(sample(bind(denoiser, family.example_cond(range(count))), sampler, start, noise))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """The exports of all teachers and samplers, with the images that an environment without stepdistill made."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name, make in TEACHERS.items():
+        for how in SAMPLERS:
+            family = make()
+            export_pipeline(family, family.network, make_sampler(family, how), folder / f"{name}_{how}", about={})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_STEPDISTILL, str(folder)],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("how", SAMPLERS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_stock_diffusers_makes_the_images_of_our_sampler(exports, teacher, how):
+    family = TEACHERS[teacher]()
+    expected = expected_images(family, make_sampler(family, how))
+    found = torch.from_numpy(np.load(exports / f"{teacher}_{how}" / "images.npy")).movedim(-1, 1)
+    assert found.shape == expected.shape and expected.std() > 0.01
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("teacher", ["unconditional", "zero-snr-unconditional", "28x28x1", "7x5x1"])
+@pytest.mark.parametrize("how", SAMPLERS)
+def test_an_unconditional_vp_student_brings_no_code(exports, teacher, how):
+    folder = exports / f"{teacher}_{how}"
+    assert not list(folder.rglob("*.py"))
+    assert isinstance(json.loads((folder / "model_index.json").read_text())["_class_name"], str)
+
+
+def test_an_export_holds_no_pickle_and_no_partial_folder(exports):
+    suffixes = {path.suffix for path in exports.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".py", ".md", ".npy"}
+    assert not list(exports.glob("*.partial"))
+
+
+# ---------------------------------------------------------------------------------------------- load_pipeline
+
+
+@pytest.mark.parametrize("teacher", ["conditional", "unconditional", "flow"])
+@pytest.mark.parametrize("how", ["ddim-4", "renoise-1"])
+def test_a_bare_call_samples_as_trained(exports, teacher, how):
+    family = TEACHERS[teacher]()
+    pipeline = load_pipeline(exports / f"{teacher}_{how}")
+    images = pipeline_images(pipeline, family, 3, seed=3)
+    assert (images - expected_images(family, make_sampler(family, how))).abs().max() < 1e-5
+
+
+def test_the_callers_arguments_win_over_the_contract(exports):
+    family = TEACHERS["unconditional"]()
+    pipeline = load_pipeline(exports / "unconditional_ddim-4")
+    images = pipeline_images(pipeline, family, 3, seed=3, num_inference_steps=1)
+    assert (images - expected_images(family, make_sampler(family, "ddim-1"))).abs().max() < 1e-5
+
+
+def test_a_loaded_student_can_be_saved_again(exports, tmp_path):
+    load_pipeline(exports / "unconditional_ddim-4").save_pretrained(tmp_path / "again")
+    assert type(load_pipeline(tmp_path / "again")).__name__ == "DDIMPipeline"
+
+
+def test_foreign_code_is_refused_and_not_run(exports, tmp_path):
+    family = TEACHERS["conditional"]()
+    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student", about={})
+    sentinel = tmp_path / "it-ran"
+    code = folder / "pipeline.py"
+    code.write_text(f"open({str(sentinel)!r}, 'w').close()\n" + code.read_text())
+    with pytest.raises(ValueError, match=r"pipeline\.py.*trust_remote_code"):
+        load_pipeline(folder)
+    assert not sentinel.exists()
+
+
+def test_code_beside_a_component_is_refused(tmp_path):
+    family = TEACHERS["unconditional"]()
+    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student", about={})
+    (folder / "unet" / "modeling.py").write_text("")
+    with pytest.raises(ValueError, match="brings its own code"):
+        load_pipeline(folder)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        load_pipeline(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------ the contract
+
+
+def test_the_contract_says_how_to_sample(exports):
+    contract = read_contract(exports / "conditional_ddim-4")
+    assert contract["format"] == 1
+    assert (contract["pipeline"], contract["scheduler"]) == ("ClassConditionalPipeline", "DDIMScheduler")
+    assert (contract["sampler"], contract["steps"], contract["timesteps"]) == ("DDIM", 4, [999.0, 749.0, 499.0, 249.0])
+    assert (contract["conditioning"], contract["num_classes"]) == ("class_labels", 3)
+    assert contract["sample_shape"] == [1, 8, 8] and contract["prediction_type"] == "v_prediction"
+    assert contract["guidance_scale"] == 1 and contract["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert read_contract(exports / "unconditional_ddim-4")["call"] == {"num_inference_steps": 4}
+
+
+def test_the_card_shows_a_call_that_works(exports):
+    card = (exports / "conditional_renoise-4" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "num_inference_steps=4" in card
+    assert "trust_remote_code" not in (exports / "unconditional_ddim-1" / "README.md").read_text()
+
+
+def test_a_grid_that_no_scheduler_has_is_refused_before_anything_is_written(tmp_path):
+    family = TEACHERS["unconditional"]()
+    sampler = DDIM(family.schedule, torch.tensor([1.0, 0.3, 0.0]))
+    with pytest.raises(ValueError, match="no stock scheduler"):
+        export_pipeline(family, family.network, sampler, tmp_path / "student", about={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_export_is_replaced(tmp_path):
+    family = TEACHERS["unconditional"]()
+    for how in ("ddim-1", "ddim-4"):
+        export_pipeline(family, family.network, make_sampler(family, how), tmp_path / "student", about={})
+    assert read_contract(tmp_path / "student")["steps"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
