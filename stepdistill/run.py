@@ -209,9 +209,10 @@ class Run:
         trainer = self.trainer()
         lock = RunLock(self.folder) if trainer.accelerator.is_main_process else _NoLock()
         with lock:
+            first, done = trainer.restore()  # or refuse, before anything is written
             if trainer.accelerator.is_main_process:
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
-            trainer.run()
+            trainer.run(first, done)
             if trainer.accelerator.is_main_process:
                 self.export(self.folder / "pipeline")
             trainer.accelerator.wait_for_everyone()

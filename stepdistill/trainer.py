@@ -163,10 +163,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self) -> None:
-        """Train to the end, from the newest checkpoint where there is one."""
+    def run(self, first: int, done: int) -> None:
+        """Train to the end, from stage ``first`` of which ``done`` steps are made: where :meth:`restore` put it."""
         stages = self.distiller.stages(self.config.steps)
-        first, done = self.restore()
         self._truncate_log()
         batches = self._batches()
         with self._progress(stages) as progress, self._signals():

@@ -14,6 +14,7 @@ import torch
 from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for, train_until, weights
 from safetensors.torch import load_file, save_file
 
+from stepdistill.config import read_config
 from stepdistill.guard import NonFiniteError
 from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
@@ -162,6 +163,7 @@ def test_a_changed_configuration_is_refused_by_key(tmp_path):
     with pytest.raises(ValueError, match=r"optim\.student\.lr: was 0\.005, is 0\.001") as error:
         Run(resolve(mapping)).train()
     assert "train.seed: was 0, is 7" in str(error.value) and "log_every" not in str(error.value)
+    assert read_config(tmp_path / "run/config.yaml")["train"]["seed"] == 0
 
 
 def test_another_teacher_under_the_same_path_is_refused(tmp_path):
