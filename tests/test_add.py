@@ -161,6 +161,7 @@ def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classe
 # ------------------------------------------------------------------------------------------------- the outcome
 
 
+@pytest.mark.open_issue
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
     distiller = train_adversarially(ADD, three_clusters(COSINE, "v_prediction"), 400, distillation=0.5)
     shares, stray = mode_shares(distiller, 2000)

@@ -288,6 +288,7 @@ def student(request):
     return train_all(oracle, 4, 1500, start=16, sampler=request.param)
 
 
+@pytest.mark.open_issue
 @pytest.mark.parametrize("w", [0.0, 1.0, 2.0])
 @torch.no_grad()
 def test_a_student_of_four_calls_is_steered_by_w_like_its_teacher_of_many(student, w):
@@ -302,6 +303,7 @@ def test_a_student_of_four_calls_is_steered_by_w_like_its_teacher_of_many(studen
     assert max(distances) < 0.06
 
 
+@pytest.mark.open_issue
 @torch.no_grad()
 def test_the_student_that_has_learnt_guidance_sees_what_the_guided_teacher_sees():
     oracle = three_clusters(COSINE, "v_prediction", conditional=True)

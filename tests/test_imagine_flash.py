@@ -217,6 +217,7 @@ def test_bad_options_and_teachers_are_refused():
         ImagineFlash.check(ImagineFlash.Config(), Pixel.tiny(prediction_type="epsilon"))
 
 
+@pytest.mark.open_issue
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_student_of_a_mixture_covers_all_modes(steps):
     options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2}

@@ -191,6 +191,7 @@ def test_the_weight_balances_the_error_of_its_time():
 # --------------------------------------------------------------------------------------------- the student
 
 
+@pytest.mark.open_issue
 @pytest.mark.parametrize(
     ("name", "kind", "options", "bound"),
     [
