@@ -99,7 +99,7 @@ def exports(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_STEPDISTILL, str(folder)],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

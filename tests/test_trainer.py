@@ -247,7 +247,7 @@ def killed_after(step, folder):
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
-        log, deadline = folder / "run/metrics.jsonl", time.monotonic() + 120
+        log, deadline = folder / "run/metrics.jsonl", time.monotonic() + 300
         while not log.is_file() or log.read_bytes().count(b"\n") < step:
             assert process.poll() is None, process.stderr.read().decode()[-3000:]
             assert time.monotonic() < deadline
