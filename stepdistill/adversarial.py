@@ -154,17 +154,19 @@ class CleanCritic(nn.Module):
         self.conditioning = conditioning
         self.num_classes = family.num_classes
         known = condition_vector(family.example_cond([0]), 1, family.num_classes).shape[1]
-        sizes = {"none": 0, "condition": known, "both": known + eyes.num_embedded}
+        sizes = {"none": 0, "condition": 1 + known, "both": 1 + known + eyes.num_embedded}
         self.heads = Heads(eyes.shapes, sizes[conditioning])
 
     def condition(self, cond: Cond, x0: Tensor, t: Tensor) -> Tensor:
         """What is projected (B, d), where the student was shown ``x0`` (B, ...) noised to times ``t`` (B,).
 
-        At t = 1 it was shown none of it, and the embedding is the zero vector, for real and fake alike.
+        At t = 1 it was shown none of it, and the embedding is the zero vector, for real and fake alike. The vector
+        starts with a 1, or a critic that is told nothing there could say nothing: the projection of zeros is no logit.
         """
         if self.conditioning == "none":
             return x0.new_zeros(len(x0), 0)
-        vector = condition_vector(cond, len(x0), self.num_classes).to(x0.device)
+        given = condition_vector(cond, len(x0), self.num_classes).to(x0.device)
+        vector = torch.cat([given.new_ones(len(x0), 1), given], 1)
         if self.conditioning == "condition":
             return vector
         embedded = normalize(self.eyes.embed(x0, cond), dim=1)

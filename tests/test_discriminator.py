@@ -333,7 +333,7 @@ def test_eyes_are_the_teachers_or_those_of_a_network(small):
     assert eyes.num_embedded == 6
 
 
-@pytest.mark.parametrize(("conditioning", "extra"), [("none", 0), ("condition", 3), ("both", 9)])
+@pytest.mark.parametrize(("conditioning", "extra"), [("none", 0), ("condition", 4), ("both", 10)])
 def test_what_a_critic_is_told(small, conditioning, extra):
     family = Pixel.tiny(size=16)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
@@ -342,8 +342,18 @@ def test_what_a_critic_is_told(small, conditioning, extra):
     vector = critic.condition(cond, x0, t)
     assert vector.shape == (3, extra)
     if conditioning == "both":  # at pure noise the student has seen nothing of the image
-        assert vector[:, 3:].abs().sum(1).gt(0).tolist() == [False, True, False]
+        assert vector[:, 4:].abs().sum(1).gt(0).tolist() == [False, True, False]
     assert all(logits.shape[0] == 3 for logits in critic(x0, cond, vector, Draws(0, 3)))
+
+
+def test_a_critic_without_conditions_has_a_say_at_pure_noise(small):
+    """There the embedding is zero, and the projection of zeros would be no logit: the student would learn nothing."""
+    family = Pixel.tiny(size=16, num_classes=None)
+    teacher = Denoiser(family, CopyBank(family.network), "teacher")
+    critic = CleanCritic(family, open_eyes(str(small), family, teacher, augment=False), "both")
+    x0 = torch.randn(3, 1, 16, 16)
+    logits = critic(x0, {}, critic.condition({}, x0, torch.ones(3)), Draws(0, 3))
+    assert all(head.abs().min() > 0 for head in logits)
 
 
 def test_no_checkpoint_holds_a_critics_eyes(small):
