@@ -157,11 +157,12 @@ class Pairs:
         """Unit noise (B, ...), images (B, ...), both float32, and conditions of the pairs at ``indices``."""
         places = [divmod(index, self.shard_size) for index in indices]
         columns = {
-            name: torch.cat([self.shards[shard].get_slice(name)[row : row + 1] for shard, row in places]).to(device)
+            name: torch.cat([_single(self.shards[shard].get_slice(name)[row : row + 1]) for shard, row in places])
             for name in self.shards[0].keys()  # noqa: SIM118  # an open file, no dict
         }
+        columns = {name: column.to(device) for name, column in columns.items()}
         cond = {name.removeprefix("cond."): value for name, value in columns.items() if name.startswith("cond.")}
-        return columns["noise"].float(), columns["images"].float(), cond
+        return columns["noise"], columns["images"], cond
 
     def check_teacher(self, family: Family) -> None:
         """Raise ``ValueError`` unless they are of this teacher, to whose network no role has been added yet."""
@@ -185,6 +186,11 @@ class Pairs:
         if rows != wanted:
             raise ValueError(f"method.pairs: {path} holds {rows} pairs, wanted {wanted}; remove it and make it anew")
         return shard
+
+
+def _single(row: Tensor) -> Tensor:
+    """A row in single precision: under autocast, the CPU joins no halves."""
+    return row.float() if row.is_floating_point() else row
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

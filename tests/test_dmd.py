@@ -231,6 +231,15 @@ def test_a_pair_is_the_noise_and_where_the_teacher_leads_from_it(tmp_path, kind,
         torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
 
 
+def test_pairs_are_read_under_autocast_as_without(tmp_path):
+    made = Pairs(make_pairs(Pixel.tiny(), pairs_config(tmp_path / "p")))
+    expected = made.rows([1, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.rows([1, 5])
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+
+
 def test_heun_reaches_the_exact_solution_of_the_ode_faster(tmp_path):
     gaussian = Gaussian(TWO, 0.5, SCHEDULES["flow"], "flow")
     errors = {}
