@@ -81,13 +81,16 @@ def add(commands: argparse._SubParsersAction, name: str, function: object, text:
 def train(args: argparse.Namespace) -> None:
     """``stepdistill train``."""
     from stepdistill.config import read_config
+    from stepdistill.export import read_contract
     from stepdistill.run import Run, resolve
+    from stepdistill.training_cost import TrainingCost
 
     run = Run(resolve(read_config(args.config, args.overrides)))
     if args.dry_run:
         print(run.plan())
         return
-    print(f"student: {run.train()}")
+    folder = run.train()
+    print(f"student: {folder}, after {TrainingCost(**read_contract(folder)['training'])}")
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -216,7 +216,7 @@ def enable_checkpointing(bank: NetworkBank) -> None:
     Raises:
         ValueError: if the network's class has no gradient checkpointing.
     """
-    for network in {id(module): module for module in _networks(bank)}.values():
+    for network in distinct_networks(bank):
         if not getattr(network, "_supports_gradient_checkpointing", False):
             raise ValueError(f"{type(network).__name__} does not support gradient checkpointing")
         network.enable_gradient_checkpointing(functools.partial(_checkpoint, bank))
@@ -231,7 +231,8 @@ def without_checkpointing(network: nn.Module) -> nn.Module:
     return network
 
 
-def _networks(bank: NetworkBank) -> list[Any]:
+def distinct_networks(bank: NetworkBank) -> list[Any]:
+    """The modules that play the bank's roles: one a role, or one for all of them."""
     if isinstance(bank, AdapterBank):
         return [bank.network]
     assert isinstance(bank, CopyBank)

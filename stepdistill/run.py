@@ -23,6 +23,7 @@ from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks import AdapterBank, CopyBank, NetworkBank
 from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
+from stepdistill.training_cost import TrainingCost
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
@@ -212,9 +213,9 @@ class Run:
             first, done = trainer.restore()  # or refuse, before anything is written
             if trainer.accelerator.is_main_process:
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
-            trainer.run(first, done)
+            cost = trainer.run(first, done)
             if trainer.accelerator.is_main_process:
-                self.export(self.folder / "pipeline")
+                self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
 
@@ -225,12 +226,11 @@ class Run:
         images = student_images(self.distiller, self.config.eval.num_samples, device=device)
         return self.judge.score(images, self.config.eval.metrics)
 
-    def export_stage(self, distiller: Distiller, stage: Stage) -> None:
+    def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
         """Export the student of every stage that has a sampler diffusers can express."""
-        del distiller
         if isinstance(stage.value, int) and stage.value != self.config.method.steps:
             try:
-                self.export(self.folder / f"pipeline-{stage.name}")
+                self.export(self.folder / f"pipeline-{stage.name}", cost)
             except ValueError as reason:
                 print(f"stage {stage.name} is not exported: {reason}")
 
@@ -240,15 +240,16 @@ class Run:
         trainer.restore()
         if trainer.step == 0:
             raise ValueError(f"train.output_dir: no checkpoint in {self.folder}")
-        return self.export(folder)
+        return self.export(folder, trainer.total_cost())
 
-    def export(self, folder: Path) -> Path:
-        """Write the student as it is now."""
+    def export(self, folder: Path, cost: TrainingCost) -> Path:
+        """Write the student as it is now, and what it cost."""
         about = {
             "method": self.config.method_name,
             "teacher": self.config.teacher.path,
             "teacher_sha256": self.teacher_fingerprint,
             "config_hash": configuration.fingerprint(self.config.as_sections()),
+            "training": dataclasses.asdict(cost),
             **self.distiller.contract(),
         }
         if self.judge is not None:

@@ -40,6 +40,7 @@ from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.pictures import save_grid
 from stepdistill.randomness import Draws, derive_seed
+from stepdistill.training_cost import TrainingCost, counted, over_processes
 
 logger = get_logger(__name__)
 
@@ -119,7 +120,7 @@ class Trainer:
         optim: one entry a turn.
         identity: what must not change between a run and its resumption, flat ``{"section.key": value}``.
         num_workers: processes that decode images.
-        on_stage_end: called on the main process with the stage, for exports.
+        on_stage_end: called on the main process with the stage and the run's cost up to its end, for exports.
         measure: called on the main process every ``measure_every`` steps; what it returns is logged.
         measure_every: 0 is never.
     """
@@ -134,7 +135,7 @@ class Trainer:
         optim: dict[str, OptimConfig],
         identity: dict[str, Any],
         num_workers: int = 0,
-        on_stage_end: Callable[[Distiller, Stage], None] | None = None,
+        on_stage_end: Callable[[Stage, TrainingCost], None] | None = None,
         measure: Callable[[], dict[str, float]] = dict,
         measure_every: int = 0,
     ) -> None:
@@ -152,6 +153,8 @@ class Trainer:
         self.measure_every = measure_every
         self.folder = Path(config.output_dir)
         self.step = 0
+        self.cost = TrainingCost()
+        """This process's share; what a resumed run had cost before is in the main process's."""
         self.stop_requested = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.guard = FiniteGuard(self.device)
@@ -163,8 +166,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self, first: int, done: int) -> None:
-        """Train to the end, from stage ``first`` of which ``done`` steps are made: where :meth:`restore` put it."""
+    def run(self, first: int, done: int) -> TrainingCost:
+        """Train to the end, from stage ``first`` of which ``done`` steps are made: where :meth:`restore` put it.
+
+        Returns:
+            What the run cost, over all processes and resumptions.
+        """
         stages = self.distiller.stages(self.config.steps)
         self._truncate_log()
         batches = self._batches()
@@ -174,11 +181,14 @@ class Trainer:
                 if done == 0:
                     self._begin_stage()
                 for step_in_stage in range(done, stage.steps):
-                    logs = self._step(step_in_stage, [next(batches) for _ in range(self.config.accumulation)])
-                    self.step += 1
-                    self._after_step(logs, stage, step_in_stage + 1, index, progress)
+                    with counted(self.distiller.bank, self.cost):
+                        logs = self._step(step_in_stage, [next(batches) for _ in range(self.config.accumulation)])
+                        self.step += 1
+                        self._report(logs, stage, step_in_stage + 1, progress)
+                    self._after_step(stage, step_in_stage + 1, index)
                 done = 0
                 self._end_stage(stage)
+        return self.total_cost()
 
     def _begin_stage(self) -> None:
         self.distiller.begin_stage()
@@ -196,6 +206,8 @@ class Trainer:
             # a young average follows closely, so that it forgets the weights it started from
             keep = min(self.config.ema, (1 + step_in_stage) / (10 + step_in_stage))
             self.distiller.bank.blend(EMA, STUDENT, keep)
+        self.cost.steps += 1
+        self.cost.images += sum(batch.size for batch in batches)
         return logs
 
     def _move(self, turn: Turn, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
@@ -261,13 +273,16 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------- beside the loop
 
-    def _after_step(self, logs: dict[str, Tensor], stage: Stage, done: int, index: int, progress: tqdm) -> None:
-        config, finished = self.config, self.step == self.config.steps
-        if self.device.type == "cpu" or self.step % config.log_every == 0 or finished:
+    def _report(self, logs: dict[str, Tensor], stage: Stage, done: int, progress: tqdm) -> None:
+        due = self.step % self.config.log_every == 0 or self.step == self.config.steps
+        if self.device.type == "cpu" or due:
             self.guard.raise_if_tripped()
         progress.update()
-        if self.step % config.log_every == 0 or finished:
+        if due:
             self._log(logs, stage, done, progress)
+
+    def _after_step(self, stage: Stage, done: int, index: int) -> None:
+        config, finished = self.config, self.step == self.config.steps
         if self.step % config.sample_every == 0 or finished:
             self._sample()
         if self.measure_every and (self.step % self.measure_every == 0 or finished):
@@ -310,8 +325,9 @@ class Trainer:
         save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
 
     def _end_stage(self, stage: Stage) -> None:
+        cost = self.total_cost()
         if self.on_stage_end is not None and self.accelerator.is_main_process:
-            self.on_stage_end(self.distiller, stage)
+            self.on_stage_end(stage, cost)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -354,10 +370,11 @@ class Trainer:
         return roles | own
 
     def _save(self, stage: Stage, done: int, index: int) -> None:
+        cost = dataclasses.asdict(self.total_cost())
         if self.accelerator.is_main_process:
             groups = {"weights": self._weights()}
             groups |= {f"optimizer-{name}": optimizer_tensors(opt) for name, opt in self.optimizers.items()}
-            state = {"stage": index, "stage_name": stage.name, "done": done, "config": self.identity}
+            state = {"stage": index, "stage_name": stage.name, "done": done, "cost": cost, "config": self.identity}
             save_checkpoint(self.folder, self.step, groups, state, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
 
@@ -374,8 +391,15 @@ class Trainer:
             self.optimizers[name] = self._make_optimizer(turn)
             restore_optimizer(self.optimizers[name], checkpoint.tensors(f"optimizer-{name}"))
         self.step = checkpoint.step
+        if self.accelerator.is_main_process:
+            # a run from before costs were kept goes on from zero: the steps that are counted tell
+            self.cost = TrainingCost(**checkpoint.state.get("cost", {}))
         logger.info(f"resuming from {checkpoint.path} at step {self.step}")
         return index, done
+
+    def total_cost(self) -> TrainingCost:
+        """What the run cost up to here, over all processes, which have to ask together."""
+        return over_processes(self.cost, self.accelerator)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; the main process chooses it, since that may set a corrupt one aside."""

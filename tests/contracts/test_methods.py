@@ -23,6 +23,7 @@ from contracts.cases import (
 from safetensors.torch import load_file
 
 from stepdistill import load_pipeline
+from stepdistill.export import read_contract
 from stepdistill.methods import method_names
 from stepdistill.randomness import Draws
 from stepdistill.trainer import OptimConfig
@@ -175,3 +176,8 @@ def test_two_processes_train_to_the_weights_of_one(straight, two_processes, meth
     two = load_file(two_processes / f"{method}-{bank}/run/checkpoint-{STEPS}/weights.safetensors")
     assert one.keys() == two.keys()
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    costs = [
+        read_contract(folder / "pipeline")["training"]
+        for folder in (run.folder, two_processes / f"{method}-{bank}/run")
+    ]
+    assert all(costs[0][name] == costs[1][name] > 0 for name in ("steps", "images", "teacher_forwards"))
