@@ -1,28 +1,47 @@
 """Students beside the teacher, beside the training-free solvers at the same number of calls, and beside real images.
 
-A table is only as honest as its baselines: each solver is given its best guidance scale from a stated grid (a guided
-call counts as two), the teacher its many steps, and a row of as many real images shows the floor of the metric at this
-number of samples. Rows are kept in a JSON file as they are made, so that a benchmark can be stopped and gone on with.
+A table is only as honest as its baselines. Solvers are compared at equal network calls (a guided step is two), each
+without guidance and at its best guidance scale; the scale is chosen from a stated grid on few samples of other seeds,
+and only the winner is measured on all of them. The teacher has its many steps, and a row of as many real images shows
+the floor of the metric. Rows are kept in a JSON file as they are made, so that a benchmark can be stopped and gone on
+with.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import to_dict
-from stepdistill.evaluate import ASSETS, Images, Judge, describe_setting, evaluate_pipeline, read_images, write_result
-from stepdistill.export import load_pipeline
+import torch
+from torch import Tensor
+
+from stepdistill.config import nearest, read_config, to_dict
+from stepdistill.evaluate import (
+    Images,
+    Judge,
+    describe_setting,
+    evaluate_pipeline,
+    sample_images,
+    write_result,
+)
+from stepdistill.export import load_pipeline, read_contract
 from stepdistill.families import load_teacher
 from stepdistill.families.base import TeacherConfig
+from stepdistill.pictures import save_comparison
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.solvers import make_solver
+from stepdistill.plots import plot_calls, plot_pareto
+from stepdistill.run import Run, fingerprint_weights, resolve
+from stepdistill.solvers import make_solver, steps_within
+from stepdistill.tables import Row, best_solver, caption, cell, compared, markdown
 
-Row = dict[str, Any]
+FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "batch_size")
+"""Settings that say which rows there are, and not what is in them."""
+SHOWN = 20
+"""Images a row of the picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,17 +50,20 @@ class BenchmarkConfig:
 
     teacher: TeacherConfig
     output: str
-    """Result file; a table and plots are written beside it."""
+    """Result file; tables and plots are written beside it."""
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines by the name their rows shall have."""
-    solvers: tuple[str, ...] = ("DDIM", "DPM-Solver++ 2M", "UniPC", "Euler", "Heun")
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Steps of the solvers' rows; a guided step takes two network calls, a step of Heun two but for the last."""
-    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0)
-    """The grid from which every solver gets its best, at the students' number of steps, not of calls."""
+    train: tuple[str, ...] = ()
+    """Configurations of runs that are trained first, unless they have exported their student already."""
+    solvers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """By solver, at how many network calls an image it is measured."""
+    guidance_scales: tuple[float, ...] = (1.15, 1.5, 2.0)
+    """The grid from which a guided solver gets its best scale at each number of calls."""
+    search_samples: int = 1000
+    """Samples, of other seeds than the table's, on which the scale is chosen."""
     teacher_steps: int = 50
-    teacher_guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0)
-    """The grid from which the teacher at many steps gets its best."""
+    teacher_guidance_scales: tuple[float, ...] = (1.0,)
+    """One row of the teacher at its many steps for each."""
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
     reference: str = "embedded"
@@ -52,56 +74,102 @@ class BenchmarkConfig:
 
 
 class Benchmark:
-    """Makes rows, once each."""
+    """Makes rows, once each.
+
+    Raises:
+        ValueError: if a student's folder is missing, or the result file holds rows of another setting.
+    """
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self.config = config
+        for name, folder in config.students.items():
+            if not (Path(folder) / "model_index.json").is_file():
+                siblings = [str(path) for path in Path(folder).parent.glob("pipeline*")]
+                raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
         self.family = load_teacher(config.teacher)
         self.judge = Judge.open(config.features, config.reference)
         self.metric = self.judge._named("fd")
         self.path = Path(config.output)
+        self.setting = describe_setting(
+            self.judge, **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
+        )
         self.rows: list[Row] = self._finished_rows()
 
     def run(self) -> list[Row]:
-        """All rows of the configuration, in the order of a table."""
-        config = self.config
-        self.add("real images", self.floor)
-        teacher = functools.partial(
-            self.solver, solver="DDIM", steps=config.teacher_steps, scales=config.teacher_guidance_scales
-        )
-        self.add(f"teacher, {config.teacher_steps} steps", teacher)
-        for name, folder in config.students.items():
-            self.add(name, functools.partial(self.student, folder=folder))
-        for steps in config.steps:
-            for solver in config.solvers:
-                make = functools.partial(self.solver, solver=solver, steps=steps, scales=config.guidance_scales)
-                self.add(solver_row_name(solver, steps), make)
+        """All rows of the configuration; the cheap and the important ones first."""
+        if self.judge.real is not None:
+            self.add("real images", self.floor)
+        for scale in self.config.teacher_guidance_scales:
+            self.add(self.teacher_name(scale), lambda name, scale=scale: self.teacher(name, scale))
+        for name, folder in self.config.students.items():
+            self.add(name, lambda name, folder=folder: self.student(name, folder), same={"sha256": fingerprint(folder)})
+        for solver, calls, guided in solver_rows(self.config.solvers, guided=self.can_be_guided):
+            self.add(
+                solver_name(solver, calls, guided), lambda name, row=(solver, calls, guided): self.solver(name, *row)
+            )
         return self.rows
 
-    def add(self, name: str, make: Callable[[str], Row]) -> Row:
-        """The row of this name, made now unless the result file has it."""
+    def add(self, name: str, make: Callable[[str], Row], same: Mapping[str, Any] | None = None) -> Row:
+        """The row of this name, made now unless the result file has it, with the values that must be the ``same``."""
         for row in self.rows:
-            if row["name"] == name:
+            if row["name"] == name and all(row[key] == value for key, value in (same or {}).items()):
                 return row
+        self.rows = [row for row in self.rows if row["name"] != name]
         row = make(name)
         self.rows.append(row)
-        setting = describe_setting(self.judge, **to_dict(self.config))
-        write_result(self.path, {"metric": self.metric, "setting": setting, "rows": self.rows})
+        write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": self.rows})
         return row
+
+    # ------------------------------------------------------------------------------------------------- rows
 
     def floor(self, name: str) -> Row:
         """As many real images, in the place of samples: what the metric says of a perfect generator."""
-        path = ASSETS / "train_subset.npz" if self.config.reference == "embedded" else Path(self.config.reference)
-        real: Images = read_images(path, self.config.num_samples)
-        return {"name": name, "calls": 0, "seconds_per_image": 0.0, **self.judge.score(real, ("fd",))}
+        assert self.judge.real is not None
+        labels = self.judge.real.labels
+        real = Images(
+            self.judge.real.pixels[: self.config.num_samples],
+            None if labels is None else labels[: self.config.num_samples],
+        )
+        return {"name": name, "kind": "floor", "calls": 0, **self.judge.score(real, ("fd",))}
 
-    def solver(self, name: str, solver: str, steps: int, scales: Sequence[float]) -> Row:
-        """A training-free solver of the teacher at its best guidance scale."""
-        pipeline = self.solver_pipeline(solver)
-        scales = scales if self.family.num_classes else (1.0,)
-        rows = [self._measure(name, pipeline, {"num_inference_steps": steps, "guidance_scale": g}) for g in scales]
-        best = min(rows, key=lambda row: row[self.metric])
-        return best | {"tried": {str(row["guidance_scale"]): row[self.metric] for row in rows}}
+    def teacher_name(self, scale: float = 1.0) -> str:
+        """The name of a teacher's row."""
+        guidance = "" if scale == 1 else f", guidance {scale:g}"
+        return f"teacher, {self.config.teacher_steps} steps{guidance}"
+
+    def teacher(self, name: str, scale: float) -> Row:
+        """The teacher at its own number of steps, by DDIM."""
+        call = {"num_inference_steps": self.config.teacher_steps, "guidance_scale": scale}
+        return self._measure(name, self.solver_pipeline("DDIM"), call) | {"kind": "teacher", "solver": "DDIM"}
+
+    def student(self, name: str, folder: str) -> Row:
+        """An exported student, called as its contract says."""
+        contract = read_contract(Path(folder))
+        about = {key: contract[key] for key in ("method", "steps", "guidance_scale", "training") if key in contract}
+        source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint(folder)}
+        return self._measure(name, load_pipeline(folder), {}) | source | about
+
+    def solver(self, name: str, solver: str, calls: int, guided: bool) -> Row:
+        """A training-free solver of the teacher within a number of calls, at its best guidance scale if guided."""
+        pipeline, steps = self.solver_pipeline(solver), steps_within(solver, calls, guided=guided)
+        tried = self._search(name, pipeline, steps, self.config.guidance_scales if guided else (1.0,))
+        call = {"num_inference_steps": steps, "guidance_scale": min(tried, key=tried.__getitem__)}
+        about = {"kind": "solver", "solver": solver, "tried": {f"{scale:g}": value for scale, value in tried.items()}}
+        return self._measure(name, pipeline, call) | about
+
+    def _search(self, name: str, pipeline: Any, steps: int, scales: Sequence[float]) -> dict[float, float]:
+        """The metric of every scale on other seeds; nothing is measured where there is no choice."""
+        if len(scales) == 1:
+            return {scales[0]: 0.0}
+        calls = [{"num_inference_steps": steps, "guidance_scale": scale} for scale in scales]
+        other = {"wanted": ("fd",), "count": self.config.search_samples, "seed": self.config.seed + 1}
+        rows = [self._measure(name, pipeline, call, **other) for call in calls]
+        return {row["guidance_scale"]: row[self.metric] for row in rows}
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether the teacher knows what "no class" is."""
+        return getattr(self.family, "null_class", None) is not None
 
     def solver_pipeline(self, solver: str) -> ClassConditionalPipeline:
         """The teacher under a solver's scheduler."""
@@ -109,92 +177,122 @@ class Benchmark:
         null_class = getattr(self.family, "null_class", None)
         return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
 
-    def student(self, name: str, folder: str) -> Row:
-        """An exported student, called as its contract says."""
-        return self._measure(name, load_pipeline(folder), {}) | {"pipeline": str(folder)}
-
-    def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> Row:
+    def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any], **other: Any) -> Row:
+        """A pipeline's row; ``other`` replaces what the configuration says of the measurement."""
         config = self.config
+        measurement = {"wanted": config.metrics, "count": config.num_samples, "seed": config.seed} | other
         row = evaluate_pipeline(
-            pipeline, self.judge, wanted=config.metrics, count=config.num_samples, seed=config.seed,
-            batch_size=config.batch_size, precision=config.precision, call=call, name=name,
+            pipeline, self.judge, batch_size=config.batch_size, precision=config.precision, call=call, name=name,
+            **measurement,
         )  # fmt: skip
         row.pop("setting")
-        return row | ({"guidance_scale": call["guidance_scale"]} if "guidance_scale" in call else {})
+        return row | {"steps" if key == "num_inference_steps" else key: value for key, value in call.items()}
 
     def _finished_rows(self) -> list[Row]:
         if not self.path.is_file():
             return []
         result = json.loads(self.path.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(describe_setting(self.judge, **to_dict(self.config))))
-        same = [key for key in now if key not in ("students", "steps", "solvers", "output", "batch_size")]
-        changed = [key for key in same if result["setting"].get(key) != now[key]]
+        now = json.loads(json.dumps(self.setting))
+        changed = [key for key in now if key not in FREE_KEYS and result["setting"].get(key) != now[key]]
         if changed:
-            raise ValueError(f"{self.path} was measured with another {changed[0]}; move it away or restore the setting")
+            key = changed[0]
+            raise ValueError(
+                f"{self.path} was measured with another {key}: {result['setting'].get(key)!r}, now {now[key]!r}; "
+                "move it away, choose another output, or restore the setting"
+            )
         return list(result["rows"])
 
+    # ---------------------------------------------------------------------------------------------- pictures
 
-def solver_row_name(solver: str, steps: int) -> str:
-    """``"UniPC, 4 steps"``."""
-    return f"{solver}, {steps} step{'s' if steps > 1 else ''}"
-
-
-def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A markdown table; calls as whole numbers where they are, distances with three digits."""
-    lines = ["| " + " | ".join(["name", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
-    lines += ["| " + " | ".join([row["name"], *(cell(row.get(column)) for column in columns)]) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def cell(value: Any) -> str:
-    """One value of a table.
-
-    >>> cell(4.0), cell(0.12345), cell(0.00123), cell(None)
-    ('4', '0.123', '0.0012', '')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)) and float(value).is_integer():
-        return str(int(value))
-    return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3f}"
-
-
-def plot(rows: Sequence[Mapping[str, Any]], metric: str, path: Path) -> None:
-    """Quality against calls: solvers as lines, students as stars, the teacher and the floor as levels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        family, _, _ = row["name"].partition(", ")
-        if row["calls"] == 0 or family == "teacher":
-            axis.axhline(row[metric], linestyle="--" if row["calls"] else ":", color="black", linewidth=1)
-            axis.annotate(row["name"], (0.99, row[metric]), xycoords=("axes fraction", "data"), fontsize=8, ha="right")
-        elif "guidance_scale" in row:
-            lines.setdefault(family, []).append((row["calls"], row[metric]))
+    def images(self, row: Row, count: int = SHOWN) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of a row: the same seeds and classes whatever the row."""
+        if row["kind"] == "floor":
+            return self._real_images(count)
+        if row["kind"] == "student":
+            pipeline, call = load_pipeline(row["pipeline"]), {}
         else:
-            axis.plot(row["calls"], row[metric], "*", markersize=13, label=row["name"])
-    for family, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, linewidth=1, label=family)
-    axis.set(xscale="log", yscale="log", xlabel="network calls an image", ylabel=f"{metric} (lower is better)")
-    axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
+            pipeline = self.solver_pipeline(row["solver"])
+            call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        images = sample_images(
+            pipeline, count, seed=self.config.seed, num_classes=self.family.num_classes,
+            precision=self.config.precision, call=call,
+        )  # fmt: skip
+        return images.pixels / 255
+
+    def _real_images(self, count: int) -> Tensor:
+        """Real images, of the same classes as everybody's where classes are known."""
+        real, number = self.judge.real, self.family.num_classes
+        assert real is not None
+        if real.labels is None or number is None:
+            return real.pixels[:count] / 255
+        indices = [int((real.labels == i % number).nonzero()[i // number]) for i in range(count)]
+        return real.pixels[torch.tensor(indices)] / 255
+
+    def picture(self, path: Path) -> None:
+        """A grid: real images, the teacher, every student and the best solver at its calls, a row each."""
+        shown = [row for row in self.rows if row["kind"] in ("floor", "teacher")]
+        for student in sorted((row for row in self.rows if row["kind"] == "student"), key=lambda row: row["calls"]):
+            solver = best_solver(self.rows, student["calls"], self.metric)
+            shown += [row for row in (solver, student) if row is not None and row not in shown]
+        grids = {f"{row['name']}\n{self.metric} {cell(row[self.metric])}": self.images(row) for row in shown}
+        save_comparison(grids, path, title="Same seeds, same classes")
+
+
+def solver_rows(solvers: Mapping[str, Sequence[int]], *, guided: bool) -> list[tuple[str, int, bool]]:
+    """(solver, calls, guided), by calls; a number of calls that allows no further step has no row of its own.
+
+    >>> solver_rows({"Heun": [1, 2, 3]}, guided=True)
+    [('Heun', 1, False), ('Heun', 2, True), ('Heun', 3, False)]
+    """
+    rows = {}
+    for solver, budgets in solvers.items():
+        for calls in sorted(budgets):
+            for guidance in (False, True) if guided else (False,):
+                if steps := steps_within(solver, calls, guided=guidance):
+                    rows.setdefault((solver, steps, guidance), (solver, calls, guidance))
+    return sorted(rows.values(), key=lambda row: row[1])
+
+
+def solver_name(solver: str, calls: int, guided: bool) -> str:
+    """``"UniPC, 4 calls, guided"``."""
+    return f"{solver}, {calls} call{'s' if calls > 1 else ''}{', guided' if guided else ''}"
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Sixteen hex digits of an exported pipeline's weights: a student that was trained again is measured again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def train_missing(configs: Sequence[str]) -> None:
+    """Run every configuration whose student is not exported yet."""
+    for path in configs:
+        config = resolve(read_config(path))
+        if not (Path(config.train.output_dir) / "pipeline" / "model_index.json").is_file():
+            print(f"training {path}", flush=True)
+            Run(config).train()
 
 
 def benchmark(config: BenchmarkConfig) -> Path:
-    """Run a benchmark; writes ``<output>.json``, ``.md`` and ``.png``, and returns the table's path."""
+    """Run a benchmark; beside ``<output>.json`` it writes ``.md``, ``-calls.png``, ``-pareto.png`` and ``-grid.png``.
+
+    Returns:
+        The table.
+    """
+    train_missing(config.train)
     bench = Benchmark(config)
-    rows = bench.run()
-    plot(rows, bench.metric, bench.path.with_suffix(".png"))
-    metric = bench.metric
-    columns = ["calls", metric, f"{metric}_low", f"{metric}_high", "precision", "recall", "spread", "accuracy",
-               "guidance_scale", "seconds_per_image"]  # fmt: skip
-    text = table(rows, [column for column in columns if any(column in row for row in rows)])
-    bench.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    return bench.path.with_suffix(".md")
+    bench.run()
+    rows = compared(bench.rows, bench.metric)
+    plot_calls(rows, bench.metric, beside(bench.path, "calls"))
+    plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))
+    bench.picture(beside(bench.path, "grid"))
+    table = bench.path.with_suffix(".md")
+    table.write_text(f"{caption(bench.setting)}\n\n{markdown(rows, bench.metric)}\n", encoding="utf-8")
+    return table
+
+
+def beside(path: Path, what: str) -> Path:
+    """The picture of a result: ``fashion.json`` -> ``fashion-grid.png``."""
+    return path.with_name(f"{path.stem}-{what}.png")

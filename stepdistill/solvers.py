@@ -12,7 +12,7 @@ from typing import Any
 from stepdistill.config import nearest
 from stepdistill.sampling import noise_process
 
-SOLVERS = ("DDIM", "DPM-Solver++ 2M", "UniPC", "Euler", "Heun")
+SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 
 
 def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
@@ -21,6 +21,9 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
     Args:
         name: one of :data:`SOLVERS`.
         teacher: the teacher's scheduler config.
+
+    Raises:
+        ValueError: for another name, or a teacher whose process has no betas (a flow, EDM).
     """
     from diffusers import (
         DDIMScheduler,
@@ -31,14 +34,17 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
     )
 
     process = noise_process(teacher)
+    if not {"beta_schedule", "trained_betas"} & process.keys():
+        raise ValueError(f"solvers: wanted a teacher with betas, found {teacher.get('_class_name', 'none')!r}")
     match name:
         case "DDIM":
             return DDIMScheduler.from_config(
                 process, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
             )
-        case "DPM-Solver++ 2M":
+        case "DPM-Solver++ 2M" | "DPM-Solver++ SDE":
+            algorithm = "dpmsolver++" if name.endswith("2M") else "sde-dpmsolver++"
             return DPMSolverMultistepScheduler.from_config(
-                process, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2,
+                process, timestep_spacing="trailing", algorithm_type=algorithm, solver_order=2,
                 final_sigmas_type="zero", lower_order_final=True,
             )  # fmt: skip
         case "UniPC":
@@ -51,3 +57,15 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
             return HeunDiscreteScheduler.from_config(process, timestep_spacing="trailing")
         case _:
             raise ValueError(f"solver {name!r}: unknown{nearest(name, SOLVERS)}")
+
+
+def steps_within(solver: str, calls: int, *, guided: bool = False) -> int:
+    """The most steps that take at most ``calls`` network calls an image; 0 if not even one step does.
+
+    A guided step calls the network twice; a step of Heun does so too, but for the last.
+
+    >>> steps_within("DDIM", 4), steps_within("DDIM", 4, guided=True), steps_within("Heun", 8), steps_within("Heun", 1)
+    (4, 2, 4, 1)
+    """
+    calls = calls // 2 if guided else calls
+    return (calls + 1) // 2 if solver == "Heun" else calls
