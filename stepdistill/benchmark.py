@@ -10,6 +10,7 @@ with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -100,13 +101,13 @@ class Benchmark:
         if self.judge.real is not None:
             self.add("real images", self.floor)
         for scale in self.config.teacher_guidance_scales:
-            self.add(self.teacher_name(scale), lambda name, scale=scale: self.teacher(name, scale))
+            self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
         for name, folder in self.config.students.items():
-            self.add(name, lambda name, folder=folder: self.student(name, folder), same={"sha256": fingerprint(folder)})
+            same = {"sha256": fingerprint(folder)}
+            self.add(name, functools.partial(self.student, folder=folder), same)
         for solver, calls, guided in solver_rows(self.config.solvers, guided=self.can_be_guided):
-            self.add(
-                solver_name(solver, calls, guided), lambda name, row=(solver, calls, guided): self.solver(name, *row)
-            )
+            make = functools.partial(self.solver, solver=solver, calls=calls, guided=guided)
+            self.add(solver_name(solver, calls, guided), make)
         return self.rows
 
     def add(self, name: str, make: Callable[[str], Row], same: Mapping[str, Any] | None = None) -> Row:
@@ -180,7 +181,11 @@ class Benchmark:
     def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any], **other: Any) -> Row:
         """A pipeline's row; ``other`` replaces what the configuration says of the measurement."""
         config = self.config
-        measurement = {"wanted": config.metrics, "count": config.num_samples, "seed": config.seed} | other
+        measurement: dict[str, Any] = {
+            "wanted": config.metrics,
+            "count": config.num_samples,
+            "seed": config.seed,
+        } | other
         row = evaluate_pipeline(
             pipeline, self.judge, batch_size=config.batch_size, precision=config.precision, call=call, name=name,
             **measurement,
@@ -244,7 +249,7 @@ def solver_rows(solvers: Mapping[str, Sequence[int]], *, guided: bool) -> list[t
     >>> solver_rows({"Heun": [1, 2, 3]}, guided=True)
     [('Heun', 1, False), ('Heun', 2, True), ('Heun', 3, False)]
     """
-    rows = {}
+    rows: dict[tuple[str, int, bool], tuple[str, int, bool]] = {}
     for solver, budgets in solvers.items():
         for calls in sorted(budgets):
             for guidance in (False, True) if guided else (False,):

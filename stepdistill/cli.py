@@ -1,4 +1,4 @@
-"""The console: ``stepdistill train | generate | evaluate | export | benchmark | demo``; scripts/ call the same."""
+"""The console: ``stepdistill train | generate | evaluate | export | benchmark | report | demo``, as scripts/ too."""
 
 from __future__ import annotations
 
@@ -55,19 +55,25 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch_size", type=int, default=100, help="changes nothing but the speed")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--output", required=True, help="result file (.json)")
+    command.add_argument("--report", help="also write a page (.html) of the result")
 
     command = add(commands, "export", export, "export the student of a run's newest checkpoint")
     command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
     command.add_argument("--output", required=True, help="folder to write")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
-    for name, function, text in [
-        ("benchmark", benchmark, "students beside the teacher and the training-free solvers"),
-        ("demo", demo, "distil the embedded teacher and draw the picture"),
+    for name, config, function, text in [
+        ("benchmark", "benchmark_fashion", benchmark, "students beside the teacher and the training-free solvers"),
+        ("demo", "demo", demo, "distil the embedded teacher and draw the picture"),
     ]:
         command = add(commands, name, function, text)
-        command.add_argument("--config", default=f"configs/{name}.yaml", help="YAML file")
+        command.add_argument("--config", default=f"configs/{config}.yaml", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
+        command.add_argument("--report", help="also write a page (.html) of the result")
+
+    command = add(commands, "report", report, "one self-contained page from result files")
+    command.add_argument("results", nargs="+", help="result files (.json) of evaluate or benchmark")
+    command.add_argument("--output", required=True, help="page to write (.html)")
     return parser
 
 
@@ -129,6 +135,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )  # fmt: skip
     write_result(Path(args.output), result)
     print(json.dumps({key: value for key, value in result.items() if key != "setting"}, indent=2))
+    write_page(args.report, Path(args.output))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -146,13 +153,30 @@ def benchmark(args: argparse.Namespace) -> None:
 
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)))
     print(path.read_text(encoding="utf-8"))
+    write_page(args.report, path.with_suffix(".json"))
+
+
+def report(args: argparse.Namespace) -> None:
+    """``stepdistill report``."""
+    from stepdistill.report import write_report
+
+    print(write_report([Path(path) for path in args.results], Path(args.output)))
+
+
+def write_page(output: str | None, result: Path) -> None:
+    """What ``--report`` asks for."""
+    if output is not None:
+        from stepdistill.report import write_report
+
+        print(write_report([result], Path(output)))
 
 
 def demo(args: argparse.Namespace) -> None:
     """``stepdistill demo``."""
     from stepdistill.demo import demo
 
-    demo(args.config, args.overrides)
+    picture = demo(args.config, args.overrides)
+    write_page(args.report, picture.with_name("result.json"))
 
 
 if __name__ == "__main__":

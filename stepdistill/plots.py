@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ Line = list[tuple[float, float]]
 def plot_calls(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Solvers as thin lines, each at its best guidance; methods as stars; teacher and real images as levels."""
     figure, axis = new_axis()
+    styles = itertools.cycle(["--", "-.", (0, (1, 3))])
     for row in (row for row in rows if row.get("kind") in ("floor", "teacher")):
-        axis.axhline(row[metric], linestyle=":" if row["kind"] == "floor" else "--", color="0.3", linewidth=1)
-        axis.annotate(
-            row["name"], (1.01, row[metric]), xycoords=("axes fraction", "data"), fontsize=8, va="center", color="0.3"
-        )
+        style = ":" if row["kind"] == "floor" else next(styles)
+        axis.axhline(row[metric], linestyle=style, color="0.3", linewidth=1, label=row["name"])
     for index, (name, points) in enumerate(lines_of(rows, "solver", metric).items()):
         marker = "os^vDP"[index % 6]
         axis.plot(*zip(*points, strict=True), f"{marker}-", markersize=4, linewidth=1, color="0.6", label=name)
@@ -90,7 +90,7 @@ def save(figure: Any, axis: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     axis.grid(True, which="major", linewidth=0.3)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.16, 1.0))
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)

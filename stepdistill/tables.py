@@ -73,11 +73,20 @@ Column = tuple[str, str]
 def columns(rows: Sequence[Row], metric: str) -> list[Column]:
     """(key, heading) of what there is to say about these rows."""
     known = [
-        ("calls", "calls"), (metric, metric.replace("_", " ").upper()), ("interval", "95 %"), ("ratio", "ratio"),
-        ("paper", "paper"), ("against_solver", "best solver at these calls"), ("recall", "recall"),
-        ("spread", "spread"), ("accuracy", "accuracy"), ("guidance_scale", "guidance"), ("teacher_forwards", "training, M forwards"),
-        ("cpu_minutes", "training, CPU min"), ("seconds_per_image", "s / image"),
-    ]  # fmt: skip
+        ("calls", "calls"),
+        (metric, metric.replace("_", " ").upper()),
+        ("interval", "95 %"),
+        ("ratio", "ratio"),
+        ("paper", "paper"),
+        ("against_solver", "best solver at these calls"),
+        ("recall", "recall"),
+        ("spread", "spread"),
+        ("accuracy", "accuracy"),
+        ("guidance_scale", "guidance"),
+        ("teacher_forwards", "training, M forwards"),
+        ("cpu_minutes", "training, CPU min"),
+        ("seconds_per_image", "s / image"),
+    ]
     return [(key, heading) for key, heading in known if any(text(row, key, metric) for row in rows)]
 
 
@@ -92,6 +101,8 @@ def text(row: Row, key: str, metric: str) -> str:
             return f"{row[key]:.2f}"
         case "cpu_minutes" if row.get(key) is not None:
             return f"{row[key]:.0f}"
+        case "guidance_scale" if row.get(key) is not None:
+            return f"{row[key]:g}"
         case "calls" if not row["calls"]:
             return ""
     return cell(row.get(key))
@@ -124,9 +135,9 @@ def caption(setting: Mapping[str, Any]) -> str:
     """How the numbers of a benchmark were made, in a sentence or two."""
     scales = ", ".join(f"{scale:g}" for scale in setting["guidance_scales"])
     return (
-        f"{setting['num_samples']:,} samples a row, seed {setting['seed']}, {setting['precision']}. Guided solvers have "
-        f"the best scale of {scales}, chosen on {setting['search_samples']:,} samples of another seed. A solver "
-        "named after n calls takes as many steps as fit. Ratios are to the teacher's best row; 'paper' is the ratio of "
-        "FIDs in the method's paper, on other data. Training is counted in million images through a network, 3 for one "
-        "with its backward."
+        f"{setting['num_samples']:,} samples a row, seed {setting['seed']}, {setting['precision']}. A solver named "
+        f"after n calls takes as many steps as fit; guided ones have the best scale of {scales}, chosen on "
+        f"{setting['search_samples']:,} samples of another seed. Ratios are to the teacher's best row; 'paper' is the "
+        "ratio of FIDs in the method's paper, on other data. Training is counted in million images through a network, "
+        "3 for one with its backward."
     )
