@@ -25,7 +25,6 @@ check: $(STAMP)
 	$(BIN)/codespell
 
 bench: $(STAMP)
-	$(BIN)/python scripts/train.py --config configs/pixel_progressive.yaml
 	$(BIN)/python scripts/benchmark.py --config configs/benchmark_fashion.yaml
 
 # The stamp is written last, so an installation that was cut short is taken up again.

@@ -39,8 +39,9 @@ from stepdistill.run import Run, fingerprint_weights, resolve
 from stepdistill.solvers import make_solver, steps_within
 from stepdistill.tables import Row, best_solver, caption, cell, compared, markdown
 
-FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "batch_size")
+FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "batch_size")
 """Settings that say which rows there are, and not what is in them."""
+BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 SHOWN = 20
 """Images a row of the picture."""
 
@@ -52,6 +53,8 @@ class BenchmarkConfig:
     teacher: TeacherConfig
     output: str
     """Result file; tables and plots are written beside it."""
+    document: str | None = None
+    """A markdown file that shows the table between ``<!-- benchmark -->`` and ``<!-- /benchmark -->``."""
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines by the name their rows shall have."""
     train: tuple[str, ...] = ()
@@ -293,9 +296,26 @@ def benchmark(config: BenchmarkConfig) -> Path:
     plot_calls(rows, bench.metric, beside(bench.path, "calls"))
     plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))
     bench.picture(beside(bench.path, "grid"))
+    shown = f"{caption(bench.setting)}\n\n{markdown(rows, bench.metric)}\n"
     table = bench.path.with_suffix(".md")
-    table.write_text(f"{caption(bench.setting)}\n\n{markdown(rows, bench.metric)}\n", encoding="utf-8")
+    table.write_text(shown, encoding="utf-8")
+    if config.document is not None:
+        insert(shown, Path(config.document))
     return table
+
+
+def insert(table: str, document: Path) -> None:
+    """Put a table between the two marks of a document.
+
+    Raises:
+        ValueError: if the document has no such marks.
+    """
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"document: {document} has no lines {BEGIN!r} and {END!r}")
+    document.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
 
 
 def beside(path: Path, what: str) -> Path:

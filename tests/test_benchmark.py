@@ -10,8 +10,8 @@ import pytest
 from contracts.cases import save_teacher, sections
 from PIL import Image
 
-from stepdistill.benchmark import Benchmark, BenchmarkConfig, benchmark, solver_rows
-from stepdistill.config import build, read_config
+from stepdistill.benchmark import Benchmark, BenchmarkConfig, benchmark, insert, solver_rows, train_missing
+from stepdistill.config import build, read_config, to_yaml
 from stepdistill.evaluate import Judge
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods import method_names
@@ -150,7 +150,30 @@ def test_shipped_configurations_are_valid(name):
     assert set(config.solvers) <= set(SOLVERS)
 
 
+def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Run, "train", lambda run: trained.append(run.folder))
+    mapping = sections(finished[0] / "training", Pixel.tiny(size=28, num_classes=10), "progressive", steps=2)
+    there, missing = tmp_path / "there.yaml", tmp_path / "missing.yaml"
+    there.write_text(to_yaml(mapping))
+    mapping["train"]["output_dir"] = str(tmp_path / "run")
+    missing.write_text(to_yaml(mapping))
+    train_missing([str(there), str(missing)])
+    assert trained == [tmp_path / "run"]
+
+
 # ------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_document_shows_the_table_between_its_marks(tmp_path):
+    document = tmp_path / "RESULTS.md"
+    document.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
+    for _ in range(2):
+        insert("| new |\n", document)
+    assert document.read_text() == "before\n<!-- benchmark -->\n| new |\n<!-- /benchmark -->\nafter\n"
+    document.write_text("<!-- benchmark -->")
+    with pytest.raises(ValueError, match=r"RESULTS\.md has no lines"):
+        insert("| new |\n", document)
 
 
 def made_up(name, kind, calls, fd, **more):
