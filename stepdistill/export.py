@@ -19,7 +19,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.families.base import Family
 from stepdistill.sampling import Sampler
@@ -36,6 +36,7 @@ def export_pipeline(
     *,
     about: Mapping[str, Any],
     guidance_scale: float = 1.0,
+    lora: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
@@ -48,6 +49,7 @@ def export_pipeline(
         folder: where to write; an older export there is replaced.
         about: what else belongs into the contract: method, teacher, config hash, measured numbers.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
+        lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
 
     Raises:
         ValueError: if no scheduler can express the sampler.
@@ -57,6 +59,8 @@ def export_pipeline(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_pipeline(pipeline, partial)
+    if lora is not None:
+        pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
     (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(model_card(contract, type(pipeline).__name__), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,12 +71,11 @@ def export_pipeline(
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """``save_pretrained``, and the files of this package's classes in it, where diffusers looks for them."""
     pipeline.save_pretrained(folder, safe_serialization=True)
-    if not is_our_class(pipeline):
-        return
-    shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
     index = folder / "model_index.json"
     entries = json.loads(index.read_text())
-    entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
+    if is_our_class(pipeline):
+        shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
+        entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
     for name, component in pipeline.components.items():
         if is_our_class(component):
             file = Path(inspect.getfile(type(component)))
@@ -96,7 +99,7 @@ def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guid
         "guidance_scale": guidance_scale,
         "guidance_convention": "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none",
         "prediction_type": family.prediction_type,
-        "conditioning": "class_labels" if family.num_classes else "none",
+        "conditioning": family.conditioning,
         "num_classes": family.num_classes,
         "sample_shape": list(family.sample_shape),
         "call": call_arguments(pipeline, sampler, guidance_scale),
@@ -156,7 +159,8 @@ def is_our_code(folder: Path) -> bool:
     import stepdistill.pipelines
 
     ours = {file.read_bytes() for file in Path(stepdistill.pipelines.__file__).parent.glob("*.py")}
-    return (folder / CUSTOM_FILE).is_file() and all(file.read_bytes() in ours for file in folder.rglob("*.py"))
+    files = list(folder.rglob("*.py"))
+    return bool(files) and all(file.read_bytes() in ours for file in files)
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:
@@ -183,7 +187,7 @@ def model_card(contract: Mapping[str, Any], pipeline: str) -> str:
     data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", contract.get("method", "")])
     custom = ", trust_remote_code=True" if pipeline == "ClassConditionalPipeline" else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
-    labels = "class_labels=[0, 1, 2]" if contract["conditioning"] == "class_labels" else "batch_size=3"
+    asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
     results = contract.get("results", {})
     table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
     return f"""---
@@ -199,7 +203,7 @@ Distilled by **{contract.get("method", "?")}** with stepdistill from `{contract.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
-images = pipe({labels}, {arguments}).images
+images = pipe({asked[contract["conditioning"]]}, {arguments}).images
 ```
 
 Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts give worse images.

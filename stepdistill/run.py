@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill import config as configuration
 from stepdistill.backbones import refuse_judge
@@ -18,7 +18,7 @@ from stepdistill.data import DataConfig, open_data
 from stepdistill.evaluate import Judge, student_images
 from stepdistill.export import export_pipeline
 from stepdistill.families import load_teacher
-from stepdistill.families.base import Family, TeacherConfig
+from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks import AdapterBank, CopyBank, NetworkBank
@@ -163,12 +163,17 @@ class Run:
         self.family = load_teacher(config.teacher)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
-        channels, height, width = self.family.sample_shape
-        if self.method.needs_images and config.data.name == "noise":
-            raise ValueError(f"data.name: {config.method_name!r} trains on images; found 'noise', wanted 'images'")
+        channels, height, width = self.family.image_shape
+        if self.method.needs_images and config.data.name != "images":
+            raise ValueError(
+                f"data.name: {config.method_name!r} trains on images; found {config.data.name!r}, wanted 'images'"
+            )
         self.dataset = open_data(
-            locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes
-        )
+            locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes,
+            takes_text=self.family.takes_text,
+        )  # fmt: skip
+        if self.dataset.captions is not None:
+            self.family.use_captions(self.dataset.captions)
         self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.extend(self.method.extra_inputs(config.method))
@@ -257,12 +262,21 @@ class Run:
         network = self.distiller.bank.extract(self.distiller.result_role).cpu()
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
-            self.distiller.family, network, self.distiller.sampler(), folder, about=about, guidance_scale=scale
-        )
+            self.distiller.family, network, self.distiller.sampler(), folder,
+            about=about, guidance_scale=scale, lora=self.lora(),
+        )  # fmt: skip
         grids = sorted((self.folder / "samples").glob("step-*.png"))
         if grids:
             (folder / "samples.png").write_bytes(grids[-1].read_bytes())
         return folder
+
+    def lora(self) -> dict[str, Tensor] | None:
+        """The student's adapter, where stock diffusers can put one on the teacher; a further input is none."""
+        bank, family = self.distiller.bank, self.distiller.family
+        if not isinstance(bank, AdapterBank) or not family.loads_lora or family.inputs != Inputs():
+            return None
+        state = bank.lora_state(self.distiller.result_role)
+        return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
 
 
 class _NoLock:

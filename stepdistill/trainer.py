@@ -142,6 +142,7 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self.distiller = distiller.to(self.device)
+        distiller.family.to(self.device)
         self.dataset = dataset
         self.batch_size = batch_size
         self.config = config

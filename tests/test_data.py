@@ -533,7 +533,7 @@ def test_metadata_that_breaks_the_rules(tmp_path: Path) -> None:
     refuses("no column 'lable'; did you mean 'label'", json.dumps(good), label_column="lable")
     refuses("label 7, expected 0 to 1", json.dumps(good | {"label": 7}), num_classes=2)
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}')
-    _raises("metadata.jsonl: not UTF-8", tmp_path)
+    _raises("metadata.jsonl:1: not UTF-8", tmp_path)
 
 
 def test_folders_that_break_the_rules(tmp_path: Path) -> None:
@@ -591,3 +591,53 @@ def test_a_stated_shape_must_be_the_teachers(tmp_path: Path) -> None:
     _raises("data.resolution: found 8, but the teacher's images are 4x4", tmp_path, resolution=8)
     with pytest.raises(ValueError, match="data.channels: found 3, but the teacher's images have 1"):
         open_data(DataConfig(name="images", path=str(tmp_path), channels=3), channels=1, size=SIZE, num_classes=None)
+
+
+# ----------------------------------------------------------------------------------------- captions and prompts
+
+
+def _prompts(path: Path, content: bytes, **options: Any) -> Any:
+    path.write_bytes(content)
+    config = DataConfig(name="prompts", path=str(path), **options)
+    return open_data(config, channels=3, size=(8, 8), num_classes=None, takes_text=True)
+
+
+def test_prompts_are_lines_or_objects(tmp_path: Path) -> None:
+    lines = _prompts(tmp_path / "a.txt", "\ufeffone\r\n\n  two, zwei \u00fc\n".encode())
+    assert lines.load([1, 0]).captions == ("two, zwei \u00fc", "one") and lines.load([0]).images is None
+    objects = _prompts(tmp_path / "a.jsonl", b'{"text": "one"}\n{"text": ""}\n')
+    assert objects.load([0, 1]).captions == ("one", "")
+    with pytest.raises(ValueError, match=r"b.txt:2: not UTF-8 \(byte 0xff\)"):
+        _prompts(tmp_path / "b.txt", b"one\ntw\xffo\n")
+    with pytest.raises(ValueError, match=r"c.txt: no prompts in it"):
+        _prompts(tmp_path / "c.txt", b"\n\n")
+    with pytest.raises(ValueError, match=r"c.jsonl:2: no key 'text'"):
+        _prompts(tmp_path / "c.jsonl", b'{"text": "one"}\n{"txt": "two"}\n')
+    with pytest.raises(ValueError, match="'prompts' is for teachers that take text"):
+        open_data(DataConfig(name="prompts", path=str(tmp_path / "a.txt")), channels=3, size=(8, 8), num_classes=None)
+
+
+def test_captions_beside_the_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    config = DataConfig(name="images", path=str(tmp_path), batch_size=2)
+    wanted: Any = {"channels": 3, "size": (8, 8), "num_classes": None, "takes_text": True}
+    (tmp_path / "a.txt").write_text("an a,\nfirst line")
+    with pytest.raises(ValueError, match=r"1 of 2 images have no caption; the first is .*b.png"):
+        open_data(config, **wanted)
+    (tmp_path / "b.txt").write_text("")
+    assert open_data(config, **wanted).load([0, 1]).captions == ("an a, first line", "")
+
+
+def test_captions_are_dropped_by_their_position_and_mirrors_stay(tmp_path: Path) -> None:
+    text = "\n".join(f"prompt {i}" for i in range(50)).encode()
+
+    def captions(share: float, start: int = 0) -> list[str]:
+        data = _prompts(tmp_path / "a.txt", text, caption_dropout=share)
+        batches = loader(data, batch_size=25, seed=3, start=start)
+        return [caption for _ in range(4) for caption in next(batches).captions or ()]
+
+    every, some = captions(0.0), captions(0.2)
+    kept = [caption for caption in some if caption]
+    assert 60 < len(kept) < 95 and all(a in (b, "") for a, b in zip(some, every, strict=True))
+    assert captions(0.2, start=2)[:50] == some[50:] and set(captions(1.0)) == {""}

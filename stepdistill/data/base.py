@@ -34,13 +34,15 @@ class DataConfig:
     """The ``data:`` section.
 
     Attributes:
-        name: ``images`` (see ``path``), or ``noise`` for methods that need no data.
-        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk.
+        name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher.
+        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk; of ``prompts`` a ``.txt``
+            (one a line) or a ``.jsonl`` (an object a line, see ``caption_column``).
         resolution: if given, the teacher's short side in pixels; allows an ``.npz`` of another size, which is resized.
         channels: if given, the teacher's channels; allows an ``.npz`` with other channels (1 or 3), which is converted.
         batch_size: samples per micro-batch and process.
         num_workers: loading processes beside each training process; 0 loads in the training process.
         flip: mirror half of the images, chosen by their position in the order.
+        caption_dropout: the share of captions that are left empty, chosen by their position in the order.
         max_samples: keep a fixed random subset of this size; for ``noise``, the length of an epoch.
         bad_files: ``skip`` takes the next readable sample for an unreadable one and warns; ``error`` stops.
         label_column: name of the label in ``metadata.jsonl`` or the Hugging Face dataset; ``label`` where present.
@@ -48,13 +50,14 @@ class DataConfig:
         image_column: name of the image in the Hugging Face dataset.
     """
 
-    name: Literal["images", "noise"]
+    name: Literal["images", "noise", "prompts"]
     path: str | None = None
     resolution: int | None = None
     channels: int | None = None
     batch_size: int = 64
     num_workers: int = 0
     flip: bool = False
+    caption_dropout: float = 0.0
     max_samples: int | None = None
     bad_files: Literal["error", "skip"] = "skip"
     label_column: str | None = None
@@ -64,6 +67,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name == "images" and not self.path:
             raise ValueError("path: missing; expected a folder of images, an .npz or a saved Hugging Face dataset")
+        if self.name == "prompts" and not self.path:
+            raise ValueError("path: missing; expected a .txt with a prompt a line, or a .jsonl")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout: found {self.caption_dropout}, expected 0 to 1")
         if self.name == "noise" and self.path:
             raise ValueError(f"path: found {self.path!r}, but 'noise' reads no data; did you mean name: images?")
         for key in ("resolution", "channels", "batch_size", "max_samples"):
@@ -81,11 +88,15 @@ class Dataset(abc.ABC):
         size: (C, H, W) of an image.
         num_classes: labels are in [0, num_classes); None if there are no labels.
         flip: whether :func:`~stepdistill.data.order.loader` mirrors half of the images.
+        caption_dropout: the share of captions that it leaves empty.
+        captions: every sample's text, by its index; None where the teacher takes none.
     """
 
     size: tuple[int, int, int]
     num_classes: int | None
     flip: bool
+    caption_dropout: float = 0.0
+    captions: Sequence[str] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:

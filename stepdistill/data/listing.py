@@ -8,7 +8,7 @@ path                                 samples
 Hugging Face dataset saved on disk   its ``image`` column, and if present ``label``, ``text``
 folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
 folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
-folder                               images without labels
+folder                               images without labels; captions, if a ``.txt`` lies beside every image
 ===================================  ===============================================================================
 
 Nothing is unpickled. Hidden folders and files that are not images are passed over.
@@ -42,7 +42,7 @@ class Listing:
 
     images: Sequence[Any] | np.ndarray
     labels: np.ndarray | None = None
-    captions: Sequence[str] | np.ndarray | None = None
+    captions: Sequence[str | None] | np.ndarray | None = None
     num_folders: int | None = None  # classes, where labels only number the sub-folders
 
 
@@ -112,10 +112,53 @@ def _folder(folder: Path) -> Listing:
     inside = [file[len(str(folder)) + 1 :] for file in files]
     tops = [name.split(os.sep)[0] if os.sep in name else None for name in inside]
     classes = sorted({top for top in tops if top is not None})
+    captions = _caption_files(files)
     if not classes:
-        return Listing(files)
+        return Listing(files, captions=captions)
     number: dict[str | None, int] = {None: STRAY} | {name: label for label, name in enumerate(classes)}
-    return Listing(files, np.array([number[top] for top in tops]), num_folders=len(classes))
+    return Listing(files, np.array([number[top] for top in tops]), captions, num_folders=len(classes))
+
+
+def _caption_files(images: Sequence[str]) -> list[str | None] | None:
+    """The text beside every image (``a.txt`` beside ``a.png``), None where there is none."""
+    texts = [Path(image).with_suffix(".txt") for image in images]
+    captions = [" ".join(read_text(text).split()) if text.is_file() else None for text in texts]
+    return captions if any(caption is not None for caption in captions) else None
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        ValueError: naming the line and the byte that is not UTF-8.
+    """
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}:{line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8") from error
+
+
+def list_prompts(config: DataConfig) -> list[str]:
+    """The prompts in ``config.path``: a ``.jsonl`` of objects, or any other text file, one a line.
+
+    Empty lines of a text file are passed over; ``""`` in a ``.jsonl`` is the empty prompt.
+
+    Raises:
+        ValueError: if there are none, or the file is no text; it names the line.
+    """
+    path = Path(str(config.path))
+    if not path.is_file():
+        raise ValueError(f"data.path: {path}: {_why_not(path) if not path.is_dir() else 'is a folder, wanted a file'}")
+    if path.suffix == ".jsonl":
+        key = config.caption_column or "text"
+        prompts = [_value(row, key, str, where) for where, row in _json_lines(path).items()]
+    else:
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"data.path: {path}: no prompts in it")
+    return prompts
 
 
 def _image_files(folder: Path) -> list[str]:
@@ -148,10 +191,7 @@ def _metadata(file: Path, config: DataConfig) -> Listing:
 
 def _json_lines(file: Path) -> dict[str, dict[str, Any]]:
     """Every object by ``file:line``."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
+    lines = read_text(file).split("\n")
     named = ((f"{file}:{number}", line) for number, line in enumerate(lines, 1))
     return {where: _json_object(line, where) for where, line in named if line.strip()}
 

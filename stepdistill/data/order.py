@@ -47,10 +47,16 @@ def mirrored(position: int, count: int, length: int, seed: int) -> torch.Tensor:
     return torch.tensor([bool(_epoch(seed, p // length, length)[1][p % length]) for p in at])
 
 
+def dropped(position: int, count: int, length: int, seed: int, share: float) -> list[bool]:
+    """Whether the caption of the sample at each of ``count`` positions is left empty: true for ``share`` of them."""
+    at = range(position, position + count)
+    return [bool(_epoch(seed, p // length, length)[2][p % length] < share) for p in at]
+
+
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
-def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = np.random.default_rng((seed, epoch))
-    return generator.permutation(length), generator.random(length) < 0.5
+    return generator.permutation(length), generator.random(length) < 0.5, generator.random(length)
 
 
 def loader(
@@ -115,6 +121,9 @@ class _MicroBatches(TorchDataset):
         position = (micro_batch * self.world + self.rank) * self.batch_size
         where = (position, self.batch_size, len(self.dataset), self.seed)
         batch = self.dataset.load(sample_indices(*where))
+        if batch.captions is not None and self.dataset.caption_dropout:
+            kept = zip(batch.captions, dropped(*where, self.dataset.caption_dropout), strict=True)
+            batch = dataclasses.replace(batch, captions=tuple("" if drop else caption for caption, drop in kept))
         if not self.dataset.flip or batch.images is None:
             return batch
         images = torch.where(mirrored(*where)[:, None, None, None], batch.images.flip(3), batch.images)

@@ -1,4 +1,4 @@
-"""The two data sources: images, and nothing (noise)."""
+"""The data sources: images, prompts, and nothing (noise)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.base import DataConfig, Dataset, RawBatch
-from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_samples
+from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_prompts, list_samples
 from stepdistill.data.order import Unreadable
 from stepdistill.data.pixels import UnreadableImageError, read_pixels
 
@@ -17,7 +17,9 @@ NOISE_EPOCH = 2**16
 LONGEST_GAP = 100  # unreadable samples in a row before a search for a readable one ends
 
 
-def open_data(config: DataConfig, *, channels: int, size: tuple[int, int], num_classes: int | None) -> Dataset:
+def open_data(
+    config: DataConfig, *, channels: int, size: tuple[int, int], num_classes: int | None, takes_text: bool = False
+) -> Dataset:
     """Open the data of a ``data:`` section for a teacher, and check what can be checked without decoding all of it.
 
     Checked here: the path, the rules of its form, that it is not empty, every label, an ``.npz``'s shape, and that
@@ -28,16 +30,25 @@ def open_data(config: DataConfig, *, channels: int, size: tuple[int, int], num_c
         channels: the teacher's image channels; files can be made 1 or 3, only an ``.npz`` has others.
         size: the teacher's image (height, width) in pixels.
         num_classes: the teacher's classes without its null class; None if it takes none, then labels are left out.
+        takes_text: whether the teacher wants a caption for every sample.
 
     Raises:
         ValueError: naming the file, key or sample.
     """
+    if config.name == "prompts" and not takes_text:
+        raise ValueError("data.name: 'prompts' is for teachers that take text, this one does not; wanted 'images'")
+    if config.name == "noise" and takes_text:
+        raise ValueError("data.name: 'noise' says no prompts, but the teacher takes text; wanted 'prompts' or 'images'")
+    if config.name == "prompts":
+        return PromptData(config, size=(channels, *size))
     if config.name == "noise":
         return NoiseData(config.max_samples, size=(channels, *size), num_classes=num_classes)
     _check_stated(config, channels, size)
     listing = list_samples(config)
     _check_images(config, listing, channels, size)
     _check_labels_exist(config, listing, num_classes)
+    if takes_text:
+        _check_captions(config, listing)
     dataset = ImageData(listing, config, size=(channels, *size), num_classes=num_classes)
     Unreadable(len(dataset)).count(dataset.load([0]))
     return dataset
@@ -68,6 +79,29 @@ class NoiseData(Dataset):
         return RawBatch(None, labels, None, tuple(indices))
 
 
+class PromptData(Dataset):
+    """Prompts without images, for methods that start from noise."""
+
+    num_classes = None
+    flip = False
+
+    def __init__(self, config: DataConfig, *, size: tuple[int, int, int]) -> None:
+        prompts = list_prompts(config)
+        self.captions = self._prompts = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
+        self.size, self.caption_dropout, self._path = size, config.caption_dropout, config.path
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def name(self, index: int) -> str:
+        """The path of the file, and which of its prompts."""
+        return f"{self._path}[{index}]"
+
+    def load(self, indices: Sequence[int]) -> RawBatch:
+        """Captions only."""
+        return RawBatch(None, None, tuple(self._prompts[index] for index in indices), tuple(indices))
+
+
 class ImageData(Dataset):
     """Images, decoded when they are asked for.
 
@@ -81,6 +115,9 @@ class ImageData(Dataset):
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
         self._rows = _subset(len(listing.images), config.max_samples)
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
+        self.caption_dropout = config.caption_dropout
+        if listing.captions is not None:
+            self.captions = [listing.captions[int(row)] or "" for row in self._rows]
         if num_classes is not None:
             self._check_labels(num_classes)
 
@@ -186,4 +223,19 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
         raise ValueError(
             f"data.path: {config.path}: {listing.num_folders} class folders hold images, the teacher has {num_classes}"
             " classes; folders are numbered by name, so all are needed (or give the labels in a metadata.jsonl)"
+        )
+
+
+def _check_captions(config: DataConfig, listing: Listing) -> None:
+    if listing.captions is None:
+        raise ValueError(
+            f"data.path: {config.path}: no captions, but the teacher takes text; wanted 'text' in a metadata.jsonl, a "
+            ".txt beside every image, or data.caption_column"
+        )
+    missing = [row for row, caption in enumerate(listing.captions) if not isinstance(caption, str)]
+    if missing:
+        first = listing.images[missing[0]] if isinstance(listing.images, list) else f"{config.path}[{missing[0]}]"
+        raise ValueError(
+            f"data.path: {config.path}: {len(missing)} of {len(listing.captions)} images have no caption; the first is "
+            f"{first} ('' or an empty .txt is the empty caption)"
         )

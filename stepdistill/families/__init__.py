@@ -39,13 +39,15 @@ def load_teacher(config: TeacherConfig) -> Family:
     folder = locate(config)
     if config.family is not None:
         return known[config.family].load(folder, config)
+    pipeline = pipeline_class(folder)
     for cls in known.values():
-        if network_class(folder, cls.component) in cls.network_classes:
+        if network_class(folder, cls.component) in cls.network_classes and cls.pipeline_name in (None, pipeline):
             return cls.load(folder, config)
     found = network_class(folder, "unet") or network_class(folder, "transformer")
-    supported = sorted(name for cls in known.values() for name in cls.network_classes)
+    supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))
     raise ValueError(
-        f"teacher.path: {config.path}: no family knows the network {found!r}; known: {', '.join(supported)}. "
+        f"teacher.path: {config.path}: no family knows the network {found!r} in the pipeline {pipeline!r}; "
+        f"known: {', '.join(supported)}. "
         "A new family is one file in stepdistill/families/, see CONTRIBUTING.md."
     )
 
@@ -70,3 +72,10 @@ def network_class(folder: Path, component: str) -> str | None:
     """The class name in ``<component>/config.json``, or None where there is no such component."""
     path = folder / component / "config.json"
     return json.loads(path.read_text())["_class_name"] if path.is_file() else None
+
+
+def pipeline_class(folder: Path) -> str | None:
+    """The class name in ``model_index.json``, or None where there is none, or the folder brings its own."""
+    path = folder / "model_index.json"
+    name = json.loads(path.read_text())["_class_name"] if path.is_file() else None
+    return name if isinstance(name, str) else None

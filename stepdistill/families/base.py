@@ -37,6 +37,8 @@ class TeacherConfig:
     """Overrides the detection: the name of a file in ``stepdistill/families``."""
     null_class: int | None = None
     """The class label that means "no class", where the teacher was trained with one."""
+    trust_remote_code: bool = False
+    """Whether Python files that lie in the teacher's folder may run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,13 @@ class Family(abc.ABC):
     component: ClassVar[str]
     """The network's folder and argument in the pipeline: ``"unet"`` or ``"transformer"``."""
     network_classes: ClassVar[tuple[str, ...]]
-    """Diffusers classes by which a teacher is recognised."""
+    """Diffusers classes of networks by which a teacher is recognised."""
+    pipeline_name: ClassVar[str | None] = None
+    """The diffusers pipeline that a teacher must be, where networks of the class serve several; None: any."""
+    takes_text: ClassVar[bool] = False
+    """Whether the condition is a prompt."""
+    loads_lora: ClassVar[bool] = False
+    """Whether the stock pipeline has ``load_lora_weights``."""
     feature_blocks: ClassVar[tuple[str, ...]]
     """Sub-modules whose outputs are good features for a critic."""
     lora_targets: ClassVar[tuple[str, ...]]
@@ -90,6 +98,12 @@ class Family(abc.ABC):
     scheduler_config: Mapping[str, Any]
     sample_shape: tuple[int, int, int]
     """(C, H, W) of what the network sees."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` gives."""
+    frozen: tuple[nn.Module, ...] = ()
+    """What encodes and decodes, beside the network: it is never trained, and no checkpoint holds it."""
+    prompts: Sequence[str] = ()
+    """Of a family that takes text: what :meth:`example_cond` asks for, in turn."""
     num_classes: int | None
     """How many classes a label may name, None for an unconditional teacher."""
     inputs: Inputs = Inputs()
@@ -104,6 +118,22 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def tiny(cls, seed: int = 0) -> Family:
         """A random miniature of the real classes, so that contract tests need no download."""
+
+    @property
+    def conditioning(self) -> str:
+        """What a sample is asked for with: ``"prompt"``, ``"class_labels"`` or ``"none"``."""
+        if self.takes_text:
+            return "prompt"
+        return "none" if self.num_classes is None else "class_labels"
+
+    def to(self, device: torch.device) -> None:
+        """Move what encodes and decodes; the networks belong to the bank."""
+        for module in self.frozen:
+            module.to(device)
+
+    def use_captions(self, captions: Sequence[str]) -> None:
+        """Take note of the training's captions: examples come from them, and those that are too long are counted."""
+        del captions
 
     def with_prediction(self, prediction_type: str) -> Family:
         """The same family for networks of another prediction type, for students that change it."""

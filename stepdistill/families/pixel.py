@@ -67,6 +67,7 @@ class Pixel(Family):
         self.scheduler_config = dict(scheduler_config)
         self.schedule, self.prediction_type = read_schedule(scheduler_config)
         self.sample_shape = (network.config.in_channels, height, width)
+        self.image_shape = self.sample_shape
         self.null_class = null_class
         self.num_classes = labels if labels is None or null_class is None else labels - 1
 

@@ -114,10 +114,12 @@ def save_teacher(family: Family, folder: Path) -> Path:
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:
     """Smooth random images of the teacher's size, each class equally often."""
-    channels, height, width = family.sample_shape
+    channels, height, width = family.image_shape
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (count, 1, 1, channels)) + random.integers(-40, 40, (count, height, width, 1))
     labels = {"labels": np.arange(count) % family.num_classes} if family.num_classes else {}
+    if family.takes_text:
+        labels = {"captions": np.array([f"picture {i}" for i in range(count)])}
     np.savez(path, images=images.clip(0, 255).astype(np.uint8), **labels)
     return path
 
@@ -205,6 +207,11 @@ def reference_images(run: Run, count: int, seed: int) -> Tensor:
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:
     """Images (B, C, H, W) of a pipeline for the family's example conditions."""
     pipeline.set_progress_bar_config(disable=True)
-    cond = family.example_cond(range(count)) or {"batch_size": count}
-    images = pipeline(**cond, generator=torch.Generator().manual_seed(seed), output_type="np", **options).images
+    asked = {
+        "prompt": lambda: {"prompt": family.example_prompts(range(count))},
+        "class_labels": lambda: {"class_labels": family.example_cond(range(count))["class_labels"].tolist()},
+        "none": lambda: {"batch_size": count},
+    }[family.conditioning]()
+    torch.manual_seed(seed + 1)  # for pipelines that do not hand the generator to their scheduler
+    images = pipeline(**asked, generator=torch.Generator().manual_seed(seed), output_type="np", **options).images
     return torch.from_numpy(np.asarray(images)).movedim(-1, 1)

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from stepdistill import load_pipeline
 from stepdistill.data import RawBatch
 from stepdistill.denoiser import Denoiser, guided
+from stepdistill.export import call_arguments
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.networks import CopyBank
@@ -103,18 +104,21 @@ def test_our_call_is_the_pipelines_own(family, scale):
     step = pipeline.scheduler.step
 
     def spy(model_output, t, sample, *args, **kwargs):
-        seen.append((sample, step(model_output, t, sample, *args, **kwargs)))
-        return seen[-1][1]
+        stepped = step(model_output, t, sample, *args, **kwargs)
+        seen.append((sample, stepped[0]))
+        return stepped
 
     pipeline.scheduler.step = spy
-    pipeline_images(pipeline, family, 3, seed=0, num_inference_steps=2)
+    options = call_arguments(pipeline, sampler, scale)
+    pipeline_images(pipeline, family, 3, seed=0, **options)
     denoiser, cond = denoiser_of(family), family.example_cond(range(3))
     for i, (x_t, stepped) in enumerate(seen):
+        x_t = x_t[:3]  # DiTPipeline keeps a second copy under guidance
         t, s = (sampler.times[j].expand(3) for j in (i, i + 1))
         with torch.no_grad():
             prediction = denoiser(x_t, t, cond) if scale == 1 else guide(denoiser, x_t, t, cond, scale)
-        ours, scale_of = sampler.step(prediction, t, s, torch.randn_like), stepped.prev_sample.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale_of, stepped.prev_sample / scale_of, atol=2e-5, rtol=0)
+        ours, scale_of = sampler.step(prediction, t, s, torch.randn_like), stepped.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours / scale_of, stepped[:3] / scale_of, atol=2e-5, rtol=0)
     assert len(seen) == 2
 
 
@@ -141,7 +145,13 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
     assert (loaded.sample_shape, loaded.num_classes) == (family.sample_shape, family.num_classes)
     assert loaded.prediction_type == family.prediction_type
     before, after = (
-        pipeline_images(one.pipeline(one.network, sampler, 1.0), one, 2, seed=1, num_inference_steps=2)
+        pipeline_images(
+            pipeline := one.pipeline(one.network, sampler, 1.0),
+            one,
+            2,
+            seed=1,
+            **call_arguments(pipeline, sampler, 1.0),
+        )
         for one in (family, loaded)
     )
     assert torch.equal(before, after)
@@ -157,7 +167,7 @@ def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
 
 
 def test_encode_and_decode(family):
-    images = torch.rand((3, *family.sample_shape)) * 2 - 1
+    images = torch.rand((3, *family.image_shape)) * 2 - 1
     labels = None if family.num_classes is None else torch.arange(3) % family.num_classes
     batch = family.encode(RawBatch(images, labels, ("one", "two", "three"), (0, 1, 2)))
     assert batch.size == 3 and batch.x0.shape[1:] == family.sample_shape

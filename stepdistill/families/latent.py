@@ -1,0 +1,178 @@
+"""What latent diffusion families share: a stock pipeline around the network, its VAE, its prompts.
+
+A teacher is an opened diffusers pipeline. Its VAE and text encoders are used through it and never trained; prompts are
+embedded by its own ``encode_prompt``, so a student sees what the exported pipeline will feed it. Networks see scaled
+latents; a VAE's config says how they are scaled.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.data import RawBatch
+from stepdistill.denoiser import Cond
+from stepdistill.export import is_our_code, runs_own_code
+from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
+from stepdistill.sampling import Sampler
+
+EXAMPLE_PROMPTS = (
+    "a red apple on a wooden table",
+    "a watercolour of a lighthouse at dawn",
+    "a photo of a cat asleep on a bookshelf",
+    "a street in the rain at night, neon signs",
+    "an astronaut riding a horse",
+    "a bowl of ramen, seen from above",
+    "a mountain lake in autumn",
+    "a portrait of an old fisherman, oil on canvas",
+)
+
+
+class Latent(Family):
+    """An opened latent diffusion pipeline."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.network = network = getattr(pipe, self.component)
+        self.scheduler_config = json.loads(pipe.scheduler.to_json_string())
+        self.schedule, self.prediction_type = read_schedule(self.scheduler_config)
+        size, vae = network.config.sample_size, pipe.vae.config
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        self.sample_shape = (network.config.in_channels, height, width)
+        self.image_shape = (vae.out_channels, height * factor, width * factor)
+        self.num_classes = None
+        parts = {name: part for name, part in pipe.components.items() if name != self.component}
+        self.frozen = tuple(part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module))
+
+    @classmethod
+    def load(cls, folder: Path, config: TeacherConfig) -> Latent:
+        if config.null_class is not None:
+            raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.pipeline_name} knows its own")
+        return cls(open_pipeline(folder, config))
+
+    @torch.no_grad()
+    def encode(self, raw: RawBatch) -> Batch:
+        """Latents are the mean of the VAE's posterior, not a draw from it: the same in a cache and in every run."""
+        images = None if raw.images is None else self.to_latents(raw.images)
+        return Batch(images, self.condition(raw), len(raw.indices))
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as the network's latents, float32."""
+        vae = self.pipe.vae
+        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        shift, scale = latent_statistics(vae.config, latents)
+        return (latents - shift) * scale
+
+    def decode(self, x0: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        shift, scale = latent_statistics(vae.config, x0)
+        images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @abc.abstractmethod
+    def condition(self, raw: RawBatch) -> Cond:
+        """What the network is told of a batch."""
+
+    def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
+        del guidance_scale  # an argument of the call
+        scheduler = sampler.scheduler(self.scheduler_config)
+        if "steps_offset" in scheduler.config:  # of no meaning on a trailing grid; pipelines want 1, with a warning
+            scheduler.register_to_config(steps_offset=1)
+        return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})
+
+
+class Text(Latent):
+    """A latent diffusion pipeline that is asked with prompts."""
+
+    takes_text = True
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.prompts = EXAMPLE_PROMPTS
+        self.null = self.embed([""], null=True)
+
+    @abc.abstractmethod
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        """The pipeline's own embedding of the prompts; with ``null``, what it takes for no prompt in their place."""
+
+    def condition(self, raw: RawBatch) -> Cond:
+        if raw.captions is None:
+            raise ValueError("data: the teacher takes text, but the data has no captions")
+        return self.embed(raw.captions)
+
+    def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
+        return {name: self.null[name].to(value).expand_as(value) for name, value in cond.items()}
+
+    def example_prompts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of :meth:`example_cond`."""
+        return [self.prompts[index % len(self.prompts)] for index in indices]
+
+    def example_cond(self, indices: Sequence[int]) -> Cond:
+        return self.embed(self.example_prompts(indices))
+
+    def use_captions(self, captions: Sequence[str]) -> None:
+        self.prompts = tuple(captions[:64])
+        tokenizer = self.pipe.tokenizer
+        limit = tokenizer.model_max_length
+        too_long = [text for text in captions if len(tokenizer(text).input_ids) > limit]
+        if too_long:
+            warnings.warn(
+                f"{len(too_long)} of {len(captions)} captions are longer than the text encoder's {limit} tokens; their "
+                f"ends are cut. The first: {too_long[0][:60]!r}...",
+                stacklevel=2,
+            )
+
+
+def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """``(shift, scale)``, (1, C, 1, 1) or scalars, of ``network's = (VAE's - shift) * scale``."""
+    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
+    return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
+
+
+def rebuild(pipe: Any, **parts: Any) -> Any:
+    """The same pipeline with other parts; the rest is shared."""
+    wanted = inspect.signature(type(pipe).__init__).parameters
+    parts = {**pipe.components, **parts}
+    options = {name: value for name, value in pipe.config.items() if name in wanted and name not in parts}
+    return type(pipe)(**parts, **options)
+
+
+def open_pipeline(folder: Path, config: TeacherConfig) -> Any:
+    """A teacher's pipeline, its VAE in float32.
+
+    Raises:
+        ValueError: if it is incomplete, has weights that would have to be unpickled, or brings code of its own.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"teacher.path: {folder}: no model_index.json; wanted a whole pipeline (VAE, text encoder, ...)"
+        )
+    own = runs_own_code(folder)
+    if own and not config.trust_remote_code and not is_our_code(folder):
+        raise ValueError(
+            f"teacher.path: {folder} brings its own code; read it, then set teacher.trust_remote_code=true"
+        )
+    for pickle in sorted({*folder.rglob("*.bin"), *folder.rglob("*.ckpt"), *folder.rglob("*.pt")}):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise ValueError(
+                f"teacher.path: {pickle} is a pickle, which may run code; wanted .safetensors (load the pipeline where "
+                "you trust it and call save_pretrained)"
+            )
+    dtype = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    try:
+        return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, dtype=dtype)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}") from error

@@ -1,0 +1,167 @@
+"""Latent teachers of the real classes, distilled end to end: what is exported is what stock diffusers samples.
+
+The representative set: every latent family with a deterministic or a re-noising method under both banks, the guidance
+input, and a data-free method on prompts alone. Every family x method x bank is ``pytest -m product``.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from contracts.cases import BANKS, case, pipeline_images, reference_images, refusal, save_teacher, sections
+from diffusers import DiffusionPipeline
+
+from stepdistill import load_pipeline
+from stepdistill.families import families, load_teacher
+from stepdistill.families.base import TeacherConfig
+from stepdistill.families.dit import DiT
+from stepdistill.families.latent import Latent
+from stepdistill.families.sd import SD
+from stepdistill.methods import method_names
+from stepdistill.run import Run, resolve
+
+LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
+IN_TURN = {"dit": "progressive"}  # its pipeline keeps the generator from the scheduler: a deterministic student
+
+
+def train(folder, name, method, bank, *, options=None, data=None):
+    wanted = sections(folder, LATENT[name].tiny(), method, bank, steps=3 if not case(method).options else 4)
+    wanted["method"] |= options or {}
+    wanted["data"] |= data or {}
+    run = Run(resolve(wanted))
+    run.train()
+    return run
+
+
+def check_export(run, **call):
+    family, export = run.distiller.family, run.folder / "pipeline"
+    images = pipeline_images(load_pipeline(export), family, 3, seed=5)
+    assert (images - reference_images(run, 3, seed=5)).abs().max() < 1e-5
+    assert images.std() > 0.01
+    stock = DiffusionPipeline.from_pretrained(export)
+    contract = json.loads((export / "stepdistill.json").read_text())
+    assert torch.equal(pipeline_images(stock, family, 3, seed=5, **contract["call"]), images)
+    return images
+
+
+@pytest.mark.parametrize("bank", BANKS)
+@pytest.mark.parametrize("name", LATENT)
+def test_a_student_is_exported_as_it_samples(tmp_path, name, bank):
+    method = IN_TURN.get(name, "lcm")
+    options = {"guidance_scale": 3.0}
+    run = train(tmp_path, name, method, bank, options=options)
+    images = check_export(run)
+    teacher = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    if bank == "copy" or not LATENT[name].loads_lora:
+        assert not (run.folder / "pipeline/lora").exists()
+        return
+    teacher.scheduler = load_pipeline(run.folder / "pipeline").scheduler
+    call = json.loads((run.folder / "pipeline/stepdistill.json").read_text())["call"]
+    before = pipeline_images(teacher, run.family, 3, seed=5, **call)
+    teacher.load_lora_weights(run.folder / "pipeline/lora")
+    assert (pipeline_images(teacher, run.family, 3, seed=5, **call) - images).abs().max() < 1e-5
+    assert (before - images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_guidance_input_survives_the_export(tmp_path, name):
+    options = {"guidance_range": [1.0, 8.0], "guidance_scale": 4.0}
+    run = train(tmp_path, name, "lcm", "copy", options=options)
+    check_export(run)
+    pipeline = load_pipeline(run.folder / "pipeline")
+    assert pipeline.unet.config.time_cond_proj_dim == 256
+    weak, strong = (pipeline_images(pipeline, run.family, 3, seed=5, guidance_scale=g) for g in (1.5, 7.0))
+    assert (weak - strong).abs().max() > 1e-4
+
+
+def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\nein Hündchen\n")
+    run = train(tmp_path, "sd", "dmd", "adapter", data={"name": "prompts", "path": str(tmp_path / "prompts.txt")})
+    assert run.dataset.captions == ["a cat", "ein Hündchen"] and len(run.family.prompts) == 2
+    check_export(run)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("bank", BANKS)
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("name", LATENT)
+def test_every_family_with_every_method(tmp_path, name, method, bank):
+    reason = refusal(method, LATENT[name].tiny())
+    if reason is not None:
+        pytest.skip(reason)
+    run = train(tmp_path, name, method, bank)
+    assert load_pipeline(run.folder / "pipeline")
+    if name not in IN_TURN:
+        check_export(run)
+
+
+# -------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(SD.tiny(), tmp_path_factory.mktemp("sd") / "teacher")
+
+
+def test_pickles_and_foreign_code_are_refused(teacher, tmp_path):
+    (tmp_path / "unet").mkdir()
+    index = json.loads((teacher / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "unet/config.json").write_text((teacher / "unet/config.json").read_text())
+    (tmp_path / "unet/diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is a pickle"):
+        load_teacher(TeacherConfig(path=str(tmp_path)))
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="teacher.trust_remote_code"):
+        load_teacher(TeacherConfig(path=str(tmp_path)))
+
+
+def test_an_unknown_pipeline_is_refused_with_what_is_known(teacher, tmp_path):
+    index = json.loads((teacher / "model_index.json").read_text()) | {"_class_name": "KandinskyV22Pipeline"}
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "unet/config.json").write_text((teacher / "unet/config.json").read_text())
+    with pytest.raises(ValueError, match=r"KandinskyV22Pipeline.*sdxl.*one file in stepdistill/families"):
+        load_teacher(TeacherConfig(path=str(tmp_path)))
+
+
+def test_half_a_pipeline_is_refused(teacher):
+    with pytest.raises(ValueError, match="model_index.json"):
+        SD.load(teacher / "unet", TeacherConfig(path=str(teacher)))
+
+
+def test_a_teacher_in_half_precision_keeps_its_vae_in_single(teacher):
+    family = load_teacher(TeacherConfig(path=str(teacher), dtype="bfloat16"))
+    assert family.network.dtype == family.pipe.text_encoder.dtype == torch.bfloat16
+    assert family.pipe.vae.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in family.example_cond([0]).values())
+
+
+def test_images_without_captions_are_refused(teacher, tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="no captions, but the teacher takes text"):
+        Run(resolve(config(teacher, tmp_path, {"name": "images", "path": str(tmp_path / "images.npz")})))
+
+
+def test_long_captions_are_counted(teacher, tmp_path):
+    captions = np.array(["short", "long " * 40])
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 16, 16, 3), np.uint8), captions=captions)
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer than the text encoder's 77 tokens"):
+        Run(resolve(config(teacher, tmp_path, {"name": "images", "path": str(tmp_path / "images.npz")})))
+
+
+def config(teacher, folder, data):
+    return {
+        "teacher": {"path": str(teacher)},
+        "method": {"name": "lcm"},
+        "data": data,
+        "train": {"steps": 1, "output_dir": str(folder / "run")},
+    }
+
+
+def test_dit_guides_only_with_the_null_class_of_its_pipeline():
+    family = DiT.tiny()
+    family.num_classes = 10
+    with pytest.raises(ValueError, match="the teacher has 10 classes"):
+        family.null_cond(family.example_cond([0]))
