@@ -81,7 +81,9 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
         axis.set_axis_off()
     columns = ["calls", bench.metric, "recall", "guidance_scale", "seconds_per_image"]
     table = [[row["name"], *(text(row, column, bench.metric) for column in columns)] for row in rows]
-    drawn = axes[-1].table(table, colLabels=["", *columns], loc="center", cellLoc="center")
+    drawn = axes[-1].table(
+        table, colLabels=["", *columns], loc="center", cellLoc="center", colWidths=[0.25] + [0.15] * 5
+    )
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(8)
     for (line, _), box in drawn.get_celld().items():

@@ -27,7 +27,7 @@ def plot_calls(rows: Sequence[Row], metric: str, path: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="network calls an image", ylabel=label_of(metric))
     ticks = sorted({round(row["calls"]) for row in rows if row["calls"] and row.get("kind") != "teacher"})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.minorticks_off()
+    axis.set_xticks([], minor=True)
     save(figure, axis, path)
 
 
