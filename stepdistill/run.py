@@ -186,7 +186,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must agree for a run to be resumed."""
         flat = configuration.flatten(self.config.as_sections())
-        return {key: value for key, value in flat.items() if key not in FREE_KEYS} | {
+        free = {*FREE_KEYS, *(f"method.{name}" for name in self.method.sampling_options)}
+        return {key: value for key, value in flat.items() if key not in free} | {
             "teacher (weights)": self.teacher_fingerprint
         }
 

@@ -73,6 +73,8 @@ class Distiller(nn.Module, abc.ABC):
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
     optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """By turn, what the paper's optimiser has other than :class:`~stepdistill.trainer.OptimConfig`."""
+    sampling_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that the sampler alone reads: one training serves all their values, on resuming and at export."""
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images, or on noise and conditions alone."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,6 +37,8 @@ from stepdistill.trajectory import (
 
 class CD(Distiller):
     """A student, its slow target, and one teacher step between them."""
+
+    sampling_options: ClassVar = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ def neighbour(sigma: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.
 
 class ECT(Distiller):
     """A student tuned from denoising to consistency."""
+
+    sampling_options: ClassVar = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

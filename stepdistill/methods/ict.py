@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ def lognormal_shares(sigma: Tensor, mean: float, std: float) -> Tensor:
 
 class ICT(Distiller):
     """A student that is its own target."""
+
+    sampling_options: ClassVar = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,6 +36,8 @@ from stepdistill.trajectory import (
 
 class LCM(Distiller):
     """A student, its slow target, and one guided DDIM step between them."""
+
+    sampling_options: ClassVar = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -59,6 +59,7 @@ class Scm(Distiller):
     """One student and a weight that it learns for every time."""
 
     optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
+    sampling_options: ClassVar = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ def jump(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSch
 
 class TCD(Distiller):
     """A student that jumps anywhere along the teacher's trajectory, and its slow target."""
+
+    sampling_options: ClassVar = frozenset({"steps", "gamma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
