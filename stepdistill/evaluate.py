@@ -106,6 +106,7 @@ def student_images(
 ) -> Images:
     """What the student of a running distillation samples: the images its export will give for the same seeds."""
     family, sampler = distiller.family, distiller.sampler()
+    distiller.bank.eval()
     began, pixels, labels = time.perf_counter(), [], []
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))

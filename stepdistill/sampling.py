@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Denoiser, Prediction, end_point
-from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
+from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand, noise_process
 
 Noise = Callable[[Tensor], Tensor]
 """Fresh unit Gaussian noise of the shape of its argument."""
@@ -281,15 +281,6 @@ class NoiseCorrected(Sampler):
         return NoiseCorrectedScheduler(
             **noise_process(teacher), timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
-
-
-def noise_process(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a VP scheduler's config that says what the network was trained on, and nothing of how it samples."""
-    keys = (
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-        "prediction_type", "rescale_betas_zero_snr",
-    )  # fmt: skip
-    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def check_trailing_grid(sampler: Sampler) -> None:

@@ -100,15 +100,7 @@ class DiscreteVP(NoiseSchedule):
         """From a diffusers scheduler config: any beta schedule, trained betas, ``rescale_betas_zero_snr``."""
         from diffusers import DDIMScheduler
 
-        keys = (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "trained_betas",
-            "rescale_betas_zero_snr",
-        )
-        return cls(DDIMScheduler(**{key: config[key] for key in keys if config.get(key) is not None}).alphas_cumprod)
+        return cls(DDIMScheduler(**noise_process(config)).alphas_cumprod)
 
     def angle(self, t: Tensor) -> Tensor:
         """``atan2(sigma_t, alpha_t)`` in [0, pi / 2]."""
@@ -228,6 +220,23 @@ class Trig(NoiseSchedule):
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         return noise * self.sigma_data
+
+
+def noise_process(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a VP scheduler's config that says what the network was trained on, and nothing of how it samples.
+
+    What the config leaves out is DDIM's default. It is written out, since the defaults of LCM's and TCD's schedulers
+    are those of another process.
+    """
+    from diffusers import DDIMScheduler
+
+    keys = (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+        "prediction_type", "rescale_betas_zero_snr",
+    )  # fmt: skip
+    given = {key: config[key] for key in keys if config.get(key) is not None}
+    whole = DDIMScheduler(**given).config
+    return {key: whole[key] for key in keys if whole[key] not in (None, False)}
 
 
 def transfer(x_t: Tensor, t: Tensor, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.config import nearest
-from stepdistill.sampling import noise_process
+from stepdistill.schedule import noise_process
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 

@@ -199,6 +199,7 @@ class Trainer:
         """One step: every turn that is due moves once; returns what to log, still on the device."""
         logs: dict[str, Tensor] = {}
         self.distiller.done = step_in_stage
+        self.distiller.bank.train()  # dropout, where the networks have it; sampling switches it off
         for turn in self.distiller.turns.values():
             if turn.when(self.step):
                 logs |= self._move(turn, step_in_stage, batches)

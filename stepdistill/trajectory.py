@@ -18,7 +18,7 @@ teacher (CD, LCM, TCD), or by the same noise on the same image (CT, iCT, ECT), w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from stepdistill.denoiser import Cond, Denoiser, end_point, guided
 from stepdistill.families.base import Family
+from stepdistill.methods.base import STUDENT
+from stepdistill.networks import NetworkBank
 from stepdistill.sampling import ConsistencyKarras, Denoise, Renoise, Sampler, bind, ode_step
 from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, expand
 
@@ -111,6 +113,18 @@ def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return sigma_t / alpha_t
 
 
-def same_dropout(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """What runs inside drops the same units as what runs next outside: two passes that shall differ in time alone."""
-    return torch.random.fork_rng([x.device] if x.is_cuda else [])
+@contextlib.contextmanager
+def same_dropout(bank: NetworkBank, role: str, x: Tensor) -> Iterator[None]:
+    """``role``, called inside, drops the units that the student drops next: the passes shall differ in time alone.
+
+    Song et al. 2023 and Geng et al. 2024 do so in their code. Without dropout in the student there is none in ``role``.
+    """
+    with bank.using(STUDENT) as student:
+        drops = student.training
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), bank.using(role) as network:
+        before = network.training
+        network.train(drops)
+        try:
+            yield
+        finally:
+            network.train(before)

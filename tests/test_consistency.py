@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contracts.cases import make_run
 from diffusers import CMStochasticIterativeScheduler
 from oracles import (
     SCHEDULES,
@@ -13,18 +14,22 @@ from oracles import (
     teacher_denoiser,
     three_clusters,
 )
+from safetensors.torch import load_file
 from training import Known, batch_of, draw, loss_of, make, put, train
 
+from stepdistill.config import read_config
 from stepdistill.denoiser import Denoiser, end_point, to_prediction
+from stepdistill.export import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT, num_points, target_decay
 from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
 from stepdistill.networks import CopyBank
+from stepdistill.run import Run, resolve
 from stepdistill.sampling import ConsistencyKarras, bind, sample
 from stepdistill.schedule import Karras
-from stepdistill.trajectory import consistency, edges, lead, skip_grid, solver_step
+from stepdistill.trajectory import consistency, edges, lead, same_dropout, skip_grid, solver_step
 
 EVERY = [(name, kind) for name, schedule in SCHEDULES.items() for kind in native_types(schedule)]
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -291,3 +296,53 @@ def test_an_edm_teacher_that_no_stock_scheduler_can_call_is_refused():
     family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler"})
     with pytest.raises(ValueError, match="embeds 250 ln"):
         CD.check(CD.Config(), family)
+
+
+# ------------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("role", ["student", "target"])
+def test_the_target_drops_the_units_that_the_student_drops(role):
+    family = Pixel.tiny()
+    for module in family.network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    distiller = CT(family, CopyBank(family.network), CT.Config())
+    x, t, cond = torch.randn(3, *family.sample_shape), torch.full((3,), 0.5), family.example_cond(range(3))
+
+    @torch.no_grad()
+    def both_ends():
+        with same_dropout(distiller.bank, role, x):
+            target = Denoiser(family, distiller.bank, role)(x, t, cond).x0
+        return target, distiller.student(x, t, cond).x0
+
+    still, student = both_ends()
+    assert torch.equal(still, student)
+    distiller.bank.train()
+    target, student = both_ends()
+    assert torch.equal(target, student) and not torch.allclose(target, still)
+    assert not torch.equal(both_ends()[0], target)
+    assert distiller.bank.networks["student"].training and not distiller.bank.networks["target"].training
+
+
+# --------------------------------------------------------------------------- one training, any number of calls
+
+
+@pytest.mark.parametrize("method", ["cd", "tcd"])
+def test_one_training_is_exported_for_every_number_of_calls_it_serves(tmp_path, method):
+    run = make_run(tmp_path, method)
+    run.train()
+    mapping = read_config(run.folder / "config.yaml", ["method.steps=1"])
+    folder = Run(resolve(mapping)).export_checkpoint(tmp_path / "one")
+    assert read_contract(folder)["steps"] == 1
+    before, after = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in
+                     (run.folder / "pipeline", folder))  # fmt: skip
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_student_of_its_number_of_calls_alone_is_exported_for_no_other(tmp_path):
+    run = make_run(tmp_path, "progressive")
+    run.train()
+    mapping = read_config(run.folder / "config.yaml", ["method.steps=4"])
+    with pytest.raises(ValueError, match=r"method\.steps: was 2, is 4"):
+        Run(resolve(mapping)).export_checkpoint(tmp_path / "four")

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_denoiser, three_clusters
 
 from stepdistill.denoiser import to_prediction
-from stepdistill.sampling import DDIM, Renoise, bind, invert_step, ode_step, rollout, sample
+from stepdistill.sampling import DDIM, TCD, Renoise, bind, invert_step, ode_step, rollout, sample
 from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, expand
 
 vp_teachers = pytest.mark.parametrize(
@@ -196,3 +196,18 @@ def test_inversion_is_done_in_float64():
     found = invert_step(x_t, x_s, t, s, schedule)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, x0.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("left_out", ["beta_schedule", "beta_start", "beta_end"])
+def test_what_a_schedulers_config_leaves_out_is_the_same_for_schedule_and_twins(left_out):
+    """LCM's and TCD's own defaults are another process than DDIM's, which the schedule is read with."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.015}
+    config = {name: value for name, value in config.items() if name != left_out}
+    schedule = DiscreteVP.from_config(config)
+    alpha, _ = schedule(torch.arange(1, 1001) / 1000)
+    for sampler in (
+        DDIM(schedule, schedule.grid(4)),
+        Renoise(schedule, schedule.grid(4)),
+        TCD(schedule, schedule.grid(4), 0.3),
+    ):
+        torch.testing.assert_close(sampler.scheduler(config).alphas_cumprod.double(), alpha**2, atol=1e-6, rtol=1e-6)

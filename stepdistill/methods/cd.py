@@ -31,6 +31,7 @@ from stepdistill.trajectory import (
     consistency_sampler,
     edges,
     lead,
+    same_dropout,
     solver_step,
 )
 
@@ -84,7 +85,8 @@ class CD(Distiller):
         with torch.no_grad():
             teacher = lead(self.family, self.teacher, batch.cond, self.config.guidance_scale - 1)
             x_s = solver_step(teacher, x_t, t, s, self.schedule, self.config.solver)
-            target = consistency(self.target, x_s, s, batch.cond)
+            with same_dropout(self.bank, "target", x_s):
+                target = consistency(self.target, x_s, s, batch.cond)
         error = distance(consistency(self.student, x_t, t, batch.cond), target, self.config.distance)
         return Losses({"loss": error.mean()})
 

@@ -26,7 +26,7 @@ from stepdistill.losses import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
-from stepdistill.trajectory import check_intervals, consistency, consistency_sampler, edges
+from stepdistill.trajectory import check_intervals, consistency, consistency_sampler, edges, same_dropout
 
 
 def num_points(step: int, steps: int, first: int, last: int) -> int:
@@ -99,7 +99,7 @@ class CT(Distiller):
         t, s = grid[i], grid[i + 1]
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad():
+        with torch.no_grad(), same_dropout(self.bank, "target", x_s):
             target = consistency(self.target, x_s, s, batch.cond)
         error = distance(consistency(self.student, x_t, t, batch.cond), target, self.config.distance)
         return Losses({"loss": error.mean()})

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepdistill.families.base import Batch, Family
 from stepdistill.losses import pseudo_huber, weighted
-from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import expand
@@ -94,7 +94,7 @@ class ECT(Distiller):
         t, s = (self.schedule.inverse(-2 * level.log()) for level in (sigma, r))
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), same_dropout(x_s):
+        with torch.no_grad(), same_dropout(self.bank, STUDENT, x_s):
             target = self.student(x_s, s, batch.cond).x0
         target = torch.where(expand(r == 0, target) > 0, batch.x0, target)
         error = pseudo_huber(self.student(x_t, t, batch.cond).x0, target, config.huber * math.sqrt(batch.x0[0].numel()))

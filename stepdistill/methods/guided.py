@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Cond, Denoiser, Prediction, guided
 from stepdistill.families.base import Batch, Family, Inputs
-from stepdistill.halving import halvings, share_out, two_step_target
+from stepdistill.halving import halvings, nested_grid, share_out, two_step_target
 from stepdistill.losses import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, Turn
 from stepdistill.randomness import Draws
@@ -36,9 +36,9 @@ from stepdistill.schedule import NoiseSchedule, expand
 MATCH, STOCHASTIC = "match", "stochastic"
 
 
-def make_sampler(schedule: NoiseSchedule, steps: int, kind: str) -> Sampler:
-    """The sampler of a student of ``steps`` calls."""
-    return (DoubleStep if kind == STOCHASTIC else DDIM)(schedule, schedule.grid(steps))
+def make_sampler(schedule: NoiseSchedule, start: int, steps: int, kind: str) -> Sampler:
+    """The sampler of a student of ``steps`` calls, at times out of the first mentor's."""
+    return (DoubleStep if kind == STOCHASTIC else DDIM)(schedule, nested_grid(schedule, start, steps))
 
 
 class Guided(Distiller):
@@ -83,7 +83,7 @@ class Guided(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         family.null_cond(family.example_cond([0]))
-        make_sampler(family.schedule, config.steps, config.sampler).scheduler(family.scheduler_config)
+        make_sampler(family.schedule, config.start, config.steps, config.sampler).scheduler(family.scheduler_config)
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:
@@ -110,7 +110,7 @@ class Guided(Distiller):
         self.bank.blend("mentor", self.result_role, keep=0)
 
     def sampler(self) -> Sampler:
-        return make_sampler(self.schedule, self.stage.value, self.stage.name)
+        return make_sampler(self.schedule, self.config.start, self.stage.value, self.stage.name)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         w = draws.uniform(self.config.guidance_min - 1, self.config.guidance_max - 1)
@@ -132,7 +132,8 @@ class Guided(Distiller):
         """
         points = self.stage.value if self.stage.name in (MATCH, STOCHASTIC) else 2 * self.stage.value
         stride = points // self.stage.value
-        grid, i = self.schedule.grid(points), stride * draws.integers(0, self.stage.value).cpu()
+        grid = nested_grid(self.schedule, self.config.start, points)
+        i = stride * draws.integers(0, self.stage.value).cpu()
         return grid[i], grid[i + 1], grid[(i + 2).clamp(max=points)]
 
     def lead(self, cond: Cond, w: Tensor) -> Denoise:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stepdistill.families.base import Batch, Family
 from stepdistill.losses import pseudo_huber, weighted
-from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
 from stepdistill.trajectory import (
@@ -108,7 +108,7 @@ class ICT(Distiller):
         t, s = grid[i], grid[i + 1]
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), same_dropout(x_s):
+        with torch.no_grad(), same_dropout(self.bank, STUDENT, x_s):
             target = consistency(self.student, x_s, s, batch.cond)
         c = self.config.huber * math.sqrt(batch.x0[0].numel())
         error = pseudo_huber(consistency(self.student, x_t, t, batch.cond), target, c)

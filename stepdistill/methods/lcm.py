@@ -30,6 +30,7 @@ from stepdistill.trajectory import (
     consistency_sampler,
     edges,
     lead,
+    same_dropout,
     solver_step,
 )
 
@@ -98,7 +99,8 @@ class LCM(Distiller):
             weight = self.config.guidance_scale - 1 if w is None else w
             teacher = lead(self.family, self.teacher, batch.cond, weight)
             x_s = solver_step(teacher, x_t, t, s, self.schedule)
-            target = consistency(self.target, x_s, s, batch.cond, w)
+            with same_dropout(self.bank, "target", x_s):
+                target = consistency(self.target, x_s, s, batch.cond, w)
         error = distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
         return Losses({"loss": error.mean()})
 

@@ -40,7 +40,7 @@ from stepdistill.networks import CopyBank
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Renoise, Sampler, ode_step
 from stepdistill.schedule import Karras, NoiseSchedule, Trig, expand
-from stepdistill.trajectory import check_guidance, lead
+from stepdistill.trajectory import check_guidance, lead, same_dropout
 
 NORM_FLOOR = 0.1
 """The tangent is divided by its norm plus this (the paper's c)."""
@@ -123,7 +123,8 @@ class Scm(Distiller):
         x_t = self.schedule.add_noise(batch.x0, noise, point.t)
         with torch.no_grad():
             path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
-            tangent = self.tangent(x_t, point, path, batch.cond)
+            with same_dropout(self.bank, STUDENT, x_t):
+                tangent = self.tangent(x_t, point, path, batch.cond)
             norm = tangent.flatten(1).norm(dim=1)
             # the root of the number of pixels only moves the learned weight: a pixel's error is then near 1
             step = tangent / expand((norm + NORM_FLOOR) / math.sqrt(tangent[0].numel()), tangent)

@@ -38,6 +38,7 @@ from stepdistill.trajectory import (
     check_intervals,
     edges,
     lead,
+    same_dropout,
     skip_grid,
     solver_step,
 )
@@ -126,7 +127,8 @@ class TCD(Distiller):
         with torch.no_grad():
             teacher = lead(self.family, self.teacher, batch.cond, self.config.guidance_scale - 1)
             x_next = solver_step(teacher, x_t, t, t_next, self.schedule)
-            target = self.land(self.target, x_next, t_next, s, batch.cond)
+            with same_dropout(self.bank, "target", x_next):
+                target = self.land(self.target, x_next, t_next, s, batch.cond)
         landed = self.land(self.student, x_t, t, s, batch.cond)
         return Losses({"loss": distance(landed, target, self.config.distance).mean()})
 

@@ -12,8 +12,8 @@ from stepdistill.export import call_arguments
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.networks import CopyBank
-from stepdistill.sampling import DDIM, noise_process
-from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.sampling import DDIM
+from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images back
