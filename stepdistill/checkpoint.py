@@ -77,6 +77,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int,
+    spare: int | None = None,
 ) -> Path:
     """Write ``output_dir/checkpoint-<step>`` and then remove the oldest ones. Only the main process may call this.
 
@@ -87,6 +88,7 @@ def save_checkpoint(
             share memory are stored once each.
         state: JSON values with text keys; tuples come back as lists.
         keep: how many checkpoints stay, at least 1; with 2, a damaged newest one costs an interval and not the run.
+        spare: the newest checkpoint of this step or an earlier one stays too.
 
     Raises:
         CheckpointError: if it cannot be written. Earlier ones are then untouched, nothing half-written remains.
@@ -108,7 +110,7 @@ def save_checkpoint(
         raise CheckpointError(f"{final}: cannot be written ({mebibytes:.1f} MiB needed): {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(output_dir, keep)
+    _prune(output_dir, keep, spare)
     return final
 
 
@@ -144,8 +146,11 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def _prune(output_dir: Path, keep: int) -> None:
+def _prune(output_dir: Path, keep: int, spare: int | None) -> None:
+    spared = [path for path in _checkpoints(output_dir) if spare is not None and _step(path) <= spare][-1:]
     for path in _checkpoints(output_dir)[:-keep]:
+        if path in spared:
+            continue
         os.rename(path, _temporary(path))  # so that a half-removed checkpoint never bears a checkpoint's name
     for path in output_dir.glob("checkpoint-*.tmp-*"):
         shutil.rmtree(path)

@@ -130,6 +130,8 @@ class SpectralNorm(nn.Module):
 class Head(nn.Module):
     """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit a position.
 
+    The last layer has no spectral norm: behind normalised layers it alone sets how loudly a critic speaks.
+
     Args:
         shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3.
         cond_size: length of the condition; 0 is an unconditional head.
@@ -140,7 +142,7 @@ class Head(nn.Module):
         width = min(shape[0], MAX_WIDTH)
         self.narrow = _block(shape, shape[0], width, kernel=1)
         self.wide = _block(shape, width, width, kernel=9 if len(shape) == 2 else 3)
-        self.last = _convolution(shape, width, PROJECTION if cond_size else 1, kernel=1)
+        self.last = (nn.Conv2d if len(shape) == 3 else nn.Conv1d)(width, PROJECTION if cond_size else 1, 1)
         self.project = nn.Linear(cond_size, PROJECTION, bias=False) if cond_size else None
 
     def forward(self, feature: Tensor, cond: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ class DivergenceError(ValueError):
 
 
 ADVICE = {
+    "the fake score lags": "it denoises the student's images worse than the teacher does, so their difference is no "
+    "gradient: raise every, or optim.fake.lr, or lower optim.student.lr",
     "the spread collapsed": "the student's images are almost all alike: raise the distillation or regression weight, "
     "or lower optim.student.lr",
     "the critic is saturated": "it tells every image right, so the student learns nothing from it: lower its learning "
@@ -81,6 +83,12 @@ class DivergenceGuard:
     def __init__(self, patience: int = 50) -> None:
         self.patience = patience
         self.since: dict[str, list[int]] = {cause: [] for cause in ADVICE}
+
+    @property
+    def good_until(self) -> int | None:
+        """The last step before the first of the signs that stand now, from which a run can be saved; else None."""
+        began = [steps[0] for steps in self.since.values() if steps]
+        return min(began) - 1 if began else None
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
         """Note the values logged at ``step``, by ``turn/name``; those of turns that did not move are missing.
@@ -96,7 +104,7 @@ class DivergenceGuard:
             if len(steps) >= self.patience:
                 raise DivergenceError(
                     f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}. "
-                    "A checkpoint from before is good; the last ones are not."
+                    "The newest checkpoint from before is kept; later ones are not good."
                 )
 
     def signs(self, values: Mapping[str, float]) -> dict[str, bool]:
@@ -106,4 +114,6 @@ class DivergenceGuard:
             seen["the spread collapsed"] = values["spread"] < 0.1
         if {"accuracy_real", "accuracy_fake"} <= values.keys():
             seen["the critic is saturated"] = min(values["accuracy_real"], values["accuracy_fake"]) > 0.995
+        if "lag" in values:
+            seen["the fake score lags"] = values["lag"] > 1.25
         return seen

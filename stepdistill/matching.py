@@ -75,6 +75,15 @@ def gaps(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
     return {f"gap_{name}": mean for name, mean in zip(NOISE_BANDS, means, strict=True)}
 
 
+def lag(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Squared error of the fake score's denoising of a student's images over that of the real one's.
+
+    The fake score is trained to denoise these images, the real one was not: 1 at the start, at most 1 where it follows.
+    """
+    errors = [(seen.detach().float() - x0.detach().float()).square().mean() for seen in (fake, real)]
+    return errors[0] / errors[1].clamp(min=SMALLEST_DIVISOR)
+
+
 @contextlib.contextmanager
 def resting(denoiser: Denoiser) -> Iterator[None]:
     """The network in evaluation mode, without dropout, while another one's turn asks it."""

@@ -21,7 +21,7 @@ from stepdistill.families import load_teacher
 from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
-from stepdistill.networks import AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank
 from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
 from stepdistill.training_cost import TrainingCost
 
@@ -179,6 +179,8 @@ class Run:
         self.family.extend(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
+        self.selected: dict[str, Any] | None = None
+        """Of which step, and by which measurement, the exported student is; None is the last."""
         if self.judge is not None:
             refuse_judge(self.distiller.feature_hashes(), self.judge.features)
 
@@ -221,6 +223,7 @@ class Run:
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
             cost = trainer.run(first, done)
             if trainer.accelerator.is_main_process:
+                self.choose(trainer)
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
@@ -231,6 +234,12 @@ class Run:
         device = next(self.distiller.parameters()).device
         images = student_images(self.distiller, self.config.eval.num_samples, device=device)
         return self.judge.score(images, self.config.eval.metrics)
+
+    def choose(self, trainer: Trainer) -> None:
+        """Go back to the best student that was measured in the last stage, if any was."""
+        self.selected = trainer.best.record(self.distiller.stage.name)
+        if self.selected is not None:
+            trainer.best.restore(trainer.result_weights())
 
     def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
         """Export the student of every stage that has a sampler diffusers can express."""
@@ -258,6 +267,8 @@ class Run:
             "training": dataclasses.asdict(cost),
             **self.distiller.contract(),
         }
+        if self.selected is not None:
+            about["selected"] = {**self.selected, "num_samples": self.config.eval.num_samples}
         if self.judge is not None:
             about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
         network = self.distiller.bank.extract(self.distiller.result_role).cpu()
@@ -336,16 +347,18 @@ def memory_plan(distiller: Distiller) -> str:
     """A table: parameters and bytes of weights, gradients and optimiser states by role."""
     rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "AdamW MB")]
     bank = distiller.bank
-    total = 0.0
-    for role in bank.roles:
-        params = bank.params(role)
+    total, held = 0.0, {role: bank.params(role) for role in bank.roles}
+    if own := [p for name, p in distiller.named_parameters() if not name.startswith("bank.")]:
+        held["(critic)"] = own
+    for role, params in held.items():
         count = sum(p.numel() for p in params)
         weights = sum(p.numel() * p.element_size() for p in params) / 1e6
-        trained = 4 * count / 1e6 if bank.trainable[role] else 0.0
+        trains = bank.trainable.get(role, True)
+        trained = 4 * count / 1e6 if trains else 0.0
         total += weights + 3 * trained
-        rows.append(
-            (role, f"{count:,}", str(bank.trainable[role]), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}")
-        )
+        rows.append((role, f"{count:,}", str(trains), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB"])
+    base, networks = (sum(p.numel() for role in roles for p in held[role]) for roles in ((TEACHER,), bank.roles))
+    share = f"networks: {networks / base:.2f}x the teacher's parameters; as full copies {len(bank.roles)}.00x"
+    return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB", share])

@@ -40,6 +40,7 @@ from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.pictures import save_grid
 from stepdistill.randomness import Draws, derive_seed
+from stepdistill.selection import BestStudent
 from stepdistill.training_cost import TrainingCost, counted, over_processes
 
 logger = get_logger(__name__)
@@ -160,6 +161,7 @@ class Trainer:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.guard = FiniteGuard(self.device)
         self.divergence = DivergenceGuard()
+        self.best = BestStudent(self.folder)
         if config.gradient_checkpointing:
             enable_checkpointing(distiller.bank)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
@@ -175,6 +177,8 @@ class Trainer:
         """
         stages = self.distiller.stages(self.config.steps)
         self._truncate_log()
+        if self.step == 0 and self.accelerator.is_main_process:
+            self.best.forget()
         batches = self._batches()
         with self._progress(stages) as progress, self._signals():
             for index, stage in enumerate(stages[first:], start=first):
@@ -316,6 +320,8 @@ class Trainer:
     def _measure(self, stage: Stage) -> None:
         values = self.measure() if self.accelerator.is_main_process else {}
         self._write_row(stage, {f"eval/{name}": value for name, value in values.items()})
+        if self.accelerator.is_main_process:
+            self.best.offer(stage.name, self.step, values, self.result_weights())
         self.accelerator.wait_for_everyone()
 
     def _sample(self, count: int = 32) -> None:
@@ -371,13 +377,19 @@ class Trainer:
         own = {k: v for k, v in self.distiller.state_dict().items() if not k.startswith(prefix)}
         return roles | own
 
+    def result_weights(self) -> dict[str, Tensor]:
+        """The tensors of the role that is measured and exported."""
+        return self.distiller.bank.state(self.distiller.result_role)
+
     def _save(self, stage: Stage, done: int, index: int) -> None:
         cost = dataclasses.asdict(self.total_cost())
         if self.accelerator.is_main_process:
             groups = {"weights": self._weights()}
             groups |= {f"optimizer-{name}": optimizer_tensors(opt) for name, opt in self.optimizers.items()}
             state = {"stage": index, "stage_name": stage.name, "done": done, "cost": cost, "config": self.identity}
-            save_checkpoint(self.folder, self.step, groups, state, keep=self.config.keep)
+            save_checkpoint(
+                self.folder, self.step, groups, state, keep=self.config.keep, spare=self.divergence.good_until
+            )
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> tuple[int, int]:

@@ -32,8 +32,8 @@ def groups(step: int) -> dict[str, dict[str, Tensor]]:
     return {name: {"weight": torch.full((5,), float(step)), "bias": torch.arange(3)} for name in ("student", "fake")}
 
 
-def save(folder: Path, step: int, keep: int = 9) -> Path:
-    return save_checkpoint(folder, step, groups(step), {"stage": "only"}, keep=keep)
+def save(folder: Path, step: int, keep: int = 9, spare: int | None = None) -> Path:
+    return save_checkpoint(folder, step, groups(step), {"stage": "only"}, keep=keep, spare=spare)
 
 
 def names(folder: Path) -> list[str]:
@@ -97,6 +97,12 @@ def test_no_checkpoint_at_all_is_none(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- rotation
+
+
+def test_rotation_spares_the_newest_good_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=1, spare=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_rotation_keeps_the_newest_by_number(tmp_path):

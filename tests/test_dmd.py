@@ -13,7 +13,7 @@ from training import make
 
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
-from stepdistill.matching import MATCHED, denoising_loss, gaps, levels, matching_gradient, matching_loss
+from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks import AdapterBank, CopyBank
 from stepdistill.pairs import Pairs, PairsConfig, make_pairs, shard_path
@@ -58,6 +58,21 @@ def test_the_divisor_is_one_number_a_sample_and_cancels_its_scale():
     torch.testing.assert_close(matching_gradient(x0, real, fake), expected)
 
 
+def test_a_fake_score_that_follows_denoises_the_students_images_better_than_the_teacher_and_one_that_lags_worse():
+    """Students N(b, a^2); the perfect denoiser of that is the best there is, an older student's is not."""
+    schedule = SCHEDULES["cosine"]
+    t = torch.full((2000,), 0.5, dtype=torch.float64)
+    x0, noise = 0.5 + 0.3 * torch.randn(2000, 1, 1, 1).double(), torch.randn(2000, 1, 1, 1).double()
+    x_t = schedule.add_noise(x0, noise, t)
+    seen = [
+        teacher_denoiser(Gaussian(torch.tensor([mean]).double(), 0.3, schedule, "v_prediction"))(x_t, t, {}).x0
+        for mean in (0.0, 0.5, -1.0)  # the data, the student as it is, the student as it was
+    ]
+    real, follows, lags = seen
+    assert lag(x0, real, real).item() == 1
+    assert lag(x0, real, follows).item() < 1 < lag(x0, real, lags).item()
+
+
 def test_images_move_to_the_real_score_and_away_from_the_fake_one():
     x0, real, fake = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), -torch.ones(1, 1, 1, 1)
     assert -matching_gradient(x0, real, fake).item() == 2.0
@@ -99,7 +114,7 @@ def test_only_the_student_learns_from_the_scores_and_not_through_them():
     torch.testing.assert_close(real, fake)  # the fake score starts as the teacher
     losses = distiller("student", batch, Draws(0, 4))
     assert losses.terms["matching"].item() == 0
-    assert set(losses.metrics) == {"gap_low_noise", "gap_middle_noise", "gap_high_noise"}
+    assert set(losses.metrics) == {"gap_low_noise", "gap_middle_noise", "gap_high_noise", "lag"}
 
 
 def test_guidance_is_the_real_scores_alone():
@@ -332,10 +347,9 @@ def test_lpips_is_called_with_colour_images_of_its_size_or_asked_for_by_name(mon
 # -------------------------------------------------------------------------------------------- the student
 
 
-@pytest.mark.open_issue
 def test_a_student_of_one_step_covers_all_modes_by_their_weights():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    distiller = train_adversarially(DMD, three_clusters(COSINE, "v_prediction"), 300, lr=1e-2, size=128)
+    distiller = train_adversarially(DMD, three_clusters(COSINE, "v_prediction"), 600, lr=1e-2, size=128)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
     assert stray < 0.4

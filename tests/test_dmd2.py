@@ -66,7 +66,7 @@ def test_a_critic_without_an_opinion_costs_two_log_two_and_log_two():
     student = distiller("student", batch_of_four(), Draws(0, 4))
     assert student.terms["gan"].item() == pytest.approx(3.0 * math.log(2), rel=1e-5)
     assert {"accuracy_real", "accuracy_fake"} <= set(fake.metrics)
-    assert {"spread", "gap_low_noise", "gap_middle_noise", "gap_high_noise"} == set(student.metrics)
+    assert {"spread", "lag", "gap_low_noise", "gap_middle_noise", "gap_high_noise"} == set(student.metrics)
 
 
 @pytest.mark.parametrize("bank", ["copy", "adapter"])

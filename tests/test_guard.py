@@ -81,6 +81,7 @@ def test_a_fused_optimiser_steps_nothing_while_the_flag_is_up(guard):
 # ------------------------------------------------------------------------------------------------ divergence
 
 SIGNS = {
+    "the fake score lags": ({"student/lag": 1.6}, {"student/lag": 0.9}),
     "the spread collapsed": ({"student/spread": 0.02}, {"student/spread": 0.7}),
     "the critic is saturated": (
         {"critic/accuracy_real": 1.0, "critic/accuracy_fake": 1.0},
@@ -104,3 +105,15 @@ def test_logs_without_diagnostics_say_nothing():
     divergence = DivergenceGuard(patience=1)
     for step in range(5):
         divergence.check(step, {"student/loss": float(step)})
+
+
+def test_the_last_good_step_is_the_one_before_the_first_sign_that_stands():
+    divergence = DivergenceGuard(patience=100)
+    assert divergence.good_until is None
+    for step, lag in [(10, 0.9), (20, 2.0), (30, 2.0)]:
+        divergence.check(step, {"student/lag": lag, "student/spread": 0.05 if step == 30 else 0.9})
+    assert divergence.good_until == 19
+    divergence.check(40, {"student/lag": 0.9, "student/spread": 0.05})
+    assert divergence.good_until == 29
+    divergence.check(50, {"student/lag": 0.9, "student/spread": 0.9})
+    assert divergence.good_until is None

@@ -124,7 +124,19 @@ def test_the_plan_counts_what_a_role_holds(mapping):
     table = {row.split()[0]: row.split()[1:] for row in plan.partition("counted:\n")[2].splitlines()}
     assert table["teacher"][:2] == [f"{count:,}", "False"] and table["student"][:2] == [f"{count:,}", "True"]
     assert table["mentor"][-1] == "0.0"
+    assert plan.splitlines()[-1].endswith("as full copies 3.00x")
     assert not copy.folder.exists()
+
+
+def test_dmd2_under_adapters_holds_little_more_than_its_teacher_and_the_plan_says_so(mapping):
+    """Student, fake score and average of rank 1; at the embedded teacher's size, rank 3 is below 1.15."""
+    mapping |= {"method": {"name": "dmd2", "gan_weight": 0.0}, "bank": {"name": "adapter", "rank": 1}, "optim": {}}
+    run = Run(resolve(mapping))
+    base = sum(p.numel() for name, p in run.distiller.bank.named_parameters() if "lora_" not in name)
+    held = sum(p.numel() for p in run.distiller.bank.parameters())
+    last = run.plan().splitlines()[-1]
+    roles = len(run.distiller.bank.roles)
+    assert last == f"networks: {held / base:.2f}x the teacher's parameters; as full copies {roles}.00x"
 
 
 def test_an_adapter_bank_trains_less_than_a_copy(mapping):

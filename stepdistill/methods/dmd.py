@@ -22,7 +22,7 @@ from torch import Tensor
 from stepdistill.adversarial import check_first_step, spread_ratio
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, denoising_loss, gaps, levels, matching_gradient, matching_loss, resting
+from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss, resting
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.pairs import Pairs
 from stepdistill.perceptual import Resemblance, check_resemblance, open_resemblance
@@ -92,7 +92,7 @@ class DMD(Distiller):
         t = levels(self.schedule, draws, *MATCHED)
         real, fake = self.scores(x0.detach(), t, batch.cond, draws.normal_like(x0))
         terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
-        metrics = gaps(real, fake, t)
+        metrics = {**gaps(real, fake, t), "lag": lag(x0, real, fake)}
         if self.pairs is not None:
             terms["regression"] = self.config.regression_weight * self.regression(self.pairs, draws)
         if batch.images is not None:

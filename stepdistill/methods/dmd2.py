@@ -38,7 +38,7 @@ from stepdistill.discriminator import (
     generator_loss,
 )
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, denoising_loss, gaps, levels, matching_gradient, matching_loss, resting
+from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss, resting
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Renoise, Sampler, bind, rollout
@@ -131,7 +131,7 @@ class DMD2(Distiller):
             with resting(self.fake):
                 (logits,) = self.critic([x0], batch.cond, draws)
             terms["gan"] = self.config.gan_weight * generator_loss(logits, "softplus")
-        return Losses(terms, {**gaps(real, fake, t), "spread": spread_ratio(x0, batch.x0)})
+        return Losses(terms, {**gaps(real, fake, t), "lag": lag(x0, real, fake), "spread": spread_ratio(x0, batch.x0)})
 
     @torch.no_grad()
     def scores(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
