@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from contracts.cases import save_teacher, sections
+import torch
+from contracts.cases import pipeline_images, save_teacher, sections
 from PIL import Image
 
 from stepdistill.benchmark import Benchmark, BenchmarkConfig, benchmark, insert, solver_rows, train_missing
@@ -15,6 +16,7 @@ from stepdistill.config import build, read_config, to_yaml
 from stepdistill.evaluate import Judge
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods import method_names
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.plots import pareto_front
 from stepdistill.report import write_report
 from stepdistill.run import Run, resolve
@@ -69,6 +71,21 @@ def test_a_row_takes_no_more_calls_than_its_name_says_and_no_fewer_than_it_could
             if n:
                 scheduler.set_timesteps(n)
                 assert (len(scheduler.timesteps) * (1 + guided) <= calls) is fits
+
+
+@pytest.mark.parametrize(
+    ("steps", "same"), [(1, SOLVERS), (2, ("DDIM", "Euler", "UniPC", "DPM-Solver++ 2M")), (4, ("DDIM", "Euler"))]
+)
+def test_solvers_that_the_shipped_benchmark_measures_once_are_the_same(steps, same):
+    family = Pixel.tiny()
+    images = {}
+    for solver in SOLVERS:
+        pipeline = ClassConditionalPipeline(family.network, make_solver(solver, family.scheduler_config), null_class=3)
+        images[solver] = pipeline_images(pipeline, family, 3, seed=1, num_inference_steps=steps, guidance_scale=1.0)
+    # Euler and Heun start from noise of standard deviation 20,000, of which float32 keeps 7 digits; images are halved
+    rounding = 3 * 20_291 * torch.finfo(torch.float32).eps / 2
+    apart = {solver for solver in SOLVERS if (images[solver] - images["DDIM"]).abs().max() > rounding}
+    assert apart == set(SOLVERS) - set(same)
 
 
 def test_counted_calls_are_within_the_budget_and_guidance_is_on_the_grid(finished):
