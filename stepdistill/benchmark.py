@@ -92,7 +92,7 @@ class Benchmark:
                 raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
         self.family = load_teacher(config.teacher)
         self.judge = Judge.open(config.features, config.reference)
-        self.metric = self.judge._named("fd")
+        self.metric = self.judge.distance
         self.path = Path(config.output)
         self.setting = describe_setting(
             self.judge, **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)

@@ -7,6 +7,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+PROTOCOL_FLAGS = (
+    ("num_samples", int, "images that are judged"),
+    ("seed", int, "of the set of images"),
+    (
+        "metrics",
+        str,
+        "fd kd precision_recall density_coverage spread accuracy inception_score cmmd copying clip; fid kid",
+    ),
+    ("reference", str, "'embedded', images, or .npz statistics"),
+    ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
+    ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
+    ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
+    ("size", int, "resize and crop all images to a square of this side"),
+    ("captions", str, "prompts, one a line, or a folder with metadata.jsonl"),
+    ("guidance_scale", float, "1 is none; by default the pipeline's own"),
+    ("num_inference_steps", int, "by default the pipeline's own"),
+    ("precision", str, "fp32 or bf16"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, build, run; a user's mistake is one message and exit code 2."""
@@ -40,22 +59,23 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--output", required=True, help="a .png for a grid, or a folder for single images")
 
-    command = add(commands, "evaluate", evaluate, "measure a pipeline")
-    command.add_argument(
-        "--pipeline", required=True, help="exported directory, or any class-conditional pixel pipeline"
-    )
-    command.add_argument("--reference", default="embedded", help="images, or .npz statistics")
-    command.add_argument(
-        "--features", default="embedded", help="'inception', a weights file, or a vision model's folder"
-    )
-    command.add_argument(
-        "--metrics", nargs="+", default=["fd"], help="fd kd precision_recall density_coverage spread ..."
-    )
-    command.add_argument("--num_samples", type=int, default=5000)
+    command = add(commands, "evaluate", evaluate, "measure a pipeline, a teacher, or a folder of images")
+    subject = command.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--pipeline", help="exported directory, or any diffusers pipeline directory")
+    subject.add_argument("--teacher", help="a teacher's directory, or 'embedded', under --solver")
+    subject.add_argument("--images", help="images that were generated elsewhere: a folder, or an .npz")
+    command.add_argument("--protocol", default="embedded", help="embedded, cifar50k, imagenet50k, coco30k, or a file")
+    command.add_argument("--solver", default="DDIM", help="of the teacher")
     command.add_argument("--batch_size", type=int, default=100, help="changes nothing but the speed")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--output", required=True, help="result file (.json)")
+    command.add_argument("--write_reference", type=Path, help="write the reference's statistics (.npz) for next time")
+    command.add_argument("--output", type=Path, required=True, help="result file (.json)")
     command.add_argument("--report", help="also write a page (.html) of the result")
+    fields = command.add_argument_group("in place of the protocol's; the result says so")
+    for name, kind, text in PROTOCOL_FLAGS:
+        fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
+
+    command = add(commands, "compare", compare, "which result is better, and is the difference more than chance")
+    command.add_argument("results", nargs="+", type=Path, help="two or more result files")
 
     command = add(commands, "export", export, "export the student of a run's newest checkpoint")
     command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
@@ -125,17 +145,36 @@ def evaluate(args: argparse.Namespace) -> None:
     """``stepdistill evaluate``."""
     import json
 
-    from stepdistill.evaluate import Judge, evaluate_pipeline, write_result
-    from stepdistill.export import load_pipeline
+    from accelerate import PartialState
 
-    judge = Judge.open(args.features, args.reference)
-    result = evaluate_pipeline(
-        load_pipeline(args.pipeline), judge, wanted=args.metrics, count=args.num_samples, seed=args.seed,
-        batch_size=args.batch_size, name=args.pipeline,
+    from stepdistill.evaluate import run_protocol
+    from stepdistill.export import load_pipeline
+    from stepdistill.protocols import read_protocol
+    from stepdistill.solvers import teacher_pipeline
+
+    protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
+    pipeline = None
+    if args.pipeline is not None:
+        pipeline = load_pipeline(args.pipeline)
+    elif args.teacher is not None:
+        pipeline = teacher_pipeline(args.teacher, args.solver)
+    result = run_protocol(
+        protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size,
+        name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,
     )  # fmt: skip
-    write_result(Path(args.output), result)
-    print(json.dumps({key: value for key, value in result.items() if key != "setting"}, indent=2))
-    write_page(args.report, Path(args.output))
+    if not PartialState().is_main_process:
+        return
+    print(json.dumps({key: value for key, value in result.items() if key not in ("setting", "subject")}, indent=2))
+    for key, (preset, given) in about["overridden"].items():
+        print(f"not protocol {about['name']!r}: {key} is {given}, there {preset}", file=sys.stderr)
+    write_page(args.report, args.output)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """``stepdistill compare``."""
+    from stepdistill.compare import compare, read_results
+
+    print(compare(read_results(args.results)))
 
 
 def export(args: argparse.Namespace) -> None:

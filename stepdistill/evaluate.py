@@ -1,302 +1,95 @@
 """How good is this pipeline? Numbers that can be compared, and what they cost.
 
-Images are sampled from a diffusers pipeline with one seed an image, derived from the image's index: the set does not
-depend on the batch size or on how many processes share the work. They are quantised to bytes, as a file would be,
-before any metric sees them, and pass through the feature network once, whatever number of metrics is asked for.
-
-A result says everything that gives its numbers a meaning: number of samples, seed, call arguments, scheduler, feature
-network with the hash of its weights, reference, versions. A Fréchet distance is called FID on Inception's features
-only.
+Images pass once through the networks that judge (:mod:`stepdistill.collect`), whatever number of metrics is asked for
+(:mod:`stepdistill.judge`). A result says everything that gives its numbers a meaning: under ``setting`` what two
+results must share to be compared, under ``subject`` what was measured, under ``timing`` on what machine. The numbers
+are the same, to the last digit, for every batch size, number of processes, and interruption.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import hashlib
 import importlib.metadata
-import inspect
 import json
+import os
+import platform
+import shutil
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from stepdistill import metrics
-from stepdistill.config import nearest
-from stepdistill.features import FeatureExtractor, load_features
-from stepdistill.frechet import Moments, ReferenceStatistics
-from stepdistill.pictures import to_uint8
-from stepdistill.randomness import derive_seed
-from stepdistill.sampling import bind, sample
+import stepdistill
+from stepdistill.collect import OnDisk, Sampled, Source, collect, read_captions
+from stepdistill.config import fingerprint
+from stepdistill.cost import flops_per_image, parameter_count, peak_memory
+from stepdistill.features import ASSETS
+from stepdistill.image_files import ImageFiles
+from stepdistill.judge import METRICS, Judge
+from stepdistill.panel import Panel
+from stepdistill.protocols import Protocol
+from stepdistill.samples import ROWS, Images, class_count, network_of, sample_images, student_images
 
-if TYPE_CHECKING:
-    from stepdistill.methods.base import Distiller
-
-METRICS = ("fd", "kd", "precision_recall", "density_coverage", "spread", "accuracy", "cmmd")
-ASSETS = Path(__file__).parent / "assets" / "fashion"
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """A set of images as bytes (N, C, H, W), the labels (N,) that were asked for, and what making them cost."""
-
-    pixels: Tensor
-    labels: Tensor | None = None
-    calls: float = 0.0
-    """Network calls an image; a guided call counts as two."""
-    seconds: float = 0.0
-    """Median over batches of the wall-clock seconds an image takes, the first batch left out."""
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-def sample_images(
-    pipeline: Any,
-    count: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 100,
-    num_classes: int | None = None,
-    labels: Sequence[int] | None = None,
-    precision: str = "fp32",
-    call: Mapping[str, Any] | None = None,
-    description: str = "sampling",
-) -> Images:
-    """Sample ``count`` images from a diffusers pipeline, labels in turn.
-
-    Args:
-        pipeline: takes ``generator`` (a list) and ``output_type="np"``; ``class_labels`` where it is conditional.
-        count: how many images.
-        seed: of the whole set; image i depends on (seed, i) alone.
-        batch_size: images at a time; changes nothing but the speed.
-        num_classes: image i gets label i modulo this; None for an unconditional pipeline.
-        labels: image i gets label ``labels[i modulo their number]`` instead.
-        precision: ``"bf16"`` runs the network under autocast.
-        call: further arguments of the call, for example ``num_inference_steps``.
-        description: what the progress bar says.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    device = pipeline.device
-    pixels, seconds = [], []
-    asked = None if num_classes is None else asked_labels(count, range(num_classes) if labels is None else labels)
-    with counted_rows(network_of(pipeline)) as rows, autocast(device, precision):
-        for start in tqdm(range(0, count, batch_size), desc=description, leave=False, dynamic_ncols=True):
-            indices = range(start, min(start + batch_size, count))
-            generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
-            chosen = {"batch_size": len(indices)} if asked is None else {"class_labels": asked[indices]}
-            began = time.perf_counter()
-            output = pipeline(**chosen, generator=generators, output_type="np", **(call or {})).images
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append((time.perf_counter() - began) / len(indices))
-            pixels.append(to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)))
-    return Images(torch.cat(pixels), asked, rows[0] / count, statistics.median(seconds[1:] or seconds))
-
-
-@torch.no_grad()
-def student_images(
-    distiller: Distiller, count: int, *, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu"
-) -> Images:
-    """What the student of a running distillation samples: the images its export will give for the same seeds."""
-    family, sampler = distiller.family, distiller.sampler()
-    distiller.bank.eval()
-    began, pixels, labels = time.perf_counter(), [], []
-    for start in range(0, count, batch_size):
-        indices = range(start, min(start + batch_size, count))
-        generators = [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
-        cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
-
-        def fresh(x: Tensor, generators: list[torch.Generator] = generators) -> Tensor:
-            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
-
-        noise = fresh(torch.empty(len(indices), *family.sample_shape, device=device))
-        x0 = sample(bind(distiller.result, cond), sampler, distiller.schedule.initial_noise(noise), fresh)
-        pixels.append(to_uint8(family.decode(x0.float())).cpu())
-        labels.append(cond.get("class_labels", torch.zeros(0)).cpu())
-    asked = torch.cat(labels) if family.num_classes else None
-    return Images(torch.cat(pixels), asked, sampler.steps, (time.perf_counter() - began) / count)
-
-
-def asked_labels(count: int, labels: Sequence[int]) -> Tensor:
-    """Labels in turn, (count,)."""
-    return torch.tensor(list(labels))[torch.arange(count) % len(labels)]
-
-
-def network_of(pipeline: Any) -> Any:
-    """The denoising network of a pipeline."""
-    return getattr(pipeline, "unet", None) or pipeline.transformer
-
-
-@contextlib.contextmanager
-def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Counts the images that pass through a network, in a list of one number."""
-    rows = [0]
-
-    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        del module
-        first = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        rows[0] += len(first)
-
-    handle = network.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        handle.remove()
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """Autocast to bfloat16, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-class Judge:
-    """A feature network, a reference, and the metrics between the reference and any set of images.
-
-    Args:
-        features: what embeds the images.
-        reference: moments of the reference set.
-        real: reference images themselves with their labels, for metrics that moments are not enough for.
-    """
-
-    def __init__(self, features: FeatureExtractor, reference: Moments, real: Images | None = None) -> None:
-        self.features = features.eval()
-        self.reference = reference
-        self.real = real
-        self.real_features = None if real is None else self.embed(real.pixels)
-
-    @classmethod
-    def open(cls, features: str, reference: str, max_images: int = 10_000) -> Judge:
-        """From what a user names.
-
-        Args:
-            features: see :func:`stepdistill.features.load_features`.
-            reference: ``"embedded"``, a ``.npz`` of statistics (ours, ADM's, clean-fid's), or images as the ``data``
-                section takes them.
-            max_images: how many reference images metrics beyond the Fréchet distance use.
-        """
-        network = load_features(features)
-        if reference == "embedded":
-            moments = ReferenceStatistics.read(ASSETS / "reference.npz").check(network)
-            return cls(network, moments, read_images(ASSETS / "train_subset.npz", max_images))
-        path = Path(reference)
-        if not path.exists():
-            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise ValueError(f"reference: no file or folder {reference!r}{nearest(path.name, siblings)}")
-        if path.suffix == ".npz" and "mu" in np.load(path).files:
-            return cls(network, ReferenceStatistics.read(path).check(network))
-        real = read_images(path, None)
-        judge = cls(network, Moments.of(torch.zeros(1, network.num_features)), real)
-        assert judge.real_features is not None
-        judge.reference = Moments.of(judge.real_features)
-        return judge
-
-    @torch.no_grad()
-    def embed(self, pixels: Tensor, batch_size: int = 500) -> Tensor:
-        """Features (N, d) of bytes (N, C, H, W)."""
-        return torch.cat([self.features(batch) for batch in pixels.split(batch_size)])
-
-    def score(self, images: Images, wanted: Sequence[str] = ("fd",)) -> dict[str, float]:
-        """The wanted metrics of a set of images, by their published names.
-
-        Raises:
-            ValueError: for an unknown metric, or one that needs reference images where there are only statistics.
-        """
-        unknown = [name for name in wanted if name not in METRICS]
-        if unknown:
-            raise ValueError(f"metrics: {unknown[0]!r} is unknown{nearest(unknown[0], METRICS)}")
-        fake = self.embed(images.pixels)
-        scores: dict[str, float] = {}
-        for name in wanted:
-            scores |= getattr(self, f"_{name}")(fake, images)
-        return scores
-
-    def _named(self, metric: str) -> str:
-        return metrics.reported_name(metric, self.features.name)
-
-    def _fd(self, fake: Tensor, images: Images) -> dict[str, float]:
-        interval = metrics.bootstrap_interval(fake, self.reference, labels=images.labels)
-        name = self._named("fd")
-        distance = metrics.frechet_distance(self.reference, Moments.of(fake))
-        return {name: distance, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-    def _kd(self, fake: Tensor, images: Images) -> dict[str, float]:
-        del images
-        size = min(1000, len(fake), len(self._real()))
-        estimate = metrics.kernel_distance(self._real(), fake, subset_size=size)
-        return {self._named("kd"): estimate.mean, f"{self._named('kd')}_std": estimate.std}
-
-    def _precision_recall(self, fake: Tensor, images: Images) -> dict[str, float]:
-        del images
-        return metrics.precision_recall(self._real()[: len(fake)], fake)._asdict()
-
-    def _density_coverage(self, fake: Tensor, images: Images) -> dict[str, float]:
-        del images
-        return metrics.density_coverage(self._real()[: len(fake)], fake)._asdict()
-
-    def _cmmd(self, fake: Tensor, images: Images) -> dict[str, float]:
-        del images
-        return {"cmmd": metrics.cmmd(self._real(), fake)}
-
-    def _spread(self, fake: Tensor, images: Images) -> dict[str, float]:
-        real = self._real()
-        if images.labels is None or self.real is None or self.real.labels is None:
-            raise ValueError("metrics: 'spread' needs class labels on both sides")
-        return {"spread": metrics.within_class_spread(real, self.real.labels, fake, images.labels)}
-
-    def _accuracy(self, fake: Tensor, images: Images) -> dict[str, float]:
-        if images.labels is None:
-            raise ValueError("metrics: 'accuracy' needs the class labels that were asked for")
-        return {"accuracy": metrics.class_accuracy(self.features.logits(fake), images.labels)}
-
-    def _real(self) -> Tensor:
-        if self.real_features is None:
-            raise ValueError("metrics: the reference is statistics only; this metric needs the reference's images")
-        return self.real_features
-
-
-def read_images(path: Path, limit: int | None) -> Images:
-    """Reference images from an ``.npz`` (mixed by a fixed permutation) or a folder of image files, as bytes."""
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            pixels = torch.from_numpy(archive["images"])
-            labels = torch.from_numpy(archive["labels"]).long() if "labels" in archive.files else None
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:limit]
-        return Images(pixels[order].contiguous(), None if labels is None else labels[order])
-    from PIL import Image
-
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if len(files) < 2:
-        raise ValueError(f"{path}: found {len(files)} images, wanted at least 2")
-    arrays = [np.atleast_3d(np.asarray(Image.open(file))) for file in files[:limit]]
-    shapes = {array.shape: file for array, file in zip(arrays, files, strict=False)}
-    if len(shapes) > 1:
-        named = ", ".join(f"{file.name} {shape}" for shape, file in list(shapes.items())[:2])
-        raise ValueError(f"{path}: images differ in size or mode: {named}")
-    return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous())
+__all__ = [
+    "ASSETS",
+    "METRICS",
+    "Images",
+    "Judge",
+    "Panel",
+    "class_count",
+    "describe_setting",
+    "evaluate_files",
+    "evaluate_pipeline",
+    "measure",
+    "read_images",
+    "sample_images",
+    "student_images",
+    "write_result",
+]
 
 
 def describe_setting(judge: Judge, **settings: Any) -> dict[str, Any]:
     """What makes a result comparable: settings, feature network, reference, versions."""
-    packages = ("torch", "diffusers", "torchmetrics", "numpy")
     return {
         **settings,
         "features": judge.features.describe(),
-        "reference_images": judge.reference.n,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "reference": judge.describe_reference(),
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that numbers pass through."""
+    packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"stepdistill": stepdistill.__version__, **installed, "python": platform.python_version()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What seconds and memory were measured on."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": kind, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def measure(
+    source: Source, panel: Panel, wanted: Sequence[str], *, setting: Mapping[str, Any], work: Path | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Scores of a set of images, the same in every process, and what was found on the way."""
+    panel.check(wanted)
+    found = collect(source, panel.embed, work=work, identity=setting)
+    scores = [panel.score(found, wanted) if PartialState().is_main_process else {}]
+    broadcast_object_list(scores)
+    return scores[0], found
 
 
 def evaluate_pipeline(
     pipeline: Any,
-    judge: Judge,
+    judge: Judge | Panel,
     *,
     wanted: Sequence[str] = ("fd",),
     count: int = 5000,
@@ -304,29 +97,95 @@ def evaluate_pipeline(
     batch_size: int = 100,
     precision: str = "fp32",
     call: Mapping[str, Any] | None = None,
+    captions: Sequence[str] | None = None,
+    size: int | None = None,
+    work: Path | None = None,
     name: str = "pipeline",
 ) -> dict[str, Any]:
-    """Sample a pipeline and score it: one row of a table, and under ``setting`` what it takes to repeat it."""
-    num_classes = class_count(pipeline)
-    images = sample_images(
-        pipeline, count, seed=seed, batch_size=batch_size, num_classes=num_classes, precision=precision,
-        call=call, description=name,
+    """Sample a pipeline and score it: one row of a table, with all it takes to repeat it.
+
+    Args:
+        pipeline: see :func:`stepdistill.samples.sample_images`.
+        judge: who judges.
+        wanted: metrics, see :data:`stepdistill.judge.METRICS`; ``clip`` with a panel that has a CLIP.
+        count: images.
+        seed: of the set.
+        batch_size: images a call; changes nothing but the speed.
+        precision: ``"bf16"`` runs the network under autocast.
+        call: further arguments of the pipeline's call.
+        captions: prompts, one an image.
+        size: images are resized and cropped to a square of this side.
+        work: folder where finished chunks are kept; the same call again goes on from there.
+        name: of the row.
+    """
+    panel, call = (judge if isinstance(judge, Panel) else Panel(judge)), dict(call or {})
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it would paint some images black
+    source = Sampled(
+        pipeline, count, size=size, seed=seed, batch_size=batch_size, captions=captions, precision=precision, call=call,
+        description=name,
     )  # fmt: skip
-    row = {"name": name, "calls": images.calls, "seconds_per_image": images.seconds, **judge.score(images, wanted)}
-    setting = describe_setting(
-        judge, num_samples=count, seed=seed, precision=precision, call=dict(call or {}),
-        scheduler=type(pipeline.scheduler).__name__,
-    )  # fmt: skip
-    return row | {"setting": setting}
+    setting = _setting(panel, num_samples=count, seed=seed, precision=precision, size=size, captions=captions)
+    subject = describe_pipeline(pipeline, call)
+    scores, found = measure(source, panel, wanted, setting={**setting, **subject}, work=work)
+    cost = {
+        "calls": _mean(found["calls"], found["images"]),
+        "seconds_per_image": statistics.median(found["seconds"].tolist()),
+        "flops_per_image": flops_per_image(pipeline, call, captions),
+        "parameters": parameter_count(pipeline),
+        **peak_memory(pipeline.device),
+    }
+    timing = {**machine(pipeline.device), "batch_size": batch_size, "processes": PartialState().num_processes}
+    return {"name": name, **cost, **scores, "setting": setting, "subject": subject, "timing": timing}
 
 
-def class_count(pipeline: Any) -> int | None:
-    """How many classes may be asked of a pipeline; None where it takes no labels."""
-    if "class_labels" not in inspect.signature(type(pipeline).__call__).parameters:
-        return None
-    embedded = network_of(pipeline).config.num_class_embeds
-    null_class = pipeline.config.get("null_class")
-    return embedded if null_class is None or embedded is None else embedded - 1
+def evaluate_files(
+    files: ImageFiles, judge: Judge | Panel, *, wanted: Sequence[str] = ("fd",), size: int | None = None,
+    work: Path | None = None, name: str = "images",
+) -> dict[str, Any]:  # fmt: skip
+    """Score images that were generated elsewhere."""
+    panel = judge if isinstance(judge, Panel) else Panel(judge)
+    setting = _setting(panel, num_samples=len(files), seed=None, precision=None, size=size, captions=None)
+    subject = {"kind": "images", "path": str(files.path)}
+    scores, _ = measure(OnDisk(files), panel, wanted, setting={**setting, **subject}, work=work)
+    return {"name": name, **scores, "setting": setting, "subject": subject, "timing": machine(torch.device("cpu"))}
+
+
+def _setting(panel: Panel, *, captions: Sequence[str] | None, **settings: Any) -> dict[str, Any]:
+    hashed = None if captions is None else hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    return {**settings, "rows": ROWS, "captions": hashed, **panel.describe(), "versions": versions()}
+
+
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return ((values * weights).sum() / weights.sum()).item()
+
+
+def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline is, so far as its images depend on it: weights, scheduler, call."""
+    weights = hashlib.sha256()
+    for key, tensor in network_of(pipeline).state_dict().items():
+        weights.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    scheduler = {key: value for key, value in dict(pipeline.scheduler.config).items() if not key.startswith("_")}
+    own = {key: value for key, value in dict(pipeline.config).items() if not key.startswith("_") and _plain(value)}
+    return {
+        "kind": "pipeline",
+        "pipeline": type(pipeline).__name__,
+        "weights_sha256": weights.hexdigest(),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": fingerprint(scheduler),
+        "config": own,
+        "call": {**getattr(pipeline, "contract_call", {}), **call},
+    }
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def read_images(path: Path, limit: int | None) -> Images:
+    """Reference images from an ``.npz`` or a folder, mixed by a fixed permutation, as bytes."""
+    files = ImageFiles(path)
+    return files.read(range(min(limit or len(files), len(files))))
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
@@ -335,3 +194,45 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def run_protocol(
+    protocol: Protocol, about: Mapping[str, Any], *, output: Path, pipeline: Any = None, images: str | None = None,
+    name: str, batch_size: int = 100, call: Mapping[str, Any] | None = None, write_reference: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a pipeline, or else a folder of ``images``, by a protocol, and write the result file.
+
+    Args:
+        protocol: how.
+        about: the protocol's name and what was overridden, see :func:`stepdistill.protocols.read_protocol`.
+        output: the result file; finished chunks are kept beside it until it is written.
+        pipeline: what is measured.
+        images: what is measured where there is no pipeline.
+        name: of the result.
+        batch_size: images a call.
+        call: arguments of the pipeline's call beside the protocol's.
+        write_reference: where to write the reference's statistics.
+    """
+    state = PartialState()
+    files = None if images is None else ImageFiles(images, size=protocol.size, limit=protocol.num_samples)
+    captions = read_captions(protocol.captions, protocol.num_samples) if protocol.captions else None
+    panel = Panel.open(protocol, state.device)
+    work = output.with_suffix(".work")
+    if files is not None:
+        result = evaluate_files(files, panel, wanted=protocol.metrics, size=protocol.size, work=work, name=name)
+    else:
+        asked = {key: getattr(protocol, key) for key in ("guidance_scale", "num_inference_steps")}
+        call = {**(call or {}), **{key: value for key, value in asked.items() if value is not None}}
+        result = evaluate_pipeline(
+            pipeline.to(state.device), panel, wanted=protocol.metrics, count=protocol.num_samples, seed=protocol.seed,
+            batch_size=batch_size, precision=protocol.precision, call=call, captions=captions, size=protocol.size,
+            work=work, name=name,
+        )  # fmt: skip
+    result |= {"protocol": dict(about)}
+    if state.is_main_process:
+        if write_reference is not None:
+            panel.judge.statistics().write(write_reference)
+        write_result(output, result)
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
+    return result

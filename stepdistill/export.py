@@ -176,7 +176,11 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
         return original.__call__(self, *args, **({k: v for k, v in defaults.items() if k not in bound} | kwargs))
 
     # a call looks its method up on the class; the name stays, since save_pretrained writes it
-    pipeline.__class__ = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+    pipeline.__class__ = type(
+        original.__name__,
+        (original,),
+        {"__call__": call, "__module__": original.__module__, "contract_call": dict(defaults)},
+    )
     return pipeline
 
 

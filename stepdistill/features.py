@@ -3,7 +3,7 @@
 A distance between image sets is a distance between their features, so it means nothing without the network, its
 weights and its resizing: FID moves by several points with the resize alone (Parmar et al., arXiv 2104.11222). Each
 :class:`FeatureExtractor` therefore carries a hash of its weights and a description of its preprocessing, which are
-written beside every result and checked against every reference (:class:`stepdistill.metrics.ReferenceStatistics`).
+written beside every result and checked against every reference (:class:`stepdistill.reference.ReferenceStatistics`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class FeatureExtractor(nn.Module, ABC):
     in_channels: int
     num_features: int
     num_classes: int | None = None
+    kind = "other"  # "inception" and "clip" have metrics named after them
     repeats_grey = False  # True: grey images become colour by repetition, as PIL's convert("RGB") does
 
     @abstractmethod

@@ -45,6 +45,7 @@ class TransformersFeatures(FeatureExtractor):
     def __init__(self, network: Any, settings: dict[str, Any], name: str) -> None:
         super().__init__()
         self.name, self.settings = name, settings
+        self.kind = "clip" if network.config.model_type.startswith("clip") else "other"
         self.network: Any = network.requires_grad_(False).eval()
         self.num_features = self.embed(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
 
@@ -151,7 +152,7 @@ class InceptionFeatures(FeatureExtractor):
     Grey images are repeated to three channels.
     """
 
-    name = "inception"
+    name = kind = "inception"
     in_channels = 3
     repeats_grey = True
     num_features = 2048

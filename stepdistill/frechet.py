@@ -1,4 +1,4 @@
-"""Fréchet distance: from moments, with an interval, against reference statistics that know what made them.
+"""Fréchet distance: from moments, with an interval.
 
 The distance between N(m, S) and N(m', S'), fitted to the features of two image sets,
 
@@ -10,30 +10,12 @@ is called FID on Inception's features (Heusel et al. 2017, arXiv 1706.08500) and
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.features import FeatureExtractor
-
-
-class Interval(NamedTuple):
-    """A confidence interval, in the units of its metric, and its level in (0, 1)."""
-
-    low: float
-    high: float
-    level: float
-
-    def overlaps(self, other: Interval) -> bool:
-        """True where two results are not distinguishable at this level."""
-        return self.low <= other.high and other.low <= self.high
+from stepdistill.intervals import Interval, draw, strata
 
 
 @dataclass(frozen=True)
@@ -102,12 +84,11 @@ def bootstrap_interval(
     whole = Moments.of(x)
     root = _root(_at_least_two(real).cov)
     centred = x - whole.mean
-    strata = _strata(torch.zeros(len(x)) if labels is None else labels.cpu())
+    groups = strata(labels, len(x))
     generator = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(resamples):
-        drawn = torch.cat([rows[torch.randint(len(rows), rows.shape, generator=generator)] for rows in strata])
-        counts = torch.bincount(drawn, minlength=len(x)).to(x)
+        counts = torch.bincount(draw(groups, generator), minlength=len(x)).to(x)
         shift = counts @ centred / len(x)
         cov = (centred.T @ (centred * counts[:, None]) - len(x) * torch.outer(shift, shift)) / (len(x) - 1)
         distances.append(_frechet(real, Moments(len(x), whole.mean + shift, cov), root))
@@ -129,11 +110,6 @@ def _frechet(real: Moments, fake: Moments, real_root: Tensor) -> float:
     return max(distance.item(), 0.0)
 
 
-def _strata(labels: Tensor) -> list[Tensor]:
-    """Indices of the images of each class."""
-    return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-
-
 def _root(cov: Tensor) -> Tensor:
     """Symmetric square root (d, d) of a covariance; rounding may make an eigenvalue slightly negative."""
     values, vectors = torch.linalg.eigh(cov)
@@ -144,68 +120,6 @@ def _at_least_two(moments: Moments) -> Moments:
     if moments.n is not None and moments.n < 2:
         raise ValueError(f"a covariance needs at least 2 images; found {moments.n}")
     return moments
-
-
-@dataclass(frozen=True)
-class ReferenceStatistics:
-    """Moments of a reference set, and the ``describe()`` of the features they were taken with.
-
-    Three files are read: ours, ADM's (``mu``, ``sigma``, and more that is ignored) and clean-fid's (``mu``, ``sigma``).
-    The last two say nothing of their network, which is Inception; only Inception is let near them. Nor do they say
-    how images were resized: that stays for the user to match (``load_features(..., resize=)``).
-    """
-
-    moments: Moments
-    features: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, moments: Moments, features: FeatureExtractor) -> ReferenceStatistics:
-        """Statistics as ``features`` makes them."""
-        return cls(moments, features.describe())
-
-    def write(self, path: str | Path) -> None:
-        """Write ``mu`` (d,), ``sigma`` (d, d), both float64, ``n`` and ``features`` (JSON) to an ``.npz``."""
-        mean, cov = self.moments.mean.cpu().numpy(), self.moments.cov.cpu().numpy()
-        np.savez_compressed(path, mu=mean, sigma=cov, n=self.moments.n or 0, features=json.dumps(dict(self.features)))
-
-    @classmethod
-    def read(cls, path: str | Path) -> ReferenceStatistics:
-        """Read any of the three kinds of file.
-
-        Raises:
-            ValueError: no such file, or no statistics in it.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {key: archive[key] for key in ("mu", "sigma", "n", "features") if key in archive.files}
-                found = archive.files
-        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"reference {str(path)!r}: not an .npz of statistics ({error})") from error
-        if "mu" not in content or "sigma" not in content:
-            raise ValueError(f"reference {str(path)!r}: expected mu and sigma, found {', '.join(found)}")
-        mean, cov = (torch.from_numpy(content[key].astype(np.float64)) for key in ("mu", "sigma"))
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"reference {str(path)!r}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} do not fit")
-        n = int(content["n"]) or None if "n" in content else None
-        features = json.loads(str(content["features"])) if "features" in content else {"name": "inception"}
-        return cls(Moments(n, mean, cov), features)
-
-    def check(self, features: FeatureExtractor) -> Moments:
-        """The moments, if ``features`` is what made them.
-
-        Raises:
-            ValueError: another network, other weights or another preprocessing; names both.
-        """
-        ours = features.describe()
-        for key in ("sha256", "preprocessing") if "sha256" in self.features else ("name",):
-            if ours[key] != self.features[key]:
-                raise ValueError(
-                    f"reference made with features {self.features['name']!r} ({key} {self.features[key]!r}), "
-                    f"not {features.name!r} ({key} {ours[key]!r}): make one with the same features, or judge with those"
-                )
-        if features.num_features != len(self.moments.mean):
-            raise ValueError(f"reference of length {len(self.moments.mean)}, features of {features.num_features}")
-        return self.moments
 
 
 def checked(features: Tensor, least: int = 2) -> Tensor:
@@ -225,3 +139,11 @@ def checked(features: Tensor, least: int = 2) -> Tensor:
             f"features: {int(bad.sum())} of {len(features)} images have NaN or infinite values, first {first}"
         )
     return features.double()
+
+
+def checked_pair(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    """Both sets after :func:`checked`, which must have features of one length."""
+    real, fake = checked(real, least), checked(fake, least)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"features of length {fake.shape[1]} against a reference of length {real.shape[1]}")
+    return real, fake

@@ -15,7 +15,8 @@ splits, resampling) draws it from a seed on the CPU, so equal features give equa
 | :func:`within_class_spread` | mode collapse inside a class | - |
 | :func:`nearest_distance`, :func:`authenticity` | copies of training images | Alaa et al. 2022, arXiv 2102.08921 |
 
-FID and KID are the names of the first two on Inception's features and of nothing else: :func:`reported_name`.
+FID, KID, CMMD and Inception score are the names on the features they were published with and of nothing else:
+:func:`reported_name`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.image.kid import poly_mmd
 
-from stepdistill.frechet import Interval, Moments, ReferenceStatistics, bootstrap_interval, checked, frechet_distance
+from stepdistill.frechet import Moments, bootstrap_interval, checked, checked_pair, frechet_distance
+from stepdistill.intervals import Interval, mean_interval
+from stepdistill.manifolds import (
+    BLOCK,
+    DensityCoverage,
+    PrecisionRecall,
+    ball_counts,
+    density_coverage,
+    manifold_hits,
+    precision_recall,
+    radii_of,
+)
+from stepdistill.reference import ReferenceStatistics
 
 __all__ = [
     "DensityCoverage",
@@ -36,7 +48,9 @@ __all__ = [
     "Nearest",
     "PrecisionRecall",
     "ReferenceStatistics",
+    "authentic",
     "authenticity",
+    "ball_counts",
     "bootstrap_interval",
     "class_accuracy",
     "cmmd",
@@ -44,13 +58,15 @@ __all__ = [
     "frechet_distance",
     "inception_score",
     "kernel_distance",
+    "kernel_pull",
+    "manifold_hits",
+    "mean_interval",
     "nearest_distance",
     "precision_recall",
     "reported_name",
+    "within_class_deviations",
     "within_class_spread",
 ]
-
-BLOCK = 1000  # rows of a distance matrix held at a time
 
 
 class Estimate(NamedTuple):
@@ -60,20 +76,6 @@ class Estimate(NamedTuple):
     std: float
 
 
-class PrecisionRecall(NamedTuple):
-    """Both in [0, 1]."""
-
-    precision: float
-    recall: float
-
-
-class DensityCoverage(NamedTuple):
-    """Density in [0, N / k], about 1 for equal distributions; coverage in [0, 1]."""
-
-    density: float
-    coverage: float
-
-
 class Nearest(NamedTuple):
     """Distance (N,) float64 to the nearest row of the other set, and which ``row`` that is (N,) int64."""
 
@@ -81,13 +83,16 @@ class Nearest(NamedTuple):
     row: Tensor
 
 
-def reported_name(metric: str, features_name: str) -> str:
-    """What a result may be called: ``fd`` and ``kd`` are ``fid`` and ``kid`` on Inception's features only.
+def reported_name(metric: str, kind: str) -> str:
+    """What a result may be called: the published name on its own ``kind`` of features, else a plain one.
 
-    >>> reported_name("fd", "embedded"), reported_name("fd", "inception")
-    ('fd', 'fid')
+    >>> reported_name("fd", "other"), reported_name("fd", "inception"), reported_name("cmmd", "other")
+    ('fd', 'fid', 'mmd')
     """
-    return {"fd": "fid", "kd": "kid"}.get(metric, metric) if features_name == "inception" else metric
+    published = {"fd": "fid", "kd": "kid", "classifier_score": "inception_score"}
+    if metric == "cmmd":
+        return "cmmd" if kind == "clip" else "mmd"
+    return published.get(metric, metric) if kind == "inception" else metric
 
 
 # ------------------------------------------------------------------------------------------ kernel distances
@@ -111,15 +116,35 @@ def kernel_distance(
     Raises:
         ValueError: ``subset_size`` exceeds what there is.
     """
-    real, fake = _checked_pair(real, fake)
+    real, fake = checked_pair(real, fake)
     if not 2 <= subset_size <= min(len(real), len(fake)):
         raise ValueError(f"subset_size: found {subset_size}; there are {len(real)} real and {len(fake)} fake images")
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
         rows, others = (torch.randperm(len(x), generator=generator)[:subset_size] for x in (real, fake))
-        values.append(poly_mmd(real[rows.to(real.device)], fake[others.to(fake.device)]))
+        x, y = real[rows.to(real.device)], fake[others.to(fake.device)]
+        within = [(k.sum() - k.trace()) / (subset_size * (subset_size - 1)) for k in (_cubic(x, x), _cubic(y, y))]
+        values.append(within[0] + within[1] - 2 * _cubic(x, y).mean())
     return _estimate(torch.stack(values))
+
+
+def kernel_pull(real: Tensor, fake: Tensor) -> Tensor:
+    """What each of ``fake`` (M, d) adds to the kernel distance: twice its mean kernel to the others less to reals.
+
+    The deviation of these (M,) values is the first-order one of the distance, the reference being given (Serfling 1980,
+    section 5.5), so :func:`mean_interval` of them has the width of the distance's interval.
+    """
+    real, fake = checked_pair(real, fake)
+    blocks = []
+    for rows in fake.split(BLOCK):
+        others = (_cubic(rows, fake).sum(1) - _cubic(rows[:, None], rows[:, None])[:, 0, 0]) / (len(fake) - 1)
+        blocks.append(2 * (others - _cubic(rows, real).mean(1)))
+    return torch.cat(blocks)
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.mT / x.shape[-1] + 1) ** 3
 
 
 def cmmd(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> float:
@@ -133,7 +158,7 @@ def cmmd(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> float:
         fake: (M, d) features.
         sigma: width of the kernel.
     """
-    real, fake = (torch.nn.functional.normalize(x, dim=1) for x in _checked_pair(real, fake))
+    real, fake = (torch.nn.functional.normalize(x, dim=1) for x in checked_pair(real, fake))
 
     def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
         # 1 - k keeps the digits that k = 1 - 1e-4 would lose
@@ -143,44 +168,7 @@ def cmmd(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> float:
     return 1000 * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)).item()
 
 
-# ------------------------------------------------------------------------------------ fidelity and diversity
-
-
-def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionRecall:
-    """Share of fakes inside the real manifold, and of reals inside the fake one.
-
-    Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1-2: a manifold is the union of balls about its points, each
-    reaching to the point's k-th nearest neighbour. Sets of like size make the two comparable.
-
-    Args:
-        real: (N, d) features, N > k.
-        fake: (M, d) features, M > k.
-        k: neighbours.
-    """
-    real, fake = _checked_pair(real, fake, least=k + 1)
-    precision, recall = (
-        torch.cat([(torch.cdist(rows, points) <= radii).any(1) for rows in queries.split(BLOCK)])
-        for queries, points, radii in [(fake, real, _radii(real, k)), (real, fake, _radii(fake, k))]
-    )
-    return PrecisionRecall(precision.double().mean().item(), recall.double().mean().item())
-
-
-def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> DensityCoverage:
-    """How many real balls hold a fake on average (over k), and the share of real balls that hold one at all.
-
-    Naeem et al. 2020 (arXiv 2002.09797), eqs. 3-4; unlike precision and recall neither trusts the fakes' own
-    manifold, so outliers cannot inflate them. Expected coverage of equal sets is 1 - 2^-k.
-
-    Args:
-        real: (N, d) features, N > k.
-        fake: (M, d) features.
-        k: neighbours.
-    """
-    real, fake = _checked_pair(real, fake, least=k + 1)
-    inside = [torch.cdist(rows, fake) <= radii[:, None] for rows, radii in _blocks_with_radii(real, k)]
-    density = sum(block.sum().item() for block in inside) / (k * len(fake))
-    covered = sum(block.any(1).sum().item() for block in inside)
-    return DensityCoverage(density, covered / len(real))
+# ------------------------------------------------------------------------------------- diversity and copies
 
 
 def within_class_spread(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> float:
@@ -195,14 +183,21 @@ def within_class_spread(real: Tensor, real_labels: Tensor, fake: Tensor, fake_la
     Raises:
         ValueError: a class of the fakes has fewer than two images on a side.
     """
-    real, fake = _checked_pair(real, fake)
-    ratios = []
-    for label in fake_labels.unique().tolist():
+    return within_class_deviations(real, real_labels, fake, fake_labels).mean().item()
+
+
+def within_class_deviations(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> Tensor:
+    """What each of ``fake`` (M, d) adds to :func:`within_class_spread`, which is the mean of these (M,) values."""
+    real, fake = checked_pair(real, fake)
+    classes = fake_labels.unique().tolist()
+    values = fake.new_zeros(len(fake))
+    for label in classes:
         ours, theirs = fake[fake_labels == label], real[real_labels == label]
         if min(len(ours), len(theirs)) < 2:
             raise ValueError(f"class {label}: spread needs 2 images; found {len(theirs)} real, {len(ours)} fake")
-        ratios.append(ours.var(0).sum() / theirs.var(0).sum())
-    return torch.stack(ratios).mean().item()
+        squares = (ours - ours.mean(0)).square().sum(1) / (len(ours) - 1) / theirs.var(0).sum()
+        values[fake_labels == label] = squares * len(fake) / len(classes)
+    return values
 
 
 def nearest_distance(queries: Tensor, training: Tensor) -> Nearest:
@@ -210,7 +205,7 @@ def nearest_distance(queries: Tensor, training: Tensor) -> Nearest:
 
     Copies of training images show as distances far below those of held-out real images. Rows may be features or pixels.
     """
-    queries, training = _checked_pair(queries, training, least=1)
+    queries, training = checked_pair(queries, training, least=1)
     blocks = [torch.cdist(rows, training).min(1) for rows in queries.split(BLOCK)]
     return Nearest(torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks]))
 
@@ -224,17 +219,12 @@ def authenticity(fake: Tensor, training: Tensor) -> float:
         fake: (N, d) features.
         training: (M, d) features of the images trained on.
     """
-    nearest = nearest_distance(fake, training)
-    return (nearest.distance > _radii(checked(training), 1)[nearest.row]).double().mean().item()
+    return authentic(nearest_distance(fake, training), training).double().mean().item()
 
 
-def _radii(points: Tensor, k: int) -> Tensor:
-    """Distance (N,) from each point to its k-th nearest other point."""
-    return torch.cat([torch.cdist(rows, points).kthvalue(k + 1).values for rows in points.split(BLOCK)])
-
-
-def _blocks_with_radii(points: Tensor, k: int) -> zip[tuple[Tensor, Tensor]]:
-    return zip(points.split(BLOCK), _radii(points, k).split(BLOCK), strict=True)
+def authentic(nearest: Nearest, training: Tensor) -> Tensor:
+    """Which images (N,) are farther from their ``nearest`` of ``training`` than that one from its own neighbours."""
+    return nearest.distance > radii_of(checked(training), 1)[nearest.row]
 
 
 # ----------------------------------------------------------------------------------------- classifier metrics
@@ -269,10 +259,3 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), values.std().item() if len(values) > 1 else 0.0)
-
-
-def _checked_pair(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
-    real, fake = checked(real, least), checked(fake, least)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of length {fake.shape[1]} against a reference of length {real.shape[1]}")
-    return real, fake

@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.config import nearest
+from stepdistill.export import load_pipeline
+from stepdistill.families import load_teacher, locate
+from stepdistill.families.base import TeacherConfig
+from stepdistill.families.pixel import Pixel
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.schedule import noise_process
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
@@ -69,3 +74,19 @@ def steps_within(solver: str, calls: int, *, guided: bool = False) -> int:
     """
     calls = calls // 2 if guided else calls
     return (calls + 1) // 2 if solver == "Heun" else calls
+
+
+def teacher_pipeline(path: str, solver: str) -> Any:
+    """A teacher as a pipeline under a solver.
+
+    Args:
+        path: as ``teacher.path`` of a configuration.
+        solver: one of :data:`SOLVERS`.
+    """
+    family = load_teacher(TeacherConfig(path=path))
+    if isinstance(family, Pixel):
+        scheduler = make_solver(solver, family.scheduler_config)
+        return ClassConditionalPipeline(family.network, scheduler, null_class=family.null_class)
+    pipeline = load_pipeline(locate(TeacherConfig(path=path)))
+    pipeline.scheduler = make_solver(solver, pipeline.scheduler.config)
+    return pipeline

@@ -209,7 +209,7 @@ def naive_manifolds(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_manifold_metrics_equal_the_naive_definitions(k, monkeypatch):
-    monkeypatch.setattr("stepdistill.metrics.BLOCK", 11)  # several blocks, the last one short
+    monkeypatch.setattr("stepdistill.manifolds.BLOCK", 11)  # several blocks, the last one short
     real, fake = normal(60, 3), normal(40, 3, seed=1, shift=0.7, scale=0.6)
     expected = naive_manifolds(real.tolist(), fake.tolist(), k)
     assert (*precision_recall(real, fake, k=k), *density_coverage(real, fake, k=k)) == pytest.approx(expected)

@@ -40,6 +40,10 @@ _DECODE_ERRORS = (
 )
 
 
+_GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_ORIENTATION = 0x0112  # EXIF; 5 to 8 swap height and width
+
+
 class UnreadableImageError(ValueError):
     """A file that is not an image, is damaged or too large, or whose pixels have no defined meaning."""
 
@@ -60,6 +64,25 @@ def read_pixels(source: Source, channels: int, size: tuple[int, int]) -> np.ndar
     try:
         with _open(source) as image:
             return _fit(image, channels, size)
+    except _DECODE_ERRORS as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def read_shape(source: Source) -> tuple[int, int, int]:
+    """(C, H, W) that an image has by itself, from its header: 1 channel where it is grey, else 3; an array's own.
+
+    Raises:
+        UnreadableImageError: saying why, but not which.
+    """
+    if isinstance(source, np.ndarray):
+        height, width, channels = source.shape
+        return channels, height, width
+    try:
+        with _open(source) as image:
+            knows = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to look for it
+            turned = knows and image.getexif().get(_ORIENTATION, 1) >= 5
+            upright = image.size if turned else image.size[::-1]
+            return 1 if image.mode in _GREY_MODES else 3, *upright
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
