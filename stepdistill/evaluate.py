@@ -131,7 +131,6 @@ def evaluate_pipeline(
     cost = {
         "calls": _mean(found["calls"], found["images"]),
         "seconds_per_image": statistics.median(found["seconds"].tolist()),
-        "flops_per_image": flops_per_image(pipeline, call, captions),
         "parameters": parameter_count(pipeline),
         **peak_memory(pipeline.device),
     }
@@ -228,6 +227,7 @@ def run_protocol(
             batch_size=batch_size, precision=protocol.precision, call=call, captions=captions, size=protocol.size,
             work=work, name=name,
         )  # fmt: skip
+        result["flops_per_image"] = flops_per_image(pipeline, call, captions)
     result |= {"protocol": dict(about)}
     if state.is_main_process:
         if write_reference is not None:

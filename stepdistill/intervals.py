@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DRAWN = 1_000_000  # indices that are drawn at a time
+
 
 class Interval(NamedTuple):
     """A confidence interval, in the units of its metric, and its level in (0, 1)."""
@@ -45,8 +47,12 @@ def mean_interval(
         resamples: number of draws.
         seed: of the draws.
     """
-    x, groups, generator = values.double().cpu(), strata(labels, len(values)), torch.Generator().manual_seed(seed)
-    means = torch.stack([x[draw(groups, generator)].mean() for _ in range(resamples)])
+    x, generator = values.double().cpu(), torch.Generator().manual_seed(seed)
+    sums = torch.zeros(resamples, dtype=torch.float64)
+    for rows in strata(labels, len(x)):
+        group, size = x[rows], max(1, DRAWN // len(rows))
+        shapes = [(min(size, resamples - start), len(rows)) for start in range(0, resamples, size)]
+        sums += torch.cat([group[torch.randint(len(rows), shape, generator=generator)].sum(1) for shape in shapes])
     tail = (1 - level) / 2
-    low, high = (means.quantile(q).item() for q in (tail, 1 - tail))
+    low, high = ((sums / len(x)).quantile(q).item() for q in (tail, 1 - tail))
     return Interval(low, high, level)

@@ -152,7 +152,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, judge, mo
     assert len(list(tmp_path.glob("work/*/chunk-*.safetensors"))) == 2
     calls.clear()
     found = evaluate_pipeline(pipeline(), judge, count=50, work=tmp_path / "work")
-    assert len(calls) == 2  # the third chunk, and one image to count its operations
+    assert len(calls) == 1
     assert plain(found) == plain(expected)
 
 
@@ -234,7 +234,7 @@ def test_cost_is_counted(judge):
     assert guided == 2 * one and flops_per_image(piped, {"num_inference_steps": 4}) == 2 * one
     assert parameter_count(piped) == sum(p.numel() for p in piped.unet.parameters())
     result = evaluate_pipeline(piped, judge, count=40, batch_size=10)
-    assert result["flops_per_image"] == one and result["calls"] == 2
+    assert result["calls"] == 2
     assert result["seconds_per_image"] > 0 and result["peak_memory_mb"] > 10
 
 
@@ -306,6 +306,7 @@ def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, cap
         main(["evaluate", *subject, *common, "--num_samples", "12", "--output", str(output)])
         result = json.loads(output.read_text())
         assert result["protocol"]["overridden"]["num_samples"] == [5000, 12]
+        assert ("flops_per_image" in result) == (name == "teacher")
         assert result["fd"] > 0 and "recall_low" in result and result["setting"]["num_samples"] == 12
         assert not output.with_suffix(".work").exists()
     assert "not protocol 'embedded': num_samples is 12, there 5000" in capsys.readouterr().err
