@@ -116,7 +116,8 @@ def train(args: argparse.Namespace) -> None:
         print(run.plan())
         return
     folder = run.train()
-    print(f"student: {folder}, after {TrainingCost(**read_contract(folder)['training'])}")
+    cost = TrainingCost(**read_contract(folder).get("training", {}))
+    print(f"student: {folder}, after {cost}")
 
 
 def generate(args: argparse.Namespace) -> None:

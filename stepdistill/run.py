@@ -264,7 +264,7 @@ class Run:
             "teacher": self.config.teacher.path,
             "teacher_sha256": self.teacher_fingerprint,
             "config_hash": configuration.fingerprint(self.config.as_sections()),
-            "training": dataclasses.asdict(cost),
+            **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
             **self.distiller.contract(),
         }
         if self.selected is not None:

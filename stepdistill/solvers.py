@@ -12,10 +12,10 @@ from typing import Any
 from stepdistill.config import nearest
 from stepdistill.export import load_pipeline
 from stepdistill.families import load_teacher, locate
-from stepdistill.families.base import TeacherConfig
+from stepdistill.families.base import TeacherConfig, read_schedule
 from stepdistill.families.pixel import Pixel
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.schedule import noise_process
+from stepdistill.schedule import DiscreteVP, noise_process
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 
@@ -39,7 +39,7 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
     )
 
     process = noise_process(teacher)
-    if not {"beta_schedule", "trained_betas"} & process.keys():
+    if not isinstance(read_schedule(teacher)[0], DiscreteVP):
         raise ValueError(f"solvers: wanted a teacher with betas, found {teacher.get('_class_name', 'none')!r}")
     match name:
         case "DDIM":

@@ -32,7 +32,7 @@ def compared(rows: Sequence[Row], metric: str) -> list[Row]:
             more["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
             more["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
         training = row.get("training", {})
-        more |= {key: training.get(key) for key in ("teacher_forwards", "cpu_minutes")}
+        more |= {key: training.get(key) or None for key in ("teacher_forwards", "cpu_minutes")}
         completed.append(row | more)
     order = {"floor": 0, "teacher": 1}
     return sorted(completed, key=lambda row: (order.get(row.get("kind", ""), 2), row["calls"], row[metric]))
