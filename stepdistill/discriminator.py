@@ -278,7 +278,9 @@ def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -
     def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             del module, inputs
-            found[index] = as_map(output[0] if isinstance(output, tuple) else output)
+            # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
+            parts = output if isinstance(output, tuple) else (output,)
+            found[index] = as_map([part for part in parts if isinstance(part, Tensor)][-1])
             if len(found) == len(modules):
                 raise _Seen
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stepdistill.families.base import Family
 from stepdistill.sampling import Sampler
+from stepdistill.schedule import RectifiedFlow
 
 CONTRACT = "stepdistill.json"
 CUSTOM_FILE = "pipeline.py"
@@ -110,6 +111,8 @@ def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guid
 def call_arguments(pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
     """The keyword arguments that make a call of the pipeline sample as trained."""
     wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.call_options}
+    if isinstance(sampler.schedule, RectifiedFlow):  # the exported scheduler has no shift: the grid is the caller's
+        wanted["sigmas"] = sampler.times[:-1].tolist()
     return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}
 
 
@@ -173,7 +176,10 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
     @functools.wraps(original.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original.__call__).bind_partial(self, *args, **kwargs).arguments
-        return original.__call__(self, *args, **({k: v for k, v in defaults.items() if k not in bound} | kwargs))
+        own = {name: value for name, value in defaults.items() if name not in bound}
+        if bound.get("num_inference_steps", len(own.get("sigmas", ()))) != len(own.get("sigmas", ())):
+            own.pop("sigmas", None)  # another number of steps has another grid
+        return original.__call__(self, *args, **(own | kwargs))
 
     # a call looks its method up on the class; the name stays, since save_pretrained writes it
     pipeline.__class__ = type(

@@ -161,5 +161,5 @@ class DMD2(Distiller):
         t = torch.cat([levels(self.schedule, draws) for _ in images])
         noise = torch.cat([draws.normal_like(x0) for x0 in images])
         x_t = self.schedule.add_noise(torch.cat(list(images)), noise, t)
-        (feature,) = self.bottleneck(x_t, t, {name: torch.cat([c] * len(images)) for name, c in cond.items()})
+        feature = self.bottleneck(x_t, t, {name: torch.cat([c] * len(images)) for name, c in cond.items()})[-1]
         return [[part] for part in self.head(feature).chunk(len(images))]

@@ -190,9 +190,13 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference_images(run: Run, count: int, seed: int) -> Tensor:
-    """What the trainer's sampler makes of the result, from the noise that a pipeline draws with this seed."""
+def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) -> Tensor:
+    """What the trainer's sampler makes of the result, from the noise that a pipeline draws with this seed.
+
+    Not every pipeline hands its generator to its scheduler: the others' later noise is the global generator's.
+    """
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed + 1)
 
     def noise(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator)
@@ -200,7 +204,12 @@ def reference_images(run: Run, count: int, seed: int) -> Tensor:
     family, distiller = run.distiller.family, run.distiller
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
     return family.decode(
-        sample(bind(distiller.result, family.example_cond(range(count))), distiller.sampler(), start, noise)
+        sample(
+            bind(distiller.result, family.example_cond(range(count))),
+            distiller.sampler(),
+            start,
+            noise if handed else torch.randn_like,
+        )
     )
 
 

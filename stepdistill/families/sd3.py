@@ -1,0 +1,86 @@
+"""Stable Diffusion 3: a flow transformer on latents, told a prompt through two CLIP encoders and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond
+from stepdistill.families.latent import Text
+
+
+class SD3(Text):
+    """An opened ``StableDiffusion3Pipeline``."""
+
+    component = "transformer"
+    network_classes = ("SD3Transformer2DModel",)
+    pipeline_name = "StableDiffusion3Pipeline"
+    feature_blocks = ("transformer_blocks",)
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    loads_lora = True
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> SD3:
+        from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+        from stepdistill.families.sd import tiny_clip, tiny_vae
+
+        torch.manual_seed(seed)
+        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = (tiny_clip(projection=True) for _ in range(2))
+        tokenizer_3, text_encoder_3 = tiny_t5(width=32)
+        transformer = SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+            pos_embed_max_size=8,
+        )  # fmt: skip
+        vae = tiny_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+        return cls(
+            StableDiffusion3Pipeline(
+                transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, text_encoder, tokenizer, text_encoder_2,
+                tokenizer_2, text_encoder_3, tokenizer_3,
+            )
+        )  # fmt: skip
+
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        prompt, negative, pooled, negative_pooled = self.pipe.encode_prompt(
+            list(prompts), None, None, device=self.pipe.text_encoder.device, do_classifier_free_guidance=null
+        )
+        if null:
+            prompt, pooled = negative, negative_pooled
+        return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        dtype = next(network.parameters()).dtype
+        return network(
+            hidden_states=x_t.to(dtype),
+            timestep=self.schedule.timestep(t).float(),
+            **{name: value.to(dtype) for name, value in cond.items()},
+        ).sample
+
+
+def tiny_t5(width: int) -> tuple[Any, Any]:
+    """A tokenizer of letters, made in memory, and a random T5 encoder for it."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.'"]
+    tokenizer = T5Tokenizer([(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return tokenizer, T5EncoderModel(config)
