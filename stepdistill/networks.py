@@ -47,6 +47,7 @@ class NetworkBank(nn.Module, abc.ABC):
         self._add(role, from_)
         self.trainable[role] = trainable
         for parameter in self.params(role):
+            parameter.data = parameter.data.float()  # whatever the teacher's precision
             parameter.requires_grad_(trainable)
 
     def params(self, role: str) -> list[nn.Parameter]:
@@ -158,7 +159,7 @@ class AdapterBank(NetworkBank):
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
     def extract(self, role: str) -> nn.Module:
-        network = without_checkpointing(self._copy(self.network))
+        network = without_checkpointing(self._copy(self.network)).float()
         for name, module in list(network.named_modules()):
             if not hasattr(module, "get_base_layer"):
                 continue

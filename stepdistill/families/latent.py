@@ -57,7 +57,7 @@ class Latent(Family):
     def load(cls, folder: Path, config: TeacherConfig) -> Latent:
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.pipeline_name} knows its own")
-        return cls(open_pipeline(folder, config))
+        return cls(open_pipeline(folder, cls.component, config))
 
     @torch.no_grad()
     def encode(self, raw: RawBatch) -> Batch:
@@ -148,8 +148,8 @@ def rebuild(pipe: Any, **parts: Any) -> Any:
     return type(pipe)(**parts, **options)
 
 
-def open_pipeline(folder: Path, config: TeacherConfig) -> Any:
-    """A teacher's pipeline, its VAE in float32.
+def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
+    """A teacher's pipeline, its network in the wanted precision and all beside it in float32, as the student will be.
 
     Raises:
         ValueError: if it is incomplete, has weights that would have to be unpickled, or brings code of its own.
@@ -171,7 +171,7 @@ def open_pipeline(folder: Path, config: TeacherConfig) -> Any:
                 f"teacher.path: {pickle} is a pickle, which may run code; wanted .safetensors (load the pipeline where "
                 "you trust it and call save_pretrained)"
             )
-    dtype = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
     try:
         return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, dtype=dtype)
     except (OSError, KeyError, TypeError) as error:

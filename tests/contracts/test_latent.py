@@ -132,11 +132,19 @@ def test_half_a_pipeline_is_refused(teacher):
         SD.load(teacher / "unet", TeacherConfig(path=str(teacher)))
 
 
-def test_a_teacher_in_half_precision_keeps_its_vae_in_single(teacher):
-    family = load_teacher(TeacherConfig(path=str(teacher), dtype="bfloat16"))
-    assert family.network.dtype == family.pipe.text_encoder.dtype == torch.bfloat16
-    assert family.pipe.vae.dtype == torch.float32
-    assert all(value.dtype == torch.float32 for value in family.example_cond([0]).values())
+@pytest.mark.parametrize("bank", BANKS)
+def test_a_teacher_in_half_precision_has_a_student_in_single(tmp_path, bank):
+    wanted = sections(tmp_path, SD.tiny(), "lcm", bank, steps=1)
+    wanted["teacher"]["dtype"] = "bfloat16"
+    run = Run(resolve(wanted))
+    banks = run.distiller.bank
+    assert {p.dtype for p in banks.params("teacher")} == {torch.bfloat16}
+    assert {p.dtype for role in banks.roles[1:] for p in banks.params(role)} == {torch.float32}
+    assert run.family.pipe.text_encoder.dtype == run.family.pipe.vae.dtype == torch.float32
+    run.train()
+    pipeline = DiffusionPipeline.from_pretrained(run.folder / "pipeline")
+    assert pipeline.unet.dtype == torch.float32
+    assert pipeline_images(pipeline, run.family, 2, seed=1, num_inference_steps=1, guidance_scale=1.0).isfinite().all()
 
 
 def test_images_without_captions_are_refused(teacher, tmp_path):
