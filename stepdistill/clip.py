@@ -44,6 +44,9 @@ class Clip:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"clip {path!r}: no tokenizer there\n{error}") from error
+        known = images.network.config.text_config.vocab_size
+        if len(tokenizer) != known:  # transformers makes an empty tokenizer where the files are missing
+            raise ValueError(f"clip {path!r}: the tokenizer has {len(tokenizer)} tokens, the network {known}")
         return cls(images.to(device), tokenizer)
 
     @torch.no_grad()
@@ -67,5 +70,8 @@ class Clip:
 
 
 def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
-    """100 cos of image embeddings (N, d) and caption embeddings (N, d), (N,) in [-100, 100]."""
+    """100 cos of image embeddings (N, d) and caption embeddings (N, d), (N,) in [-100, 100].
+
+    torchmetrics cuts their mean at 0, which no trained CLIP comes near.
+    """
     return 100 * torch.nn.functional.cosine_similarity(images.double(), captions.double())

@@ -426,3 +426,151 @@ def test_classes_of_other_pipelines():
     assert class_count(Piped()) == 1000
     assert class_count(pipeline()) == 3 and CHUNK == 500
     assert Protocol().num_samples == 5000
+
+
+# -------------------------------------------------------------------------------------------------------- CLIP score
+
+
+WORDS = ("a", "red", "blue", "apple", "house", "very")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP of the real classes in miniature: random weights, whole words as tokens."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip")
+    vocabulary = {word: number for number, word in enumerate(("<|startoftext|>", "<|endoftext|>", "[UNK]", *WORDS))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **marks).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(vocabulary), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config={**text, "pad_token_id": 1},
+        vision_config={**small, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        model.text_projection.weight.neg_()  # this seed's scores are negative, where torchmetrics says 0
+    model.save_pretrained(folder)
+    square = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    transformers.CLIPImageProcessor(**square).save_pretrained(folder)
+    return folder
+
+
+def torchmetrics_score(folder, pixels, captions):
+    """torchmetrics' CLIPScore on the same weights; it wants tensors where transformers 5 gives outputs."""
+    import transformers
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    class Unwrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def get_image_features(self, pixels):
+            output = self.model.get_image_features(pixels)
+            return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+        def get_text_features(self, ids, mask):
+            output = self.model.get_text_features(ids, mask)
+            return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+    def processor(text=None, images=None, **options):
+        if images is None:
+            return transformers.AutoTokenizer.from_pretrained(folder)(text, **options)
+        del options["padding"]
+        return transformers.AutoImageProcessor.from_pretrained(folder)(images=images, **options)
+
+    model = Unwrapped(transformers.CLIPModel.from_pretrained(folder).eval())
+    metric = CLIPScore(model_name_or_path=lambda: (model, processor))
+    metric.update(pixels, captions)
+    return metric.compute().item()
+
+
+def test_clip_score_equals_torchmetrics(clip_folder):
+    from stepdistill.clip import Clip, clip_scores
+    from stepdistill.judge import embed_pixels
+
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    captions = ["a red apple", "a blue house", "a very red house", "apple", "blue", "a house"]
+    clip = Clip.open(str(clip_folder))
+    texts, cut = clip.embed_captions(captions)
+    found = clip_scores(embed_pixels(clip.images, pixels), texts)
+    assert found.mean().item() == pytest.approx(torchmetrics_score(clip_folder, pixels, captions), abs=1e-4)
+    assert found.std() > 0.1 and not cut.any()
+
+
+def test_long_captions_are_counted_and_keep_their_end(clip_folder):
+    from stepdistill.clip import Clip
+
+    clip = Clip.open(str(clip_folder))
+    texts, cut = clip.embed_captions(
+        ["a red apple", "a " + "very " * 5 + "red apple", "a " + "very " * 5 + "blue house"]
+    )
+    assert cut.tolist() == [False, True, True]
+    torch.testing.assert_close(texts[1], texts[2])  # both are "a very very very very very" and the end
+    assert not torch.allclose(texts[0], texts[1])
+
+
+def test_clip_score_and_cmmd_come_with_the_other_metrics(tmp_path, clip_folder, network):
+    folder = pngs(tmp_path / "generated", 8, 8, "RGB")
+    lines = [{"file_name": f"{i}.png", "text": "a red apple" if i else "a " + "very " * 9} for i in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    real = str(archive(tmp_path / "real.npz", 20, channels=3))
+    protocol = Protocol(
+        features=str(clip_folder), clip=str(clip_folder), reference=real, metrics=("fd", "clip", "cmmd"), num_samples=8
+    )
+    panel = Panel.open(protocol)
+    result = evaluate_files(ImageFiles(folder), panel, wanted=protocol.metrics)
+    assert result["clip_score_low"] <= result["clip_score"] <= result["clip_score_high"]
+    assert result["captions_cut"] == 1 and result["cmmd"] > 0
+    assert len(result["setting"]["clip"]["sha256"]) == 64
+    with pytest.raises(ValueError, match="'clip' needs captions"):
+        evaluate_files(ImageFiles(pngs(tmp_path / "bare", 8, 8, "RGB")), panel, wanted=protocol.metrics)
+
+
+def test_a_clip_without_its_halves_is_refused(clip_folder, tmp_path, network):
+    import shutil
+
+    from stepdistill.clip import Clip
+
+    with pytest.raises(ValueError, match="has no text half; wanted a whole CLIP"):
+        Clip.open(str(network))
+    shutil.copytree(clip_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "special*"))
+    with pytest.raises(ValueError, match="tokenizer has . tokens, the network 9"):
+        Clip.open(str(tmp_path / "bare"))
+
+
+def test_a_text_pipeline_gets_its_prompts_by_index():
+    class Network(torch.nn.Module):
+        def forward(self, sample):
+            return sample
+
+    class Painter:
+        device, unet = torch.device("cpu"), Network()
+
+        def __call__(self, prompt, generator, output_type):
+            asked.append(prompt)
+            grey = torch.stack([torch.rand(4, 4, 3, generator=g) for g in generator])
+            return type("Output", (), {"images": self.unet(grey).numpy()})
+
+        def set_progress_bar_config(self, **options):
+            pass
+
+    asked = []
+    captions = ["one", "two", "three", "four", "five"]
+    images = sample_images(Painter(), 3, first=2, batch_size=2, captions=captions)
+    assert asked == [["three", "four"], ["five"]] and images.captions == captions[2:]
+    with pytest.raises(ValueError, match="Painter wants some; found no captions"):
+        sample_images(Painter(), 3)
+    with pytest.raises(ValueError, match="ClassConditionalPipeline wants none; found captions"):
+        sample_images(pipeline(), 3, num_classes=3, captions=captions)
