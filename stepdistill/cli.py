@@ -23,6 +23,7 @@ PROTOCOL_FLAGS = (
     ("captions", str, "prompts, one a line, or a folder with metadata.jsonl"),
     ("guidance_scale", float, "1 is none; by default the pipeline's own"),
     ("num_inference_steps", int, "by default the pipeline's own"),
+    ("rows", int, "rows that the network sees at a time: fewer where memory is short"),
     ("precision", str, "fp32 or bf16"),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 from stepdistill.intervals import Interval
 from stepdistill.judge import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
-FREE = ("versions", "seed", "precision")
+FREE = ("versions", "seed", "precision", "rows")
 """Settings in which comparable results may differ."""
 
 

@@ -99,6 +99,7 @@ def evaluate_pipeline(
     call: Mapping[str, Any] | None = None,
     captions: Sequence[str] | None = None,
     size: int | None = None,
+    rows: int = ROWS,
     work: Path | None = None,
     name: str = "pipeline",
 ) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def evaluate_pipeline(
         call: further arguments of the pipeline's call.
         captions: prompts, one an image.
         size: images are resized and cropped to a square of this side.
+        rows: rows that the network sees at a time: what the memory must hold, and what the last bits depend on.
         work: folder where finished chunks are kept; the same call again goes on from there.
         name: of the row.
     """
@@ -123,9 +125,11 @@ def evaluate_pipeline(
         pipeline.safety_checker = None  # it would paint some images black
     source = Sampled(
         pipeline, count, size=size, seed=seed, batch_size=batch_size, captions=captions, precision=precision, call=call,
-        description=name,
+        rows=rows, description=name,
     )  # fmt: skip
-    setting = _setting(panel, num_samples=count, seed=seed, precision=precision, size=size, captions=captions)
+    setting = _setting(
+        panel, num_samples=count, seed=seed, precision=precision, size=size, rows=rows, captions=captions
+    )
     subject = describe_pipeline(pipeline, call)
     scores, found = measure(source, panel, wanted, setting={**setting, **subject}, work=work)
     cost = {
@@ -144,7 +148,7 @@ def evaluate_files(
 ) -> dict[str, Any]:  # fmt: skip
     """Score images that were generated elsewhere."""
     panel = judge if isinstance(judge, Panel) else Panel(judge)
-    setting = _setting(panel, num_samples=len(files), seed=None, precision=None, size=size, captions=None)
+    setting = _setting(panel, num_samples=len(files), seed=None, precision=None, size=size, rows=None, captions=None)
     subject = {"kind": "images", "path": str(files.path)}
     scores, _ = measure(OnDisk(files), panel, wanted, setting={**setting, **subject}, work=work)
     return {"name": name, **scores, "setting": setting, "subject": subject, "timing": machine(torch.device("cpu"))}
@@ -152,7 +156,7 @@ def evaluate_files(
 
 def _setting(panel: Panel, *, captions: Sequence[str] | None, **settings: Any) -> dict[str, Any]:
     hashed = None if captions is None else hashlib.sha256("\n".join(captions).encode()).hexdigest()
-    return {**settings, "rows": ROWS, "captions": hashed, **panel.describe(), "versions": versions()}
+    return {**settings, "captions": hashed, **panel.describe(), "versions": versions()}
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:
@@ -225,7 +229,7 @@ def run_protocol(
         result = evaluate_pipeline(
             pipeline.to(state.device), panel, wanted=protocol.metrics, count=protocol.num_samples, seed=protocol.seed,
             batch_size=batch_size, precision=protocol.precision, call=call, captions=captions, size=protocol.size,
-            work=work, name=name,
+            rows=protocol.rows, work=work, name=name,
         )  # fmt: skip
         result["flops_per_image"] = flops_per_image(pipeline, call, captions)
     result |= {"protocol": dict(about)}

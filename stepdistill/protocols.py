@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepdistill.config import build, nearest, read_config
+from stepdistill.samples import ROWS
 
 PRESETS = Path(__file__).parent / "assets" / "protocols"
 
@@ -29,6 +30,8 @@ class Protocol:
         captions: prompts: a text file, one a line, or a folder with ``metadata.jsonl``.
         guidance_scale: of the calls; None takes the pipeline's own.
         num_inference_steps: of the calls; None takes the pipeline's own.
+        rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last
+            bits depend on.
         precision: ``bf16`` runs the network under autocast.
         metrics: which.
         needs: what a user has to give, in words, by key.
@@ -45,13 +48,14 @@ class Protocol:
     captions: str | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    rows: int = ROWS
     precision: Literal["fp32", "bf16"] = "fp32"
     metrics: tuple[str, ...] = ("fd",)
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples: found {self.num_samples}, wanted at least 2")
+        if self.num_samples < 2 or self.rows < 1:
+            raise ValueError(f"wanted num_samples >= 2 and rows >= 1; found {self.num_samples} and {self.rows}")
 
 
 def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[str, Any]]:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from stepdistill.methods.base import Distiller
 
 ROWS = 16
-"""Rows that the network sees at a time."""
+"""Rows that the network sees at a time while it is measured."""
+SHARED = ("img_ids", "txt_ids")
+"""Arguments of transformers that all rows share, however long they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ def sample_images(
     precision: str = "fp32",
     call: Mapping[str, Any] | None = None,
     first: int = 0,
+    rows: int | None = None,
     description: str = "sampling",
 ) -> Images:
     """Sample images ``first`` to ``first + count - 1`` of a set from a diffusers pipeline, labels in turn.
@@ -78,6 +81,8 @@ def sample_images(
         precision: ``"bf16"`` runs the network under autocast.
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
+        rows: if given, the network sees exactly so many rows at a time, filled up where a batch has fewer: then the
+            batch size changes no bit. None takes a batch as it comes, and a few pixels in 100,000 may be one level off.
         description: what the progress bar says.
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -86,7 +91,8 @@ def sample_images(
     prompts = None if captions is None else [captions[index % len(captions)] for index in range(first, stop)]
     pixels, seconds = [], []
     network = network_of(pipeline)
-    with counted_rows(network) as rows, fixed_rows(network), autocast(device, precision):
+    in_pieces = contextlib.nullcontext() if rows is None else fixed_rows(network, rows)
+    with counted_rows(network) as counted, in_pieces, autocast(device, precision):
         for start in tqdm(range(first, stop, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, stop))
             generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
@@ -100,7 +106,7 @@ def sample_images(
             seconds.append((time.perf_counter() - began) / len(indices))
             pixels.append(to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)))
     labels_of = None if asked is None else asked[first:]
-    return Images(torch.cat(pixels), labels_of, rows[0] / count, statistics.median(seconds[1:] or seconds), prompts)
+    return Images(torch.cat(pixels), labels_of, counted[0] / count, statistics.median(seconds[1:] or seconds), prompts)
 
 
 def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: Sequence[str] | None) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def class_count(pipeline: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def fixed_rows(network: torch.nn.Module, rows: int = ROWS) -> Iterator[None]:
+def fixed_rows(network: torch.nn.Module, rows: int) -> Iterator[None]:
     """Within, ``network`` runs on exactly ``rows`` rows at a time, the last ones filled up by repeating a row.
 
     Every tensor among the arguments whose length is the batch's is cut; every tensor of the output is put together.
@@ -180,11 +186,12 @@ def fixed_rows(network: torch.nn.Module, rows: int = ROWS) -> Iterator[None]:
             index = torch.arange(start, start + rows).clamp(max=batch - 1)
 
             def cut(leaf: Any) -> Any:
-                per_row = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-                return leaf[index.to(leaf.device)] if per_row else leaf
+                is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+                return leaf[index.to(leaf.device)] if is_batch else leaf
 
-            cut_args, cut_kwargs = tree_map(cut, (args, kwargs))
-            return original(*cut_args, **cut_kwargs)
+            per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
+            cut_args, cut_kwargs = tree_map(cut, (args, per_row))
+            return original(*cut_args, **{**kwargs, **cut_kwargs})
 
         outputs = [piece(start) for start in range(0, batch, rows)]
         return tree_map(lambda *leaves: torch.cat(leaves)[:batch], *outputs)

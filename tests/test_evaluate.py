@@ -85,14 +85,14 @@ def plain(result):
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_images_are_the_same_bytes_for_every_batch_size(guidance_scale):
     call = {"guidance_scale": guidance_scale}
-    sets = [sample_images(pipeline(), 70, batch_size=b, num_classes=3, call=call) for b in (7, 64)]
+    sets = [sample_images(pipeline(), 70, batch_size=b, num_classes=3, call=call, rows=16) for b in (7, 64)]
     assert torch.equal(sets[0].pixels, sets[1].pixels)
     assert {images.calls for images in sets} == {2 * guidance_scale}  # two steps; a guided call counts as two
 
 
 def test_a_part_of_a_set_is_that_part():
-    whole = sample_images(pipeline(), 20, num_classes=3)
-    part = sample_images(pipeline(), 6, num_classes=3, first=9)
+    whole = sample_images(pipeline(), 20, num_classes=3, rows=16)
+    part = sample_images(pipeline(), 6, num_classes=3, first=9, rows=16)
     assert torch.equal(whole.pixels[9:15], part.pixels) and torch.equal(whole.labels[9:15], part.labels)
 
 
@@ -105,7 +105,7 @@ def test_fixed_rows_change_the_order_of_nothing():
     x, labels = torch.randn(37, 1, 8, 8), torch.arange(37) % 3
     with torch.no_grad():
         expected = unet(x, torch.tensor(5), class_labels=labels).sample
-        with fixed_rows(unet):
+        with fixed_rows(unet, 16):
             found = unet(x, torch.tensor(5), class_labels=labels).sample
     torch.testing.assert_close(found, expected)
     assert "forward" not in vars(unet)
