@@ -216,7 +216,7 @@ def run_protocol(
         call: arguments of the pipeline's call beside the protocol's.
         write_reference: where to write the reference's statistics.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # or processes on CPUs would not find each other
     files = None if images is None else ImageFiles(images, size=protocol.size, limit=protocol.num_samples)
     captions = read_captions(protocol.captions, protocol.num_samples) if protocol.captions else None
     panel = Panel.open(protocol, state.device)
