@@ -27,7 +27,7 @@ from stepdistill.training_cost import TrainingCost
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
-    "data.num_workers", "teacher.path",
+    "data.num_workers", "teacher.path", "teacher.trust_remote_code",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.features", "eval.reference",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
