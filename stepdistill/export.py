@@ -63,7 +63,7 @@ def export_pipeline(
     if lora is not None:
         pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
     (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(model_card(contract, type(pipeline).__name__), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
@@ -96,6 +96,7 @@ def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guid
         "format": 1,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
+        "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())),
         **sampler.contract(),
         "guidance_scale": guidance_scale,
         "guidance_convention": "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none",
@@ -190,12 +191,12 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
     return pipeline
 
 
-def model_card(contract: Mapping[str, Any], pipeline: str) -> str:
+def model_card(contract: Mapping[str, Any]) -> str:
     """The README of an export: what it is, how to call it, what it was measured at."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", contract.get("method", "")])
-    custom = ", trust_remote_code=True" if pipeline == "ClassConditionalPipeline" else ""
+    custom = ", trust_remote_code=True" if contract["own_code"] else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
     asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
     results = contract.get("results", {})

@@ -43,7 +43,7 @@ def check_export(run):
     images = pipeline_images(load_pipeline(export), family, 3, seed=5)
     assert (images - reference_images(run, 3, seed=5, handed=handed)).abs().max() < 1e-5
     assert images.std() > 0.01
-    stock = DiffusionPipeline.from_pretrained(export)
+    stock = DiffusionPipeline.from_pretrained(export, trust_remote_code=any(export.rglob("*.py")))
     contract = json.loads((export / "stepdistill.json").read_text())
     assert torch.equal(pipeline_images(stock, family, 3, seed=5, **contract["call"]), images)
     return images
