@@ -131,6 +131,10 @@ class Family(abc.ABC):
         for module in self.frozen:
             module.to(device)
 
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
+        sampler.scheduler(self.scheduler_config)
+
     def use_captions(self, captions: Sequence[str]) -> None:
         """Take note of the training's captions: examples come from them, and those that are too long are counted."""
         del captions

@@ -82,6 +82,15 @@ class Latent(Family):
     def condition(self, raw: RawBatch) -> Cond:
         """What the network is told of a batch."""
 
+    def check_sampler(self, sampler: Sampler) -> None:
+        step, call = sampler.scheduler(self.scheduler_config).step, type(self.pipe).__call__
+        needed = {name for name in sampler.call_options if name in inspect.signature(step).parameters}
+        if missing := sorted(needed - set(inspect.signature(call).parameters)):
+            raise ValueError(
+                f"method: a call of {self.pipeline_name} passes no {', '.join(missing)} on to its scheduler, which "
+                "this sampler needs; wanted a method that samples without (lcm, progressive, ...)"
+            )
+
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
         scheduler = sampler.scheduler(self.scheduler_config)

@@ -102,7 +102,7 @@ class TCD(Distiller):
         check_guidance(config.guidance_scale, family)
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
-        SSS(family.schedule, times, config.gamma).scheduler(family.scheduler_config)
+        family.check_sampler(SSS(family.schedule, times, config.gamma))
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

@@ -14,7 +14,7 @@ from contracts.cases import BANKS, case, pipeline_images, reference_images, refu
 from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
-from stepdistill.config import read_config
+from stepdistill.config import build, read_config
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.families.dit import DiT
@@ -90,14 +90,39 @@ def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
 @pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("name", LATENT)
 def test_every_family_with_every_method(tmp_path, name, method, bank):
-    reason = refusal(method, LATENT[name].tiny())
-    if reason is not None:
+    if (reason := refused(method, LATENT[name].tiny())) is not None:
         pytest.skip(reason)
     run = train(tmp_path, name, method, bank)
     check_export(run)
 
 
+def refused(method, family):
+    """Why a method, or an input that its networks need, is not for this family; None if it is."""
+    if (reason := refusal(method, family)) is not None:
+        return reason
+    distiller = find_method(method)
+    try:
+        family.extend(distiller.extra_inputs(build(distiller.Config, case(method).options, "method")))
+    except ValueError as reason:
+        return str(reason)
+    return None
+
+
 # -------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "why"),
+    [
+        ("dit", "tcd", "DiTPipeline passes no eta"),
+        ("dit", "guided", "DiT take no inputs"),
+        ("dit", "dmd2", "alpha_T"),
+        ("sd3", "guided", "SD3 take no inputs"),
+        ("sd3", "tcd", "noises flows"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_with_a_reason(name, method, why):
+    assert why in str(refused(method, LATENT[name].tiny()))
 
 
 @pytest.fixture(scope="module")
