@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from oracles import SCHEDULES, Gaussian, Oracle, PointNet, sliced_wasserstein, teacher_denoiser, three_clusters
+from oracles import SCHEDULES, Gaussian, Oracle, teacher_denoiser, three_clusters
 from torch import nn
-from training import batch_of, draw, loss_of, make, put
+from training import NEARER, batch_of, landing, loss_of, make, put, train
 
 from stepdistill.denoiser import from_x0
 from stepdistill.families.base import Batch
@@ -13,7 +13,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.losses import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
 from stepdistill.networks import AdapterBank, CopyBank
-from stepdistill.randomness import Draws, derive_seed
+from stepdistill.randomness import Draws
 from stepdistill.sampling import bind, invert_step, ode_step
 from stepdistill.schedule import Karras
 from stepdistill.trajectory import solver_step
@@ -230,28 +230,8 @@ def test_both_banks_start_alike_and_train_the_student_only():
 @pytest.mark.parametrize(("name", "kind", "via"), [("cosine", "v_prediction", (4,)), ("karras", "edm", ())])
 def test_a_student_of_a_mixture_lands_on_it_in_one_call(name, kind, via):
     oracle = three_clusters(SCHEDULES[name], kind)
-    distiller = make(Tract, PointNet(oracle.schedule, oracle), oracle, start=16, via=via, steps=1)
-    stages = distiller.stages(800)
-    for stage in stages:
-        distiller.stage = stage
-        distiller.begin_stage()
-        distiller.bank.blend("mentor", "student", keep=0)
-        train_stage(distiller, oracle)
-    exact = oracle.draw(2000)
-    assert sliced_wasserstein(draw(distiller, 2000), exact) < 0.25
-    distiller.bank.blend("student", "teacher", keep=0)
-    assert sliced_wasserstein(draw(distiller, 2000), exact) > 0.5  # the teacher in one step
-
-
-def train_stage(distiller, oracle, lr=1e-2):
-    optimizer = torch.optim.Adam(distiller.bank.params("student"), lr=lr, betas=(0.9, 0.99))
-    for step in range(distiller.stage.steps):
-        distiller.done = step
-        optimizer.zero_grad()
-        loss_of(distiller, Batch(oracle.draw(256).float(), {}, 256), derive_seed(step)).backward()
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / distiller.stage.steps)
-        optimizer.step()
-        distiller.after_step()
+    student, teacher = landing(train(Tract, oracle, 800, start=16, via=via), oracle, 1)
+    assert student < NEARER[1] * teacher, (student, teacher)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

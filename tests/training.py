@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from oracles import Oracle, OracleFamily, PointNet, time_of
+from oracles import Oracle, OracleFamily, PointNet, sliced_wasserstein, time_of
 from torch import Tensor, nn
 
-from stepdistill.denoiser import edm_scalings, from_x0
+from stepdistill.denoiser import Denoiser, edm_scalings, from_x0
 from stepdistill.families.base import Batch
-from stepdistill.methods.base import Distiller, Stage
+from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage
 from stepdistill.networks import CopyBank
 from stepdistill.randomness import Draws, derive_seed
-from stepdistill.sampling import bind, sample
+from stepdistill.sampling import Sampler, bind, sample
 from stepdistill.schedule import Karras, NoiseSchedule, expand
 
 
@@ -49,14 +50,20 @@ class Known(nn.Module):
 
 
 def make(
-    method: type[Distiller], network: nn.Module, oracle: Oracle, num_classes: int | None = None, **options: Any
+    method: type[Distiller],
+    network: nn.Module,
+    oracle: Oracle,
+    num_classes: int | None = None,
+    *,
+    ema: bool = False,
+    **options: Any,
 ) -> Distiller:
     """A distiller of ``network`` (the oracle itself, or a trainable network that starts as it), 100 steps long."""
     config = dict(VP_CONFIG)
     family = OracleFamily(
         network, oracle.schedule, oracle.prediction_type, num_classes=num_classes, scheduler_config=config
     )
-    distiller = method(family, CopyBank(network), method.Config(**options))
+    distiller = method(family, CopyBank(network), method.Config(**options), ema=ema)
     distiller.stage = Stage("train", 100)
     return distiller
 
@@ -86,34 +93,63 @@ def train(
     oracle: Oracle,
     train_steps: int,
     *,
+    network: nn.Module | None = None,
     num_classes: int | None = None,
     lr: float = 1e-2,
+    seed: int = 0,
     **options: Any,
 ) -> Distiller:
-    """A student of the oracle after ``train_steps`` of Adam, its learning rate falling to 0."""
-    network = PointNet(oracle.schedule, oracle, num_classes=num_classes or 0)
-    distiller = make(method, network, oracle, num_classes, **options)
-    distiller.stage = distiller.stages(train_steps)[0]
-    distiller.begin_stage()
-    params = distiller.bank.params("student")
-    optimizer = torch.optim.Adam(params, lr=lr, betas=(0.9, 0.99))
-    for step in range(train_steps):
-        distiller.done = step
-        batch = batch_of(oracle, 256, num_classes)
-        batch = Batch(batch.x0.float(), batch.cond, batch.size)
-        loss = loss_of(distiller, batch, derive_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / train_steps)
-        optimizer.step()
-        distiller.after_step()
+    """A student of the oracle after all its stages: Adam, the rate falling to 0 in each, an average as the result."""
+    torch.manual_seed(seed)
+    network = network or PointNet(oracle.schedule, oracle, num_classes=num_classes or 0)
+    distiller = make(method, network, oracle, num_classes, ema=True, **options)
+    (turn,) = distiller.turns.values()
+    for stage in distiller.stages(train_steps):
+        distiller.stage = stage
+        distiller.begin_stage()
+        optimizer = torch.optim.Adam(turn.params, lr=lr, betas=(0.9, 0.99))
+        for step in range(stage.steps):
+            distiller.done = step
+            batch = batch_of(oracle, 256, num_classes)
+            batch = Batch(batch.x0.float(), batch.cond, batch.size)
+            optimizer.zero_grad()
+            loss_of(distiller, batch, derive_seed(seed, stage.name, step)).backward()
+            torch.nn.utils.clip_grad_norm_(turn.params, 1.0)
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / stage.steps)
+            optimizer.step()
+            distiller.after_step()
+            distiller.bank.blend(EMA, STUDENT, keep=min(0.98, (1 + step) / (10 + step)))
     return distiller
 
 
+def draw(distiller: Distiller, size: int) -> Tensor:
+    """Samples of the finished student with its own sampler."""
+    return draw_from(distiller.result, distiller.sampler(), size)
+
+
 @torch.no_grad()
-def draw(distiller: Distiller, size: int, labels: Tensor | None = None) -> Tensor:
-    """Samples of the student with its own sampler."""
+def draw_from(denoiser: Denoiser, sampler: Sampler, size: int) -> Tensor:
+    """Samples (size, 2, 1, 1) of an unconditional network."""
     noise = torch.randn(size, 2, 1, 1)
-    cond = {} if labels is None else {"class_labels": labels}
-    return sample(bind(distiller.student, cond), distiller.sampler(), distiller.schedule.initial_noise(noise))
+    return sample(bind(denoiser, {}), sampler, sampler.schedule.initial_noise(noise))
+
+
+NEARER = {1: 0.25, 2: 0.5, 4: 0.6}
+"""By number of calls: how far a student may be from the data, as a part of its teacher's distance in as many calls."""
+
+NEARER_FROM_DATA = {1: 0.4, 2: 0.65, 4: 0.85}
+"""The same for students that are trained without a teacher, whose pairs are noisier."""
+
+
+def landing(distiller: Distiller, oracle: Oracle, steps: int, size: int = 20_000) -> tuple[float, float]:
+    """How far from the data, by sliced Wasserstein, the student is in ``steps`` calls, and its teacher in as many.
+
+    Two exact sets of this size are 0.01 to 0.08 apart: now and then one has 1 % more points in a cluster.
+    """
+    distiller.config = dataclasses.replace(distiller.config, steps=steps)
+    exact = oracle.draw(size)
+    student, teacher = (
+        sliced_wasserstein(draw_from(denoiser, distiller.sampler(), size), exact)
+        for denoiser in (distiller.result, distiller.teacher)
+    )
+    return student, teacher
