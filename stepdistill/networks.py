@@ -47,7 +47,8 @@ class NetworkBank(nn.Module, abc.ABC):
         self._add(role, from_)
         self.trainable[role] = trainable
         for parameter in self.params(role):
-            parameter.data = parameter.data.float()  # whatever the teacher's precision
+            # single precision at least, whatever the teacher's
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(trainable)
 
     def params(self, role: str) -> list[nn.Parameter]:
