@@ -18,7 +18,7 @@ import abc
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,23 @@ class NetworkBank(nn.Module, abc.ABC):
     def state(self, role: str) -> dict[str, Tensor]:
         """The tensors that belong to ``role`` alone, by name; writing into them changes the role."""
         return {name: tensor.detach() for name, tensor in self._own(role).items()}
+
+    @torch.no_grad()
+    def load(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        """Write tensors over those of ``role``, by the names of :meth:`state`.
+
+        Raises:
+            ValueError: naming the first tensor that only one of the two has, or whose shape differs.
+        """
+        own = self.state(role)
+        for name in sorted({*own, *weights}):
+            if name not in own or name not in weights or own[name].shape != weights[name].shape:
+                found, wanted = (
+                    tuple(side[name].shape) if name in side else "no such tensor" for side in (weights, own)
+                )
+                raise ValueError(f"{name}: found {found}, wanted {wanted}, as in the {role}'s network")
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
 
     @torch.no_grad()
     def blend(self, dst: str, src: str, keep: float) -> None:

@@ -43,6 +43,14 @@ class BankConfig:
     name: Literal["copy", "adapter"] = "copy"
     rank: int = 64
     """Rank of the adapters."""
+    start: str | None = None
+    """A finished student, a pipeline folder, to start from instead of the teacher; of copies only."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: found {self.rank}, wanted at least 1")
+        if self.start is not None and self.name != "copy":
+            raise ValueError(f"start: a student under {self.name!r} starts as the teacher; wanted name: copy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +186,8 @@ class Run:
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.extend(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
-        self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0)
+        start = None if config.bank.start is None else read_student(config.bank.start, self.family)
+        self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
         if self.judge is not None:
@@ -193,6 +202,17 @@ class Run:
             "teacher (weights)": self.teacher_fingerprint
         }
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a key of the identity is where a configuration does not name it."""
+        sections = {name: getattr(self.config, name) for name in ("teacher", "method", "bank", "data", "train")}
+        sections |= {f"optim.{turn}": config for turn, config in self.config.optim.items()}
+        flat = configuration.flatten(
+            {f"{name}.{field.name}": field.default for name, config in sections.items()
+             for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING}
+        )  # fmt: skip
+        return {key: value for key, value in flat.items() if key in self.identity}
+
     def plan(self) -> str:
         """The resolved configuration and what will be held in memory, for ``--dry_run``."""
         return configuration.to_yaml(self.config.as_sections()) + "\n" + memory_plan(self.distiller)
@@ -206,6 +226,7 @@ class Run:
             config=self.config.train,
             optim=self.config.optim,
             identity=self.identity,
+            defaults=self.defaults,
             num_workers=self.config.data.num_workers,
             on_stage_end=self.export_stage,
             measure=self.measure,
@@ -334,6 +355,21 @@ def make_bank(family: Family, config: BankConfig) -> NetworkBank:
     if config.name == "copy":
         return CopyBank(family.network)
     return AdapterBank(family.network, rank=config.rank, targets=family.lora_targets)
+
+
+def read_student(folder: str, family: Family) -> dict[str, Tensor]:
+    """The weights of a finished student, by name.
+
+    Raises:
+        ValueError: if the folder holds no pipeline, or its network predicts something else than the teacher's.
+    """
+    student = load_teacher(TeacherConfig(path=folder))
+    if student.prediction_type != family.prediction_type:
+        raise ValueError(
+            f"bank.start: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "
+            "wanted a student of this teacher"
+        )
+    return dict(student.network.state_dict())
 
 
 def fingerprint_weights(network: nn.Module) -> str:

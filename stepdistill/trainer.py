@@ -13,8 +13,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -120,6 +121,7 @@ class Trainer:
         config: the ``train`` section.
         optim: one entry a turn.
         identity: what must not change between a run and its resumption, flat ``{"section.key": value}``.
+        defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
         num_workers: processes that decode images.
         on_stage_end: called on the main process with the stage and the run's cost up to its end, for exports.
         measure: called on the main process every ``measure_every`` steps; what it returns is logged.
@@ -135,6 +137,7 @@ class Trainer:
         config: TrainConfig,
         optim: dict[str, OptimConfig],
         identity: dict[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
         num_workers: int = 0,
         on_stage_end: Callable[[Stage, TrainingCost], None] | None = None,
         measure: Callable[[], dict[str, float]] = dict,
@@ -149,6 +152,7 @@ class Trainer:
         self.config = config
         self.optim = optim
         self.identity = identity
+        self.defaults = defaults
         self.num_workers = num_workers
         self.on_stage_end = on_stage_end
         self.measure = measure
@@ -432,7 +436,7 @@ class Trainer:
             target.copy_(tensors[name])
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
-        before, now = checkpoint.state["config"], json.loads(json.dumps(self.identity))
+        before, now = {**self.defaults, **checkpoint.state["config"]}, json.loads(json.dumps(self.identity))
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]

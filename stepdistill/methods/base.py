@@ -67,6 +67,7 @@ class Distiller(nn.Module, abc.ABC):
         bank: the networks; this adds ``student`` and, where wanted, ``ema``.
         config: the method's own options.
         ema: whether an average of the student is kept and is what gets evaluated and exported.
+        start: the weights the student starts from, by name; None is the teacher's.
     """
 
     Config: ClassVar[type]
@@ -78,7 +79,10 @@ class Distiller(nn.Module, abc.ABC):
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images, or on noise and conditions alone."""
 
-    def __init__(self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False) -> None:
+    def __init__(
+        self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.family = family
         self.bank = bank
@@ -89,6 +93,8 @@ class Distiller(nn.Module, abc.ABC):
         """Training steps of the stage that were made before the present one; the trainer keeps it, also on resuming."""
         self.teacher = Denoiser(family, bank, "teacher")
         bank.fork(STUDENT)
+        if start is not None:
+            bank.load(STUDENT, start)
         self.student = Denoiser(family, bank, STUDENT)
         self.turns = {turn.name: turn for turn in self.build()}
         assert tuple(self.turns) == self.turn_names
