@@ -16,7 +16,7 @@ from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
 from stepdistill.data import DataConfig, open_data
 from stepdistill.evaluate import Judge, student_images
-from stepdistill.export import export_pipeline
+from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families import load_teacher
 from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
@@ -280,12 +280,16 @@ class Run:
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the student as it is now, and what it cost."""
+        start = self.config.bank.start
+        earlier = {} if start is None else read_contract(Path(start)).get("training", {})
+        cost += TrainingCost(**earlier)
         about = {
             "method": self.config.method_name,
             "teacher": self.config.teacher.path,
             "teacher_sha256": self.teacher_fingerprint,
             "config_hash": configuration.fingerprint(self.config.as_sections()),
             **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
+            **({} if start is None else {"start": {"path": start, "training": earlier}}),
             **self.distiller.contract(),
         }
         if self.selected is not None:
@@ -361,15 +365,23 @@ def read_student(folder: str, family: Family) -> dict[str, Tensor]:
     """The weights of a finished student, by name.
 
     Raises:
-        ValueError: if the folder holds no pipeline, or its network predicts something else than the teacher's.
+        ValueError: if the folder holds no pipeline, or not one of a student of this teacher.
     """
-    student = load_teacher(TeacherConfig(path=folder))
+    try:
+        student = load_teacher(TeacherConfig(path=folder))
+    except ValueError as error:
+        raise ValueError(f"bank.start: {error}") from error
     if student.prediction_type != family.prediction_type:
         raise ValueError(
             f"bank.start: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "
             "wanted a student of this teacher"
         )
-    return dict(student.network.state_dict())
+    weights, own = student.network.state_dict(), family.network.state_dict()
+    for name in sorted({*own, *weights}):
+        found, wanted = (tuple(side[name].shape) if name in side else None for side in (weights, own))
+        if found != wanted:
+            raise ValueError(f"bank.start: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
+    return weights
 
 
 def fingerprint_weights(network: nn.Module) -> str:

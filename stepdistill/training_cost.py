@@ -35,6 +35,11 @@ class TrainingCost:
     """Of the training processes with all their threads; data workers are not in it."""
     wall_minutes: float = 0.0
 
+    def __add__(self, other: TrainingCost) -> TrainingCost:
+        """Both together: a student that started from another cost what that one did as well."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return TrainingCost(**dict(zip(dataclasses.asdict(self), map(sum, pairs), strict=True)))
+
     def __str__(self) -> str:
         return (
             f"{self.steps:,} steps, {self.images:,} images, {self.teacher_forwards:,} teacher forwards, "

@@ -1,11 +1,16 @@
 """From a configuration to a student: the one path, and everything that is refused before its first step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, sections
+from safetensors.torch import load_file
 
 import stepdistill
+from stepdistill.checkpoint import Checkpoint
 from stepdistill.config import ConfigError, parse_yaml
+from stepdistill.export import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.run import Run, resolve
 
@@ -163,3 +168,40 @@ def test_distill_returns_a_pipeline_that_samples(tmp_path, channels):
     shown = pipeline_images(pipeline, family, 2, seed=0)
     assert shown.shape == (2, channels, 12, 12) and torch.isfinite(shown).all()
     assert (folder / "samples.png").is_file() and (tmp_path / "run/config.yaml").is_file()
+
+
+def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
+    first = Run(resolve(mapping)).train()
+    weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
+    sections = mapping | {"method": {"name": "dmd2", "steps": 1}, "optim": {}, "bank": {"start": str(first)}}
+    sections["train"] = {**mapping["train"], "output_dir": str(tmp_path / "second"), "ema": 0.9}
+    run = Run(resolve(sections))
+    bank, name = run.distiller.bank, "conv_in.weight"
+    for role in ("student", "ema"):
+        assert torch.equal(bank.state(role)[name], weights[name])
+    assert torch.equal(bank.state("fake")[name], bank.state("teacher")[name])
+    assert not torch.equal(bank.state("teacher")[name], weights[name])
+    contract, before = read_contract(run.train()), read_contract(first)
+    assert contract["start"] == {"path": str(first), "training": before["training"]}
+    assert contract["training"]["steps"] == 2 * before["training"]["steps"]
+
+
+def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
+    refused(mapping | {"bank": {"start": str(tmp_path / "studnt")}}, "bank.start: .*no folder")
+    other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
+    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .* predicts epsilon, the teacher v_prediction")
+    other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
+    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .*class_embedding.weight: found \\(6, ")
+    with pytest.raises(ConfigError, match="bank: start: "):
+        resolve(mapping | {"bank": {"name": "adapter", "start": "student"}})
+
+
+def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
+    run = Run(resolve(mapping))
+    trainer = run.trainer()
+    before = {key: value for key, value in run.identity.items() if key not in ("bank.start", "train.precision")}
+    checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
+    trainer._check_identity(checkpoint)
+    checkpoint.state["config"] |= {"bank.start": "a student"}
+    with pytest.raises(ValueError, match="bank.start: was 'a student', is None"):
+        trainer._check_identity(checkpoint)
