@@ -92,26 +92,30 @@ def is_our_class(thing: object) -> bool:
 
 def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
     """The sampling contract."""
+    call = call_arguments(family, pipeline, sampler, guidance_scale)
     return {
         "format": 1,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())),
         **sampler.contract(),
-        "guidance_scale": guidance_scale,
-        "guidance_convention": "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none",
+        "guidance_scale": call.get("guidance_scale", guidance_scale),
+        "guidance_convention": family.guidance_convention,
         "prediction_type": family.prediction_type,
         "conditioning": family.conditioning,
         "num_classes": family.num_classes,
         "sample_shape": list(family.sample_shape),
-        "call": call_arguments(pipeline, sampler, guidance_scale),
+        "call": call,
         "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
     }
 
 
-def call_arguments(pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
+def call_arguments(
+    family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float
+) -> dict[str, Any]:
     """The keyword arguments that make a call of the pipeline sample as trained."""
     wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.call_options}
+    wanted |= family.call_options
     if isinstance(sampler.schedule, RectifiedFlow):  # the exported scheduler has no shift: the grid is the caller's
         wanted["sigmas"] = sampler.times[:-1].tolist()
     return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}

@@ -41,7 +41,7 @@ def load_teacher(config: TeacherConfig) -> Family:
         return known[config.family].load(folder, config)
     pipeline = pipeline_class(folder)
     for cls in known.values():
-        if network_class(folder, cls.component) in cls.network_classes and cls.pipeline_name in (None, pipeline):
+        if network_class(folder, cls.component) in cls.network_classes and cls.serves(pipeline):
             return cls.load(folder, config)
     found = network_class(folder, "unet") or network_class(folder, "transformer")
     supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))

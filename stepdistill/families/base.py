@@ -12,6 +12,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,6 +38,10 @@ class TeacherConfig:
     """Overrides the detection: the name of a file in ``stepdistill/families``."""
     null_class: int | None = None
     """The class label that means "no class", where the teacher was trained with one."""
+    resolution: int | None = None
+    """Side in pixels of the (square) images, where not the one that the teacher samples at when nobody says."""
+    guidance_scale: float | None = None
+    """What a teacher that takes guidance as an input (FLUX.1-dev) is asked with; others are guided by the method."""
     trust_remote_code: bool = False
     """Whether Python files that lie in the teacher's folder may run."""
 
@@ -81,8 +86,8 @@ class Family(abc.ABC):
     """The network's folder and argument in the pipeline: ``"unet"`` or ``"transformer"``."""
     network_classes: ClassVar[tuple[str, ...]]
     """Diffusers classes of networks by which a teacher is recognised."""
-    pipeline_name: ClassVar[str | None] = None
-    """The diffusers pipeline that a teacher must be, where networks of the class serve several; None: any."""
+    pipeline_names: ClassVar[tuple[str, ...]] = ()
+    """The diffusers pipelines that a teacher may be, where networks of the class serve several; empty: any."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
     loads_lora: ClassVar[bool] = False
@@ -108,6 +113,10 @@ class Family(abc.ABC):
     """How many classes a label may name, None for an unconditional teacher."""
     inputs: Inputs = Inputs()
     """What the network takes besides state, time and condition; see :meth:`extend`."""
+    guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
+    """What a call's ``guidance_scale`` means."""
+    call_options: Mapping[str, Any] = MappingProxyType({})
+    """What a call of the pipeline must be given, where it takes it, to sample as this family calls its networks."""
 
     @classmethod
     @abc.abstractmethod
@@ -118,6 +127,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def tiny(cls, seed: int = 0) -> Family:
         """A random miniature of the real classes, so that contract tests need no download."""
+
+    @classmethod
+    def serves(cls, pipeline: str | None) -> bool:
+        """Whether a teacher in a diffusers pipeline of this class (None: in none, or in one of its own) may be ours."""
+        return not cls.pipeline_names or pipeline in cls.pipeline_names
 
     @property
     def conditioning(self) -> str:

@@ -20,16 +20,16 @@ class DiT(Latent):
     """An opened ``DiTPipeline``."""
 
     component = "transformer"
-    network_classes = ("DiTTransformer2DModel",)
-    pipeline_name = "DiTPipeline"
+    network_classes = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
+    pipeline_names = ("DiTPipeline",)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2",
         "proj", "proj_out_1", "proj_out_2",
     )  # fmt: skip
 
-    def __init__(self, pipe: Any) -> None:
-        super().__init__(pipe)
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        super().__init__(pipe, **options)
         self.num_classes = pipe.transformer.config.num_embeds_ada_norm
         for module in self.network.modules():
             if isinstance(module, LabelEmbedding):

@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +37,31 @@ EXAMPLE_PROMPTS = (
 
 
 class Latent(Family):
-    """An opened latent diffusion pipeline."""
+    """An opened latent diffusion pipeline.
 
-    def __init__(self, pipe: Any) -> None:
+    Args:
+        pipe: the pipeline.
+        resolution: side in pixels of its images; None for the size that its network's config says.
+        guidance_scale: what the network itself is told of guidance, of families where it takes it.
+    """
+
+    def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
+        if guidance_scale is not None:
+            raise ValueError(
+                f"teacher.guidance_scale: found {guidance_scale}, but {type(self).__name__} takes no guidance as an "
+                "input; wanted method.guidance_scale"
+            )
         self.pipe = pipe
-        self.network = network = getattr(pipe, self.component)
+        self.network = getattr(pipe, self.component)
         self.scheduler_config = json.loads(pipe.scheduler.to_json_string())
         self.schedule, self.prediction_type = read_schedule(self.scheduler_config)
-        size, vae = network.config.sample_size, pipe.vae.config
-        height, width = (size, size) if isinstance(size, int) else size
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        self.sample_shape = (network.config.in_channels, height, width)
-        self.image_shape = (vae.out_channels, height * factor, width * factor)
+        factor, (height, width) = self.spatial_factor(), self.native_size()
+        if resolution is not None:
+            check_resolution(pipe, resolution, (height, width), factor)
+            height = width = resolution
+        self.sample_shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
+        self.image_shape = (pipe.vae.config.in_channels, height, width)
+        self.call_options = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
         parts = {name: part for name, part in pipe.components.items() if name != self.component}
         self.frozen = tuple(part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module))
@@ -56,8 +69,20 @@ class Latent(Family):
     @classmethod
     def load(cls, folder: Path, config: TeacherConfig) -> Latent:
         if config.null_class is not None:
-            raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.pipeline_name} knows its own")
-        return cls(open_pipeline(folder, cls.component, config))
+            raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.__name__} knows its own")
+        pipe = open_pipeline(folder, cls.component, config)
+        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+
+    def spatial_factor(self) -> int:
+        """Pixels a latent spans on either axis."""
+        config = self.pipe.vae.config
+        return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the pipeline samples when nobody says."""
+        size = getattr(self.pipe, self.component).config.get("sample_size") or self.pipe.default_sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.spatial_factor(), width * self.spatial_factor()
 
     @torch.no_grad()
     def encode(self, raw: RawBatch) -> Batch:
@@ -68,7 +93,8 @@ class Latent(Family):
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] as the network's latents, float32."""
         vae = self.pipe.vae
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        encoded = vae.encode(images.to(vae.device, vae.dtype))
+        latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent).float()
         shift, scale = latent_statistics(vae.config, latents)
         return (latents - shift) * scale
 
@@ -87,8 +113,8 @@ class Latent(Family):
         needed = {name for name in sampler.call_options if name in inspect.signature(step).parameters}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
-                f"method: a call of {self.pipeline_name} passes no {', '.join(missing)} on to its scheduler, which "
-                "this sampler needs; wanted a method that samples without (lcm, progressive, ...)"
+                f"method: a call of {type(self.pipe).__name__} passes no {', '.join(missing)} on to its scheduler, "
+                "which this sampler needs; wanted a method that samples without (lcm, progressive, ...)"
             )
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
@@ -103,9 +129,11 @@ class Text(Latent):
     """A latent diffusion pipeline that is asked with prompts."""
 
     takes_text = True
+    reader: ClassVar[str] = "tokenizer"
+    """The tokenizer that reads most of a prompt."""
 
-    def __init__(self, pipe: Any) -> None:
-        super().__init__(pipe)
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        super().__init__(pipe, **options)
         self.prompts = EXAMPLE_PROMPTS
         self.null = self.embed([""], null=True)
 
@@ -130,8 +158,8 @@ class Text(Latent):
 
     def use_captions(self, captions: Sequence[str]) -> None:
         self.prompts = tuple(captions[:64])
-        tokenizer = self.pipe.tokenizer
-        limit = tokenizer.model_max_length
+        tokenizer = getattr(self.pipe, self.reader)
+        limit = self.call_options.get("max_sequence_length", tokenizer.model_max_length)
         too_long = [text for text in captions if len(tokenizer(text).input_ids) > limit]
         if too_long:
             warnings.warn(
@@ -139,6 +167,14 @@ class Text(Latent):
                 f"ends are cut. The first: {too_long[0][:60]!r}...",
                 stacklevel=2,
             )
+
+
+def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
+    """Raise ``ValueError`` unless the pipeline samples square images of this side."""
+    if native != (resolution, resolution) and "height" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"teacher.resolution: found {resolution}, but {type(pipe).__name__} samples {native} only")
+    if resolution < 1 or resolution % factor:
+        raise ValueError(f"teacher.resolution: found {resolution}, wanted a multiple of {factor}")
 
 
 def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:

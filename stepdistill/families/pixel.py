@@ -76,6 +76,9 @@ class Pixel(Family):
         for name in ("unet/config.json", "scheduler/scheduler_config.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"teacher.path: {folder / name} is missing")
+        for name in ("resolution", "guidance_scale"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"teacher.{name}: found {getattr(config, name)}, but a pixel teacher takes none")
         dtype = getattr(torch, config.dtype)
         network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)
         scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())

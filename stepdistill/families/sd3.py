@@ -17,7 +17,7 @@ class SD3(Text):
 
     component = "transformer"
     network_classes = ("SD3Transformer2DModel",)
-    pipeline_name = "StableDiffusion3Pipeline"
+    pipeline_names = ("StableDiffusion3Pipeline",)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

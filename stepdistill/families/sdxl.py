@@ -27,14 +27,14 @@ class SDXL(Text):
 
     component = "unet"
     network_classes = ("UNet2DConditionModel",)
-    pipeline_name = "StableDiffusionXLPipeline"
+    pipeline_names = ("StableDiffusionXLPipeline",)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     loads_lora = True
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, **options: Any) -> None:
         check_unet(pipe.unet)
-        super().__init__(pipe)
+        super().__init__(pipe, **options)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SDXL:

@@ -22,6 +22,8 @@ from torch import Tensor
 from stepdistill.config import build
 from stepdistill.export import save_pipeline
 from stepdistill.families.base import Family
+from stepdistill.families.flux import Flux, pack, unpack
+from stepdistill.families.latent import Latent
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods import find_method
 from stepdistill.run import Run, resolve
@@ -109,7 +111,18 @@ def save_teacher(family: Family, folder: Path) -> Path:
     one_step = DDIM(family.schedule, family.schedule.grid(1))
     save_pipeline(family.pipeline(family.network, one_step, 1.0), folder)
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(family.scheduler_config)))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", family.scheduler_config.get("_class_name", "DDIMScheduler")]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
+    """The ``teacher`` section that opens what :func:`save_teacher` wrote at the size of the miniature."""
+    size = family.image_shape[1:]
+    if not isinstance(family, Latent) or size == family.native_size():
+        return {"path": str(folder)}
+    return {"path": str(folder), "resolution": size[0]}
 
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:
@@ -133,7 +146,7 @@ def sections(folder: Path, family: Family, method: str, bank: str = "copy", **tr
     # an eps above the rounding of gradients: Adam would make steps of it where the true gradient is zero
     optim = {turn: {"lr": 5e-3, "eps": 1e-4} for turn in find_method(method).turn_names}
     return {
-        "teacher": {"path": str(folder / "teacher")},
+        "teacher": teacher_section(family, folder / "teacher"),
         "method": {"name": method, **case(method).options},
         "bank": {"name": bank, "rank": 4},
         "data": {"name": "images", "path": str(folder / "images.npz"), "batch_size": 4},
@@ -208,9 +221,19 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
             bind(distiller.result, family.example_cond(range(count))),
             distiller.sampler(),
             start,
-            noise if handed else torch.randn_like,
+            noise if handed else lambda x: as_latents(family, torch.randn(as_seen(family, x).shape)),
         )
     )
+
+
+def as_seen(family: Family, x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as the family's pipeline and scheduler see them."""
+    return pack(x) if isinstance(family, Flux) else x
+
+
+def as_latents(family: Family, x: Tensor) -> Tensor:
+    """The inverse of :func:`as_seen`."""
+    return unpack(x, *family.sample_shape[1:]) if isinstance(family, Flux) else x
 
 
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:

@@ -1,8 +1,10 @@
 """Every family's miniature against diffusers: its noise, its predictions, its stock pipeline's calls, its files."""
 
+import inspect
+
 import pytest
 import torch
-from contracts.cases import PIXELS, pipeline_images, save_teacher
+from contracts.cases import PIXELS, as_latents, pipeline_images, save_teacher, teacher_section
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
@@ -11,11 +13,17 @@ from stepdistill.denoiser import Denoiser, guided
 from stepdistill.export import call_arguments
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
+from stepdistill.families.flux import Flux
+from stepdistill.families.pixart import PixArt
 from stepdistill.networks import CopyBank
 from stepdistill.sampling import DDIM
 from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
+MINIATURES |= {
+    "flux-schnell": lambda: Flux.tiny(guidance_embeds=False),
+    "pixart-sigma": lambda: PixArt.tiny(sigma=True),
+}
 LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images back
 
 
@@ -105,11 +113,11 @@ def test_our_call_is_the_pipelines_own(family, scale):
 
     def spy(model_output, t, sample, *args, **kwargs):
         stepped = step(model_output, t, sample, *args, **kwargs)
-        seen.append((sample, stepped[0]))
+        seen.append((as_latents(family, sample), as_latents(family, stepped[0])))
         return stepped
 
     pipeline.scheduler.step = spy
-    options = call_arguments(pipeline, sampler, scale)
+    options = call_arguments(family, pipeline, sampler, scale)
     pipeline_images(pipeline, family, 3, seed=0, **options)
     denoiser, cond = denoiser_of(family), family.example_cond(range(3))
     for i, (x_t, stepped) in enumerate(seen):
@@ -140,7 +148,7 @@ def guide(denoiser, x_t, t, cond, scale):
 def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
     sampler = DDIM(family.schedule, family.schedule.grid(2))
     save_teacher(family, tmp_path / "teacher")
-    loaded = load_teacher(TeacherConfig(path=str(tmp_path / "teacher")))
+    loaded = load_teacher(TeacherConfig(**teacher_section(family, tmp_path / "teacher")))
     assert type(loaded) is type(family)
     assert (loaded.sample_shape, loaded.num_classes) == (family.sample_shape, family.num_classes)
     assert loaded.prediction_type == family.prediction_type
@@ -150,7 +158,7 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
             one,
             2,
             seed=1,
-            **call_arguments(pipeline, sampler, 1.0),
+            **call_arguments(one, pipeline, sampler, 1.0),
         )
         for one in (family, loaded)
     )
@@ -160,7 +168,9 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
 
 def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
     pipeline = load_pipeline(save_teacher(family, tmp_path / "teacher"))
-    assert pipeline_images(pipeline, family, 2, seed=1, num_inference_steps=2).shape[0] == 2
+    taken = inspect.signature(pipeline.__call__).parameters
+    size = {name: value for name, value in family.call_options.items() if name in taken}
+    assert pipeline_images(pipeline, family, 2, seed=1, num_inference_steps=2, **size).shape[0] == 2
 
 
 # ----------------------------------------------------------------------------------------- encode and decode

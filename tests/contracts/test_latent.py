@@ -5,6 +5,7 @@ input, and a data-free method on prompts alone. Every family x method x bank is 
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from stepdistill.config import build, read_config
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.families.dit import DiT
+from stepdistill.families.flux import Flux
 from stepdistill.families.latent import Latent
 from stepdistill.families.sd import SD
 from stepdistill.methods import find_method, method_names
@@ -25,7 +27,8 @@ from stepdistill.run import Run, resolve
 
 LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
 METHODS = {"dit": "progressive"}  # by default lcm
-HANDED = {"sd", "sdxl"}  # pipelines that hand their generator to the scheduler
+GUIDED = {name for name in LATENT if name != "flux"}  # families whose unconditional prediction a method may ask for
+HANDED = {"sd", "sdxl", "pixart", "sana"}  # pipelines that hand their generator to the scheduler
 
 
 def train(folder, name, method, bank, *, options=None, data=None):
@@ -53,7 +56,7 @@ def check_export(run):
 @pytest.mark.parametrize("name", LATENT)
 def test_a_student_is_exported_as_it_samples(tmp_path, name, bank):
     method = METHODS.get(name, "lcm")
-    run = train(tmp_path, name, method, bank, options={"guidance_scale": 3.0})
+    run = train(tmp_path, name, method, bank, options={"guidance_scale": 3.0 if name in GUIDED else 1.0})
     images = check_export(run)
     teacher = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
     if bank == "copy" or not LATENT[name].loads_lora:
@@ -119,6 +122,12 @@ def refused(method, family):
         ("dit", "dmd2", "alpha_T"),
         ("sd3", "guided", "SD3 take no inputs"),
         ("sd3", "tcd", "noises flows"),
+        ("flux", "guided", "teacher.guidance_scale"),
+        ("flux", "tcd", "noises flows"),
+        ("pixart", "guided", "PixArt take no inputs"),
+        ("pixart", "dmd2", "alpha_T"),
+        ("sana", "guided", "Sana take no inputs"),
+        ("sana", "tcd", "noises flows"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused_with_a_reason(name, method, why):
@@ -155,6 +164,32 @@ def test_an_unknown_pipeline_is_refused_with_what_is_known(teacher, tmp_path):
 def test_half_a_pipeline_is_refused(teacher):
     with pytest.raises(ValueError, match="model_index.json"):
         SD.load(teacher / "unet", TeacherConfig(path=str(teacher)))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "why"),
+    [
+        (SD.tiny, {"guidance_scale": 3.5}, "guidance_scale: found 3.5, but SD takes no guidance as an input"),
+        (lambda: Flux.tiny(guidance_embeds=False), {"guidance_scale": 3.5}, "guidance_embeds: false"),
+        (Flux.tiny, {"resolution": 18}, "18 is no multiple of 4"),
+        (SD.tiny, {"resolution": 17}, "found 17, wanted a multiple of 2"),
+        (DiT.tiny, {"resolution": 32}, r"DiTPipeline samples \(16, 16\) only"),
+    ],
+)
+def test_a_size_or_guidance_that_a_pipeline_cannot_be_asked_for_is_refused(make, options, why):
+    family = make()
+    with pytest.raises(ValueError, match=why):
+        type(family)(family.pipe, **options)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_a_network_saved_under_its_old_class_name_is_recognised(tmp_path, name):
+    save_teacher(LATENT[name].tiny(), tmp_path)
+    for file in (tmp_path / "model_index.json", tmp_path / "transformer/config.json"):
+        file.write_text(re.sub("(DiT|PixArt)Transformer2DModel", "Transformer2DModel", file.read_text()))
+    family = load_teacher(TeacherConfig(path=str(tmp_path)))
+    assert type(family) is LATENT[name]
+    assert type(family.network).__name__ in family.network_classes[0]
 
 
 @pytest.mark.parametrize("bank", BANKS)

@@ -1,0 +1,144 @@
+"""FLUX.1: a flow transformer on packed latents, told a prompt through CLIP and T5, and in "dev" its guidance scale.
+
+"dev" is itself distilled to take its guidance as an input: it is asked with ``teacher.guidance_scale``, and so is its
+student. "schnell" takes none. Neither knows an unconditional prediction in its pipeline's own call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+
+from stepdistill.denoiser import Cond
+from stepdistill.families.latent import Text
+from stepdistill.schedule import RectifiedFlow
+
+GUIDANCE_SCALE = 3.5  # what FluxPipeline asks with when nobody says
+
+
+class Flux(Text):
+    """An opened ``FluxPipeline``."""
+
+    component = "transformer"
+    network_classes = ("FluxTransformer2DModel",)
+    pipeline_names = ("FluxPipeline",)
+    feature_blocks = ("transformer_blocks", "single_transformer_blocks")
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+        "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
+        "ff_context.net.2", "proj_mlp", "proj_out",
+    )  # fmt: skip
+    loads_lora = True
+    reader = "tokenizer_2"
+
+    def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
+        if guidance_scale is not None and not pipe.transformer.config.guidance_embeds:
+            raise ValueError(
+                f"teacher.guidance_scale: found {guidance_scale}, but this teacher (guidance_embeds: false, as "
+                "FLUX.1-schnell) takes none; leave it out"
+            )
+        super().__init__(pipe, resolution=resolution)
+        _, height, width = self.sample_shape
+        if height % 2 or width % 2:
+            raise ValueError(f"teacher.resolution: {resolution} is no multiple of {2 * self.spatial_factor()}")
+        self.call_options = {**self.call_options, "max_sequence_length": self.sequence_length}
+        self.guidance_scale = None
+        if pipe.transformer.config.guidance_embeds:
+            self.guidance_scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+            self.call_options = {**self.call_options, "guidance_scale": self.guidance_scale}
+            self.guidance_convention = "an input of the network, as FLUX.1-dev takes it"
+        if self.scheduler_config.get("use_dynamic_shifting"):
+            shift = dynamic_shift(self.scheduler_config, height * width // 4)
+            self.schedule = RectifiedFlow(shift, self.scheduler_config["num_train_timesteps"])
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a prompt that T5 reads: 256 for "schnell", which was trained so, and 512 for "dev"."""
+        return 512 if self.pipe.transformer.config.guidance_embeds else 256
+
+    @classmethod
+    def tiny(cls, seed: int = 0, *, guidance_embeds: bool = True) -> Flux:
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+        from stepdistill.families.sd import tiny_clip, tiny_vae
+        from stepdistill.families.sd3 import tiny_t5
+
+        torch.manual_seed(seed)
+        tokenizer, text_encoder = tiny_clip()
+        tokenizer_2, text_encoder_2 = tiny_t5(width=32)
+        transformer = FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance_embeds,
+        )  # fmt: skip
+        vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds)
+        return cls(
+            FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer),
+            resolution=16,
+        )
+
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        del null  # a network that takes its guidance knows no other prompt than the one it is given
+        prompt, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), device=self.pipe.text_encoder.device, max_sequence_length=self.sequence_length
+        )
+        return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
+
+    def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
+        del cond
+        raise ValueError(
+            "guidance: FLUX.1 takes its guidance as an input, or none; wanted guidance_scale: 1 in the method, and for "
+            "FLUX.1-dev teacher.guidance_scale"
+        )
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither another guidance weight nor a second time"
+        dtype = next(network.parameters()).dtype
+        _, _, height, width = x_t.shape
+        places = torch.cartesian_prod(*(torch.arange(n // 2, device=x_t.device) for n in (height, width)))
+        text = cond["encoder_hidden_states"]
+        guidance = None if self.guidance_scale is None else x_t.new_full((len(x_t),), self.guidance_scale)
+        tokens = network(
+            hidden_states=pack(x_t).to(dtype),
+            timestep=self.schedule.timestep(t).float() / 1000,
+            guidance=guidance,
+            img_ids=pad(places, (1, 0)).to(dtype),
+            txt_ids=torch.zeros(text.shape[1], 3, dtype=dtype, device=x_t.device),
+            **{name: value.to(dtype) for name, value in cond.items()},
+        ).sample
+        return unpack(tokens, height, width)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens (B, H W / 4, 4 C), one for every square of four."""
+    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`pack`."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift of the grid for images of so many tokens: linear in them, in the logarithm unless the config says not.
+
+    What ``FluxPipeline`` makes its ``mu`` of (Esser et al. 2024, arXiv 2403.03206, Section 5.3.2, as FLUX.1 fits it).
+    """
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - fewest) / (most - fewest)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -1,0 +1,92 @@
+"""PixArt-alpha and PixArt-sigma: a transformer on latents, told a prompt through T5, that also predicts a variance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond
+from stepdistill.families.latent import Text
+
+
+class PixArt(Text):
+    """An opened ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
+
+    component = "transformer"
+    network_classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second in older files
+    pipeline_names = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    feature_blocks = ("transformer_blocks",)
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2", "proj",
+        "proj_out",
+    )  # fmt: skip
+
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        super().__init__(pipe, **options)
+        length = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        # captions as they are: cleaning needs packages that a caller may not have, who would see other images
+        self.call_options = {**self.call_options, "clean_caption": False, "max_sequence_length": length}
+
+    @classmethod
+    def tiny(cls, seed: int = 0, *, sigma: bool = False) -> PixArt:
+        """PixArt-alpha as it is told resolution and aspect ratio; or PixArt-sigma, which is told neither."""
+        from diffusers import (
+            DPMSolverMultistepScheduler,
+            PixArtAlphaPipeline,
+            PixArtSigmaPipeline,
+            PixArtTransformer2DModel,
+        )
+
+        from stepdistill.families.sd import tiny_vae
+        from stepdistill.families.sd3 import tiny_t5
+
+        torch.manual_seed(seed)
+        tokenizer, text_encoder = tiny_t5(width=32)
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=128,
+            cross_attention_dim=24, caption_channels=32, use_additional_conditions=not sigma,
+        )  # fmt: skip
+        scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+        pipeline = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+        return cls(pipeline(tokenizer, text_encoder, tiny_vae(), transformer, scheduler), resolution=16)
+
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        prompt, mask, negative, negative_mask = self.pipe.encode_prompt(
+            list(prompts), null, device=self.pipe.text_encoder.device
+        )
+        if null:
+            prompt, mask = negative, negative_mask
+        return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        dtype = next(network.parameters()).dtype
+        output = network(
+            x_t.to(dtype),
+            encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
+            encoder_attention_mask=cond["encoder_attention_mask"],
+            timestep=self.schedule.timestep(t).float(),
+            added_cond_kwargs=self.sizes(x_t.to(dtype)),
+        ).sample
+        return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance
+
+    def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
+        """What the network is told of the image's size, where it is."""
+        if not self.pipe.transformer.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        _, height, width = self.image_shape
+        resolution, ratio = x_t.new_tensor([height, width]), x_t.new_tensor([height / width])
+        return {"resolution": resolution.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}

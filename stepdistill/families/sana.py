@@ -1,0 +1,104 @@
+"""Sana: a flow transformer with linear attention on the latents of a deep autoencoder, told a prompt through Gemma."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond
+from stepdistill.families.latent import Text
+
+
+class Sana(Text):
+    """An opened ``SanaPipeline``."""
+
+    component = "transformer"
+    network_classes = ("SanaTransformer2DModel",)
+    pipeline_names = ("SanaPipeline",)
+    feature_blocks = ("transformer_blocks",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    loads_lora = True
+
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        super().__init__(pipe, **options)
+        if any(side % 32 for side in self.image_shape[1:]):
+            raise ValueError(f"teacher.resolution: found {self.image_shape[1:]}, SanaPipeline wants multiples of 32")
+        length = default_of(pipe, "max_sequence_length")
+        self.call_options = {**self.call_options, "max_sequence_length": length}
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Sana:
+        from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+        torch.manual_seed(seed)
+        tokenizer, text_encoder = tiny_gemma(width=16)
+        blocks = {"channels": (8, 8, 8), "layers": (1, 1, 1), "scales": ((), (), ())}
+        vae = AutoencoderDC(
+            latent_channels=4, attention_head_dim=4, scaling_factor=0.41407,
+            encoder_block_out_channels=blocks["channels"], decoder_block_out_channels=blocks["channels"],
+            encoder_layers_per_block=blocks["layers"], decoder_layers_per_block=blocks["layers"],
+            encoder_qkv_multiscales=blocks["scales"], decoder_qkv_multiscales=blocks["scales"],
+        )  # fmt: skip
+        transformer = SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+            num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+            sample_size=8,
+        )  # fmt: skip
+        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        return cls(SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler))
+
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        prompt, mask, negative, negative_mask = self.pipe.encode_prompt(
+            list(prompts),
+            null,
+            device=self.pipe.text_encoder.device,
+            complex_human_instruction=default_of(self.pipe, "complex_human_instruction"),
+        )
+        if null:
+            prompt, mask = negative, negative_mask
+        return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        dtype = next(network.parameters()).dtype
+        output = network(
+            x_t.to(dtype),
+            encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
+            encoder_attention_mask=cond["encoder_attention_mask"],
+            timestep=self.schedule.timestep(t).float() * self.pipe.transformer.config.timestep_scale,
+        ).sample
+        return output[:, : x_t.shape[1]]  # the rest, where there is one, is a variance
+
+
+def default_of(pipe: Any, name: str) -> Any:
+    """What a call of the pipeline takes for an argument that is not given."""
+    return inspect.signature(type(pipe).__call__).parameters[name].default
+
+
+def tiny_gemma(width: int) -> tuple[Any, Any]:
+    """A tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    pairs = list(itertools.product("abcdefghijklmnopqrstuvwxyz\u2581", repeat=2))
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.'"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in pairs)]
+    tokenizer = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, pairs)
+    config = Gemma2Config(
+        vocab_size=len(pieces), hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return tokenizer, Gemma2Model(config)
