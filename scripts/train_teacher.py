@@ -1,17 +1,25 @@
-"""Train a pixel teacher: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``."""
+"""Train a teacher: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``.
+
+``configs/teacher_emoji.yaml`` makes a text-to-image one.
+"""
 
 import argparse
 
 from stepdistill.config import build, read_config
 from stepdistill.pretrain import PretrainConfig, train_teacher
+from stepdistill.pretrain_text import TextTeacherConfig, train_text_teacher
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/teacher_fashion.yaml")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/teacher_*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the file")
     args = parser.parse_args()
-    print(train_teacher(build(PretrainConfig, read_config(args.config, args.overrides))))
+    sections = read_config(args.config, args.overrides)
+    if "vae" in sections:
+        print(train_text_teacher(build(TextTeacherConfig, sections)))
+    else:
+        print(train_teacher(build(PretrainConfig, sections)))
 
 
 if __name__ == "__main__":

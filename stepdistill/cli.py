@@ -50,15 +50,22 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add(commands, "generate", generate, "sample an exported pipeline")
     command.add_argument("--pipeline", required=True, help="exported directory")
-    command.add_argument("--num_images", type=int, default=16)
+    command.add_argument("--prompt", nargs="+", default=[], help="one or more, repeated as needed")
+    command.add_argument("--prompt_file", help="more of them: a text file, one a line, a .jsonl, or - for stdin")
     command.add_argument(
         "--class_labels", type=int, nargs="+", help="labels, repeated as needed; all in turn by default"
     )
+    command.add_argument("--num_images", type=int, help="by default one a prompt, or 16")
     command.add_argument("--num_inference_steps", type=int, help="other than trained: worse images")
     command.add_argument("--guidance_scale", type=float, help="1 is none; by default as the contract says")
     command.add_argument("--batch_size", type=int, default=100)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--output", required=True, help="a .png for a grid, or a folder for single images")
+    command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: its images on the right")
+    command.add_argument("--compare_steps", type=int, default=50, help="of the teacher, by DDIM")
+    command.add_argument("--compare_guidance_scale", type=float, help="by default as the student was distilled at")
+    command.add_argument(
+        "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"
+    )
 
     command = add(commands, "evaluate", evaluate, "measure a pipeline, a teacher, or a folder of images")
     subject = command.add_mutually_exclusive_group(required=True)
@@ -123,24 +130,22 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """``stepdistill generate``."""
-    from stepdistill.evaluate import class_count, sample_images
-    from stepdistill.export import load_pipeline
-    from stepdistill.pictures import save_grid, to_pil
+    from stepdistill.generate import Request, beside_teacher, collect_prompts, open_pipeline, paint, save_images
 
-    pipeline = load_pipeline(args.pipeline)
     flags = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    images = sample_images(
-        pipeline, args.num_images, seed=args.seed, batch_size=args.batch_size, num_classes=class_count(pipeline),
-        labels=args.class_labels, call={name: value for name, value in flags.items() if value is not None},
+    request = Request(
+        prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
+        seed=args.seed, batch_size=args.batch_size, call={key: flag for key, flag in flags.items() if flag is not None},
     )  # fmt: skip
-    output = Path(args.output)
-    if output.suffix == ".png":
-        save_grid(images.pixels / 255, output)
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images.pixels):
-            to_pil(image).save(output / f"{index:06d}.png")
-    print(f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image: {output}")
+    images = paint(open_pipeline(args.pipeline, request), request)
+    cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image"
+    if args.compare is not None:
+        images = beside_teacher(
+            images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale
+        )
+    for output in args.output:
+        save_images(images, output, seed=args.seed, about={"pipeline": args.pipeline})
+    print(f"{cost}: {', '.join(str(output) for output in args.output)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from stepdistill.config import fingerprint
 from stepdistill.data.base import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.data.pixels import read_pixels
+from stepdistill.data.text import read_text
 from stepdistill.image_files import ImageFiles
 from stepdistill.samples import Images, class_count, sample_images
 
@@ -148,10 +149,7 @@ def read_captions(path: str, count: int) -> Sequence[str]:
             raise ValueError(f"captions: {path} has images without texts; wanted a metadata.jsonl with 'text'")
         lines = [str(caption) for caption in captions]
     elif file.is_file():
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"captions: {path} is not UTF-8: {error}") from error
+        lines = read_text(file).splitlines()
     else:
         raise ValueError(f"captions: no file or folder {path!r}")
     empty = [number for number, line in enumerate(lines, 1) if not line.strip()]

@@ -9,16 +9,11 @@ makes the same ones, and a shard is there whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.denoiser import Cond, Denoiser
@@ -26,9 +21,10 @@ from stepdistill.families.base import Family
 from stepdistill.networks import CopyBank
 from stepdistill.randomness import derive_seed
 from stepdistill.run import fingerprint_weights
+from stepdistill.shards import Kind, Shards, agree, write_shards
 from stepdistill.trajectory import check_guidance, lead, solver_step
 
-MANIFEST = "pairs.json"
+KIND = Kind(key="method.pairs", rows="pairs", manifest="pairs.json", script="scripts/make_pairs.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,41 +63,15 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
     """
     check_guidance(config.guidance_scale, family)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _agree(folder / MANIFEST, _manifest(family, config))
-    for number in range(math.ceil(config.count / config.shard_size)):
-        indices = range(number * config.shard_size, min(config.count, (number + 1) * config.shard_size))
-        path = shard_path(folder, number)
-        if not path.is_file():
-            temporary = path.with_suffix(".part")
-            save_file(_shard(family, config, indices), temporary)
-            os.replace(temporary, path)
-        progress(indices.stop)
+    agree(folder / KIND.manifest, _manifest(family, config), KIND.rows)
+    write_shards(folder, config.count, config.shard_size, lambda rows: _shard(family, config, rows), progress)
     return folder
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """The file of shard ``number``."""
-    return folder / f"shard-{number:05d}.safetensors"
 
 
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
     ignored = ("output_dir", "batch_size")
     made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
     return {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)} | made
-
-
-def _agree(path: Path, wanted: dict[str, Any]) -> None:
-    """Write the manifest, or check it against the one that is there."""
-    if not path.is_file():
-        path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]:
-        lines = [f"{key}: was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed]
-        raise ValueError(
-            f"{path} is of other pairs; restore these or choose another output_dir:\n  - " + "\n  - ".join(lines)
-        )
 
 
 def _shard(family: Family, config: PairsConfig, indices: range) -> dict[str, Tensor]:
@@ -145,56 +115,22 @@ class Pairs:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
-        self.count, self.shard_size = self.manifest["count"], self.manifest["shard_size"]
-        self.shards = [self._open(number) for number in range(math.ceil(self.count / self.shard_size))]
+        self.shards = Shards(folder, KIND)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.shards)
 
     def rows(self, indices: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Cond]:
         """Unit noise (B, ...), images (B, ...), both float32, and conditions of the pairs at ``indices``."""
-        places = [divmod(index, self.shard_size) for index in indices]
-        columns = {
-            name: torch.cat([_single(self.shards[shard].get_slice(name)[row : row + 1]) for shard, row in places])
-            for name in self.shards[0].keys()  # noqa: SIM118  # an open file, no dict
-        }
-        columns = {name: column.to(device) for name, column in columns.items()}
+        columns = {name: self.shards.rows(name, indices).to(device) for name in self.shards.names}
         cond = {name.removeprefix("cond."): value for name, value in columns.items() if name.startswith("cond.")}
         return columns["noise"], columns["images"], cond
 
     def check_teacher(self, family: Family) -> None:
         """Raise ``ValueError`` unless they are of this teacher, to whose network no role has been added yet."""
-        found, wanted = self.manifest["teacher_sha256"], fingerprint_weights(family.network)
+        found, wanted = self.shards.manifest["teacher_sha256"], fingerprint_weights(family.network)
         if found != wanted:
             raise ValueError(
-                f"method.pairs: {self.folder} was made by the teacher {found}, but teacher.path is {wanted} "
+                f"method.pairs: {self.shards.folder} was made by the teacher {found}, but teacher.path is {wanted} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
             )
-
-    def _open(self, number: int) -> Any:
-        path = shard_path(self.folder, number)
-        if not path.is_file():
-            raise ValueError(f"method.pairs: {path} is missing; run scripts/make_pairs.py again, it goes on from there")
-        try:
-            shard = safe_open(path, framework="pt")
-            rows = shard.get_slice("images").get_shape()[0]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"method.pairs: {path} cannot be read: {error}; remove it and make it anew") from error
-        wanted = min(self.shard_size, self.count - number * self.shard_size)
-        if rows != wanted:
-            raise ValueError(f"method.pairs: {path} holds {rows} pairs, wanted {wanted}; remove it and make it anew")
-        return shard
-
-
-def _single(row: Tensor) -> Tensor:
-    """A row in single precision: under autocast, the CPU joins no halves."""
-    return row.float() if row.is_floating_point() else row
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"method.pairs: no {MANIFEST} in {folder}; make pairs with scripts/make_pairs.py first")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -13,8 +13,9 @@ import copy
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,32 +26,53 @@ from tqdm.auto import tqdm
 
 WARMUP_STEPS = 200
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
+class FitConfig:
+    """How one network is fitted; ``model`` is passed to its class."""
 
     model: dict[str, Any]
-    scheduler: dict[str, Any]
-    data: str
-    output_dir: str
-    label_dropout: float = 0.1
     steps: int = 10_000
     batch_size: int = 128
     lr: float = 1e-3
     ema: float = 0.9995
-    precision: str = "no"
     seed: int = 0
     log_every: int = 100
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(FitConfig):
+    """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
+
+    scheduler: dict[str, Any]
+    data: str
+    output_dir: str
+    label_dropout: float = 0.1
+    precision: str = "no"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not Path(self.data).is_file():
             raise ValueError(f"data: no such file {self.data!r}; expected an .npz with 'images' and 'labels'")
 
 
-def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, labels: Tensor | None) -> Tensor:
-    """Mean squared error of the scheduler's prediction type at uniform timesteps. ``x0`` is (B, C, H, W) in [-1, 1]."""
+def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **cond: Tensor | None) -> Tensor:
+    """Mean squared error of the scheduler's prediction type at uniform timesteps.
+
+    Args:
+        network: predicts as ``scheduler`` says.
+        scheduler: of the noise process.
+        x0: clean images or latents (B, C, H, W), of about unit scale.
+        cond: what the network is called with besides: ``class_labels``, ``encoder_hidden_states``.
+    """
     noise = torch.randn_like(x0)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
     x_t = scheduler.add_noise(x0, noise, timesteps)
@@ -60,7 +82,7 @@ def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, lab
         "sample": lambda: x0,
     }
     target = targets[scheduler.config.prediction_type]()
-    prediction = network(x_t, timesteps, class_labels=labels).sample
+    prediction = network(x_t, timesteps, **cond).sample
     return nn.functional.mse_loss(prediction.float(), target.float())
 
 
@@ -70,48 +92,79 @@ def warmup_cosine(step: int, steps: int) -> float:
     return warmup * 0.5 * (1 + np.cos(np.pi * step / steps))
 
 
+def fit(
+    network: Network,
+    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
+    *,
+    count: int,
+    config: FitConfig,
+    accelerator: Accelerator,
+    log: Path,
+    save: Callable[[Network], object] = lambda average: None,
+) -> Network:
+    """Minimise a loss over random batches, and return the moving average of the network.
+
+    Args:
+        network: what is trained.
+        loss: of the network on the samples at an index (B,) in [0, ``count``), with a generator for what is random.
+        count: number of samples.
+        config: batch size, steps and rates.
+        accelerator: device, precision and processes.
+        log: where a JSON line goes every ``log_every`` steps.
+        save: called with the average every ``save_every`` steps and at the end, on the main process.
+    """
+    network = network.to(accelerator.device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    started = time.perf_counter()
+    progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc=log.parent.name)
+    for step in progress:
+        generator = torch.Generator().manual_seed(config.seed + accelerator.process_index + 1000 * step)
+        index = torch.randint(count, (config.batch_size,), generator=generator)
+        with accelerator.autocast():
+            value = loss(wrapped, index, generator)
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        keep = min(config.ema, (1 + step) / (10 + step))
+        live = [parameter.detach() for parameter in network.parameters()]
+        torch._foreach_lerp_(list(average.parameters()), live, 1 - keep)
+        if step % config.log_every == 0 and accelerator.is_main_process:
+            row = {"step": step, "loss": value.item(), "seconds": round(time.perf_counter() - started, 1)}
+            progress.set_postfix(loss=f"{row['loss']:.4f}")
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if (step % config.save_every == 0 or step == config.steps) and accelerator.is_main_process:
+            save(average)
+    return average
+
+
 def train_teacher(config: PretrainConfig) -> Path:
     """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
     accelerator = Accelerator(mixed_precision=config.precision)
     torch.manual_seed(config.seed)
     archive = np.load(config.data)
-    images = torch.from_numpy(archive["images"])
-    labels = torch.from_numpy(archive["labels"]).long()
+    images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
     null_class = config.model.get("num_class_embeds", 0) - 1
-
-    network = UNet2DModel(**config.model).to(accelerator.device)
-    average = copy.deepcopy(network).requires_grad_(False)
     scheduler = DDIMScheduler(**config.scheduler)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
-    network, optimizer = accelerator.prepare(network, optimizer)
-
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc="teacher")
-    started = time.perf_counter()
-    for step in progress:
-        generator = torch.Generator().manual_seed(config.seed + accelerator.process_index + 1000 * step)
-        index = torch.randint(len(images), (config.batch_size,), generator=generator)
+
+    def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         x0 = images[index].float().div(127.5).sub(1).reshape(len(index), -1, *images.shape[1:3]).to(accelerator.device)
         dropped = torch.rand(len(index), generator=generator) < config.label_dropout
         label = labels[index].masked_fill(dropped, null_class).to(accelerator.device) if null_class > 0 else None
-        with accelerator.autocast():
-            loss = denoising_loss(network, scheduler, x0, label)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        decay = min(config.ema, (1 + step) / (10 + step))
-        live = list(accelerator.unwrap_model(network).parameters())
-        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in live], 1 - decay)
-        if step % config.log_every == 0 and accelerator.is_main_process:
-            row = {"step": step, "loss": loss.item(), "seconds": round(time.perf_counter() - started, 1)}
-            progress.set_postfix(loss=f"{row['loss']:.4f}")
-            with (folder / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-        if (step % config.save_every == 0 or step == config.steps) and accelerator.is_main_process:
-            average.save_pretrained(folder / "unet")
-            scheduler.save_pretrained(folder / "scheduler")
+        return denoising_loss(network, scheduler, x0, class_labels=label)
+
+    fit(
+        UNet2DModel(**config.model), loss, count=len(images), config=config, accelerator=accelerator,
+        log=folder / "metrics.jsonl", save=lambda average: average.save_pretrained(folder / "unet"),
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        scheduler.save_pretrained(folder / "scheduler")
     return folder

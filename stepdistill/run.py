@@ -14,7 +14,7 @@ from stepdistill import config as configuration
 from stepdistill.backbones import refuse_judge
 from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
-from stepdistill.data import DataConfig, open_data
+from stepdistill.data import DataConfig, locate_data, open_data
 from stepdistill.evaluate import Judge, student_images
 from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families import load_teacher
@@ -31,9 +31,6 @@ FREE_KEYS = (
     "eval.every", "eval.metrics", "eval.num_samples", "eval.features", "eval.reference",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
-
-
-EMBEDDED_DATA = Path(__file__).parent / "assets" / "fashion" / "train_subset.npz"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,6 +284,7 @@ class Run:
             "method": self.config.method_name,
             "teacher": self.config.teacher.path,
             "teacher_sha256": self.teacher_fingerprint,
+            "guidance_distilled": getattr(self.config.method, "guidance_scale", 1.0),
             "config_hash": configuration.fingerprint(self.config.as_sections()),
             **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
             **({} if start is None else {"start": {"path": start, "training": earlier}}),
@@ -347,11 +345,6 @@ def distill(
         **sections,
     }
     return Run(resolve(mapping)).train()
-
-
-def locate_data(config: DataConfig) -> DataConfig:
-    """The section with ``path: embedded`` replaced by the file that travels with the package."""
-    return dataclasses.replace(config, path=str(EMBEDDED_DATA)) if config.path == "embedded" else config
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:

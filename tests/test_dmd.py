@@ -16,10 +16,11 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks import AdapterBank, CopyBank
-from stepdistill.pairs import Pairs, PairsConfig, make_pairs, shard_path
+from stepdistill.pairs import Pairs, PairsConfig, make_pairs
 from stepdistill.perceptual import check_resemblance, open_resemblance
 from stepdistill.randomness import Draws
 from stepdistill.sampling import DDIM, bind, sample
+from stepdistill.shards import shard_path
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
 COSINE = SCHEDULES["cosine"]

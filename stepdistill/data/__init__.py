@@ -5,8 +5,8 @@
 :mod:`~stepdistill.data.order` decides which sample comes when.
 """
 
-from stepdistill.data.base import DataConfig, Dataset, RawBatch
+from stepdistill.data.base import DataConfig, Dataset, RawBatch, locate_data
 from stepdistill.data.order import loader, sample_indices
 from stepdistill.data.sources import open_data
 
-__all__ = ["DataConfig", "Dataset", "RawBatch", "loader", "open_data", "sample_indices"]
+__all__ = ["DataConfig", "Dataset", "RawBatch", "loader", "locate_data", "open_data", "sample_indices"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = {"embedded": ASSETS / "fashion/train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
+"""Data that travels with the package, by what ``data.path`` calls it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +40,9 @@ class DataConfig:
 
     Attributes:
         name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher.
-        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk; of ``prompts`` a ``.txt``
-            (one a line) or a ``.jsonl`` (an object a line, see ``caption_column``).
+        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk; ``embedded`` (fashion) or
+            ``emoji`` (with names), which travel with the package; of ``prompts`` a ``.txt`` (one a line) or a
+            ``.jsonl`` (an object a line, see ``caption_column``).
         resolution: if given, the teacher's short side in pixels; allows an ``.npz`` of another size, which is resized.
         channels: if given, the teacher's channels; allows an ``.npz`` with other channels (1 or 3), which is converted.
         batch_size: samples per micro-batch and process.
@@ -79,6 +85,12 @@ class DataConfig:
                 raise ValueError(f"{key}: found {value}, expected at least 1")
         if self.num_workers < 0:
             raise ValueError(f"num_workers: found {self.num_workers}, expected at least 0")
+
+
+def locate_data(config: DataConfig) -> DataConfig:
+    """The section with the name of data that travels with the package replaced by its file."""
+    path = EMBEDDED.get(config.path or "")
+    return config if path is None else dataclasses.replace(config, path=str(path))
 
 
 class Dataset(abc.ABC):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import zipfile
 import zlib
@@ -30,6 +29,7 @@ import numpy as np
 
 from stepdistill.config import nearest
 from stepdistill.data.base import DataConfig
+from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
 
 T = TypeVar("T")
 STRAY = -1  # label of an image that lies beside the class folders
@@ -126,39 +126,16 @@ def _caption_files(images: Sequence[str]) -> list[str | None] | None:
     return captions if any(caption is not None for caption in captions) else None
 
 
-def read_text(file: Path) -> str:
-    """A UTF-8 file.
-
-    Raises:
-        ValueError: naming the line and the byte that is not UTF-8.
-    """
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}:{line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8") from error
-
-
 def list_prompts(config: DataConfig) -> list[str]:
     """The prompts in ``config.path``: a ``.jsonl`` of objects, or any other text file, one a line.
 
-    Empty lines of a text file are passed over; ``""`` in a ``.jsonl`` is the empty prompt.
-
     Raises:
-        ValueError: if there are none, or the file is no text; it names the line.
+        ValueError: if there is no such file, and as :func:`~stepdistill.data.text.read_prompts`.
     """
     path = Path(str(config.path))
     if not path.is_file():
         raise ValueError(f"data.path: {path}: {_why_not(path) if not path.is_dir() else 'is a folder, wanted a file'}")
-    if path.suffix == ".jsonl":
-        key = config.caption_column or "text"
-        prompts = [_value(row, key, str, where) for where, row in _json_lines(path).items()]
-    else:
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"data.path: {path}: no prompts in it")
-    return prompts
+    return read_prompts(path, config.caption_column or "text")
 
 
 def _image_files(folder: Path) -> list[str]:
@@ -174,44 +151,19 @@ def _is_image(name: str) -> bool:
 
 
 def _metadata(file: Path, config: DataConfig) -> Listing:
-    rows = _json_lines(file)
+    rows = json_lines(file)
     known = sorted({key for row in rows.values() for key in row})
     label = _column(config.label_column, "label", known, str(file))
     caption = _column(config.caption_column, "text", known, str(file))
 
     def column(key: str, kind: type[T]) -> list[T]:
-        return [_value(row, key, kind, where) for where, row in rows.items()]
+        return [row_value(row, key, kind, where) for where, row in rows.items()]
 
     return Listing(
         [str(file.parent / name) for name in column("file_name", str)],
         np.array(column(label, int)) if label else None,
         column(caption, str) if caption else None,
     )
-
-
-def _json_lines(file: Path) -> dict[str, dict[str, Any]]:
-    """Every object by ``file:line``."""
-    lines = read_text(file).split("\n")
-    named = ((f"{file}:{number}", line) for number, line in enumerate(lines, 1))
-    return {where: _json_object(line, where) for where, line in named if line.strip()}
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {line.strip()[:60]}")
-    return row
-
-
-def _value(row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
-    if key not in row:
-        raise ValueError(f"{where}: no key {key!r}{nearest(key, row)}")
-    if type(row[key]) is not kind:  # not isinstance: true is no label
-        raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {'text' if kind is str else 'a whole number'}")
-    return row[key]
 
 
 def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> str | None:

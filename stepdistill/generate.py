@@ -1,0 +1,149 @@
+"""Images on request: prompts or labels in, a grid or single files out, beside the teacher's where that is asked for.
+
+Image i of a call is a pure function of (pipeline, seed, i, its prompt), whatever the batch size. A single file carries
+what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
+image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
+``pipeline``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.PngImagePlugin import PngInfo
+
+from stepdistill.data.text import decode_text, prompt_lines, read_prompts, warn_too_long
+from stepdistill.export import load_pipeline, read_contract
+from stepdistill.pictures import save_grid, to_pil
+from stepdistill.randomness import derive_seed
+from stepdistill.samples import Images, class_count, sample_images
+from stepdistill.solvers import teacher_pipeline
+
+NUM_IMAGES = 16
+"""Where neither a number nor several prompts are given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        prompts: of a text-to-image pipeline; image i gets prompt i modulo their number.
+        labels: of a class-conditional one, likewise; all classes in turn where there are none.
+        num_images: how many; None is one a prompt, or 16 where there is one prompt or none.
+        seed: of the whole set.
+        batch_size: images a call; changes nothing but the speed.
+        call: further arguments of the pipeline's call.
+    """
+
+    prompts: Sequence[str] = ()
+    labels: Sequence[int] | None = None
+    num_images: int | None = None
+    seed: int = 0
+    batch_size: int = 100
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        if self.num_images is not None:
+            return self.num_images
+        return len(self.prompts) if len(self.prompts) > 1 else NUM_IMAGES
+
+
+def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the command line, then those of a file (``-``: standard input), one a line.
+
+    Raises:
+        ValueError: if the file is missing, no UTF-8 text, or holds none; it names the line.
+    """
+    if file is None:
+        return list(lines)
+    if file != "-" and not Path(file).is_file():
+        raise ValueError(f"--prompt_file: no such file {file!r} ('-' is standard input)")
+    more = prompt_lines(decode_text(sys.stdin.buffer.read(), "stdin")) if file == "-" else read_prompts(Path(file))
+    if not more:
+        raise ValueError("--prompt_file: standard input holds no prompts")
+    return [*lines, *more]
+
+
+def paint(pipeline: Any, request: Request) -> Images:
+    """The images of a request by one pipeline."""
+    return sample_images(
+        pipeline, request.count, seed=request.seed, batch_size=request.batch_size, num_classes=class_count(pipeline),
+        labels=request.labels, captions=list(request.prompts) or None, call=request.call,
+    )  # fmt: skip
+
+
+def open_pipeline(path: str, request: Request) -> Any:
+    """A pipeline that can take the request.
+
+    Raises:
+        ValueError: if there is none, or it wants prompts and has none, or the other way round.
+    """
+    pipeline = load_pipeline(path)
+    takes_text = hasattr(pipeline, "encode_prompt")
+    if takes_text and not request.prompts:
+        raise ValueError(f"{path} paints from text; give --prompt or --prompt_file")
+    if not takes_text and request.prompts:
+        raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
+    if takes_text:
+        warn_too_long(pipeline.tokenizer, request.prompts, "prompts")
+    return pipeline
+
+
+def beside_teacher(
+    images: Images, path: str, other: str, request: Request, steps: int, guidance: float | None
+) -> Images:
+    """Every image with another pipeline's for the same noise and prompt on its right.
+
+    Args:
+        images: of the pipeline at ``path``.
+        path: its folder, whose contract knows its teacher, and the guidance it was distilled at.
+        other: ``"teacher"``, or a teacher's folder.
+        request: what was asked for.
+        steps: of the teacher, by DDIM.
+        guidance: of the teacher; None is what the student was distilled at.
+
+    Raises:
+        ValueError: if the contract names no teacher, or the two pipelines' images differ in size.
+    """
+    contract = read_contract(Path(path))
+    teacher = contract.get("teacher") if other == "teacher" else other
+    if teacher is None:
+        raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
+    scale = contract.get("guidance_distilled", 1.0) if guidance is None else guidance
+    call = {"num_inference_steps": steps, "guidance_scale": scale}
+    right = paint(teacher_pipeline(teacher, "DDIM"), dataclasses.replace(request, call=call))
+    if right.pixels.shape != images.pixels.shape:
+        sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
+        raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")
+    return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
+
+
+def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:
+    """Write a grid (a ``.png``) or single images (a folder), the latter with what made them as PNG text."""
+    if output.suffix == ".png":
+        save_grid(images.pixels / 255, output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for index, pixels in enumerate(images.pixels):
+        facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}
+        if images.captions is not None:
+            facts["prompt"] = images.captions[index]
+        if images.labels is not None:
+            facts["class_label"] = int(images.labels[index])
+        to_pil(pixels).save(output / f"{index:06d}.png", pnginfo=png_text(facts))
+
+
+def png_text(facts: Mapping[str, Any]) -> PngInfo:
+    """Facts as international text chunks of a PNG."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    return info

@@ -1,0 +1,113 @@
+"""Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
+
+import io
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from stepdistill.cli import main
+from stepdistill.export import export_pipeline
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.generate import collect_prompts
+from stepdistill.sampling import DDIM
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "sd"
+    SD.tiny().pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teacher):
+    """The teacher itself, exported as a student of two steps."""
+    family = SD.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    about = {"method": "progressive", "teacher": teacher, "guidance_distilled": 3.0}
+    return str(export_pipeline(family, family.network, sampler, tmp_path_factory.mktemp("s") / "pipeline", about=about))
+
+
+def generate(*arguments):
+    main(["generate", *map(str, arguments)])
+
+
+def test_single_files_carry_what_repeats_them(tmp_path, student):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a crème brûlée\n\na 日本 map\n", encoding="utf-8")
+    generate(
+        "--pipeline", student, "--prompt", "a cat", "--prompt_file", prompts, "--seed", 3, "--batch_size", 2,
+        "--output", tmp_path / "all", tmp_path / "all.png",
+    )  # fmt: skip
+    files = sorted((tmp_path / "all").iterdir())
+    found = [Image.open(file) for file in files]
+    assert [image.text["prompt"] for image in found] == ["a cat", "a crème brûlée", "a 日本 map"]
+    assert {image.text["seed"] for image in found} == {"3"} and found[1].text["index"] == "1"
+    assert Image.open(tmp_path / "all.png").width > 3 * found[0].width
+
+    generator = torch.Generator().manual_seed(int(found[1].text["generator_seed"]))
+    pipeline = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline("a crème brûlée", num_inference_steps=2, guidance_scale=1.0, generator=generator).images[0]
+    assert max(abs(a - b) for a, b in zip(again.tobytes(), found[1].tobytes(), strict=True)) <= 1
+
+
+def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path, student, teacher):
+    common, scale = ("--prompt", "a cat", "--num_images", 2), "--compare_guidance_scale"
+    compare = ("--compare", "teacher", "--compare_steps", 3)
+    for name, more in [("same", ()), ("explicit", (scale, 3.0)), ("other", (scale, 1.0))]:
+        generate("--pipeline", student, *common, *compare, *more, "--output", tmp_path / name)
+    generate("--pipeline", student, *common, "--output", tmp_path / "alone")
+    alone, same, explicit, other = (
+        Image.open(tmp_path / name / "000001.png") for name in ("alone", "same", "explicit", "other")
+    )
+    left, right = (0, 0, *alone.size), (alone.width, 0, 2 * alone.width, alone.height)
+    assert same.size == (2 * alone.width, alone.height) and same.crop(left).tobytes() == alone.tobytes()
+    assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_prompts_come_from_standard_input(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO("\ufeffone\r\n  two \n\n".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert collect_prompts(["zero"], "-") == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\nna\xefve\n", r"p\.txt:2: not UTF-8 \(byte 0xef\)"),
+        ("a\nb".encode("utf-16"), r"p\.txt:1: not UTF-8 \(byte 0xff\)"),
+        ("a\nb".encode("utf-16-le"), r"p\.txt:1: control character U\+0000"),
+        (b"a\nred \x1b[31m\n", r"p\.txt:2: control character U\+001B"),
+        (b"\n \n", r"p\.txt: no prompts in it"),
+    ],
+)
+def test_odd_prompt_files_are_named_with_the_line(tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        collect_prompts([], str(tmp_path / "p.txt"))
+
+
+def test_long_prompts_are_counted(tmp_path, student):
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the text encoder's 77 tokens"):
+        generate("--pipeline", student, "--prompt", "x" * 90, "ok", "--output", tmp_path / "a.png")
+
+
+def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
+    family = Pixel.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(1))
+    pixel = export_pipeline(family, family.network, sampler, tmp_path / "pixel", about={})
+    for arguments, message in [
+        (("--pipeline", student), "paints from text; give --prompt or --prompt_file"),
+        (("--pipeline", pixel, "--prompt", "a cat"), "takes no text; give --class_labels"),
+        (("--pipeline", pixel, "--compare", "teacher"), "does not say what its teacher was"),
+        (("--pipeline", student, "--prompt_file", tmp_path / "none.txt"), "--prompt_file: no such file"),
+    ]:
+        with pytest.raises(SystemExit):
+            generate(*arguments, "--output", tmp_path / "x.png")
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
