@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepdistill.config import fingerprint
+
 TEACHER = "teacher"
 
 
@@ -260,3 +262,10 @@ def _same_adapters(bank: NetworkBank) -> tuple[contextlib.AbstractContextManager
     layer = bank._layers[0]
     role = TEACHER if layer._disable_adapters else layer._active_adapter[0]
     return contextlib.nullcontext(), bank.using(role)
+
+
+def fingerprint_weights(network: nn.Module) -> str:
+    """Sixteen hex digits of a network's weights: two float64 moments of every tensor, hashed."""
+    moments = [(name, *(f"{m:.12e}" for m in (p.double().mean(), p.double().square().mean())))
+               for name, p in network.state_dict().items()]  # fmt: skip
+    return fingerprint(moments)

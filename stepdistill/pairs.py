@@ -18,9 +18,8 @@ from torch import Tensor
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Family
-from stepdistill.networks import CopyBank
+from stepdistill.networks import CopyBank, fingerprint_weights
 from stepdistill.randomness import derive_seed
-from stepdistill.run import fingerprint_weights
 from stepdistill.shards import Kind, Shards, agree, write_shards
 from stepdistill.trajectory import check_guidance, lead, solver_step
 

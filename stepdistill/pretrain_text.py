@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
             accelerator.wait_for_everyone()
         return cls.from_pretrained(folder / name)
 
-    vae = part("vae", AutoencoderKL, lambda log: train_vae(images, config.vae, accelerator, log))
+    vae = part("vae", AutoencoderKL, functools.partial(train_vae, images, config.vae, accelerator))
     for name, seed in [("clip", config.clip.seed), ("judge", config.judge_seed)]:
         fitting = dataclasses.replace(config.clip, seed=seed)
-        part(name, CLIPModel, lambda log, f=fitting: train_clip(images, captions, tokenizer, f, accelerator, log))
+        part(name, CLIPModel, functools.partial(train_clip, images, captions, tokenizer, fitting, accelerator))
         tokenizer.save_pretrained(folder / name)
         image_processor(images.shape[-1]).save_pretrained(folder / name)
     pipe = assemble(config, vae, CLIPTextModel.from_pretrained(folder / "clip"), tokenizer)

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill import config as configuration
 from stepdistill.backbones import refuse_judge
+from stepdistill.cache import CacheData
 from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
-from stepdistill.data import DataConfig, locate_data, open_data
+from stepdistill.data import DataConfig, Dataset, locate_data, open_data
 from stepdistill.evaluate import Judge, student_images
 from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families import load_teacher
 from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
-from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank, fingerprint_weights
 from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
 from stepdistill.training_cost import TrainingCost
 
@@ -169,14 +170,17 @@ class Run:
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
         channels, height, width = self.family.image_shape
-        if self.method.needs_images and config.data.name != "images":
+        if self.method.needs_images and config.data.name not in ("images", "cache"):
             raise ValueError(
                 f"data.name: {config.method_name!r} trains on images; found {config.data.name!r}, wanted 'images'"
             )
-        self.dataset = open_data(
-            locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes,
-            takes_text=self.family.takes_text,
-        )  # fmt: skip
+        if config.data.name == "cache":
+            self.dataset: Dataset = CacheData(config.data, self.family, needs_images=self.method.needs_images)
+        else:
+            self.dataset = open_data(
+                locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes,
+                takes_text=self.family.takes_text,
+            )  # fmt: skip
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions)
         self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
@@ -375,13 +379,6 @@ def read_student(folder: str, family: Family) -> dict[str, Tensor]:
         if found != wanted:
             raise ValueError(f"bank.start: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
     return weights
-
-
-def fingerprint_weights(network: nn.Module) -> str:
-    """Sixteen hex digits of a network's weights: two float64 moments of every tensor, hashed."""
-    moments = [(name, *(f"{m:.12e}" for m in (p.double().mean(), p.double().square().mean())))
-               for name, p in network.state_dict().items()]  # fmt: skip
-    return configuration.fingerprint(moments)
 
 
 def memory_plan(distiller: Distiller) -> str:

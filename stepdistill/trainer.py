@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepdistill.cache import CacheData
 from stepdistill.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -279,7 +280,8 @@ class Trainer:
             world=self.accelerator.num_processes,
             num_workers=self.num_workers,
         )
-        return (self.distiller.family.encode(batch).to(self.device) for batch in raw)
+        encode = self.dataset.encode if isinstance(self.dataset, CacheData) else self.distiller.family.encode
+        return (encode(batch).to(self.device) for batch in raw)
 
     # ---------------------------------------------------------------------------------------- beside the loop
 

@@ -24,6 +24,7 @@ class RawBatch:
         labels: (B,) int64 in [0, num_classes); None for a teacher without classes.
         captions: B texts, as written (possibly empty); None where the data has none.
         indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
+        mirrored: (B,) bool, which samples are to be mirrored, where ``images`` is None and a cache has them.
         unreadable: ``"name: reason"`` of every file that was skipped on the way to these B samples.
     """
 
@@ -31,6 +32,7 @@ class RawBatch:
     labels: Tensor | None
     captions: tuple[str, ...] | None
     indices: tuple[int, ...]
+    mirrored: Tensor | None = None
     unreadable: tuple[str, ...] = ()
 
 
@@ -39,7 +41,8 @@ class DataConfig:
     """The ``data:`` section.
 
     Attributes:
-        name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher.
+        name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher;
+            ``cache`` is either one's latents and embeddings, a folder that ``scripts/cache.py`` wrote.
         path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk; ``embedded`` (fashion) or
             ``emoji`` (with names), which travel with the package; of ``prompts`` a ``.txt`` (one a line) or a
             ``.jsonl`` (an object a line, see ``caption_column``).
@@ -56,7 +59,7 @@ class DataConfig:
         image_column: name of the image in the Hugging Face dataset.
     """
 
-    name: Literal["images", "noise", "prompts"]
+    name: Literal["images", "noise", "prompts", "cache"]
     path: str | None = None
     resolution: int | None = None
     channels: int | None = None
@@ -75,6 +78,8 @@ class DataConfig:
             raise ValueError("path: missing; expected a folder of images, an .npz or a saved Hugging Face dataset")
         if self.name == "prompts" and not self.path:
             raise ValueError("path: missing; expected a .txt with a prompt a line, or a .jsonl")
+        if self.name == "cache" and not self.path:
+            raise ValueError("path: missing; expected a folder that scripts/cache.py wrote")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout: found {self.caption_dropout}, expected 0 to 1")
         if self.name == "noise" and self.path:

@@ -124,9 +124,12 @@ class _MicroBatches(TorchDataset):
         if batch.captions is not None and self.dataset.caption_dropout:
             kept = zip(batch.captions, dropped(*where, self.dataset.caption_dropout), strict=True)
             batch = dataclasses.replace(batch, captions=tuple("" if drop else caption for caption, drop in kept))
-        if not self.dataset.flip or batch.images is None:
+        if not self.dataset.flip:
             return batch
-        images = torch.where(mirrored(*where)[:, None, None, None], batch.images.flip(3), batch.images)
+        turned = mirrored(*where)
+        if batch.images is None:
+            return dataclasses.replace(batch, mirrored=turned)
+        images = torch.where(turned[:, None, None, None], batch.images.flip(3), batch.images)
         return dataclasses.replace(batch, images=images)
 
 

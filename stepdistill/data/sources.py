@@ -134,7 +134,7 @@ class ImageData(Dataset):
         unreadable: list[str] = []
         found, pixels = zip(*(self._next_readable(index, unreadable) for index in indices), strict=True)
         images = torch.from_numpy(np.stack(pixels)).float().div(127.5).sub(1)
-        return RawBatch(images, self._labels(found), self._captions(found), found, tuple(unreadable))
+        return RawBatch(images, self._labels(found), self._captions(found), found, unreadable=tuple(unreadable))
 
     def _next_readable(self, start: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
         channels, *size = self.size

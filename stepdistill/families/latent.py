@@ -96,7 +96,7 @@ class Latent(Family):
         encoded = vae.encode(images.to(vae.device, vae.dtype))
         latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent).float()
         shift, scale = latent_statistics(vae.config, latents)
-        return (latents - shift) * scale
+        return ((latents - shift) * scale).contiguous()  # else in channels_last, and other kernels than from a cache
 
     def decode(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae

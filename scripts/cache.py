@@ -1,0 +1,39 @@
+"""Encode a data set once: ``python scripts/cache.py --config configs/sd_lcm_lora.yaml cache.output_dir=data/cache``.
+
+Then train with ``data.name=cache data.path=data/cache``. The sections teacher and data say what is encoded, and by
+what; the others are the training's own. The same command again goes on where it was stopped.
+"""
+
+import argparse
+
+import torch
+from tqdm.auto import tqdm
+
+from stepdistill.cache import CacheConfig, make_cache
+from stepdistill.config import build, read_config
+from stepdistill.data import DataConfig, locate_data, open_data
+from stepdistill.families import load_teacher
+from stepdistill.families.base import TeacherConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file with the sections teacher and data, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    args = parser.parse_args()
+    sections = read_config(args.config, args.overrides)
+    teacher = build(TeacherConfig, sections.get("teacher"), "teacher")
+    data = locate_data(build(DataConfig, sections.get("data"), "data"))
+    config = build(CacheConfig, sections.get("cache"), "cache")
+    family = load_teacher(teacher)
+    channels, *size = family.image_shape
+    dataset = open_data(
+        data, channels=channels, size=tuple(size), num_classes=family.num_classes, takes_text=family.takes_text
+    )
+    family.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with tqdm(total=len(dataset) + 1, desc="cache") as bar:
+        print(make_cache(family, dataset, data, config, lambda done: bar.update(done - bar.n)))
+
+
+if __name__ == "__main__":
+    main()
