@@ -1,10 +1,7 @@
 """Two sets of emoji -> ``train.npz`` and ``held_out.npz``: images on white with captions, for any ``data:`` section.
 
-A set is ``<name>_32.npz`` (``rgba`` uint8 (N, 32, 32, 4), not premultiplied) beside ``<name>.jsonl`` (name, group and
-skin tone of every image). Fluent 3D comes with npm's @lobehub/fluent-emoji-3d (MIT, (c) Microsoft), Twemoji with
-emoji-datasource-twitter (CC-BY 4.0, (c) Twitter/X and contributors).
-
-    python scripts/make_emoji.py --emoji_dir data/emoji --output_dir stepdistill/assets/emoji
+A set is ``<name>_32.npz`` (``rgba`` uint8 (N, 32, 32, 4), not premultiplied) and ``<name>.jsonl`` (name, group, tone).
+Where they come from: stepdistill/assets/emoji/LICENSE, the folder that this command filled.
 """
 
 import argparse
@@ -14,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-STYLES = {"fluent3d": "3d", "twemoji": "flat"}
-"""A set's name, and the word that its captions begin with."""
-LEFT_OUT = ("People & Body", "Flags")
-"""Hundreds of figures and flags that differ in a few of 32 x 32 pixels."""
-HELD_OUT = 20
-"""One in so many names is kept from training in one of its two styles."""
+STYLES = {"fluent3d": "3d", "twemoji": "flat"}  # a set's name, and the word that its captions begin with
+LEFT_OUT = ("People & Body", "Flags")  # hundreds of figures and flags that differ in a few of 32 x 32 pixels
+HELD_OUT = 20  # one in so many names is kept from training in one of its two styles
 
 
 def read_style(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -39,7 +33,7 @@ def is_held_out(name: str, style: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emoji_dir", type=Path, required=True, help="folder that holds both sets")
     parser.add_argument("--output_dir", type=Path, required=True, help="where train.npz and held_out.npz go")
     args = parser.parse_args()

@@ -93,7 +93,8 @@ def open_pipeline(path: str, request: Request) -> Any:
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     if takes_text:
-        warn_too_long(pipeline.tokenizer, request.prompts, "prompts")
+        tokenizer = pipeline.tokenizer
+        warn_too_long(tokenizer, request.prompts, limit=tokenizer.model_max_length, what="prompts")
     return pipeline
 
 

@@ -91,15 +91,15 @@ def row_value(row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
     return row[key]
 
 
-def warn_too_long(tokenizer: Any, texts: Sequence[str], what: str = "captions") -> int:
+def warn_too_long(tokenizer: Any, texts: Sequence[str], *, limit: int, what: str = "captions") -> None:
     """Count the texts that are longer than the encoder reads, and warn if there are any.
 
     Args:
         tokenizer: of the text encoder.
         texts: captions or prompts.
+        limit: tokens that it reads.
         what: they are called.
     """
-    limit = tokenizer.model_max_length
     too_long = [text for text in texts if len(tokenizer(text).input_ids) > limit]
     if too_long:
         warnings.warn(
@@ -107,4 +107,3 @@ def warn_too_long(tokenizer: Any, texts: Sequence[str], what: str = "captions") 
             f"ends are cut. The first: {too_long[0][:60]!r}...",
             stacklevel=3,
         )
-    return len(too_long)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import inspect
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.data import RawBatch
+from stepdistill.data.text import warn_too_long
 from stepdistill.denoiser import Cond
 from stepdistill.export import is_our_code, runs_own_code
 from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
@@ -160,13 +160,7 @@ class Text(Latent):
         self.prompts = tuple(captions[:64])
         tokenizer = getattr(self.pipe, self.reader)
         limit = self.call_options.get("max_sequence_length", tokenizer.model_max_length)
-        too_long = [text for text in captions if len(tokenizer(text).input_ids) > limit]
-        if too_long:
-            warnings.warn(
-                f"{len(too_long)} of {len(captions)} captions are longer than the text encoder's {limit} tokens; their "
-                f"ends are cut. The first: {too_long[0][:60]!r}...",
-                stacklevel=2,
-            )
+        warn_too_long(tokenizer, captions, limit=limit)
 
 
 def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
