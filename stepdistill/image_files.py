@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from stepdistill.data.base import DataConfig
-from stepdistill.data.listing import list_samples
+from stepdistill.data.listing import list_samples, sample_name
 from stepdistill.data.pixels import UnreadableImageError, read_pixels, read_shape
 from stepdistill.samples import Images
 
@@ -37,7 +36,7 @@ class ImageFiles:
             raise ValueError(f"{path}: found {found} images, wanted at least {max(limit or 0, 2)}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self._sources = [listing.images[row] for row in order]
-        self._names = [row_name(listing.images, row, path) for row in order]
+        self._names = [sample_name(listing.images, row, path) for row in order]
         self._captions = None if listing.captions is None else [str(listing.captions[row]) for row in order]
         self._labels = None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels)[order]).long()
         channels, *native = self._shape()
@@ -94,11 +93,6 @@ def _refuse(broken: list[str], what: str) -> None:
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(f"{len(broken)} images {what}: {', '.join(broken[:3])}{more}")
-
-
-def row_name(images: Any, row: int, path: str | Path) -> str:
-    """What a person calls an image: its file, or its row."""
-    return images[row] if isinstance(images[row], str) else f"{path}[{row}]"
 
 
 def spell(shape: Sequence[int]) -> str:

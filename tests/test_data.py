@@ -466,7 +466,7 @@ def test_paths_that_hold_no_data(tmp_path: Path) -> None:
     _raises("no such file or folder; did you mean 'train.npz'", tmp_path / "trian.npz")
     _raises("no such file or folder$", tmp_path / "elsewhere" / "x")
     (tmp_path / "a.zip").write_bytes(b"x")
-    _raises("expected a folder or an .npz", tmp_path / "a.zip")
+    _raises("expected a folder, an .npz or a .tar", tmp_path / "a.zip")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").write_text("")
     _raises("no images", tmp_path / "none")

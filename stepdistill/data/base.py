@@ -6,10 +6,11 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"embedded": ASSETS / "fashion/train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
 """Data that travels with the package, by what ``data.path`` calls it."""
@@ -43,11 +44,13 @@ class DataConfig:
     Attributes:
         name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher;
             ``cache`` is either one's latents and embeddings, a folder that ``scripts/cache.py`` wrote.
-        path: a folder of images, an ``.npz``, or a Hugging Face dataset saved on disk; ``embedded`` (fashion) or
-            ``emoji`` (with names), which travel with the package; of ``prompts`` a ``.txt`` (one a line) or a
-            ``.jsonl`` (an object a line, see ``caption_column``).
+        path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset saved on disk; ``embedded``
+            (fashion) or ``emoji`` (with names), which travel with the package; of ``prompts`` a ``.txt`` (one a line)
+            or a ``.jsonl`` (an object a line, see ``caption_column``).
         resolution: if given, the teacher's short side in pixels; allows an ``.npz`` of another size, which is resized.
         channels: if given, the teacher's channels; allows an ``.npz`` with other channels (1 or 3), which is converted.
+        fit: how an image of other proportions becomes square: ``crop`` resizes its short side and cuts the rest off at
+            the centre, ``pad`` resizes its long side and fills up with white, ``stretch`` distorts it.
         batch_size: samples per micro-batch and process.
         num_workers: loading processes beside each training process; 0 loads in the training process.
         flip: mirror half of the images, chosen by their position in the order.
@@ -63,6 +66,7 @@ class DataConfig:
     path: str | None = None
     resolution: int | None = None
     channels: int | None = None
+    fit: Fit = "crop"
     batch_size: int = 64
     num_workers: int = 0
     flip: bool = False

@@ -7,6 +7,7 @@ path                                 samples
                                      ``captions`` str (N,)
 Hugging Face dataset saved on disk   its ``image`` column, and if present ``label``, ``text``
 folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
+``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.tars`
 folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
 ===================================  ===============================================================================
@@ -29,6 +30,7 @@ import numpy as np
 
 from stepdistill.config import nearest
 from stepdistill.data.base import DataConfig
+from stepdistill.data.tars import TarMember, read_tars
 from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
 
 T = TypeVar("T")
@@ -46,6 +48,11 @@ class Listing:
     num_folders: int | None = None  # classes, where labels only number the sub-folders
 
 
+def sample_name(images: Any, row: int, path: str | Path | None) -> str:
+    """What a person calls an image: its file, or its row in ``path``."""
+    return str(images[row]) if isinstance(images[row], (str, TarMember)) else f"{path}[{row}]"
+
+
 def list_samples(config: DataConfig) -> Listing:
     """The samples at ``config.path``, whichever of the forms above it has.
 
@@ -55,6 +62,8 @@ def list_samples(config: DataConfig) -> Listing:
     path = Path(str(config.path))
     if path.is_file() and path.suffix == ".npz":
         return _npz(path)
+    if path.is_file() and path.suffix == ".tar":
+        return _tars([path], config)
     if not path.is_dir():
         raise ValueError(f"data.path: {path}: {_why_not(path)}")
     if (path / "dataset_dict.json").is_file():
@@ -64,12 +73,14 @@ def list_samples(config: DataConfig) -> Listing:
         return _saved_dataset(path, config)
     if (path / "metadata.jsonl").is_file():
         return _metadata(path / "metadata.jsonl", config)
+    if tars := sorted(path.glob("*.tar")):
+        return _tars(tars, config)
     return _folder(path)
 
 
 def _why_not(path: Path) -> str:
     if path.exists():
-        return "expected a folder or an .npz, found another file"
+        return "expected a folder, an .npz or a .tar, found another file"
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
@@ -172,6 +183,17 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
     if asked and asked not in known:
         raise ValueError(f"{where}: no column {asked!r}{nearest(asked, known)}")
     return asked or (usual if usual in known else None)
+
+
+def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
+    found = read_tars(tars, IMAGE_SUFFIXES, config.caption_column, config.label_column)
+    unlabelled = [str(image) for image, label in zip(found.images, found.labels, strict=True) if label is None]
+    if unlabelled and len(unlabelled) < len(found.images):
+        raise ValueError(f"{unlabelled[0]}: no label, but others have one ({len(unlabelled)} without)")
+    captioned = any(caption is not None for caption in found.captions)
+    return Listing(
+        found.images, None if unlabelled else np.array(found.labels, dtype=int), found.captions if captioned else None
+    )
 
 
 # ----------------------------------------------------------------------------------- Hugging Face datasets

@@ -8,7 +8,8 @@ The rules, in the order in which they apply:
    and rejected where they do not; floating-point pixels have no defined range and are rejected.
 4. Transparency (an alpha channel, a palette's or a ``tRNS`` colour) is composited on white.
 5. Palettes, CMYK and the rest become RGB; RGB becomes grey by the ITU-R 601-2 luma where the teacher is grey.
-6. The short side is resized to fit (bicubic, antialiased), larger or smaller, and the rest is cropped at the centre.
+6. The short side is resized to fit (bicubic, antialiased), larger or smaller, and the rest is cropped at the centre; on
+   demand, the long side is, and the rest filled with white, or both are, whatever becomes of the proportions.
 
 An array of the teacher's shape passes as it is.
 """
@@ -25,7 +26,10 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps
 
-Source: TypeAlias = str | Mapping | np.ndarray | None
+from stepdistill.data.base import Fit
+from stepdistill.data.tars import TarMember
+
+Source: TypeAlias = str | Mapping | TarMember | np.ndarray | None
 
 # What Pillow raises on damaged files, found by cutting short and altering files of every common format.
 _DECODE_ERRORS = (
@@ -48,13 +52,15 @@ class UnreadableImageError(ValueError):
     """A file that is not an image, is damaged or too large, or whose pixels have no defined meaning."""
 
 
-def read_pixels(source: Source, channels: int, size: tuple[int, int]) -> np.ndarray:
+def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit = "crop") -> np.ndarray:
     """Pixels (C, H, W) uint8 of an image, by the rules of this module.
 
     Args:
-        source: a path, an undecoded ``datasets.Image`` value (``bytes`` or ``path``), or an array (H, W, C) uint8.
+        source: a path, a file in a tar, an undecoded ``datasets.Image`` value (``bytes`` or ``path``), or an array
+            (H, W, C) uint8.
         channels: C, 1 or 3 unless the source is an array of that shape.
         size: (H, W).
+        fit: how an image of other proportions is made to fit.
 
     Raises:
         UnreadableImageError: saying why, but not which.
@@ -63,7 +69,7 @@ def read_pixels(source: Source, channels: int, size: tuple[int, int]) -> np.ndar
         return source.transpose(2, 0, 1)
     try:
         with _open(source) as image:
-            return _fit(image, channels, size)
+            return _fit(image, channels, size, fit)
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
@@ -95,17 +101,24 @@ def _open(source: Source) -> Image.Image:
     if isinstance(source, Mapping):
         file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
     else:
-        file = source
+        file = io.BytesIO(source.read()) if isinstance(source, TarMember) else source
     with warnings.catch_warnings():  # Pillow itself only raises at twice its limit
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(file)
 
 
-def _fit(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
+def _fit(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> np.ndarray:
     height, width = size
     image = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
     image = image.convert("RGB" if channels == 3 else "L")
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    match fit:
+        case "crop":
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        case "pad":
+            white = "white" if channels == 3 else 255
+            image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=white)
+        case "stretch":
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 

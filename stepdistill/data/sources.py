@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.base import DataConfig, Dataset, RawBatch
-from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_prompts, list_samples
+from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_prompts, list_samples, sample_name
 from stepdistill.data.order import Unreadable
 from stepdistill.data.pixels import UnreadableImageError, read_pixels
 
@@ -113,7 +113,7 @@ class ImageData(Dataset):
         self, listing: Listing, config: DataConfig, *, size: tuple[int, int, int], num_classes: int | None
     ) -> None:
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
-        self._rows = _subset(len(listing.images), config.max_samples)
+        self._rows, self._fit = _subset(len(listing.images), config.max_samples), config.fit
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout = config.caption_dropout
         if listing.captions is not None:
@@ -126,8 +126,7 @@ class ImageData(Dataset):
 
     def name(self, index: int) -> str:
         """The path of the image, or the path of the data set and the row in it."""
-        row = int(self._rows[index])
-        return self._listing.images[row] if isinstance(self._listing.images, list) else f"{self._path}[{row}]"
+        return sample_name(self._listing.images, int(self._rows[index]), self._path)
 
     def load(self, indices: Sequence[int]) -> RawBatch:
         """Decode the samples at ``indices``."""
@@ -142,7 +141,8 @@ class ImageData(Dataset):
         for step in range(tries):
             index = (start + step) % len(self)
             try:
-                return index, read_pixels(self._listing.images[int(self._rows[index])], channels, (size[0], size[1]))
+                source = self._listing.images[int(self._rows[index])]
+                return index, read_pixels(source, channels, (size[0], size[1]), self._fit)
             except UnreadableImageError as error:
                 unreadable.append(f"{self.name(index)}: {error}")
                 if not self._skip:
@@ -234,7 +234,7 @@ def _check_captions(config: DataConfig, listing: Listing) -> None:
         )
     missing = [row for row, caption in enumerate(listing.captions) if not isinstance(caption, str)]
     if missing:
-        first = listing.images[missing[0]] if isinstance(listing.images, list) else f"{config.path}[{missing[0]}]"
+        first = sample_name(listing.images, missing[0], config.path)
         raise ValueError(
             f"data.path: {config.path}: {len(missing)} of {len(listing.captions)} images have no caption; the first is "
             f"{first} ('' or an empty .txt is the empty caption)"
