@@ -44,6 +44,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split, wanted in [("train", lambda pair: pair not in held_out), ("held_out", lambda pair: pair in held_out)]:
         chosen = [pair for pair in pairs if wanted(pair)]
+        chosen = [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]  # any first n are a fair sample
         images = np.stack([sets[style][name] for style, name in chosen])
         captions = np.array([f"{STYLES[style]} {name}" for style, name in chosen])
         np.savez_compressed(args.output_dir / f"{split}.npz", images=images, captions=captions)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.clip import Clip
+from stepdistill.collect import read_captions
 from stepdistill.config import nearest, read_config, to_dict
 from stepdistill.evaluate import (
     Images,
@@ -32,16 +34,16 @@ from stepdistill.evaluate import (
 from stepdistill.export import load_pipeline, read_contract
 from stepdistill.families import load_teacher
 from stepdistill.families.base import TeacherConfig
+from stepdistill.panel import Panel
 from stepdistill.pictures import save_comparison
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.plots import plot_calls, plot_pareto
 from stepdistill.run import Run, fingerprint_weights, resolve
-from stepdistill.solvers import make_solver, steps_within
+from stepdistill.solvers import make_solver, steps_within, teacher_pipeline
 from stepdistill.tables import Row, best_solver, caption, cell, compared, markdown
 
-FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "batch_size")
+FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark", "batch_size")
 """Settings that say which rows there are, and not what is in them."""
-BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 SHOWN = 20
 """Images a row of the picture."""
 
@@ -54,7 +56,8 @@ class BenchmarkConfig:
     output: str
     """Result file; tables and plots are written beside it."""
     document: str | None = None
-    """A markdown file that shows the table between ``<!-- benchmark -->`` and ``<!-- /benchmark -->``."""
+    """A markdown file that shows the table between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    mark: str = "benchmark"
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines by the name their rows shall have."""
     train: tuple[str, ...] = ()
@@ -71,6 +74,10 @@ class BenchmarkConfig:
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
     reference: str = "embedded"
+    captions: str | None = None
+    """Prompts for a teacher that takes text, see :class:`stepdistill.protocols.Protocol`."""
+    clip: str | None = None
+    """A CLIP for the metric ``clip``: one that trained nothing here."""
     num_samples: int = 5000
     batch_size: int = 100
     precision: str = "fp32"
@@ -92,6 +99,11 @@ class Benchmark:
                 raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
         self.family = load_teacher(config.teacher)
         self.judge = Judge.open(config.features, config.reference)
+        self.panel = Panel(self.judge, Clip.open(config.clip) if config.clip else None)
+        self.panel.check(config.metrics)
+        self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
+        if self.family.takes_text and self.captions is None:
+            raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         self.metric = self.judge.distance
         self.path = Path(config.output)
         self.setting = describe_setting(
@@ -128,13 +140,16 @@ class Benchmark:
 
     def floor(self, name: str) -> Row:
         """As many real images, in the place of samples: what the metric says of a perfect generator."""
-        assert self.judge.real is not None
-        labels = self.judge.real.labels
-        real = Images(
-            self.judge.real.pixels[: self.config.num_samples],
-            None if labels is None else labels[: self.config.num_samples],
+        real = self.judge.real
+        assert real is not None
+        first = slice(self.config.num_samples)
+        images = Images(
+            real.pixels[first],
+            None if real.labels is None else real.labels[first],
+            captions=None if real.captions is None else real.captions[first],
         )
-        return {"name": name, "kind": "floor", "calls": 0, **self.judge.score(real, ("fd",))}
+        wanted = ("fd",) if self.panel.clip is None else ("fd", "clip")
+        return {"name": name, "kind": "floor", "calls": 0, **self.panel.score(self.panel.embed(images), wanted)}
 
     def teacher_name(self, scale: float = 1.0) -> str:
         """The name of a teacher's row."""
@@ -172,11 +187,13 @@ class Benchmark:
 
     @property
     def can_be_guided(self) -> bool:
-        """Whether the teacher knows what "no class" is."""
-        return getattr(self.family, "null_class", None) is not None
+        """Whether the teacher knows what "no class", or no prompt, is."""
+        return self.family.takes_text or getattr(self.family, "null_class", None) is not None
 
-    def solver_pipeline(self, solver: str) -> ClassConditionalPipeline:
+    def solver_pipeline(self, solver: str) -> Any:
         """The teacher under a solver's scheduler."""
+        if self.family.takes_text:
+            return teacher_pipeline(self.config.teacher.path, solver)
         scheduler = make_solver(solver, self.family.scheduler_config)
         null_class = getattr(self.family, "null_class", None)
         return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
@@ -188,9 +205,10 @@ class Benchmark:
             "wanted": config.metrics,
             "count": config.num_samples,
             "seed": config.seed,
+            "captions": self.captions,
         } | other
         row = evaluate_pipeline(
-            pipeline, self.judge, batch_size=config.batch_size, precision=config.precision, call=call, name=name,
+            pipeline, self.panel, batch_size=config.batch_size, precision=config.precision, call=call, name=name,
             **measurement,
         )  # fmt: skip
         row.pop("setting")
@@ -222,7 +240,7 @@ class Benchmark:
             pipeline = self.solver_pipeline(row["solver"])
             call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
         images = sample_images(
-            pipeline, count, seed=self.config.seed, num_classes=self.family.num_classes,
+            pipeline, count, seed=self.config.seed, num_classes=self.family.num_classes, captions=self.captions,
             precision=self.config.precision, call=call,
         )  # fmt: skip
         return images.pixels / 255
@@ -231,6 +249,9 @@ class Benchmark:
         """Real images, of the same classes as everybody's where classes are known."""
         real, number = self.judge.real, self.family.num_classes
         assert real is not None
+        if self.captions is not None and real.captions is not None:
+            places = {caption: row for row, caption in enumerate(real.captions)}
+            return real.pixels[[places.get(caption, 0) for caption in self.captions[:count]]] / 255
         if real.labels is None or number is None:
             return real.pixels[:count] / 255
         indices = [int((real.labels == i % number).nonzero()[i // number]) for i in range(count)]
@@ -300,21 +321,21 @@ def benchmark(config: BenchmarkConfig) -> Path:
     table = bench.path.with_suffix(".md")
     table.write_text(shown, encoding="utf-8")
     if config.document is not None:
-        insert(shown, Path(config.document))
+        insert(shown, Path(config.document), config.mark)
     return table
 
 
-def insert(table: str, document: Path) -> None:
-    """Put a table between the two marks of a document.
+def insert(table: str, document: Path, mark: str = "benchmark") -> None:
+    """Put a table between ``<!-- mark -->`` and ``<!-- /mark -->`` of a document.
 
     Raises:
         ValueError: if the document has no such marks.
     """
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(f"<!-- {mark} -->")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not end:
-        raise ValueError(f"document: {document} has no lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"document: {document} has no lines '<!-- {mark} -->' and '<!-- /{mark} -->'")
     document.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
 
 

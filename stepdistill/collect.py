@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.config import fingerprint
-from stepdistill.data.base import DataConfig
+from stepdistill.data.base import EMBEDDED, DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.data.pixels import read_pixels
 from stepdistill.data.text import read_text
@@ -137,14 +137,14 @@ def make_chunk(
 
 
 def read_captions(path: str, count: int) -> Sequence[str]:
-    """``count`` captions: of a text file, one a line, or of a folder's ``metadata.jsonl``.
+    """``count`` captions: of a text file, one a line, or of images with captions, as ``data.path`` takes them.
 
     Raises:
         ValueError: no such file, empty lines, or too few of them: a caption used twice is another protocol.
     """
-    file = Path(path)
-    if file.is_dir():
-        captions = list_samples(DataConfig(name="images", path=path)).captions
+    file = EMBEDDED.get(path, Path(path))
+    if file.is_dir() or file.suffix in (".npz", ".tar"):
+        captions = list_samples(DataConfig(name="images", path=str(file))).captions
         if captions is None:
             raise ValueError(f"captions: {path} has images without texts; wanted a metadata.jsonl with 'text'")
         lines = [str(caption) for caption in captions]

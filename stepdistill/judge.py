@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepdistill import metrics
 from stepdistill.config import nearest
+from stepdistill.data.base import EMBEDDED
 from stepdistill.features import ASSETS, FeatureExtractor, load_features
 from stepdistill.frechet import Moments
 from stepdistill.image_files import Fingerprint, ImageFiles, spell
@@ -81,7 +82,7 @@ class Judge:
         Args:
             features: see :func:`stepdistill.features.load_features`.
             reference: ``"embedded"``, a ``.npz`` of statistics (ours, ADM's, clean-fid's), or images as the ``data``
-                section takes them.
+                section takes them (``"emoji"``, too).
             max_images: how many reference images metrics beyond the Fréchet distance use.
             resize: how Inception's input is made.
             size: reference images are resized and cropped to a square of this side.
@@ -90,7 +91,7 @@ class Judge:
         network = load_features(features, resize).to(device)
         if reference == "embedded":
             return cls._of_statistics(network, ASSETS / "reference.npz", ASSETS / "train_subset.npz", max_images)
-        path = Path(reference)
+        path = EMBEDDED.get(reference, Path(reference))
         if not path.exists():
             siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             raise ValueError(f"reference: no file or folder {reference!r}{nearest(path.name, siblings)}")

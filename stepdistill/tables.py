@@ -79,6 +79,7 @@ def columns(rows: Sequence[Row], metric: str) -> list[Column]:
         ("ratio", "ratio"),
         ("paper", "paper"),
         ("against_solver", "best solver at these calls"),
+        ("clip_score", "CLIP score"),
         ("recall", "recall"),
         ("spread", "spread"),
         ("accuracy", "accuracy"),

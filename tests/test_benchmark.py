@@ -8,16 +8,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from contracts.cases import pipeline_images, save_teacher, sections
+from contracts.cases import pipeline_images, save_images, save_teacher, sections
 from PIL import Image
+from transformers import CLIPModel
 
 from stepdistill.benchmark import Benchmark, BenchmarkConfig, benchmark, insert, solver_rows, train_missing
 from stepdistill.config import build, read_config, to_yaml
 from stepdistill.evaluate import Judge
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.methods import method_names
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.plots import pareto_front
+from stepdistill.pretrain_clip import clip_config, image_processor, train_tokenizer
 from stepdistill.report import write_report
 from stepdistill.run import Run, resolve
 from stepdistill.solvers import SOLVERS, make_solver, steps_within
@@ -111,6 +114,43 @@ def test_the_scale_is_chosen_on_other_seeds(finished):
 def test_a_student_row_says_what_it_is_and_what_it_cost(finished):
     row = rows_of(finished[0])["ours, 2 steps"]
     assert (row["method"], row["steps"], row["training"]["images"]) == ("progressive", 2, 2 * 4)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = train_tokenizer(["a word"], 560, 12)
+    half = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**half, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    config = clip_config({"projection_dim": 8, "text_config": half, "vision_config": vision}, tokenizer)
+    for part in (CLIPModel(config), tokenizer, image_processor(16)):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_teacher_that_takes_text_is_asked_with_captions(tmp_path, clip_folder):
+    family = SD.tiny()
+    teacher, images = save_teacher(family, tmp_path / "teacher"), save_images(family, tmp_path / "images.npz", 20)
+    options = {
+        "teacher": {"path": str(teacher)}, "output": str(tmp_path / "result/bench.json"), "solvers": {"DDIM": [2]},
+        "features": clip_folder, "reference": str(images), "metrics": ["fd", "clip"], "num_samples": 5,
+        "guidance_scales": [2.0], "teacher_steps": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"captions: missing; .* takes text"):
+        Benchmark(build(BenchmarkConfig, {**SETTING, **options, "clip": clip_folder}))
+    with pytest.raises(ValueError, match="'clip' needs a CLIP"):
+        Benchmark(build(BenchmarkConfig, {**SETTING, **options, "captions": str(images)}))
+    config = build(BenchmarkConfig, {**SETTING, **options, "captions": str(images), "clip": clip_folder})
+    bench = Benchmark(config)
+    rows = {row["name"]: row for row in bench.run()}
+    assert rows.keys() == {"real images", "teacher, 2 steps", "DDIM, 2 calls", "DDIM, 2 calls, guided"}
+    assert rows["DDIM, 2 calls, guided"]["calls"] == 2 and all("clip_score" in row for row in rows.values())
+    assert "| CLIP score |" in markdown(compared(bench.rows, "fd"), "fd")
+    real = np.load(images)["images"]  # the picture's real images are those of the captions, in their order
+    shown = (bench.images(rows["real images"], 5) * 255).round().permute(0, 2, 3, 1)
+    assert np.array_equal(shown.numpy(), real[:5])
 
 
 def test_an_unconditional_teacher_has_no_guided_rows():
