@@ -6,7 +6,7 @@ network, on latents and text embeddings that are computed once. The same command
 is missing.
 
     vae/  clip/  judge/     the parts; ``judge`` is what ``evaluate.py --clip`` and ``--features`` take
-    pipeline/               the teacher, in half precision
+    pipeline/               the teacher, its network and autoencoder in half precision
     *.jsonl                 the losses
 """
 
@@ -133,8 +133,9 @@ def train_unet(
 
     def save(average: UNet2DConditionModel) -> None:
         parts = {**pipe.components, "unet": average}
-        half = {name: copy.deepcopy(p).half() if isinstance(p, nn.Module) else p for name, p in parts.items()}
-        StableDiffusionPipeline(**half, requires_safety_checker=False).save_pretrained(folder / "pipeline")
+        for name in ("vae", "unet"):  # not the text encoder: transformers would open it in half beside float32 ones
+            parts[name] = copy.deepcopy(parts[name]).half()
+        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
 
     fit(
         pipe.unet.requires_grad_(True), loss, count=len(images), config=config.unet, accelerator=accelerator,
