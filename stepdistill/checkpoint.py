@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.config import nearest
+from stepdistill.sharding import write
 
 _STATELESS = "stateless"  # which parameters an optimizer has not stepped yet
 _ITEM = ".item"  # the mark of a Python number among an optimizer's tensors
@@ -361,7 +362,9 @@ def _restored(name: str, value: Tensor, parameter: Tensor) -> Tensor | float:
         return value.item()
     if value.ndim == 0:
         return value.clone()
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    restored = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    write(restored, value)
+    return restored
 
 
 def _check_entries(parameters: list[Tensor], tensors: Mapping[str, Tensor]) -> None:

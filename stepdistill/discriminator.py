@@ -27,10 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, layer_norm, normalize, one_hot, relu, softplus
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.hooks import RemovableHandle
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.randomness import Draws
 from stepdistill.schedule import expand
+from stepdistill.sharding import is_share
 
 AdversarialLoss = Literal["hinge", "softplus"]
 Logits = list[Tensor]
@@ -281,12 +283,14 @@ def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -
             # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
             parts = output if isinstance(output, tuple) else (output,)
             found[index] = as_map([part for part in parts if isinstance(part, Tensor)][-1])
-            if len(found) == len(modules):
+            if len(found) == len(modules) and not sharded:
                 raise _Seen
 
         return hook
 
     handles = [module.register_forward_hook(keep(index)) for index, module in enumerate(modules)]
+    if sharded := any(is_share(parameter) for parameter in network.parameters()):
+        handles += returned_beside(network, found)
     try:
         call()
     except _Seen:
@@ -296,6 +300,17 @@ def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -
             handle.remove()
     assert len(found) == len(modules), f"of {len(modules)} modules only {len(found)} ran"
     return [found[index] for index in range(len(modules))]
+
+
+def returned_beside(network: nn.Module, found: dict[int, Tensor]) -> list[RemovableHandle]:
+    """Let a sharded network, which runs to its end, take ``found`` for outputs of its own as well.
+
+    It gathers its weights again when a gradient reaches one of its outputs; a feature's would find no weights there.
+    """
+    return [
+        network.register_forward_hook(lambda module, inputs, output: (output, dict(found)), prepend=True),
+        network.register_forward_hook(lambda module, inputs, outputs: outputs[0]),
+    ]
 
 
 def block_modules(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -19,13 +19,17 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.config import fingerprint
+from stepdistill.sharding import assembled, blueprint, local, shard, write
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TEACHER = "teacher"
 
@@ -36,6 +40,8 @@ class NetworkBank(nn.Module, abc.ABC):
     def __init__(self) -> None:
         super().__init__()
         self.trainable: dict[str, bool] = {TEACHER: False}
+        self.blueprints: dict[nn.Module, nn.Module] = {}
+        """By network, where they are sharded: what it was before, without its weights."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -67,13 +73,13 @@ class NetworkBank(nn.Module, abc.ABC):
         own = self.state(role)
         assert own.keys() == weights.keys(), "other tensors than the role's"
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
+            write(tensor, weights[name])
 
     @torch.no_grad()
     def blend(self, dst: str, src: str, keep: float) -> None:
         """``dst <- keep dst + (1 - keep) src``: ``keep`` = 0 copies, 0.999 is a step of an average."""
         assert dst != TEACHER, "the teacher never changes"
-        targets, sources = self._pairs(dst, src)
+        targets, sources = (local(side) for side in self._pairs(dst, src))
         floating = [i for i, target in enumerate(targets) if target.is_floating_point()]
         for i in set(range(len(targets))) - set(floating):
             targets[i].copy_(sources[i])
@@ -89,10 +95,21 @@ class NetworkBank(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def extract(self, role: str) -> nn.Module:
-        """A stand-alone copy of the network playing ``role``, a plain diffusers model (adapters merged)."""
+        """A stand-alone copy of the network playing ``role``, a plain diffusers model (adapters merged).
+
+        Of sharded networks all processes have to ask, and the main one gets the weights.
+        """
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Split every network over the processes of ``mesh``, in place. No role can be added afterwards."""
+        for network in distinct_networks(self):
+            self.blueprints[network] = blueprint(network, {id(self): self})
+            shard(network, mesh)
 
     def _copy(self, network: nn.Module) -> nn.Module:
         """A copy of one network: where it recomputes activations it holds this bank, which is not copied with it."""
+        if network in self.blueprints:
+            return assembled(self.blueprints[network], network, {id(self): self})
         return copy.deepcopy(network, {id(self): self})
 
     @abc.abstractmethod

@@ -23,6 +23,7 @@ from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank, fingerprint_weights
+from stepdistill.sharding import gathered, is_main
 from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
 from stepdistill.training_cost import TrainingCost
 
@@ -244,7 +245,7 @@ class Run:
             if trainer.accelerator.is_main_process:
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
             cost = trainer.run(first, done)
-            if trainer.accelerator.is_main_process:
+            if trainer.takes_part:
                 self.choose(trainer)
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
@@ -298,11 +299,13 @@ class Run:
             about["selected"] = {**self.selected, "num_samples": self.config.eval.num_samples}
         if self.judge is not None:
             about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
-        network = self.distiller.bank.extract(self.distiller.result_role).cpu()
+        network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
+        if not is_main():  # a process that has only given its share of the weights
+            return folder
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
-            self.distiller.family, network, self.distiller.sampler(), folder,
-            about=about, guidance_scale=scale, lora=self.lora(),
+            self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
+            about=about, guidance_scale=scale, lora=lora,
         )  # fmt: skip
         grids = sorted((self.folder / "samples").glob("step-*.png"))
         if grids:
@@ -314,7 +317,7 @@ class Run:
         bank, family = self.distiller.bank, self.distiller.family
         if not isinstance(bank, AdapterBank) or not family.loads_lora or family.inputs != Inputs():
             return None
-        state = bank.lora_state(self.distiller.result_role)
+        state = gathered(bank.lora_state(self.distiller.result_role), keep=is_main())
         return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
 
 

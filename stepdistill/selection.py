@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepdistill.sharding import write
+
 DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
 """Metrics by which students are chosen: the lower, the better."""
 FILE = "best.safetensors"
@@ -61,7 +63,7 @@ class BestStudent:
         """Write what is kept into ``weights``."""
         kept = load_file(self.path)
         for name, tensor in weights.items():
-            tensor.copy_(kept[name])
+            write(tensor, kept[name])
 
     def forget(self) -> None:
         """Remove what another run left in the folder."""

@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepdistill import sharding
 from stepdistill.cache import CacheData
 from stepdistill.checkpoint import (
     Checkpoint,
@@ -124,7 +125,8 @@ class Trainer:
         identity: what must not change between a run and its resumption, flat ``{"section.key": value}``.
         defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
         num_workers: processes that decode images.
-        on_stage_end: called on the main process with the stage and the run's cost up to its end, for exports.
+        on_stage_end: called on the main process, and on all where networks are sharded, with the stage and the run's
+            cost up to its end, for exports.
         measure: called on the main process every ``measure_every`` steps; what it returns is logged.
         measure_every: 0 is never.
     """
@@ -146,6 +148,13 @@ class Trainer:
     ) -> None:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
+        if config.gradient_checkpointing:
+            enable_checkpointing(distiller.bank)
+        self.sharded = sharding.is_wanted(self.accelerator)
+        if self.sharded:
+            sharding.shard_bank(distiller, self.accelerator)
+        self.takes_part = self.sharded or self.accelerator.is_main_process
+        """Whether this process samples and exports with the main one: it must, where each has a share of a network."""
         self.distiller = distiller.to(self.device)
         distiller.family.to(self.device)
         self.dataset = dataset
@@ -167,10 +176,9 @@ class Trainer:
         self.guard = FiniteGuard(self.device)
         self.divergence = DivergenceGuard()
         self.best = BestStudent(self.folder)
-        if config.gradient_checkpointing:
-            enable_checkpointing(distiller.bank)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
-        self.wrapped = self.accelerator.prepare(distiller) if self.accelerator.num_processes > 1 else distiller
+        several = self.accelerator.num_processes > 1 and not self.sharded
+        self.wrapped = self.accelerator.prepare(distiller) if several else distiller
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -228,14 +236,17 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             last = micro == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
                     losses = self.wrapped(turn.name, batch, self._draws(turn, micro, batch.size))
                 self.accelerator.backward(sum(losses.terms.values()) / len(batches))
             for name, value in {**losses.terms, **losses.metrics}.items():
                 key = f"{turn.name}/{name}"
                 logs[key] = logs.get(key, 0) + value.detach() / len(batches)
-        logs[f"{turn.name}/grad_norm"] = torch.nn.utils.clip_grad_norm_(turn.params, optim.clip)
+        if self.sharded:
+            sharding.agree(turn.params)
+        clip = sharding.clip_gradients if self.sharded else torch.nn.utils.clip_grad_norm_
+        logs[f"{turn.name}/grad_norm"] = clip(turn.params, optim.clip)
         flag = self.guard.check(self.step, turn.name, {k: v for k, v in logs.items() if v.ndim == 0})
         optimizer.found_inf = flag  # type: ignore[attr-defined]  # a fused optimiser skips its step while it is 1
         for group in optimizer.param_groups:
@@ -262,7 +273,7 @@ class Trainer:
     def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
         optim = self.optim[turn.name]
         return torch.optim.AdamW(
-            turn.params,
+            [{"params": group} for group in sharding.by_kind(turn.params)],
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
@@ -324,23 +335,26 @@ class Trainer:
             file.write(json.dumps(row) + "\n")
 
     def _measure(self, stage: Stage) -> None:
-        values = self.measure() if self.accelerator.is_main_process else {}
+        main = self.accelerator.is_main_process
+        values = self.measure() if self.takes_part else {}
         self._write_row(stage, {f"eval/{name}": value for name, value in values.items()})
-        if self.accelerator.is_main_process:
-            self.best.offer(stage.name, self.step, values, self.result_weights())
+        weights = sharding.gathered(self.result_weights(), keep=main)
+        if main:
+            self.best.offer(stage.name, self.step, values, weights)
         self.accelerator.wait_for_everyone()
 
     def _sample(self, count: int = 32) -> None:
         """A grid of the result role's samples: fixed noise, fixed conditions."""
-        if not self.accelerator.is_main_process:
+        if not self.takes_part:
             return
         with self.accelerator.autocast():
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
-        save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
+        if self.accelerator.is_main_process:
+            save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
 
     def _end_stage(self, stage: Stage) -> None:
         cost = self.total_cost()
-        if self.on_stage_end is not None and self.accelerator.is_main_process:
+        if self.on_stage_end is not None and self.takes_part:
             self.on_stage_end(stage, cost)
         self.accelerator.wait_for_everyone()
 
@@ -388,10 +402,11 @@ class Trainer:
         return self.distiller.bank.state(self.distiller.result_role)
 
     def _save(self, stage: Stage, done: int, index: int) -> None:
-        cost = dataclasses.asdict(self.total_cost())
-        if self.accelerator.is_main_process:
-            groups = {"weights": self._weights()}
-            groups |= {f"optimizer-{name}": optimizer_tensors(opt) for name, opt in self.optimizers.items()}
+        cost, main = dataclasses.asdict(self.total_cost()), self.accelerator.is_main_process
+        groups = {"weights": self._weights()}
+        groups |= {f"optimizer-{name}": optimizer_tensors(opt) for name, opt in self.optimizers.items()}
+        groups = {name: sharding.gathered(tensors, keep=main) for name, tensors in groups.items()}
+        if main:
             state = {"stage": index, "stage_name": stage.name, "done": done, "cost": cost, "config": self.identity}
             save_checkpoint(
                 self.folder, self.step, groups, state, keep=self.config.keep, spare=self.divergence.good_until
@@ -435,7 +450,7 @@ class Trainer:
         if missing := sorted(set(targets) ^ set(tensors)):
             raise ValueError(f"checkpoint: its tensors are not this run's; first difference: {missing[0]!r}")
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            sharding.write(target, tensors[name])
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
         before, now = {**self.defaults, **checkpoint.state["config"]}, json.loads(json.dumps(self.identity))

@@ -28,9 +28,8 @@ from stepdistill.methods import method_names
 from stepdistill.randomness import Draws
 from stepdistill.trainer import OptimConfig
 
-every_method = pytest.mark.parametrize(
-    ("method", "bank"), [(method, bank) for method in method_names() for bank in BANKS]
-)
+EVERY = [(method, bank) for method in method_names() for bank in BANKS]
+every_method = pytest.mark.parametrize(("method", "bank"), EVERY)
 TESTS = Path(__file__).parents[1]
 
 
@@ -155,29 +154,56 @@ def test_the_exported_pipeline_samples_like_the_trainer(straight, method, bank):
 # --------------------------------------------------------------------------------------------- two processes
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Every method and bank trained by two gloo processes, in one launch; the folder of the runs."""
-    folder = tmp_path_factory.mktemp("two")
+def two_gloo_processes(folder, cases, **environment):
+    """Train every (method, bank) of ``cases`` by two processes, in one launch; returns the folder of the runs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "-m", "contracts.two_processes", str(folder)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
+        [*command, "-m", "contracts.two_processes", str(folder), *("-".join(case) for case in cases)],
+        env=os.environ | fixed | environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return two_gloo_processes(tmp_path_factory.mktemp("two"), EVERY)
+
+
 @every_method
 def test_two_processes_train_to_the_weights_of_one(straight, two_processes, method, bank):
     run, _ = straight(method, bank)  # two micro-batches, as large a batch as the two processes have
-    one = load_file(run.folder / f"checkpoint-{STEPS}/weights.safetensors")
-    two = load_file(two_processes / f"{method}-{bank}/run/checkpoint-{STEPS}/weights.safetensors")
-    assert one.keys() == two.keys()
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
-    costs = [
-        read_contract(folder / "pipeline")["training"]
-        for folder in (run.folder, two_processes / f"{method}-{bank}/run")
-    ]
+    check_same_training(run.folder, two_processes / f"{method}-{bank}/run")
+
+
+def check_same_training(one, two):
+    for file in (f"checkpoint-{STEPS}/weights.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors"):
+        expected, found = load_file(one / file), load_file(two / file)
+        assert expected.keys() == found.keys()
+        assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
+    costs = [read_contract(folder / "pipeline")["training"] for folder in (one, two)]
     assert all(costs[0][name] == costs[1][name] > 0 for name in ("steps", "images", "teacher_forwards"))
+
+
+SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARDED = [("progressive", "adapter"), ("dmd2", "copy")]
+"""A resumed stop and two stages on one network; features, and a head and a network in one optimiser, on several."""
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return two_gloo_processes(tmp_path_factory.mktemp("sharded"), SHARDED, **SHARDING)
+
+
+@pytest.mark.parametrize(("method", "bank"), SHARDED)
+def test_two_processes_that_share_every_network_train_to_the_weights_of_one(straight, sharded, method, bank):
+    run, _ = straight(method, bank)
+    check_same_training(run.folder, sharded / f"{method}-{bank}/run")
+
+
+@pytest.mark.product
+def test_every_method_trains_sharded(straight, tmp_path):
+    two_gloo_processes(tmp_path, EVERY, **SHARDING)
+    for method, bank in EVERY:
+        check_same_training(straight(method, bank)[0].folder, tmp_path / f"{method}-{bank}/run")

@@ -1,28 +1,25 @@
-"""Run by torchrun: every method and bank for a few steps; and a stop that only the second process was asked for."""
+"""Run by torchrun: methods and banks for a few steps; and a stop that only the second process was asked for."""
 
 import sys
 from pathlib import Path
 
-from contracts.cases import BANKS, make_run, stopping_after
-
-from stepdistill.methods import method_names
+from contracts.cases import make_run, stopping_after
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     import torch
     from accelerate import PartialState
 
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
-    for method in method_names():
-        for bank in BANKS:
-            home = folder / f"{method}-{bank}"
-            with state.main_process_first():  # who comes first writes teacher and data
-                run = make_run(home, method, bank, ema=0.9)
-            if method == method_names()[0]:
-                stop_on_one(run, state.process_index)
-                run = make_run(home, method, bank, ema=0.9)
-            run.train()
+    for case in cases:
+        method, bank = case.split("-")
+        with state.main_process_first():  # who comes first writes teacher and data
+            run = make_run(folder / case, method, bank, ema=0.9)
+        if case == cases[0]:
+            stop_on_one(run, state.process_index)
+            run = make_run(folder / case, method, bank, ema=0.9)
+        run.train()
 
 
 def stop_on_one(run, rank: int) -> None:
@@ -37,4 +34,4 @@ def stop_on_one(run, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
