@@ -22,6 +22,8 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from stepdistill.pipelines.condition_embedding import ConditionEmbedding
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -66,13 +68,19 @@ def shard_bank(distiller: Distiller, accelerator: Accelerator) -> None:
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a network in place: the members of its lists of blocks one by one, and what is left as a whole."""
+    """Shard a network in place: the members of its lists of blocks one by one, and what is left as a whole.
+
+    What embeds further inputs is called beside the network, and so stays whole.
+    """
     from torch.distributed.fsdp import fully_shard
 
     for child in network.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)  # or weights read after sampling were no shares
+    beside = [module for module in network.modules() if isinstance(module, ConditionEmbedding)]
+    kept = {parameter for module in beside for parameter in module.parameters()}
+    # at once after a forward, or weights that are read after sampling would be no shares
+    fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
 def blueprint(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
