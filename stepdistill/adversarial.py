@@ -47,14 +47,14 @@ def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor)
     return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
 
 
-def check_first_step(family: Family) -> None:
-    """Raise ``ValueError`` for a noise-predicting teacher that cannot tell the clean image in pure noise."""
-    alpha_1, _ = family.schedule(torch.ones(1))
+def check_first_step(family: Family, t: float = 1.0) -> None:
+    """Raise ``ValueError`` for a noise-predicting teacher that cannot tell the clean image in pure noise, at ``t``."""
+    alpha_1, _ = family.schedule(torch.tensor([t]))
     if family.prediction_type == "epsilon" and isinstance(family.schedule, DiscreteVP) and alpha_1.item() < MIN_ALPHA:
         raise ValueError(
             f"scheduler.prediction_type: 'epsilon' with alpha_T = {alpha_1.item():.2g} makes the clean image at pure "
             f"noise a division by almost zero; wanted alpha_T of at least {MIN_ALPHA}, or a 'v_prediction' or 'sample' "
-            "teacher (progressive distillation makes one of yours)"
+            "teacher (progressive distillation makes one of yours), or of dmd2 a call below pure noise (first: 0.4)"
         )
 
 

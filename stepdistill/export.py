@@ -27,6 +27,8 @@ from stepdistill.schedule import RectifiedFlow
 
 CONTRACT = "stepdistill.json"
 CUSTOM_FILE = "pipeline.py"
+GRIDS = ("sigmas", "timesteps")
+"""Arguments of a call that name its grid."""
 
 
 def export_pipeline(
@@ -182,8 +184,8 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original.__call__).bind_partial(self, *args, **kwargs).arguments
         own = {name: value for name, value in defaults.items() if name not in bound}
-        if bound.get("num_inference_steps", len(own.get("sigmas", ()))) != len(own.get("sigmas", ())):
-            own.pop("sigmas", None)  # another number of steps has another grid
+        if bound.get("num_inference_steps", defaults.get("num_inference_steps")) != defaults.get("num_inference_steps"):
+            own = {name: value for name, value in own.items() if name not in GRIDS}  # of another number of steps
         return original.__call__(self, *args, **(own | kwargs))
 
     # a call looks its method up on the class; the name stays, since save_pretrained writes it

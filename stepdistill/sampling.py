@@ -108,7 +108,18 @@ class DDIM(Sampler):
 
 
 class Renoise(Sampler):
-    """Predict the clean image, then noise it afresh: multistep consistency sampling, and DMD2's and ADD's."""
+    """Predict the clean image, then noise it afresh: multistep consistency sampling, and DMD2's and ADD's.
+
+    A discrete grid may begin below pure noise, at whole timesteps: no scheduler would by itself, so calls name them.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
+        super().__init__(schedule, times)
+        if isinstance(schedule, DiscreteVP) and self.times[0] < 1:
+            timesteps = schedule.timestep(self.times[:-1])
+            if (timesteps - timesteps.round()).abs().max() > 1e-6:
+                raise ValueError(f"sampler times must be whole timesteps; found the timesteps {timesteps.tolist()}")
+            self.call_options = {"timesteps": timesteps.round().long().tolist()}
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t
@@ -126,9 +137,10 @@ class Renoise(Sampler):
             raise ValueError(f"no stock scheduler re-noises an EDM student at these {self.steps} times; wanted 1 step")
         if isinstance(self.schedule, RectifiedFlow):
             return flow_scheduler(FlowMatchEulerDiscreteScheduler, self.schedule, stochastic_sampling=True)
+        assert isinstance(self.schedule, DiscreteVP)
         return LCMScheduler.from_config(
             noise_process(teacher),
-            original_inference_steps=origin_steps(self),
+            original_inference_steps=origin_steps(self) if self.times[0] == 1 else self.schedule.num_timesteps,
             timestep_scaling=1e4,  # c_skip < 1e-8 on every timestep but 0: the network's x_0 itself
             set_alpha_to_one=True,
             clip_sample=False,

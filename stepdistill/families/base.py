@@ -148,6 +148,8 @@ class Family(abc.ABC):
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
         sampler.scheduler(self.scheduler_config)
+        if "timesteps" in sampler.call_options:
+            raise ValueError("method.first: no pipeline of this teacher's is asked for timesteps; wanted first: 1")
 
     def use_captions(self, captions: Sequence[str]) -> None:
         """Take note of the training's captions: examples come from them, and those that are too long are counted."""

@@ -110,7 +110,8 @@ class Latent(Family):
 
     def check_sampler(self, sampler: Sampler) -> None:
         step, call = sampler.scheduler(self.scheduler_config).step, type(self.pipe).__call__
-        needed = {name for name in sampler.call_options if name in inspect.signature(step).parameters}
+        taken = {*inspect.signature(step).parameters, "timesteps"}
+        needed = {name for name in sampler.call_options if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
                 f"method: a call of {type(self.pipe).__name__} passes no {', '.join(missing)} on to its scheduler, "

@@ -42,6 +42,7 @@ from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, mat
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Renoise, Sampler, bind, rollout
+from stepdistill.schedule import NoiseSchedule
 from stepdistill.trajectory import check_guidance, lead
 
 
@@ -67,12 +68,16 @@ class DMD2(Distiller):
         """What the critic's word counts for in the student's loss; 0, and there is no critic."""
         critic_weight: float = 1e-2
         """What the critic's loss counts for beside the fake score's."""
+        first: float = 1.0
+        """Time of the first call, which is shown pure noise all the same; 0.4 for one step of SDXL (timestep 399)."""
 
         def __post_init__(self) -> None:
             if min(self.steps, self.every) < 1:
                 raise ValueError(f"wanted steps, every >= 1; found {self.steps}, {self.every}")
             if self.turns == "alternate" and self.every == 1:
                 raise ValueError("turns: 'alternate' with every: 1 leaves the fake score no step; wanted every >= 2")
+            if not 0 < self.first <= 1:
+                raise ValueError(f"first: found {self.first}, wanted 0 < first <= 1")
             if not (self.gan_weight >= 0 and self.critic_weight > 0):
                 raise ValueError(
                     f"wanted gan_weight >= 0, critic_weight > 0; found {self.gan_weight}, {self.critic_weight}"
@@ -80,9 +85,9 @@ class DMD2(Distiller):
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
-        check_first_step(family)
+        check_first_step(family, config.first)
         check_guidance(config.guidance_scale, family)
-        Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+        family.check_sampler(make_sampler(family.schedule, config))
 
     def build(self) -> Sequence[Turn]:
         self.bank.fork("fake")
@@ -106,7 +111,7 @@ class DMD2(Distiller):
         return self.config.turns == "both" or not self.student_moves(step)
 
     def sampler(self) -> Sampler:
-        return Renoise(self.schedule, self.schedule.grid(self.config.steps))
+        return make_sampler(self.schedule, self.config)
 
     # ------------------------------------------------------------------------------------------------- student
 
@@ -163,3 +168,9 @@ class DMD2(Distiller):
         x_t = self.schedule.add_noise(torch.cat(list(images)), noise, t)
         feature = self.bottleneck(x_t, t, {name: torch.cat([c] * len(images)) for name, c in cond.items()})[-1]
         return [[part] for part in self.head(feature).chunk(len(images))]
+
+
+def make_sampler(schedule: NoiseSchedule, config: Any) -> Sampler:
+    """Re-noising on the schedule's grid, its first time moved to ``config.first``."""
+    times = schedule.grid(config.steps)
+    return Renoise(schedule, torch.cat([torch.tensor([config.first], dtype=times.dtype), times[1:]]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts.cases import BANKS, case, pipeline_images, reference_images, refusal, save_teacher, sections
+from contracts.cases import BANKS, PIXELS, case, pipeline_images, reference_images, refusal, save_teacher, sections
 from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
@@ -86,6 +86,22 @@ def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
     run = train(tmp_path, "sd", "dmd", "adapter", data={"name": "prompts", "path": str(tmp_path / "prompts.txt")})
     assert run.dataset.captions == ["a cat", "ein Hündchen"] and len(run.family.prompts) == 2
     check_export(run)
+
+
+def test_a_student_may_begin_below_pure_noise(tmp_path):
+    run = train(tmp_path, "pixart", "dmd2", "adapter", options={"steps": 1, "first": 0.4})
+    check_export(run)
+    call = load_pipeline(run.folder / "pipeline").contract_call
+    assert call["timesteps"] == [399] and call["num_inference_steps"] == 1
+
+
+@pytest.mark.parametrize("make", [DiT.tiny, PIXELS["pixel-epsilon"]])
+def test_it_may_not_where_no_pipeline_is_asked_for_timesteps(make):
+    method = find_method("dmd2")
+    with pytest.raises(ValueError, match="timesteps"):
+        method.check(method.Config(steps=1, first=0.4), make())
+    with pytest.raises(ValueError, match="whole timesteps"):
+        method.check(method.Config(steps=1, first=0.4004), make())
 
 
 @pytest.mark.product
