@@ -14,7 +14,9 @@ from diffusers import DDIMScheduler, UNet2DModel
 from stepdistill import load_pipeline
 from stepdistill.denoiser import Denoiser
 from stepdistill.export import export_pipeline, read_contract
+from stepdistill.families.latent import EXAMPLE_PROMPTS
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.networks import CopyBank
 from stepdistill.sampling import DDIM, Renoise, bind, sample
 
@@ -34,12 +36,11 @@ from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     contract = json.loads((folder / "stepdistill.json").read_text())
-    stock = contract["pipeline"] in ("DDIMPipeline", "DDPMPipeline")
-    trust = {} if stock else {"trust_remote_code": True}
+    trust = {"trust_remote_code": True} if contract["own_code"] else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **trust)
     pipeline.set_progress_bar_config(disable=True)
-    classes = contract["num_classes"]
-    who = {"class_labels": [i % classes for i in range(3)]} if classes else {"batch_size": 3}
+    asked = {"class_labels": [0, 1, 2], "none": 3, "prompt": json.loads(sys.argv[2])}[contract["conditioning"]]
+    who = {"batch_size" if contract["conditioning"] == "none" else contract["conditioning"]: asked}
     generator = torch.Generator().manual_seed(3)
     np.save(folder / "images.npy", pipeline(**who, **contract["call"], generator=generator, output_type="np").images)
 assert "stepdistill" not in sys.modules
@@ -67,6 +68,7 @@ TEACHERS = {
     "28x28x1": lambda: Pixel.tiny(size=28, num_classes=None),
     "20x20x4": lambda: Pixel.tiny(size=20, channels=4),
     "7x5x1": lambda: uneven(7, 5),
+    "sd": SD.tiny,
 }
 SAMPLERS = {"ddim-1": (DDIM, 1), "ddim-4": (DDIM, 4), "renoise-1": (Renoise, 1), "renoise-4": (Renoise, 4)}
 
@@ -98,7 +100,7 @@ def exports(tmp_path_factory):
             export_pipeline(family, family.network, make_sampler(family, how), folder / f"{name}_{how}", about={})
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_STEPDISTILL, str(folder)],
+        [sys.executable, "-c", WITHOUT_STEPDISTILL, str(folder), json.dumps(EXAMPLE_PROMPTS[:3])],
         env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -115,9 +117,9 @@ def test_stock_diffusers_makes_the_images_of_our_sampler(exports, teacher, how):
     assert (found - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("teacher", ["unconditional", "zero-snr-unconditional", "28x28x1", "7x5x1"])
+@pytest.mark.parametrize("teacher", ["unconditional", "zero-snr-unconditional", "28x28x1", "7x5x1", "sd"])
 @pytest.mark.parametrize("how", SAMPLERS)
-def test_an_unconditional_vp_student_brings_no_code(exports, teacher, how):
+def test_what_a_stock_pipeline_can_sample_brings_no_code(exports, teacher, how):
     folder = exports / f"{teacher}_{how}"
     assert not list(folder.rglob("*.py"))
     assert isinstance(json.loads((folder / "model_index.json").read_text())["_class_name"], str)
