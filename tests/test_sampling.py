@@ -78,8 +78,18 @@ def test_edm_sampler_equals_its_diffusers_twin(steps):
     assert_twins(sampler, sampler.scheduler({}), "edm", num_inference_steps=steps)
 
 
-@pytest.mark.parametrize("rule", [DDIM, Renoise])
-@pytest.mark.parametrize("times", [[1.0, 0.7, 0.0], [0.9, 0.0], None])
+@pytest.mark.parametrize("times", [[0.4, 0.0], [0.9, 0.5, 0.25, 0.0]])
+def test_renoising_from_below_pure_noise_equals_its_twin_at_named_timesteps(times):
+    schedule = SCHEDULES["linear"]
+    sampler = Renoise(schedule, torch.tensor(times, dtype=torch.float64))
+    assert sampler.call_options == {"timesteps": [round(1000 * t) - 1 for t in times[:-1]]}
+    scheduler = sampler.scheduler({**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
+    assert_twins(sampler, scheduler, "v_prediction", **sampler.call_options)
+
+
+@pytest.mark.parametrize(
+    ("rule", "times"), [(DDIM, [1.0, 0.7, 0.0]), (Renoise, [1.0, 0.7, 0.0]), (DDIM, [0.9, 0.0]), (DDIM, None)]
+)
 def test_a_grid_that_no_stock_scheduler_samples_is_refused(rule, times):
     schedule = SCHEDULES["linear"]
     grid = schedule.grid(16) if times is None else torch.tensor(times)
