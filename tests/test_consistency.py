@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from contracts.cases import make_run
-from diffusers import CMStochasticIterativeScheduler
+from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 from oracles import (
     SCHEDULES,
     Gaussian,
+    PointNet,
     native_types,
     teacher_denoiser,
     three_clusters,
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from training import NEARER, NEARER_FROM_DATA, Known, batch_of, landing, loss_of, make, put, train
 
 from stepdistill.config import read_config
-from stepdistill.denoiser import Denoiser, end_point, to_prediction
+from stepdistill.denoiser import Denoiser, Prediction, end_point, to_prediction
 from stepdistill.export import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.cd import CD
@@ -78,6 +79,14 @@ def test_the_gaussian_oracles_optimum_is_the_closed_form(name):
     assert torch.allclose(x, oracle.solve(start, at(grid[0], 5), at(grid[-1], 5)), atol=0.05)
 
 
+@pytest.mark.parametrize("timestep", [19, 499, 999])
+def test_lcms_own_boundary_scalings_change_next_to_nothing(timestep):
+    """They are the identity at timestep 0 alone: elsewhere the student's clean image is the function, as it is here."""
+    c_skip, c_out = LCMScheduler().get_scalings_for_boundary_condition_discrete(timestep)
+    assert c_skip < 1e-5 and abs(c_out - 1) < 1e-5
+    assert LCMScheduler().get_scalings_for_boundary_condition_discrete(0) == (1, 0)
+
+
 # ------------------------------------------------------------------------------------------ solver and grids
 
 
@@ -129,6 +138,50 @@ def test_ect_neighbours_start_at_clean_data_and_close_in():
     assert (stages >= 0).all() and (stages < sigma).all() and (stages.diff(dim=0) >= 0).all()
     assert (stages[0][sigma < 2] == 0).all()
     assert stages[7][-1].item() == pytest.approx(0.996 * sigma[-1].item(), rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- pairs made from the data
+
+
+def test_a_pair_on_one_image_and_noise_is_an_euler_step_of_the_image_as_teacher():
+    """x_t + (s - t) (x_t - x_0) / t = x_0 + s z: CT's neighbour needs no network."""
+    schedule = SCHEDULES["karras"]
+    x0, z = torch.randn(2, 6, 2, 1, 1, dtype=torch.float64)
+    t, s = edges(schedule, 12)[:6], edges(schedule, 12)[1:7]
+    (_, sigma_t), (_, sigma_s) = ([c[:, None, None, None] for c in schedule(time)] for time in (t, s))
+    x_t = schedule.add_noise(x0, z, t)
+    stepped = solver_step(lambda x, time: Prediction(x0, (x - x0) / sigma_t), x_t, t, s, schedule)
+    torch.testing.assert_close(stepped, x_t + (sigma_s - sigma_t) * (x_t - x0) / sigma_t)
+    torch.testing.assert_close(stepped, schedule.add_noise(x0, z, s))
+
+
+def fixed_pairs(method, **options):
+    """A distiller of EDM points, what it trains on (x_t, sigma, r, batch) at draws of seed 3, and its loss there."""
+    oracle = three_clusters(SCHEDULES["karras"], "edm")
+    distiller = make(method, PointNet(oracle.schedule, oracle).double(), oracle, **options)
+    distiller.done = 5
+    called, original = [], distiller.schedule.add_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distiller.schedule, "add_noise", lambda *args: called.append(args) or original(*args))
+        batch = batch_of(oracle, 32)
+        loss = loss_of(distiller, batch, seed=3)
+    (_, noise, t), (_, _, s) = called
+    return distiller, batch.x0, noise, t, s, loss
+
+
+@pytest.mark.parametrize("method", [ICT, ECT])
+def test_an_error_counts_by_how_close_the_noise_levels_are(method):
+    """sqrt(||f(x_t) - f(x_r)||^2 + c^2) - c over sigma - r, c = 0.00054 sqrt(D); with r = 0 the image is the target."""
+    distiller, x0, noise, t, s, loss = fixed_pairs(method)
+    schedule, (_, sigma), (_, r) = distiller.schedule, distiller.schedule(t), distiller.schedule(s)
+    see = consistency if method is ICT else lambda denoiser, x, time, cond: denoiser(x, time, cond).x0
+    found, target = (see(distiller.student, schedule.add_noise(x0, noise, time), time, {}) for time in (t, s))
+    clean = (r == 0)[:, None, None, None]
+    assert method is ICT or (clean.any() and not clean.all())
+    target = torch.where(clean, x0, target)
+    c = 0.00054 * math.sqrt(2)
+    error = ((found - target).square().flatten(1).sum(1) + c**2).sqrt() - c
+    assert loss.item() == pytest.approx((error / (sigma - r)).mean().item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- the optimum
@@ -224,6 +277,19 @@ def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(steps):
 
 def teacher_of(family):
     return Denoiser(family, CopyBank(family.network), "teacher")
+
+
+def test_two_calls_are_at_the_papers_noise_levels():
+    """Index 22 of 40 is ImageNet-64's; every other point of a grid of ours is diffusers' own point of that grid."""
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40)
+    scheduler.set_timesteps(timesteps=[22, 0])
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([80.0, 1.382, 0.002]), atol=1e-3, rtol=0)
+    assert Karras().grid(40)[22].pow(7).item() * 80 == pytest.approx(1.382, abs=1e-3)
+    sampler = ConsistencyKarras(Karras(noise_scale=1000.0), 2, points=40)
+    own = sampler.scheduler({})
+    own.set_timesteps(2)
+    levels = sampler.schedule(sampler.times)[1]
+    torch.testing.assert_close(own.sigmas[:-1].double(), levels[:-1], rtol=1e-4, atol=0)
 
 
 def test_one_consistency_step_is_the_consistency_function():

@@ -121,6 +121,53 @@ def test_the_derivative_of_a_denoiser_equals_central_differences(name, kind):
         torch.testing.assert_close(found, (above - below) / (2 * h), atol=1e-5, rtol=1e-4)
 
 
+@every_kind
+def test_trained_on_data_the_path_is_the_circle_through_that_image_and_that_noise(name, kind):
+    """sCT: the tangent is cos times the derivative of f along cos(theta) x_0 + sin(theta) z."""
+    distiller, theta, t, _, _ = scene(name, kind, path="data")
+    x0, eps = torch.randn(2, 5, 2, 1, 1, dtype=torch.float64)
+    student, h = Trigflow(distiller, distiller.student), 1e-5
+
+    def end(theta):
+        return student.end(wide(theta.cos()) * x0 + wide(theta.sin()) * distiller.sigma_data * eps, theta)
+
+    data = Prediction(x0, eps)
+    x_t = distiller.schedule.add_noise(x0, eps, t)
+    found = distiller.tangent(x_t, distiller.point(t, x_t), distiller.path(x_t, t, data, {}), {})
+    torch.testing.assert_close(
+        found, wide(theta.cos()) * (end(theta + h) - end(theta - h)) / (2 * h), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its_time():
+    """Steps 5 and 6: of e^w / D ||F - F^- - g||^2 - w, with g of norm sqrt(D) ||g|| / (||g|| + 0.1), here at D = 2."""
+    distiller, _, _, _, _ = scene("trig", "trigflow")
+    distiller.time_weight.double().linear.bias.data.fill_(0.7)
+    batch, seen, given = batch_of(three_clusters(SCHEDULES["trig"], "trigflow"), 16), [], {}
+    velocity, tangent = distiller.velocity, distiller.tangent
+
+    def watch(prediction, point):
+        seen.append(velocity(prediction, point).requires_grad_())
+        return seen[-1]
+
+    distiller.tangent = lambda *args: given.setdefault("g", tangent(*args))
+    distiller.velocity = watch
+    losses = distiller("student", batch, Draws(0, 16)).terms["loss"]
+    (gradient,) = torch.autograd.grad(losses, seen[-1])
+    g = given["g"] * math.sqrt(2) / (given["g"].flatten(1).norm(dim=1)[:, None, None, None] + 0.1)
+    torch.testing.assert_close(gradient, -2 * math.exp(0.7) / 2 * g / 16, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow", "karras", "trig"])
+def test_noise_levels_are_log_normal_in_the_angle(name):
+    """theta = atan(e^tau / sigma_d) with tau ~ N(P_mean, P_std^2)."""
+    oracle = three_clusters(SCHEDULES[name], dict(KINDS)[name])
+    distiller = make(Scm, oracle, oracle, log_sigma_mean=-0.8, log_sigma_std=0.5)
+    point = distiller.draw_point(Draws(0, 20_000), torch.zeros(20_000, 2, 1, 1, dtype=torch.float64))
+    tau = (distiller.sigma_data * point.sin / point.cos).log()
+    assert tau.mean().item() == pytest.approx(-0.8, abs=0.02) and tau.std().item() == pytest.approx(0.5, abs=0.02)
+
+
 # --------------------------------------------------------------------------------------------- the optimum
 
 
@@ -191,22 +238,28 @@ def test_the_weight_balances_the_error_of_its_time():
 # --------------------------------------------------------------------------------------------- the student
 
 
-@pytest.mark.open_issue
+def student_of(oracle, train_steps, **options):
+    """What a network cannot resolve between the clusters is carried to all higher noise: hence one with waves."""
+    network = PointNet(oracle.schedule, oracle, waves=32)
+    return train(Scm, oracle, train_steps, network=network, lr=2e-3, warmup=150, sigma_data=1.0, log_sigma_mean=-0.3,
+                 **options)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "kind", "options", "train_steps"),
+    ("name", "kind", "calls", "train_steps", "options"),
     [
-        ("cosine", "v_prediction", {"tangent": "difference"}, 800),
-        ("cosine", "v_prediction", {"tangent": "difference", "path": "data"}, 800),
-        ("flow", "flow", {}, 500),
+        ("flow", "flow", (1, 2), 1200, {}),
+        ("cosine", "v_prediction", (1, 2, 4), 2400, {"tangent": "difference", "path": "data"}),
+        pytest.param("flow", "flow", (4,), 1200, {}, marks=pytest.mark.open_issue),
     ],
 )
-def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(name, kind, options, train_steps):
+def test_one_student_of_a_mixture_lands_on_it_in_few_calls(name, kind, calls, train_steps, options):
+    """Distilled students put 1 or 2 % too many points into a cluster, which alone is half the bound at 4 calls."""
     oracle = three_clusters(SCHEDULES[name], kind)
-    options |= {"warmup": 150, "sigma_data": 1.0, "log_sigma_mean": 0.0, "log_sigma_std": 1.6}
-    distiller = train(Scm, oracle, train_steps, lr=3e-3, **options)
-    for calls, part in NEARER.items():
-        student, teacher = landing(distiller, oracle, calls)
-        assert student < part * teacher, (calls, student, teacher)
+    distiller = student_of(oracle, train_steps, **options)
+    for n in calls:
+        student, teacher = landing(distiller, oracle, n)
+        assert student < NEARER[n] * teacher, (n, student, teacher)
 
 
 BATCH = Batch(torch.randn(4, 1, 8, 8), {"class_labels": torch.tensor([0, 1, 2, 0])}, 4)

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, TCDScheduler
-from oracles import SCHEDULES, VP_PROCESSES, Gaussian, teacher_denoiser, three_clusters
+from oracles import SCHEDULES, VP_PROCESSES, Gaussian, OracleFamily, teacher_denoiser, three_clusters
 from training import NEARER, batch_of, landing, loss_of, make, train
 
-from stepdistill.denoiser import Denoiser, Prediction
+from stepdistill.denoiser import Denoiser, Prediction, from_x0
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.tcd import TCD, half_way, jump
 from stepdistill.networks import CopyBank
-from stepdistill.sampling import DDIM, Renoise, bind, ode_step, sample
+from stepdistill.sampling import DDIM, Renoise, bind, invert_step, ode_step, sample
 from stepdistill.sampling import TCD as SSS
 from stepdistill.trajectory import skip_grid
 
@@ -209,6 +209,45 @@ def test_one_student_of_the_mixture_lands_on_it_in_two_and_four_calls():
 
 
 # ------------------------------------------------------------------------------------------- two-time students
+
+
+class TwoTimes(OracleFamily):
+    """Networks that are told a second time, in float64."""
+
+    def call(self, network, x_t, t, cond, *, w=None, s=None):
+        return super().call(network, x_t, t, cond) if s is None else network.jump(x_t, t, s)
+
+
+class ProductOfGains(Gaussian):
+    """The two-time student of Gaussian data: its jump is the teacher's DDIM steps in between, in closed form."""
+
+    def __init__(self, *args, grid):
+        super().__init__(*args)
+        self.grid = grid
+
+    def jump(self, x_t, t, s):
+        i, j = ((self.grid - time[:, None]).abs().argmin(1) for time in (t, s))
+        steps = self.gain(self.grid[:-1], self.grid[1:]).log().cumsum(0)
+        total = torch.cat([torch.zeros(1), steps]).double()
+        factor = (total[j] - total[i]).exp()[:, None, None, None]
+        x_s = self.centre(x_t, s) + factor * (x_t - self.centre(x_t, t))
+        here = i == j  # nowhere to go: what is seen does not matter
+        x0 = invert_step(x_t, x_s, t, torch.where(here, torch.zeros_like(s), s), self.schedule)
+        return from_x0(x0, x_t, t, self.schedule, self.prediction_type).nan_to_num()
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_a_student_that_sees_where_it_jumps_can_be_the_teachers_own_steps(name):
+    schedule, kind = SCHEDULES[name], TYPES[name]
+    oracle = Gaussian(TWO, 0.5, schedule, kind)
+    known = ProductOfGains(TWO, 0.5, schedule, kind, grid=schedule.grid(10))
+    family = TwoTimes(known, schedule, kind)
+    distiller = TCD(family, CopyBank(known), TCD.Config(two_time=True, solver_steps=10, distance="l2"))
+    batch = batch_of(oracle, 256)
+    assert loss_of(distiller, batch) < 1e-12
+    known.jump = lambda x_t, t, s: known(x_t, schedule.timestep(t)).sample  # the teacher's one step is not
+    distiller.bank.networks["student"].jump = distiller.bank.networks["target"].jump = known.jump
+    assert loss_of(distiller, batch) > 1e-5
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
