@@ -98,8 +98,10 @@ class DDIM(Sampler):
         if isinstance(self.schedule, Karras):
             if not torch.equal(self.times, self.schedule.grid(self.steps)):
                 raise ValueError(f"no stock scheduler takes these {self.steps} Euler steps: not the grid of Karras")
-            levels = {"sigma_min": self.schedule.sigma_min, "sigma_max": self.schedule.sigma_max}
-            return EDMEulerScheduler(**levels, sigma_data=self.schedule.sigma_data, rho=self.schedule.rho)
+            from stepdistill.pipelines.noise_embedding import ConsistencyEulerScheduler
+
+            rule = EDMEulerScheduler if self.schedule.noise_scale == 1 else ConsistencyEulerScheduler
+            return rule(**edm_process(self.schedule))
         check_trailing_grid(self)
         # without clipping and with a last step to clean data, whatever the teacher's own sampler did
         return DDIMScheduler.from_config(
@@ -174,17 +176,11 @@ class ConsistencyKarras(Sampler):
     def scheduler(self, teacher: Mapping[str, Any]) -> Any:
         from diffusers import CMStochasticIterativeScheduler
 
+        from stepdistill.pipelines.noise_embedding import EDMConsistencyScheduler
+
         del teacher
-        if self.karras.noise_scale != 1000:
-            raise ValueError(
-                "scheduler: CMStochasticIterativeScheduler embeds 250 ln(sigma), but the teacher's network was trained "
-                f"on {self.karras.noise_scale / 4:g} ln(sigma); wanted a teacher with that scheduler's config"
-            )
-        levels = {"sigma_min": self.karras.sigma_min, "sigma_max": self.karras.sigma_max}
-        return CMStochasticIterativeScheduler(
-            num_train_timesteps=self.points, **levels, sigma_data=self.karras.sigma_data, rho=self.karras.rho,
-            clip_denoised=False,
-        )  # fmt: skip
+        rule = EDMConsistencyScheduler if self.karras.noise_scale == 1 else CMStochasticIterativeScheduler
+        return rule(num_train_timesteps=self.points, clip_denoised=False, **edm_process(self.karras))
 
 
 class TCD(Sampler):
@@ -293,6 +289,11 @@ class NoiseCorrected(Sampler):
         return NoiseCorrectedScheduler(
             **noise_process(teacher), timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
+
+
+def edm_process(schedule: Karras) -> dict[str, float]:
+    """What diffusers' EDM schedulers are told of a process."""
+    return {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
 
 
 def check_trailing_grid(sampler: Sampler) -> None:

@@ -1,5 +1,6 @@
 """CD, CT, iCT and ECT: boundary, solver, curricula, optimum, samplers, and a student of a mixture."""
 
+import itertools
 import math
 
 import pytest
@@ -17,9 +18,10 @@ from oracles import (
 from safetensors.torch import load_file
 from training import NEARER, NEARER_FROM_DATA, Known, batch_of, landing, loss_of, make, put, train
 
+from stepdistill import load_pipeline
 from stepdistill.config import read_config
 from stepdistill.denoiser import Denoiser, Prediction, end_point, to_prediction
-from stepdistill.export import read_contract
+from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT, num_points, target_decay
@@ -27,7 +29,7 @@ from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
 from stepdistill.networks import CopyBank
 from stepdistill.run import Run, resolve
-from stepdistill.sampling import ConsistencyKarras, bind, sample
+from stepdistill.sampling import DDIM, ConsistencyKarras, bind, sample
 from stepdistill.schedule import Karras
 from stepdistill.trajectory import consistency, edges, lead, same_dropout, skip_grid, solver_step
 
@@ -251,18 +253,40 @@ def test_the_target_is_an_average_and_gets_no_gradient(method):
 # ----------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(steps):
-    config = {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 20.0}
-    family = Pixel.tiny(scheduler=config)
+EDM = {
+    "EDMEulerScheduler": "EDMConsistencyScheduler",  # a network that embeds ln(sigma) / 4
+    "CMStochasticIterativeScheduler": "CMStochasticIterativeScheduler",  # 250 ln(sigma)
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "steps"),
+    [*itertools.product(EDM, [2]), ("CMStochasticIterativeScheduler", 1), ("EDMEulerScheduler", 4)],
+)
+def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(tmp_path, teacher, steps):
+    family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
     sampler = ConsistencyKarras(family.schedule, steps, points=41)
-    pipeline = family.pipeline(family.network, sampler, 1.0)
-    assert type(pipeline).__name__ == "ConsistencyModelPipeline"
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "cd"})
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    assert type(pipeline).__name__ == "ConsistencyModelPipeline" and type(pipeline.scheduler).__name__ == EDM[teacher]
+    check_samples(pipeline, family, sampler, batch_size=3)
+
+
+@pytest.mark.parametrize("teacher", EDM)
+def test_an_edm_student_of_one_euler_step_keeps_its_teachers_embedding(tmp_path, teacher):
+    family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
+    sampler = DDIM(family.schedule, family.schedule.grid(1))
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "dmd"})
+    check_samples(load_pipeline(tmp_path / "pipeline"), family, sampler)
+
+
+def check_samples(pipeline, family, sampler, **call):
     pipeline.set_progress_bar_config(disable=True)
     cond = family.example_cond(range(3))
+    generator = torch.Generator().manual_seed(1)
     images = pipeline(
-        batch_size=3, class_labels=cond["class_labels"], num_inference_steps=steps, output_type="pt",
-        generator=torch.Generator().manual_seed(1),
+        class_labels=cond["class_labels"], num_inference_steps=sampler.steps, output_type="pt", generator=generator,
+        **call,
     ).images  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     start = family.schedule.initial_noise(torch.randn(3, *family.sample_shape, generator=generator))
@@ -354,12 +378,6 @@ def test_what_cannot_work_is_said_before_the_first_step(method, options, message
 def test_options_out_of_range_are_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
         method.Config(**options)
-
-
-def test_an_edm_teacher_that_no_stock_scheduler_can_call_is_refused():
-    family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler"})
-    with pytest.raises(ValueError, match="embeds 250 ln"):
-        CD.check(CD.Config(), family)
 
 
 # ------------------------------------------------------------------------------------------------- dropout
