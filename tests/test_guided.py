@@ -20,7 +20,7 @@ from stepdistill.methods.progressive import Progressive
 from stepdistill.networks import CopyBank
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.run import resolve
-from stepdistill.sampling import DDIM, DoubleStep, bind, invert_step, noise_up, ode_step, sample
+from stepdistill.sampling import DoubleStep, bind, invert_step, noise_up, ode_step, sample
 from stepdistill.schedule import expand
 
 COSINE = SCHEDULES["cosine"]
@@ -283,24 +283,38 @@ def train_all(oracle, steps, budget, seed=0, lr=1e-2, **options):
     return distiller
 
 
+def walk(denoise, sampler, x, substeps):
+    """``sampler``'s own rule with each of its jumps walked in ``substeps`` DDIM steps."""
+    for t, s in itertools.pairwise(sampler.times):
+        end = sampler.landing(s[None])[0] if isinstance(sampler, DoubleStep) else s
+        for now, then in itertools.pairwise(torch.linspace(t.item(), end.item(), substeps + 1, dtype=torch.float64)):
+            x = ode_step(denoise(x, now.expand(len(x))), COSINE, then.expand(len(x)))
+        x = noise_up(x, end.expand(len(x)), s.expand(len(x)), COSINE, torch.randn_like) if end < s else x
+    return x
+
+
 @torch.no_grad()
-def from_the_guided_teacher(student, w, calls=4, size=6000):
-    """Sliced Wasserstein, of the worst class, to the guided teacher's 100 steps: of the student in ``calls`` calls, and
-    of the teacher in as many steps, which are twice the calls."""
+def from_the_guided_teacher(student, w, size=6000):
+    """Sliced Wasserstein, of the worst class, to the guided teacher under the student's sampler, every jump exact: of
+    the student, and of the teacher that makes a jump in one step.
+
+    A guided path has not the marginals of any noise process, so noising up moves it: at w = 2 the stochastic sampler
+    with exact jumps is farther from the deterministic one than the teacher's four steps are. Each has its own limit.
+    """
     labels = {"class_labels": torch.arange(size) % 3}
     null = student.family.null_cond(labels)
 
-    def teacher(steps):
+    def teacher(substeps):
         denoise = lambda x, t: guided(student.teacher, x, t, labels, null, w)  # noqa: E731
-        return sample(denoise, DDIM(COSINE, COSINE.grid(steps)), torch.randn(size, 2, 1, 1))
+        return walk(denoise, student.sampler(), torch.randn(size, 2, 1, 1), substeps)
 
     denoise = bind(student.result, labels, torch.full((size,), w))
     found = sample(denoise, student.sampler(), torch.randn(size, 2, 1, 1))
-    exact = teacher(100)
-    return tuple(max(sliced_wasserstein(a[k::3], exact[k::3]) for k in range(3)) for a in (found, teacher(calls)))
+    exact = teacher(25)
+    return tuple(max(sliced_wasserstein(a[k::3], exact[k::3]) for k in range(3)) for a in (found, teacher(1)))
 
 
-@pytest.mark.parametrize("sampler", ["deterministic", pytest.param("stochastic", marks=pytest.mark.open_issue)])
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
 def test_one_student_of_four_calls_is_steered_by_w_like_its_teacher_of_many(sampler):
     oracle = three_clusters(COSINE, "v_prediction", conditional=True)
     student = train_all(oracle, 4, 1200, start=16, sampler=sampler)
