@@ -59,7 +59,12 @@ def check_first_step(family: Family, t: float = 1.0) -> None:
 
 
 def spread_ratio(fake: Tensor, real: Tensor) -> Tensor:
-    """How much images (B, ...) differ among a batch, against real ones: about 1; a fall to 0 is a mode collapse."""
+    """How much images (B, ...) differ among a batch, against real ones: about 1; a fall to 0 is a mode collapse.
+
+    One image differs from nothing, and its 1 says nothing.
+    """
+    if len(fake) == 1:
+        return torch.ones((), device=fake.device)
     spreads = [x.detach().float().flatten(1).var(0, unbiased=False).mean().sqrt() for x in (fake, real)]
     return spreads[0] / spreads[1].clamp(min=1e-6)
 

@@ -13,7 +13,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,7 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
     if not defaults:
         return pipeline
     original = type(pipeline)
+    taken = inspect.signature(original.__call__).parameters
 
     @functools.wraps(original.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
@@ -186,13 +187,20 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
         own = {name: value for name, value in defaults.items() if name not in bound}
         if bound.get("num_inference_steps", defaults.get("num_inference_steps")) != defaults.get("num_inference_steps"):
             own = {name: value for name, value in own.items() if name not in GRIDS}  # of another number of steps
+        if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
+            own["batch_size"] = len(bound["class_labels"])  # else all images would share one noise
         return original.__call__(self, *args, **(own | kwargs))
 
     # a call looks its method up on the class; the name stays, since save_pretrained writes it
     pipeline.__class__ = type(
         original.__name__,
         (original,),
-        {"__call__": call, "__module__": original.__module__, "contract_call": dict(defaults)},
+        {
+            "__call__": call,
+            "__module__": original.__module__,
+            "contract_call": dict(defaults),
+            "contract_classes": contract.get("num_classes"),
+        },
     )
     return pipeline
 
@@ -205,6 +213,8 @@ def model_card(contract: Mapping[str, Any]) -> str:
     custom = ", trust_remote_code=True" if contract["own_code"] else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
     asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
+    if contract["pipeline"] == "ConsistencyModelPipeline":  # it does not count the labels
+        asked["class_labels"] += ", batch_size=3"
     results = contract.get("results", {})
     table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
     return f"""---

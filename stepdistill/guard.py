@@ -3,7 +3,7 @@
 :class:`FiniteGuard` acts before anything has been stepped, without a host sync a step.
 
 Every turn hands its scalars to :meth:`FiniteGuard.check`. The flag it returns stays on the device and is given to the
-fused optimiser, which skips its step while the flag is up; it never comes down. The host looks at the flag when it logs
+optimiser, which skips its step while the flag is up; it never comes down. The host looks at the flag when it logs
 anyway, and then names step, turn and term.
 
 :class:`DivergenceGuard` reads the diagnostics that adversarial and distribution-matching methods log, and names which

@@ -1,9 +1,10 @@
-"""How far apart two images are that should be the same: distances for regression on a teacher's own samples.
+"""How far apart two images are that should be the same: distances for regression, and for consistency.
 
+- ``l1``, ``l2``, ``huber``: of :func:`stepdistill.losses.distance`;
 - ``pixels``: pseudo-Huber on pixels (or latents), robust where one noise could have become two images;
 - ``features``: that, and the distance of the teacher's own features, unit vectors at every position as in LPIPS;
-- ``lpips``: the learned distance that DMD was made with (Zhang et al. 2018, arXiv 1801.03924), VGG on images of 224
-  pixels. It is an extra, since it brings torchvision.
+- ``lpips``: the learned distance that DMD and consistency models were made with (Zhang et al. 2018, arXiv 1801.03924),
+  VGG on images of 224 pixels. It is an extra, since it brings torchvision.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.discriminator import BlockFeatures
 from stepdistill.losses import distance
 
+ConsistencyDistance = Literal["l1", "l2", "huber", "lpips"]
 Resemblance = Literal["pixels", "features", "lpips"]
 Compare = Callable[[Tensor, Tensor, Cond], Tensor]
 """The distance (B,) of images (B, ...) and (B, ...) of the network's space, under their conditions."""
@@ -30,12 +32,10 @@ SMALL_NOISE = 0.02
 """The time a teacher is told when it looks at clean images."""
 
 
-def check_resemblance(kind: Resemblance) -> None:
+def check_resemblance(kind: Resemblance | ConsistencyDistance) -> None:
     """Raise ``ValueError`` if what ``kind`` needs is not installed."""
     if kind == "lpips" and importlib.util.find_spec("lpips") is None:
-        raise ValueError(
-            "method.distance: 'lpips' needs pip install 'stepdistill[lpips]'; or choose 'features' or 'pixels'"
-        )
+        raise ValueError("method.distance: 'lpips' needs pip install 'stepdistill[lpips]'; or choose another distance")
 
 
 def open_resemblance(kind: Resemblance, teacher: Denoiser) -> Compare:
@@ -48,6 +48,13 @@ def open_resemblance(kind: Resemblance, teacher: Denoiser) -> Compare:
             return lambda a, b, cond: pixels(a, b, cond) + features(blocks, a, b, cond)
         case "lpips":
             return _lpips(teacher)
+
+
+def open_distance(kind: ConsistencyDistance, teacher: Denoiser) -> Compare:
+    """The distance that ``kind`` names between two ends of a trajectory."""
+    if kind == "lpips":
+        return _lpips(teacher)
+    return lambda a, b, cond: distance(a, b, kind)
 
 
 def pixels(a: Tensor, b: Tensor, cond: Cond) -> Tensor:

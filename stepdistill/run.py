@@ -23,8 +23,9 @@ from stepdistill.families.base import Family, Inputs, TeacherConfig
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank, fingerprint_weights
+from stepdistill.optimizers import OptimConfig
 from stepdistill.sharding import gathered, is_main
-from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
+from stepdistill.trainer import TrainConfig, Trainer
 from stepdistill.training_cost import TrainingCost
 
 FREE_KEYS = (
@@ -386,7 +387,7 @@ def read_student(folder: str, family: Family) -> dict[str, Tensor]:
 
 def memory_plan(distiller: Distiller) -> str:
     """A table: parameters and bytes of weights, gradients and optimiser states by role."""
-    rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "AdamW MB")]
+    rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "optimizer MB")]
     bank = distiller.bank
     total, held = 0.0, {role: bank.params(role) for role in bank.roles}
     if own := [p for name, p in distiller.named_parameters() if not name.startswith("bank.")]:

@@ -165,6 +165,8 @@ def class_count(pipeline: Any) -> int | None:
     """How many classes may be asked of a pipeline; None where it takes no labels."""
     if "class_labels" not in inspect.signature(type(pipeline).__call__).parameters:
         return None
+    if (told := getattr(pipeline, "contract_classes", None)) is not None:
+        return told  # stock pipelines do not know that one label of the network's means "none"
     config = network_of(pipeline).config
     embedded = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
     null_class = pipeline.config.get("null_class")

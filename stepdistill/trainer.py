@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ from stepdistill.families.base import Batch
 from stepdistill.guard import DivergenceGuard, FiniteGuard
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
+from stepdistill.optimizers import OptimConfig
 from stepdistill.pictures import save_grid
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.selection import BestStudent
@@ -80,37 +80,6 @@ class TrainConfig:
                 raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: found {self.ema}, wanted 0 <= ema < 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """One entry of the ``optim`` section: AdamW and its schedule, restarted in every stage."""
-
-    lr: float = 1e-4
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to zero within a stage."""
-    warmup: int = 0
-    """Steps of linear warm-up at the start of a stage."""
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr: found {self.lr}, wanted a positive number")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: found {self.betas}, wanted two numbers in [0, 1)")
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate on ``step`` (from 0) of a stage of ``steps``."""
-        decay = {
-            "constant": 1.0,
-            "linear": 1 - step / steps,
-            "cosine": 0.5 * (1 + math.cos(math.pi * step / steps)),
-        }[self.schedule]
-        return self.lr * decay * min(1.0, (step + 1) / (self.warmup + 1))
 
 
 class Trainer:
@@ -248,7 +217,7 @@ class Trainer:
         clip = sharding.clip_gradients if self.sharded else torch.nn.utils.clip_grad_norm_
         logs[f"{turn.name}/grad_norm"] = clip(turn.params, optim.clip)
         flag = self.guard.check(self.step, turn.name, {k: v for k, v in logs.items() if v.ndim == 0})
-        optimizer.found_inf = flag  # type: ignore[attr-defined]  # a fused optimiser skips its step while it is 1
+        optimizer.found_inf = flag  # type: ignore[attr-defined]  # the step is skipped while it is 1
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step_in_stage, self.distiller.stage.steps)
         optimizer.step()
@@ -271,15 +240,7 @@ class Trainer:
         return Draws(seed, size, rank=part, world=parts, device=self.device)
 
     def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
-        optim = self.optim[turn.name]
-        return torch.optim.AdamW(
-            [{"params": group} for group in sharding.by_kind(turn.params)],
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        return self.optim[turn.name].make(sharding.by_kind(turn.params))
 
     def _batches(self) -> Iterator[Batch]:
         raw = loader(

@@ -83,6 +83,24 @@ def test_noise_free_score_distillation():
     assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_at_early_times_noise_free_score_distillation_leads_away_from_the_negative_prompt():
+    """delta_D is eps of no prompt less eps of the negative one; late, eps of no prompt itself."""
+    distiller = teacher_of({"weighting": "nfsd"}, conditional=True)
+    distiller.negative = {"class_labels": torch.tensor([1])}
+    cond = {"class_labels": torch.tensor([0, 2, 0, 2])}
+    x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.15, 0.5, 0.9], dtype=torch.float64)
+    x_t = COSINE.add_noise(x0, noise, t)
+    given, free, negative = (
+        distiller.teacher(x_t, t, {"class_labels": labels}).eps
+        for labels in (cond["class_labels"], torch.full((4,), 3), torch.ones(4).long())
+    )
+    domain = torch.cat([free[:2], (free - negative)[2:]])
+    alpha, sigma = (expand(coefficient, x0) for coefficient in COSINE(t))
+    expected = x0 - sigma / alpha * (domain + NFSD_SCALE * (given - free))
+    torch.testing.assert_close(distiller.target(x0, noise, t, cond), expected)
+
+
 def test_an_answer_that_is_the_data_costs_nothing():
     """Point data: whatever the noise, the teacher's denoising is the point."""
     point = Gaussian(TWO, 0.0, COSINE, "v_prediction")
@@ -145,6 +163,10 @@ def test_bad_options_and_teachers_are_refused():
         ADD.check(ADD.Config(guidance_scale=0.5), Pixel.tiny())
     with pytest.raises(ValueError, match="no class"):
         ADD.check(ADD.Config(weighting="nfsd"), Pixel.tiny(num_classes=None))
+    with pytest.raises(ValueError, match="takes no text"):
+        ADD.check(ADD.Config(weighting="nfsd", negative_prompt="dull"), Pixel.tiny())
+    with pytest.raises(ValueError, match="wanted with weighting 'nfsd'"):
+        ADD.Config(negative_prompt="dull")
 
 
 def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classes():

@@ -24,6 +24,7 @@ from stepdistill.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from stepdistill.optimizers import OptimConfig
 
 FILES = ["fake.safetensors", "manifest.json", "state.json", "student.safetensors"]
 
@@ -350,6 +351,7 @@ OPTIMIZERS = {
     "adamw amsgrad foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "radam": lambda p: OptimConfig(name="radam", lr=1e-2).make([list(p)]),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
     "numbered": Numbered,
 }

@@ -29,6 +29,7 @@ from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
 from stepdistill.networks import CopyBank
 from stepdistill.run import Run, resolve
+from stepdistill.samples import class_count, sample_images
 from stepdistill.sampling import DDIM, ConsistencyKarras, bind, sample
 from stepdistill.schedule import Karras
 from stepdistill.trajectory import consistency, edges, lead, same_dropout, skip_grid, solver_step
@@ -270,6 +271,26 @@ def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(tmp_path, 
     pipeline = load_pipeline(tmp_path / "pipeline")
     assert type(pipeline).__name__ == "ConsistencyModelPipeline" and type(pipeline.scheduler).__name__ == EDM[teacher]
     check_samples(pipeline, family, sampler, batch_size=3)
+
+
+def test_a_loaded_consistency_pipeline_is_asked_as_every_other_and_can_be_evaluated(tmp_path):
+    """Stock, it takes one noise for all labels unless it is told their number, and counts "no class" as a class."""
+    family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler", "sigma_max": 20.0}, num_classes=3)
+    sampler = ConsistencyKarras(family.schedule, 2, points=41)
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "ect"})
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert class_count(pipeline) == 3
+    assert "class_labels=[0, 1, 2], batch_size=3" in (tmp_path / "pipeline/README.md").read_text()
+    bare, told = (
+        pipeline(class_labels=[1, 1, 2], output_type="pt", generator=torch.Generator().manual_seed(0), **size).images
+        for size in ({}, {"batch_size": 3})
+    )
+    assert bare.shape == (3, 1, 8, 8) and torch.equal(bare, told) and not torch.equal(bare[0], bare[1])
+    images = sample_images(pipeline, 5, batch_size=2, num_classes=class_count(pipeline), rows=4)
+    alone = sample_images(pipeline, 1, first=3, batch_size=1, num_classes=3, rows=4)
+    assert images.labels.tolist() == [0, 1, 2, 0, 1] and images.calls == 2
+    assert torch.equal(images.pixels[3], alone.pixels[0])
 
 
 @pytest.mark.parametrize("teacher", EDM)

@@ -378,6 +378,7 @@ def test_spread_is_one_for_real_images_and_zero_for_a_collapse():
     real = torch.randn(16, 1, 4, 4)
     assert spread_ratio(real, real).item() == pytest.approx(1)
     assert spread_ratio(real[:1].expand(16, -1, -1, -1), real).item() == 0
+    assert spread_ratio(real[:1], real[1:2]).item() == 1  # one image differs from nothing: no sign of a collapse
 
 
 def test_a_noise_predicting_teacher_that_sees_no_signal_at_the_end_is_refused():

@@ -14,10 +14,12 @@ from training import make
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
 from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss
+from stepdistill.methods.cd import CD
+from stepdistill.methods.ct import CT
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks import AdapterBank, CopyBank
 from stepdistill.pairs import Pairs, PairsConfig, make_pairs
-from stepdistill.perceptual import check_resemblance, open_resemblance
+from stepdistill.perceptual import check_resemblance, open_distance, open_resemblance
 from stepdistill.randomness import Draws
 from stepdistill.sampling import DDIM, bind, sample
 from stepdistill.shards import shard_path
@@ -339,10 +341,14 @@ def test_lpips_is_called_with_colour_images_of_its_size_or_asked_for_by_name(mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'stepdistill\[lpips\]'"):
         check_resemblance("lpips")
+    for method in (CD, CT):
+        with pytest.raises(ValueError, match=r"pip install 'stepdistill\[lpips\]'"):
+            method.check(method.Config(distance="lpips"), Pixel.tiny())
     monkeypatch.setitem(__import__("sys").modules, "lpips", type("lpips", (), {"LPIPS": Stub}))
     compare = open_resemblance("lpips", tiny().teacher)
     a = torch.zeros(2, 1, 8, 8)
     torch.testing.assert_close(compare(a + 0.5, a, {}), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(open_distance("lpips", tiny().teacher)(a + 0.5, a, {}), torch.tensor([0.5, 0.5]))
 
 
 # -------------------------------------------------------------------------------------------- the student

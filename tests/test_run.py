@@ -49,7 +49,7 @@ def test_a_wrong_method_section_names_what_is_wrong(mapping, method, message):
 
 def test_a_turn_has_the_methods_defaults_under_what_is_given(mapping):
     from stepdistill.methods.progressive import Progressive
-    from stepdistill.trainer import OptimConfig
+    from stepdistill.optimizers import OptimConfig
 
     mapping["optim"] = {"student": {"lr": 0.5}}
     given = {**Progressive.optim_defaults["student"], "lr": 0.5}

@@ -18,8 +18,9 @@ from stepdistill.config import read_config
 from stepdistill.guard import NonFiniteError
 from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
+from stepdistill.optimizers import OptimConfig
 from stepdistill.run import Run, resolve
-from stepdistill.trainer import OptimConfig, TrainConfig, Trainer
+from stepdistill.trainer import TrainConfig, Trainer
 
 METHOD = "progressive"
 TESTS = Path(__file__).parent
@@ -110,6 +111,19 @@ def test_learning_rates(schedule, expected):
     assert [optim.lr_at(step, 10) / 2 for step in (0, 5, 9)] == pytest.approx(expected, rel=1e-3)
     warm = OptimConfig(lr=2.0, warmup=3)
     assert [warm.lr_at(step, 10) for step in range(5)] == pytest.approx([0.5, 1, 1.5, 2, 2])
+
+
+def test_radam_is_torchs_and_makes_no_step_while_a_number_is_not_finite():
+    ours, theirs = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = OptimConfig(name="radam", lr=0.1, weight_decay=0.1).make([[ours]])
+    other = torch.optim.RAdam([theirs], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
+    for flag in (0.0, 1.0, 0.0):
+        ours.grad, theirs.grad = torch.arange(3.0), torch.arange(3.0)
+        optimizer.found_inf = torch.tensor(flag)
+        optimizer.step()
+        if not flag:
+            other.step()
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulation": 0}, {"ema": 1.0}, {"keep": 0}])

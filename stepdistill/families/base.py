@@ -206,6 +206,11 @@ class Family(abc.ABC):
     def decode(self, x0: Tensor) -> Tensor:
         """What networks see -> images (B, C, H, W) in [0, 1]."""
 
+    def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
+        """The condition that prompts make, of families that take text; with ``null``, that of none in their place."""
+        del prompts, null
+        raise ValueError(f"{type(self).__name__}: these teachers take no text")
+
     @abc.abstractmethod
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         """The conditioning that means "none", of the shapes of ``cond``.

@@ -15,7 +15,7 @@ The first time is pure noise (zero terminal SNR is enforced). There the critic i
 embedding of the real image, of which the student has seen nothing.
 
 What the paper leaves open: learning rates; guidance of the teacher's target (``guidance_scale``); NFSD's negative
-condition, for which the null condition stands, so that delta_D is 0 above a time of 0.2.
+prompt. Without one the null condition stands for it, and delta_D is 0 above a time of 0.2.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class ADD(Distiller):
         distillation: float = 2.5
         """Lambda, the weight of the teacher's part; 0 is a plain GAN."""
         weighting: DistillationWeight = "exponential"
+        negative_prompt: str = ""
+        """Of ``nfsd``, for teachers that take text: what images shall not be, for example "blurry, low quality"."""
         guidance_scale: float = 1.0
         """Guidance of the teacher's denoising; 1 is none."""
         decoded: bool = False
@@ -95,6 +97,8 @@ class ADD(Distiller):
                 raise ValueError(f"steps: found {self.steps}, wanted at least 1")
             if min(self.distillation, self.r1) < 0:
                 raise ValueError(f"wanted distillation, r1 >= 0; found {self.distillation}, {self.r1}")
+            if self.negative_prompt and self.weighting != "nfsd":
+                raise ValueError(f"negative_prompt: wanted with weighting 'nfsd' alone; found {self.weighting!r}")
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
@@ -102,12 +106,15 @@ class ADD(Distiller):
         check_guidance(config.guidance_scale, family)
         if config.weighting == "nfsd":
             family.null_cond(family.example_cond([0]))
+        if config.negative_prompt and not family.takes_text:
+            raise ValueError(f"method.negative_prompt: found {config.negative_prompt!r}, but the teacher takes no text")
         Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         config = self.config
         eyes = open_eyes(config.features, self.family, self.teacher, augment=config.augment)
         self.critic = CleanCritic(self.family, eyes, config.conditioning)
+        self.negative = self.family.embed([config.negative_prompt]) if config.negative_prompt else None
         return [
             Turn("student", self.bank.params("student"), self.student_loss),
             Turn("critic", list(self.critic.heads.parameters()), self.critic_loss),
@@ -163,10 +170,17 @@ class ADD(Distiller):
             return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t).x0
         conditional = self.teacher(x_t, t, cond).eps
         unconditional = self.teacher(x_t, t, self.family.null_cond(cond)).eps
-        direction = expand(t < NFSD_LATE, x_t) * unconditional + NFSD_SCALE * (conditional - unconditional)
+        unwanted = unconditional if self.negative is None else self.teacher(x_t, t, self.negative_cond(cond)).eps
+        domain = torch.where(expand(t < NFSD_LATE, x_t) > 0, unconditional, unconditional - unwanted)
+        direction = domain + NFSD_SCALE * (conditional - unconditional)
         alpha_t, sigma_t = (expand(coefficient, x_t) for coefficient in self.schedule(t))
         # at pure noise alpha may vanish; the weight vanishes with it
         return x0 - sigma_t / alpha_t.clamp(min=1e-6) * direction
+
+    def negative_cond(self, cond: Cond) -> Cond:
+        """The negative prompt's condition, of the shapes of ``cond``."""
+        assert self.negative is not None
+        return {name: self.negative[name].to(value).expand_as(value) for name, value in cond.items()}
 
     def contract(self) -> dict[str, Any]:
         return {"critic": {"features": self.config.features, **self.feature_hashes()}}

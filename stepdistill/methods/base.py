@@ -73,7 +73,7 @@ class Distiller(nn.Module, abc.ABC):
     Config: ClassVar[type]
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
     optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
-    """By turn, what the paper's optimiser has other than :class:`~stepdistill.trainer.OptimConfig`."""
+    """By turn, what the paper's optimiser has other than :class:`~stepdistill.optimizers.OptimConfig`."""
     sampling_options: ClassVar[frozenset[str]] = frozenset()
     """Options that the sampler alone reads: one training serves all their values, on resuming and at export."""
     needs_images: ClassVar[bool] = True

@@ -19,8 +19,8 @@ import torch
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Batch, Family
-from stepdistill.losses import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
 from stepdistill.trajectory import (
@@ -53,7 +53,8 @@ class CD(Distiller):
         """The teacher's step across an interval: one network call, or two."""
         guidance_scale: float = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
-        distance: Distance = "l2"
+        distance: ConsistencyDistance = "l2"
+        """``lpips`` is the paper's choice for pictures; it is an extra."""
         target_ema: float = 0.95
         """Decay of the target's average; 0 is the student itself."""
 
@@ -63,6 +64,7 @@ class CD(Distiller):
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
+        check_resemblance(config.distance)
         check_guidance(config.guidance_scale, family)
         check_intervals(family.schedule, config.steps, config.intervals, "intervals")
         if config.intervals % config.steps:
@@ -72,6 +74,7 @@ class CD(Distiller):
     def build(self) -> Sequence[Turn]:
         self.bank.fork("target", "student", trainable=False)
         self.target = Denoiser(self.family, self.bank, "target")
+        self.distance = open_distance(self.config.distance, self.teacher)
         return [Turn("student", self.bank.params("student"), self.loss)]
 
     def sampler(self) -> Sampler:
@@ -87,7 +90,7 @@ class CD(Distiller):
             x_s = solver_step(teacher, x_t, t, s, self.schedule, self.config.solver)
             with same_dropout(self.bank, "target", x_s):
                 target = consistency(self.target, x_s, s, batch.cond)
-        error = distance(consistency(self.student, x_t, t, batch.cond), target, self.config.distance)
+        error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})
 
     def after_step(self) -> None:

@@ -22,8 +22,8 @@ import torch
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Batch, Family
-from stepdistill.losses import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
 from stepdistill.trajectory import check_intervals, consistency, consistency_sampler, edges, same_dropout
@@ -62,7 +62,8 @@ class CT(Distiller):
         """N at the start (s_0); the paper, from random weights, has 2."""
         last_points: int = 150
         """N at the end, less one (s_1)."""
-        distance: Distance = "l2"
+        distance: ConsistencyDistance = "l2"
+        """``lpips`` is the paper's choice for pictures; it is an extra."""
         first_decay: float = 0.9
         """mu at the start (mu_0)."""
 
@@ -77,12 +78,14 @@ class CT(Distiller):
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
+        check_resemblance(config.distance)
         check_intervals(family.schedule, config.steps, config.last_points, "last_points")
         consistency_sampler(family.schedule, config.steps, config.last_points).scheduler(family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.bank.fork("target", "student", trainable=False)
         self.target = Denoiser(self.family, self.bank, "target")
+        self.distance = open_distance(self.config.distance, self.teacher)
         return [Turn("student", self.bank.params("student"), self.loss)]
 
     def sampler(self) -> Sampler:
@@ -101,7 +104,7 @@ class CT(Distiller):
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
         with torch.no_grad(), same_dropout(self.bank, "target", x_s):
             target = consistency(self.target, x_s, s, batch.cond)
-        error = distance(consistency(self.student, x_t, t, batch.cond), target, self.config.distance)
+        error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})
 
     def after_step(self) -> None:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from stepdistill import load_pipeline
 from stepdistill.export import read_contract
 from stepdistill.methods import method_names
+from stepdistill.optimizers import OptimConfig
 from stepdistill.randomness import Draws
-from stepdistill.trainer import OptimConfig
 
 EVERY = [(method, bank) for method in method_names() for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)

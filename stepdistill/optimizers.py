@@ -1,0 +1,64 @@
+"""The optimiser of a turn and its learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """One entry of the ``optim`` section: an optimiser and its schedule, restarted in every stage."""
+
+    name: Literal["adamw", "radam"] = "adamw"
+    """``radam`` warms itself up (Liu et al. 2019, arXiv 1908.03265); the papers on consistency models train with it."""
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to zero within a stage."""
+    warmup: int = 0
+    """Steps of linear warm-up at the start of a stage."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr: found {self.lr}, wanted a positive number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: found {self.betas}, wanted two numbers in [0, 1)")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate on ``step`` (from 0) of a stage of ``steps``."""
+        decay = {
+            "constant": 1.0,
+            "linear": 1 - step / steps,
+            "cosine": 0.5 * (1 + math.cos(math.pi * step / steps)),
+        }[self.schedule]
+        return self.lr * decay * min(1.0, (step + 1) / (self.warmup + 1))
+
+    def make(self, groups: Iterable[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
+        """A fresh optimiser of groups of parameters; it makes no step while its ``found_inf`` is a tensor of 1."""
+        params = [{"params": group} for group in groups]
+        options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
+        if self.name == "radam":
+            return RAdam(params, **options, weight_decay=self.weight_decay, decoupled_weight_decay=True)
+        return torch.optim.AdamW(params, **options, weight_decay=self.weight_decay, fused=True)
+
+
+class RAdam(torch.optim.RAdam):
+    """Torch's, which heeds ``found_inf`` as fused optimisers do; torch has no fused one, so it waits for the device."""
+
+    found_inf: Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, unless ``found_inf`` is 1."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return None
+        return super().step(closure)
