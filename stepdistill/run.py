@@ -20,9 +20,10 @@ from stepdistill.evaluate import Judge, student_images
 from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families import load_teacher
 from stepdistill.families.base import Family, Inputs, TeacherConfig
+from stepdistill.memory import memory_plan
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
-from stepdistill.networks import TEACHER, AdapterBank, CopyBank, NetworkBank, fingerprint_weights
+from stepdistill.networks import AdapterBank, CopyBank, NetworkBank, fingerprint_weights
 from stepdistill.optimizers import OptimConfig
 from stepdistill.sharding import gathered, is_main
 from stepdistill.trainer import TrainConfig, Trainer
@@ -218,7 +219,11 @@ class Run:
 
     def plan(self) -> str:
         """The resolved configuration and what will be held in memory, for ``--dry_run``."""
-        return configuration.to_yaml(self.config.as_sections()) + "\n" + memory_plan(self.distiller)
+        return (
+            configuration.to_yaml(self.config.as_sections())
+            + "\n"
+            + memory_plan(self.distiller, encoded=isinstance(self.dataset, CacheData))
+        )
 
     def trainer(self) -> Trainer:
         """The loop over this run."""
@@ -383,24 +388,3 @@ def read_student(folder: str, family: Family) -> dict[str, Tensor]:
         if found != wanted:
             raise ValueError(f"bank.start: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
     return weights
-
-
-def memory_plan(distiller: Distiller) -> str:
-    """A table: parameters and bytes of weights, gradients and optimiser states by role."""
-    rows = [("role", "parameters", "trainable", "weights MB", "gradients MB", "optimizer MB")]
-    bank = distiller.bank
-    total, held = 0.0, {role: bank.params(role) for role in bank.roles}
-    if own := [p for name, p in distiller.named_parameters() if not name.startswith("bank.")]:
-        held["(critic)"] = own
-    for role, params in held.items():
-        count = sum(p.numel() for p in params)
-        weights = sum(p.numel() * p.element_size() for p in params) / 1e6
-        trains = bank.trainable.get(role, True)
-        trained = 4 * count / 1e6 if trains else 0.0
-        total += weights + 3 * trained
-        rows.append((role, f"{count:,}", str(trains), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    base, networks = (sum(p.numel() for role in roles for p in held[role]) for roles in ((TEACHER,), bank.roles))
-    share = f"networks: {networks / base:.2f}x the teacher's parameters; as full copies {len(bank.roles)}.00x"
-    return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB", share])

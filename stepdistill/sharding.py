@@ -102,7 +102,7 @@ def assembled(plain: nn.Module, network: nn.Module, memo: dict[int, Any]) -> nn.
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    value = value.detach().cpu()
+    value = value.detach().to("cpu", copy=True)  # what was whole all along is the network's own
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 

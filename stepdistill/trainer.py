@@ -125,7 +125,8 @@ class Trainer:
         self.takes_part = self.sharded or self.accelerator.is_main_process
         """Whether this process samples and exports with the main one: it must, where each has a share of a network."""
         self.distiller = distiller.to(self.device)
-        distiller.family.to(self.device)
+        if not isinstance(dataset, CacheData):  # else what encodes is on the device to sample only
+            distiller.family.to(self.device)
         self.dataset = dataset
         self.batch_size = batch_size
         self.config = config

@@ -8,9 +8,10 @@ A family hides how its networks are called (time convention, preconditioning, pa
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -144,6 +145,17 @@ class Family(abc.ABC):
         """Move what encodes and decodes; the networks belong to the bank."""
         for module in self.frozen:
             module.to(device)
+
+    @contextlib.contextmanager
+    def visiting(self, device: torch.device | str) -> Iterator[None]:
+        """What encodes and decodes is on ``device`` for a while, and then back where it was."""
+        places = [next(module.parameters()).device for module in self.frozen]
+        self.to(torch.device(device))
+        try:
+            yield
+        finally:
+            for module, place in zip(self.frozen, places, strict=True):
+                module.to(place)
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""

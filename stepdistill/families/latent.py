@@ -99,7 +99,7 @@ class Latent(Family):
         return ((latents - shift) * scale).contiguous()  # else in channels_last, and other kernels than from a cache
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipe.vae
+        vae = self.pipe.vae.to(x0.device)  # where it was left behind
         shift, scale = latent_statistics(vae.config, x0)
         images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1)

@@ -187,8 +187,8 @@ def check_same_training(one, two):
 
 
 SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SHARDED = [("progressive", "adapter"), ("dmd2", "copy")]
-"""A resumed stop and two stages on one network; features, and a head and a network in one optimiser, on several."""
+SHARDED = [("guided", "adapter"), ("dmd2", "copy")]
+"""A resumed stop, stages and further inputs on one network; features, and a head beside a network, on several."""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,64 @@
+"""What is held beside the networks, where it is held, and that the plan says so."""
+
+import pytest
+from contracts.cases import sections
+from torch import nn
+
+from stepdistill.cache import CacheConfig, make_cache
+from stepdistill.families.base import Family
+from stepdistill.families.sd import SD
+from stepdistill.memory import memory_plan
+from stepdistill.run import Run, resolve
+
+
+@pytest.fixture(scope="module")
+def mapping(tmp_path_factory):
+    return sections(tmp_path_factory.mktemp("memory"), SD.tiny(), "lcm")
+
+
+def megabytes(modules):
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) / 1e6
+
+
+def total(plan):
+    (line,) = (line for line in plan.splitlines() if line.startswith("total: "))
+    return float(line.split()[1])
+
+
+def test_the_plan_counts_what_encodes_unless_the_data_is_encoded(mapping):
+    run = Run(resolve(mapping))
+    without = memory_plan(run.distiller, encoded=True)
+    assert "(AutoencoderKL)" in run.plan() and "(CLIPTextModel)" in run.plan()
+    assert "the last 2 stay on the CPU" in without and "stay on the CPU" not in run.plan()
+    assert total(run.plan()) - total(without) == pytest.approx(megabytes(run.family.frozen), abs=0.1)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_encodes_goes_to_the_device_unless_the_data_is_encoded(mapping, tmp_path, monkeypatch, encoded):
+    run = Run(resolve(mapping))
+    if encoded:
+        folder = make_cache(run.family, run.dataset, run.config.data, CacheConfig(output_dir=str(tmp_path / "cache")))
+        run = Run(resolve({**mapping, "data": {**mapping["data"], "name": "cache", "path": str(folder)}}))
+    moved = []
+    monkeypatch.setattr(Family, "to", lambda self, device: moved.append(device))
+    trainer = run.trainer()
+    assert moved == ([] if encoded else [trainer.device])
+    trainer._sample(2)  # what samples brings it, and takes it back
+    assert moved[-1] == trainer.device
+
+
+class Luggage(nn.Linear):
+    """A module that notes where it is sent."""
+
+    def to(self, *args, **kwargs):
+        self.sent = [*getattr(self, "sent", []), str(args[0])]
+        return self
+
+
+def test_a_visit_ends_where_it_began():
+    family = SD.tiny()
+    family.frozen = (luggage := Luggage(1, 1),)
+    with pytest.raises(KeyError), family.visiting("cuda:3"):
+        assert luggage.sent == ["cuda:3"]
+        raise KeyError
+    assert luggage.sent == ["cuda:3", "cpu"]
