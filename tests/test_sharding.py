@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from stepdistill import sharding
+from stepdistill.families.pixel import Pixel
 
 CONFIG = Path(__file__).parents[1] / "configs/accelerate/fsdp2.yaml"
 
@@ -72,3 +73,16 @@ def test_clipping_is_torchs_own():
         assert (weight.grad is None) == (wanted is None)
         if wanted is not None:
             torch.testing.assert_close(weight.grad, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_a_copy_put_together_again_shares_no_memory():
+    """What was never sharded is there whole: adapters are merged into the copy, not into it."""
+    network = Pixel.tiny().network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    plain = sharding.blueprint(network, {})
+    assert {tensor.device.type for tensor in plain.state_dict().values()} == {"meta"}
+    copied = sharding.assembled(plain, network, {})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+    for parameter in copied.parameters():
+        parameter.data.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -187,8 +187,8 @@ def check_same_training(one, two):
 
 
 SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SHARDED = [("guided", "adapter"), ("dmd2", "copy")]
-"""A resumed stop, stages and further inputs on one network; features, and a head beside a network, on several."""
+SHARDED = [("dmd2", "copy")]
+"""A stop that is resumed, several networks, features with gradient, and a head beside a network in one optimiser."""
 
 
 @pytest.fixture(scope="module")
