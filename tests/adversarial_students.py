@@ -24,8 +24,12 @@ def taught_by(method: type[Distiller], oracle: Oracle, num_classes: int | None =
 def train_adversarially(
     method: type[Distiller], oracle: Oracle, moves: int, *, lr: float = 4e-3, size: int = 128, **options: Any
 ) -> Distiller:
-    """A student of the oracle after ``moves`` of all turns, the student's learning rate falling to 0."""
-    distiller = make(method, PointNet(oracle.schedule, oracle), oracle, **options)
+    """A student of the oracle after ``moves`` of all turns, the student's learning rate falling to 0.
+
+    Without waves the student draws its cliffs between the clusters too flat, and a critic on its teacher's features is
+    too short-sighted to tell it so.
+    """
+    distiller = make(method, PointNet(oracle.schedule, oracle, waves=32), oracle, **options)
     distiller.stage = distiller.stages(moves)[0]
     optimizers = {
         name: torch.optim.Adam(turn.params, lr=lr, betas=(0.0, 0.99)) for name, turn in distiller.turns.items()

@@ -189,4 +189,4 @@ def test_a_one_step_student_of_a_mixture_covers_all_modes():
     distiller = train_adversarially(ADD, three_clusters(COSINE, "v_prediction"), 400, distillation=0.5)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
-    assert stray < 0.4
+    assert stray < 0.3

@@ -335,7 +335,7 @@ def test_lpips_is_called_with_colour_images_of_its_size_or_asked_for_by_name(mon
             super().__init__()
 
         def forward(self, a, b):
-            assert a.shape == b.shape == (2, 3, 224, 224) and a.min() >= -1 and a.max() <= 1
+            assert a.shape == b.shape == (2, 3, 224, 224)
             return (a - b).abs().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -348,7 +348,9 @@ def test_lpips_is_called_with_colour_images_of_its_size_or_asked_for_by_name(mon
     compare = open_resemblance("lpips", tiny().teacher)
     a = torch.zeros(2, 1, 8, 8)
     torch.testing.assert_close(compare(a + 0.5, a, {}), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(open_distance("lpips", tiny().teacher)(a + 0.5, a, {}), torch.tensor([0.5, 0.5]))
+    beyond = (a + 1.5).requires_grad_()  # whiter than white
+    open_distance("lpips", tiny().teacher)(beyond, a, {}).sum().backward()
+    assert (beyond.grad > 0).all()
 
 
 # -------------------------------------------------------------------------------------------- the student
@@ -359,7 +361,7 @@ def test_a_student_of_one_step_covers_all_modes_by_their_weights():
     distiller = train_adversarially(DMD, three_clusters(COSINE, "v_prediction"), 600, lr=1e-2, size=128)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
-    assert stray < 0.4
+    assert stray < 0.3
 
 
 def test_with_pairs_too(tmp_path):
@@ -371,7 +373,7 @@ def test_with_pairs_too(tmp_path):
     distiller = train_adversarially(DMD, oracle, 200, lr=1e-2, size=64, **options)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
-    assert stray < 0.4
+    assert stray < 0.3
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -217,7 +217,6 @@ def test_bad_options_and_teachers_are_refused():
         ImagineFlash.check(ImagineFlash.Config(), Pixel.tiny(prediction_type="epsilon"))
 
 
-@pytest.mark.open_issue
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_student_of_a_mixture_covers_all_modes(steps):
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
@@ -225,4 +224,4 @@ def test_a_student_of_a_mixture_covers_all_modes(steps):
     distiller = train_adversarially(ImagineFlash, ORACLE, 300, steps=steps, **options)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
-    assert stray < 0.4
+    assert stray < 0.3
