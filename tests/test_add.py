@@ -186,7 +186,7 @@ def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classe
 @pytest.mark.open_issue
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    distiller = train_adversarially(ADD, three_clusters(COSINE, "v_prediction"), 400, distillation=0.5)
+    distiller = train_adversarially(ADD, three_clusters(COSINE, "v_prediction"), 400, distillation=0.5, r1=1.0)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
     assert stray < 0.3
