@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
 from stepdistill.config import build, read_config
+from stepdistill.export import export_pipeline
 from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.families.dit import DiT
@@ -24,6 +26,8 @@ from stepdistill.families.latent import Latent
 from stepdistill.families.sd import SD
 from stepdistill.methods import find_method, method_names
 from stepdistill.run import Run, resolve
+from stepdistill.samples import class_count, sample_images
+from stepdistill.sampling import DDIM
 
 LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
 METHODS = {"dit": "progressive"}  # by default lcm
@@ -243,6 +247,22 @@ def config(teacher, folder, data):
         "data": data,
         "train": {"steps": 1, "output_dir": str(folder / "run")},
     }
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_family_gives_a_lora_file_where_its_pipelines_load_one(name):
+    pipelines = [getattr(diffusers, pipeline) for pipeline in LATENT[name].pipeline_names]
+    assert {hasattr(pipeline, "load_lora_weights") for pipeline in pipelines} == {LATENT[name].loads_lora}
+
+
+def test_a_student_of_dit_is_measured(tmp_path):
+    family = DiT.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    pipeline = load_pipeline(export_pipeline(family, family.network, sampler, tmp_path / "student", about={}))
+    assert (count := class_count(pipeline)) == 1000
+    whole, parts = (sample_images(pipeline, 5, num_classes=count, batch_size=n, rows=4) for n in (5, 2))
+    assert torch.equal(whole.pixels, parts.pixels) and whole.labels.tolist() == [0, 1, 2, 3, 4]
+    assert whole.calls == 2 and whole.pixels.float().std() > 1
 
 
 def test_dit_guides_only_with_the_null_class_of_its_pipeline():
