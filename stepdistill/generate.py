@@ -9,6 +9,7 @@ image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` tak
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,12 @@ class Request:
     seed: int = 0
     batch_size: int = 100
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}: found {value}, wanted at least 1")
 
     @property
     def count(self) -> int:
@@ -87,7 +94,7 @@ def open_pipeline(path: str, request: Request) -> Any:
         ValueError: if there is none, or it wants prompts and has none, or the other way round.
     """
     pipeline = load_pipeline(path)
-    takes_text = hasattr(pipeline, "encode_prompt")
+    takes_text = "prompt" in inspect.signature(type(pipeline).__call__).parameters
     if takes_text and not request.prompts:
         raise ValueError(f"{path} paints from text; give --prompt or --prompt_file")
     if not takes_text and request.prompts:

@@ -106,6 +106,7 @@ def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
         (("--pipeline", pixel, "--prompt", "a cat"), "takes no text; give --class_labels"),
         (("--pipeline", pixel, "--compare", "teacher"), "does not say what its teacher was"),
         (("--pipeline", student, "--prompt_file", tmp_path / "none.txt"), "--prompt_file: no such file"),
+        (("--pipeline", pixel, "--num_images", 0), "--num_images: found 0, wanted at least 1"),
     ]:
         with pytest.raises(SystemExit):
             generate(*arguments, "--output", tmp_path / "x.png")
