@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class PretrainConfig(FitConfig):
     data: str
     output_dir: str
     label_dropout: float = 0.1
-    precision: str = "no"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +147,7 @@ def fit(
 
 def train_teacher(config: PretrainConfig) -> Path:
     """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
     torch.manual_seed(config.seed)
     archive = np.load(config.data)
     images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
