@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class BenchmarkConfig:
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines by the name their rows shall have."""
     train: tuple[str, ...] = ()
-    """Configurations of runs that are trained first, unless they have exported their student already."""
+    """Runs that are trained first, unless they have exported their student already: a configuration's path, followed
+    by ``key=value`` where it is changed."""
     solvers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """By solver, at how many network calls an image it is measured."""
     guidance_scales: tuple[float, ...] = (1.15, 1.5, 2.0)
@@ -295,13 +297,21 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def train_missing(configs: Sequence[str]) -> None:
-    """Run every configuration whose student is not exported yet."""
-    for path in configs:
-        config = resolve(read_config(path))
+def train_missing(runs: Sequence[str]) -> None:
+    """Train every run that has not exported its student yet: a configuration's path, then ``key=value`` if need be."""
+    for path, *overrides in map(str.split, runs):
+        config = resolve(read_config(path, overrides))
         if not (Path(config.train.output_dir) / "pipeline" / "model_index.json").is_file():
-            print(f"training {path}", flush=True)
+            print(" ".join(["training", path, *overrides]), flush=True)
             Run(config).train()
+
+
+def export_missing(students: Mapping[str, str]) -> None:
+    """Export a run's student for as many calls as a folder that is missing beside it says: ``pipeline-2-steps``."""
+    for folder in map(Path, students.values()):
+        calls, run = re.fullmatch(r"pipeline-(\d+)-steps?", folder.name), folder.parent / "config.yaml"
+        if calls and run.is_file() and not (folder / "model_index.json").is_file():
+            Run(resolve(read_config(run, [f"method.steps={calls[1]}"]))).export_checkpoint(folder)
 
 
 def benchmark(config: BenchmarkConfig) -> Path:
@@ -311,6 +321,7 @@ def benchmark(config: BenchmarkConfig) -> Path:
         The table.
     """
     train_missing(config.train)
+    export_missing(config.students)
     bench = Benchmark(config)
     bench.run()
     rows = compared(bench.rows, bench.metric)

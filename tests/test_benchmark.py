@@ -12,7 +12,15 @@ from contracts.cases import pipeline_images, save_images, save_teacher, sections
 from PIL import Image
 from transformers import CLIPModel
 
-from stepdistill.benchmark import Benchmark, BenchmarkConfig, benchmark, insert, solver_rows, train_missing
+from stepdistill.benchmark import (
+    Benchmark,
+    BenchmarkConfig,
+    benchmark,
+    export_missing,
+    insert,
+    solver_rows,
+    train_missing,
+)
 from stepdistill.config import build, read_config, to_yaml
 from stepdistill.evaluate import Judge
 from stepdistill.families.pixel import Pixel
@@ -215,8 +223,22 @@ def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeyp
     there.write_text(to_yaml(mapping))
     mapping["train"]["output_dir"] = str(tmp_path / "run")
     missing.write_text(to_yaml(mapping))
-    train_missing([str(there), str(missing)])
-    assert trained == [tmp_path / "run"]
+    train_missing([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"])
+    assert trained == [tmp_path / "run", tmp_path / "other"]
+
+
+def test_a_student_of_other_calls_is_exported_from_its_run(tmp_path, monkeypatch):
+    mapping = sections(tmp_path, Pixel.tiny(), "lcm")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(mapping))
+    exported = []
+    monkeypatch.setattr(
+        Run, "export_checkpoint", lambda run, folder: exported.append((run.config.method.steps, folder))
+    )
+    names = ("pipeline", "pipeline-1-step", "pipeline-4-steps", "another")
+    export_missing({name: str(run / name) for name in names})
+    assert exported == [(1, run / "pipeline-1-step"), (4, run / "pipeline-4-steps")]
 
 
 # ------------------------------------------------------------------------------------------- what is written
