@@ -55,7 +55,7 @@ def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> 
         axis.set_axis_off()
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.axes[0].set_title(title, fontsize=11, pad=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)

@@ -22,8 +22,9 @@ def plot_calls(rows: Sequence[Row], metric: str, path: Path) -> None:
     for index, (name, points) in enumerate(lines_of(rows, "solver", metric).items()):
         marker = "os^vDP"[index % 6]
         axis.plot(*zip(*points, strict=True), f"{marker}-", markersize=4, linewidth=1, color="0.6", label=name)
-    for index, (name, points) in enumerate(lines_of(rows, "method", metric).items()):
-        axis.plot(*zip(*points, strict=True), "*-", markersize=12, linewidth=1.2, color=f"C{index % 10}", label=name)
+    methods = lines_of(rows, "method", metric)
+    for colour, (name, points) in zip(itertools.cycle(twenty_colours()), methods.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), "*-", markersize=12, linewidth=1.2, color=colour, label=name)
     axis.set(xscale="log", yscale="log", xlabel="network calls an image", ylabel=label_of(metric))
     ticks = sorted({round(row["calls"]) for row in rows if row["calls"] and row.get("kind") != "teacher"})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -83,6 +84,15 @@ def new_axis() -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(8, 5), facecolor="white")
+
+
+def twenty_colours() -> Sequence[Any]:
+    """The strong ones first: there are more methods than Matplotlib's cycle has colours."""
+    from matplotlib import colormaps
+
+    colours: Any = colormaps["tab20"]
+    colours = colours.colors
+    return [*colours[::2], *colours[1::2]]
 
 
 def save(figure: Any, axis: Any, path: Path) -> None:
