@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepdistill.clip import Clip
 from stepdistill.collect import read_captions
-from stepdistill.config import nearest, read_config, to_dict
+from stepdistill.config import flatten, nearest, read_config, to_dict
 from stepdistill.evaluate import (
     Images,
     Judge,
@@ -220,12 +220,13 @@ class Benchmark:
         if not self.path.is_file():
             return []
         result = json.loads(self.path.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(self.setting))
-        changed = [key for key in now if key not in FREE_KEYS and result["setting"].get(key) != now[key]]
+        # a key that a version added, and that says nothing yet, was not there before
+        before, now = flatten(result["setting"]), flatten(json.loads(json.dumps(self.setting)))
+        changed = [key for key in now if key.partition(".")[0] not in FREE_KEYS and before.get(key) != now[key]]
         if changed:
             key = changed[0]
             raise ValueError(
-                f"{self.path} was measured with another {key}: {result['setting'].get(key)!r}, now {now[key]!r}; "
+                f"{self.path} was measured with another {key}: {before.get(key)!r}, now {now[key]!r}; "
                 "move it away, choose another output, or restore the setting"
             )
         return list(result["rows"])

@@ -1,5 +1,6 @@
 """The benchmark: fair rows, made once, never mixed; and its tables, plots and page."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -187,6 +188,19 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     bench.run()
     assert measured == ["ours, 2 steps"]
     assert [row["name"] for row in bench.rows].count("ours, 2 steps") == 1
+
+
+def test_rows_of_a_version_without_a_key_go_on_while_the_key_says_nothing(finished, tmp_path):
+    folder, config = finished
+    result = json.loads((folder / "result/bench.json").read_text())
+    del result["setting"]["teacher"]["resolution"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(result))
+    assert Benchmark(dataclasses.replace(config, output=str(older))).rows == result["rows"]
+    result["setting"]["teacher"]["resolution"] = 64
+    older.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"another teacher\.resolution: 64, now None"):
+        Benchmark(dataclasses.replace(config, output=str(older)))
 
 
 @pytest.mark.parametrize("change", [{"num_samples": 21}, {"seed": 1}, {"guidance_scales": [1.5]}])

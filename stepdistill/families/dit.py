@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from stepdistill.data import RawBatch
 from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import Unsteered
 
 NULL_CLASS = 1000  # written into DiTPipeline
 
 
-class DiT(Latent):
+class DiT(Unsteered):
     """An opened ``DiTPipeline``."""
 
     component = "transformer"
@@ -66,19 +66,6 @@ class DiT(Latent):
         assert self.num_classes is not None
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
-    def call(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        w: Tensor | None = None,
-        s: Tensor | None = None,
-    ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        dtype = next(network.parameters()).dtype
-        output = network(
-            x_t.to(dtype), timestep=self.schedule.timestep(t).float(), class_labels=cond["class_labels"]
-        ).sample
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        output = network(x_t, timestep=self.schedule.timestep(t).float(), class_labels=cond["class_labels"]).sample
         return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance

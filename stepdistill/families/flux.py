@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import Text, Unsteered
 from stepdistill.schedule import RectifiedFlow
 
 GUIDANCE_SCALE = 3.5  # what FluxPipeline asks with when nobody says
 
 
-class Flux(Text):
+class Flux(Unsteered, Text):
     """An opened ``FluxPipeline``."""
 
     component = "transformer"
@@ -96,29 +96,20 @@ class Flux(Text):
             "FLUX.1-dev teacher.guidance_scale"
         )
 
-    def call(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        w: Tensor | None = None,
-        s: Tensor | None = None,
-    ) -> Tensor:
-        assert w is None and s is None, "this network takes neither another guidance weight nor a second time"
-        dtype = next(network.parameters()).dtype
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         _, _, height, width = x_t.shape
         places = torch.cartesian_prod(*(torch.arange(n // 2, device=x_t.device) for n in (height, width)))
         text = cond["encoder_hidden_states"]
-        guidance = None if self.guidance_scale is None else x_t.new_full((len(x_t),), self.guidance_scale)
+        guidance = (
+            None if self.guidance_scale is None else torch.full((len(x_t),), self.guidance_scale, device=x_t.device)
+        )
         tokens = network(
-            hidden_states=pack(x_t).to(dtype),
+            hidden_states=pack(x_t),
             timestep=self.schedule.timestep(t).float() / 1000,
             guidance=guidance,
-            img_ids=pad(places, (1, 0)).to(dtype),
-            txt_ids=torch.zeros(text.shape[1], 3, dtype=dtype, device=x_t.device),
-            **{name: value.to(dtype) for name, value in cond.items()},
+            img_ids=pad(places, (1, 0)).to(x_t.dtype),
+            txt_ids=torch.zeros(text.shape[1], 3, dtype=x_t.dtype, device=x_t.device),
+            **{name: value.to(x_t.dtype) for name, value in cond.items()},
         ).sample
         return unpack(tokens, height, width)
 

@@ -126,6 +126,27 @@ class Latent(Family):
         return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})
 
 
+class Unsteered(Latent):
+    """Latent families whose networks take state, time and condition alone."""
+
+    def call(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        w: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
+        return self.ask(network, x_t.to(next(network.parameters()).dtype), t, cond)
+
+    @abc.abstractmethod
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`call` at states that have the network's precision."""
+
+
 class Text(Latent):
     """A latent diffusion pipeline that is asked with prompts."""
 
@@ -162,6 +183,17 @@ class Text(Latent):
         tokenizer = getattr(self.pipe, self.reader)
         limit = self.call_options.get("max_sequence_length", tokenizer.model_max_length)
         warn_too_long(tokenizer, captions, limit=limit)
+
+
+def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
+    """Of (prompt, its mask, negative prompt, its mask), as an ``encode_prompt`` returns them, the condition."""
+    prompt, mask = embedded[2:] if null else embedded[:2]
+    return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+
+
+def default_of(pipe: Any, name: str) -> Any:
+    """What a call of the pipeline takes for an argument that is not given."""
+    return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import Text, Unsteered, default_of, masked
 
 
-class PixArt(Text):
+class PixArt(Unsteered, Text):
     """An opened ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
 
     component = "transformer"
@@ -27,7 +26,7 @@ class PixArt(Text):
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
-        length = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        length = default_of(pipe, "max_sequence_length")
         # captions as they are: cleaning needs packages that a caller may not have, who would see other images
         self.call_options = {**self.call_options, "clean_caption": False, "max_sequence_length": length}
 
@@ -55,31 +54,15 @@ class PixArt(Text):
         return cls(pipeline(tokenizer, text_encoder, tiny_vae(), transformer, scheduler), resolution=16)
 
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
-        prompt, mask, negative, negative_mask = self.pipe.encode_prompt(
-            list(prompts), null, device=self.pipe.text_encoder.device
-        )
-        if null:
-            prompt, mask = negative, negative_mask
-        return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+        return masked(self.pipe.encode_prompt(list(prompts), null, device=self.pipe.text_encoder.device), null)
 
-    def call(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        w: Tensor | None = None,
-        s: Tensor | None = None,
-    ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        dtype = next(network.parameters()).dtype
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
-            x_t.to(dtype),
-            encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
+            x_t,
+            encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_attention_mask=cond["encoder_attention_mask"],
             timestep=self.schedule.timestep(t).float(),
-            added_cond_kwargs=self.sizes(x_t.to(dtype)),
+            added_cond_kwargs=self.sizes(x_t),
         ).sample
         return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import Text, Unsteered, default_of, masked
 
 
-class Sana(Text):
+class Sana(Unsteered, Text):
     """An opened ``SanaPipeline``."""
 
     component = "transformer"
@@ -53,40 +52,19 @@ class Sana(Text):
         return cls(SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler))
 
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
-        prompt, mask, negative, negative_mask = self.pipe.encode_prompt(
-            list(prompts),
-            null,
-            device=self.pipe.text_encoder.device,
-            complex_human_instruction=default_of(self.pipe, "complex_human_instruction"),
-        )
-        if null:
-            prompt, mask = negative, negative_mask
-        return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+        instruction = default_of(self.pipe, "complex_human_instruction")
+        device = self.pipe.text_encoder.device
+        embedded = self.pipe.encode_prompt(list(prompts), null, device=device, complex_human_instruction=instruction)
+        return masked(embedded, null)
 
-    def call(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        w: Tensor | None = None,
-        s: Tensor | None = None,
-    ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        dtype = next(network.parameters()).dtype
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
-            x_t.to(dtype),
-            encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
+            x_t,
+            encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_attention_mask=cond["encoder_attention_mask"],
             timestep=self.schedule.timestep(t).float() * self.pipe.transformer.config.timestep_scale,
         ).sample
         return output[:, : x_t.shape[1]]  # the rest, where there is one, is a variance
-
-
-def default_of(pipe: Any, name: str) -> Any:
-    """What a call of the pipeline takes for an argument that is not given."""
-    return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 def tiny_gemma(width: int) -> tuple[Any, Any]:

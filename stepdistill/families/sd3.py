@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import Text, Unsteered
 
 
-class SD3(Text):
+class SD3(Unsteered, Text):
     """An opened ``StableDiffusion3Pipeline``."""
 
     component = "transformer"
@@ -55,22 +55,11 @@ class SD3(Text):
             prompt, pooled = negative, negative_pooled
         return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
 
-    def call(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        w: Tensor | None = None,
-        s: Tensor | None = None,
-    ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        dtype = next(network.parameters()).dtype
+    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return network(
-            hidden_states=x_t.to(dtype),
+            hidden_states=x_t,
             timestep=self.schedule.timestep(t).float(),
-            **{name: value.to(dtype) for name, value in cond.items()},
+            **{name: value.to(x_t.dtype) for name, value in cond.items()},
         ).sample
 
 
