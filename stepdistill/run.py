@@ -376,7 +376,7 @@ def read_student(folder: str, family: Family) -> dict[str, Tensor]:
     try:
         student = load_teacher(TeacherConfig(path=folder))
     except ValueError as error:
-        raise ValueError(f"bank.start: {error}") from error
+        raise ValueError(f"bank.start: {str(error).removeprefix('teacher.path: ')}") from error
     if student.prediction_type != family.prediction_type:
         raise ValueError(
             f"bank.start: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "

@@ -187,7 +187,7 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
-    refused(mapping | {"bank": {"start": str(tmp_path / "studnt")}}, "bank.start: .*no folder")
+    refused(mapping | {"bank": {"start": str(tmp_path / "studnt")}}, "^bank.start: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
     refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .* predicts epsilon, the teacher v_prediction")
     other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
