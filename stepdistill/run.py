@@ -215,7 +215,8 @@ class Run:
             {f"{name}.{field.name}": field.default for name, config in sections.items()
              for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING}
         )  # fmt: skip
-        return {key: value for key, value in flat.items() if key in self.identity}
+        identity = self.identity
+        return {key: value for key, value in flat.items() if key in identity}
 
     def plan(self) -> str:
         """The resolved configuration and what will be held in memory, for ``--dry_run``."""
