@@ -1,6 +1,7 @@
 r"""What adversarial methods share: what a student is shown, the critics it is trained against, and their turn.
 
-A critic here is a module with one entry, logits of clean images under their conditions. There are two:
+A critic here is a module with one entry, logits of clean images under their conditions in a ``view`` that real and
+fake images share. There are two:
 
 - :class:`CleanCritic` looks at clean images through a frozen feature network (ADD), under projections of the condition
   and of the embedding of the image that was noised;
@@ -30,7 +31,7 @@ from stepdistill.discriminator import (
     diff_augment,
     r1_penalty,
 )
-from stepdistill.families.base import Family
+from stepdistill.families.base import Batch, Family
 from stepdistill.randomness import Draws
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
@@ -177,6 +178,11 @@ class CleanCritic(nn.Module):
         embedded = normalize(self.eyes.embed(x0, cond), dim=1)
         return torch.cat([vector, expand(t < 1, embedded) * embedded], 1)
 
+    def view(self, batch: Batch, draws: Draws) -> Tensor:
+        """The :meth:`condition` of a student that was shown noise alone."""
+        del draws
+        return self.condition(batch.cond, batch.x0, torch.ones(batch.size, device=batch.x0.device))
+
     def forward(self, x0: Tensor, cond: Cond, vector: Tensor, draws: Draws) -> Logits:
         """Logits of clean images (B, ...); ``vector`` is of :meth:`condition`."""
         return self.heads(self.eyes.see(x0, cond, draws), vector)
@@ -211,12 +217,17 @@ class RenoisedCritic(nn.Module):
         u = self.location + self.scale * draws.normal().double()
         return self.schedule.inverse(-2 * u).clamp(MIN_TIME, 1.0)
 
-    def forward(self, x0: Tensor, t: Tensor, cond: Cond, draws: Draws) -> Logits:
+    def view(self, batch: Batch, draws: Draws) -> Tensor:
+        """The :meth:`levels`."""
+        del batch
+        return self.levels(draws)
+
+    def forward(self, x0: Tensor, cond: Cond, t: Tensor, draws: Draws) -> Logits:
         """Logits of clean images (B, ...) noised to times (B,) with fresh noise."""
         x_t = self.schedule.add_noise(x0, draws.normal_like(x0), t)
         return self.heads(self.blocks(x_t, t, cond), self.condition(cond, t))
 
-    def r1(self, x0: Tensor, t: Tensor, cond: Cond, draws: Draws, distance: float) -> Tensor:
+    def r1(self, x0: Tensor, cond: Cond, t: Tensor, draws: Draws, distance: float) -> Tensor:
         """:func:`~stepdistill.discriminator.approximate_r1` at real images, moved by Gaussian noise in image space."""
         noise, nudge = draws.normal_like(x0), draws.normal_like(x0)
         x_t, near = (self.schedule.add_noise(x, noise, t) for x in (x0, x0 + distance * nudge))

@@ -4,7 +4,7 @@ A table is only as honest as its baselines. Solvers are compared at equal networ
 without guidance and at its best guidance scale; the scale is chosen from a stated grid on few samples of other seeds,
 and only the winner is measured on all of them. The teacher has its many steps, and a row of as many real images shows
 the floor of the metric. Rows are kept in a JSON file as they are made, so that a benchmark can be stopped and gone on
-with.
+with. Seconds compare only where one run took them: :meth:`Benchmark.time` takes those of all rows again.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output"
 """Settings that say which rows there are, and not what is in them."""
 SHOWN = 20
 """Images a row of the picture."""
+TIMED = 4
+"""Batches of which a row's seconds are the median, the first left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,18 @@ class Benchmark:
         self.rows = [row for row in self.rows if row["name"] != name]
         row = make(name)
         self.rows.append(row)
-        write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": self.rows})
+        self._write()
         return row
+
+    def time(self) -> None:
+        """The seconds an image of every row, taken again one after another on a machine that does nothing else."""
+        for row in self.rows:
+            if row["kind"] != "floor":
+                row["seconds_per_image"] = self._sample(row, TIMED * self.config.batch_size).seconds
+        self._write()
+
+    def _write(self) -> None:
+        write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": self.rows})
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -237,16 +249,20 @@ class Benchmark:
         """Images (N, C, H, W) in [0, 1] of a row: the same seeds and classes whatever the row."""
         if row["kind"] == "floor":
             return self._real_images(count)
+        return self._sample(row, count).pixels / 255
+
+    def _sample(self, row: Row, count: int) -> Images:
+        """The first images of a row that somebody samples."""
         if row["kind"] == "student":
             pipeline, call = load_pipeline(row["pipeline"]), {}
         else:
             pipeline = self.solver_pipeline(row["solver"])
             call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
-        images = sample_images(
-            pipeline, count, seed=self.config.seed, num_classes=self.family.num_classes, captions=self.captions,
-            precision=self.config.precision, call=call,
+        return sample_images(
+            pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
+            num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,
+            description=row["name"],
         )  # fmt: skip
-        return images.pixels / 255
 
     def _real_images(self, count: int) -> Tensor:
         """Real images, of the same classes as everybody's where classes are known."""
@@ -315,8 +331,12 @@ def export_missing(students: Mapping[str, str]) -> None:
             Run(resolve(read_config(run, [f"method.steps={calls[1]}"]))).export_checkpoint(folder)
 
 
-def benchmark(config: BenchmarkConfig) -> Path:
+def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     """Run a benchmark; beside ``<output>.json`` it writes ``.md``, ``-calls.png``, ``-pareto.png`` and ``-grid.png``.
+
+    Args:
+        config: what is compared.
+        time: take the seconds of all rows again, in this run.
 
     Returns:
         The table.
@@ -325,6 +345,8 @@ def benchmark(config: BenchmarkConfig) -> Path:
     export_missing(config.students)
     bench = Benchmark(config)
     bench.run()
+    if time:
+        bench.time()
     rows = compared(bench.rows, bench.metric)
     plot_calls(rows, bench.metric, beside(bench.path, "calls"))
     plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))

@@ -42,13 +42,31 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and their flags, spelled as the diffusers examples spell them."""
     parser = argparse.ArgumentParser(prog="stepdistill", description="From a many-step teacher to a few-step student.")
     commands = parser.add_subparsers(dest="command", required=True)
+    flags_of_train(add(commands, "train", train, "train a student; the same command again resumes"))
+    flags_of_generate(add(commands, "generate", generate, "sample an exported pipeline"))
+    flags_of_evaluate(add(commands, "evaluate", evaluate, "measure a pipeline, a teacher, or a folder of images"))
+    command = add(commands, "compare", compare, "which result is better, and is the difference more than chance")
+    command.add_argument("results", nargs="+", type=Path, help="two or more result files")
+    flags_of_export(add(commands, "export", export, "export the student of a run's newest checkpoint"))
+    command = add(commands, "benchmark", benchmark, "students beside the teacher and the training-free solvers")
+    flags_of_table(command, "benchmark_fashion")
+    command.add_argument("--time", action="store_true", help="take all seconds again, where rows are of several runs")
+    flags_of_table(add(commands, "demo", demo, "distil the embedded teacher and draw the picture"), "demo")
+    command = add(commands, "report", report, "one self-contained page from result files")
+    command.add_argument("results", nargs="+", help="result files (.json) of evaluate or benchmark")
+    command.add_argument("--output", required=True, help="page to write (.html)")
+    return parser
 
-    command = add(commands, "train", train, "train a student; the same command again resumes")
+
+def flags_of_train(command: argparse.ArgumentParser) -> None:
+    """The flags of ``stepdistill train``."""
     command.add_argument("--config", required=True, help="YAML file, see configs/")
     command.add_argument("--dry_run", action="store_true", help="print the resolved config and a memory plan")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
 
-    command = add(commands, "generate", generate, "sample an exported pipeline")
+
+def flags_of_generate(command: argparse.ArgumentParser) -> None:
+    """The flags of ``stepdistill generate``."""
     command.add_argument("--pipeline", required=True, help="exported directory")
     command.add_argument("--prompt", nargs="+", default=[], help="one or more, repeated as needed")
     command.add_argument("--prompt_file", help="more of them: a text file, one a line, a .jsonl, or - for stdin")
@@ -67,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"
     )
 
-    command = add(commands, "evaluate", evaluate, "measure a pipeline, a teacher, or a folder of images")
+
+def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
+    """The flags of ``stepdistill evaluate``."""
     subject = command.add_mutually_exclusive_group(required=True)
     subject.add_argument("--pipeline", help="exported directory, or any diffusers pipeline directory")
     subject.add_argument("--teacher", help="a teacher's directory, or 'embedded', under --solver")
@@ -82,27 +102,19 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in PROTOCOL_FLAGS:
         fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
 
-    command = add(commands, "compare", compare, "which result is better, and is the difference more than chance")
-    command.add_argument("results", nargs="+", type=Path, help="two or more result files")
 
-    command = add(commands, "export", export, "export the student of a run's newest checkpoint")
+def flags_of_export(command: argparse.ArgumentParser) -> None:
+    """The flags of ``stepdistill export``."""
     command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
     command.add_argument("--output", required=True, help="folder to write")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
-    for name, config, function, text in [
-        ("benchmark", "benchmark_fashion", benchmark, "students beside the teacher and the training-free solvers"),
-        ("demo", "demo", demo, "distil the embedded teacher and draw the picture"),
-    ]:
-        command = add(commands, name, function, text)
-        command.add_argument("--config", default=f"configs/{config}.yaml", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-        command.add_argument("--report", help="also write a page (.html) of the result")
 
-    command = add(commands, "report", report, "one self-contained page from result files")
-    command.add_argument("results", nargs="+", help="result files (.json) of evaluate or benchmark")
-    command.add_argument("--output", required=True, help="page to write (.html)")
-    return parser
+def flags_of_table(command: argparse.ArgumentParser, config: str) -> None:
+    """The flags of the commands that make a table from a configuration."""
+    command.add_argument("--config", default=f"configs/{config}.yaml", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("--report", help="also write a page (.html) of the result")
 
 
 def add(commands: argparse._SubParsersAction, name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -197,7 +209,7 @@ def benchmark(args: argparse.Namespace) -> None:
     from stepdistill.benchmark import BenchmarkConfig, benchmark
     from stepdistill.config import build, read_config
 
-    path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)))
+    path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
     print(path.read_text(encoding="utf-8"))
     write_page(args.report, path.with_suffix(".json"))
 

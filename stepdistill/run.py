@@ -32,7 +32,7 @@ from stepdistill.training_cost import TrainingCost
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
     "data.num_workers", "teacher.path", "teacher.trust_remote_code",
-    "eval.every", "eval.metrics", "eval.num_samples", "eval.features", "eval.reference",
+    "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
 
@@ -62,6 +62,8 @@ class EvalConfig:
     """Training steps between two measurements; 0 is never."""
     metrics: tuple[str, ...] = ("fd",)
     num_samples: int = 1000
+    seed: int = 1
+    """Of the samples; a table's are of seed 0, and none that it measures has chosen a student."""
     features: str = "embedded"
     reference: str = "embedded"
 
@@ -261,9 +263,10 @@ class Run:
     def measure(self) -> dict[str, float]:
         """The metrics of the ``eval`` section, of the student as it is now."""
         assert self.judge is not None
+        config = self.config.eval
         device = next(self.distiller.parameters()).device
-        images = student_images(self.distiller, self.config.eval.num_samples, device=device)
-        return self.judge.score(images, self.config.eval.metrics)
+        images = student_images(self.distiller, config.num_samples, seed=config.seed, device=device)
+        return self.judge.score(images, config.metrics)
 
     def choose(self, trainer: Trainer) -> None:
         """Go back to the best student that was measured in the last stage, if any was."""

@@ -178,6 +178,19 @@ def test_rows_are_made_once_and_resumed(finished, monkeypatch):
     assert {row["name"]: row for row in bench.rows} == before
 
 
+def test_seconds_of_all_rows_are_taken_again_in_one_run_and_nothing_else_changes(finished, monkeypatch):
+    folder, config = finished
+    before, written = rows_of(folder), []
+    monkeypatch.setattr("stepdistill.benchmark.write_result", lambda path, result: written.append(result))
+    bench = Benchmark(config)
+    bench.time()
+    assert len(written) == 1 and len(bench.rows) == len(before)
+    for row in bench.rows:
+        old = before[row["name"]]
+        assert {**row, "seconds_per_image": 0} == {**old, "seconds_per_image": 0}
+        assert row["kind"] == "floor" or row["seconds_per_image"] != old["seconds_per_image"]
+
+
 def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatch):
     folder, config = finished
     measured = []

@@ -12,6 +12,7 @@ from stepdistill.denoiser import to_prediction
 from stepdistill.export import export_pipeline, load_pipeline
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
+from stepdistill.features import SmallConvNet
 from stepdistill.methods.add import ADD
 from stepdistill.methods.imagine_flash import ImagineFlash, own_sampler
 from stepdistill.networks import AdapterBank, CopyBank
@@ -193,11 +194,20 @@ def denoise(family, x, t, cond):
 # --------------------------------------------------------------------------------------------------- the turns
 
 
-@pytest.mark.parametrize("bank", ["copy", "adapter"])
-def test_each_turn_moves_its_own_and_nothing_reaches_the_teacher(bank):
+@pytest.fixture
+def critics(tmp_path):
+    """What a critic can see through, by name: the value of ``features``."""
+    SmallConvNet(width=4, num_features=6).save_pretrained(tmp_path)
+    return {"teacher": "teacher", "network": str(tmp_path)}
+
+
+@pytest.mark.parametrize(("bank", "eyes"), [("copy", "teacher"), ("adapter", "teacher"), ("copy", "network")])
+def test_each_turn_moves_its_own_and_nothing_reaches_the_teacher(bank, eyes, critics):
     family = Pixel.tiny()
     banks = {"copy": CopyBank, "adapter": lambda n: AdapterBank(n, rank=2, targets=family.lora_targets)}
-    distiller = ImagineFlash(family, banks[bank](family.network), ImagineFlash.Config(guidance_scale=2.0))
+    config = ImagineFlash.Config(guidance_scale=2.0, features=critics[eyes])
+    distiller = ImagineFlash(family, banks[bank](family.network), config)
+    assert set(distiller.feature_hashes()) == (set() if eyes == "teacher" else {"method.features"})
     for name, turn in distiller.turns.items():
         for other in distiller.turns.values():
             for parameter in other.params:

@@ -59,13 +59,13 @@ def test_the_student_moves_on_every_nth_step_only():
 def test_what_the_critic_sees_depends_on_image_level_and_class():
     distiller = pixel_distiller()
     batch, t = pixel_batch(3), torch.full((3,), 0.5, dtype=torch.float64)
-    logits = distiller.critic(batch.x0, t, batch.cond, Draws(0, 3))
+    logits = distiller.critic(batch.x0, batch.cond, t, Draws(0, 3))
     assert all(x.shape[0] == 3 for x in logits)
     for changed in (
-        distiller.critic(batch.x0 + 1, t, batch.cond, Draws(0, 3)),
-        distiller.critic(batch.x0, t / 2, batch.cond, Draws(0, 3)),
-        distiller.critic(batch.x0, t, {"class_labels": torch.tensor([1, 2, 0])}, Draws(0, 3)),
-        distiller.critic(batch.x0, t, batch.cond, Draws(1, 3)),
+        distiller.critic(batch.x0 + 1, batch.cond, t, Draws(0, 3)),
+        distiller.critic(batch.x0, batch.cond, t / 2, Draws(0, 3)),
+        distiller.critic(batch.x0, {"class_labels": torch.tensor([1, 2, 0])}, t, Draws(0, 3)),
+        distiller.critic(batch.x0, batch.cond, t, Draws(1, 3)),
     ):
         assert not torch.allclose(torch.cat(changed, 1), torch.cat(logits, 1), atol=1e-6)
 

@@ -15,7 +15,8 @@ g < 1 leaves the teacher something of ``x`` to reconstruct at t = 1, where the t
 *Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Networks that predict a velocity or the clean
 image at zero terminal SNR, and flows, say so of themselves; others go by :class:`~stepdistill.sampling.NoiseCorrected`.
 
-The critic, of which the paper's text tells little, is LADD's: heads on the teacher's features of re-noised images.
+The critic, of which the paper's text tells little, is LADD's, heads on the teacher's features of re-noised images, or
+ADD's, heads on what a feature network sees in clean ones (``features``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import RenoisedCritic, check_first_step, spread_ratio
+from stepdistill.adversarial import CleanCritic, RenoisedCritic, check_first_step, open_eyes, spread_ratio
 from stepdistill.denoiser import Cond
 from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
 from stepdistill.families.base import Batch, Family
@@ -62,10 +63,14 @@ class ImagineFlash(Distiller):
         adversarial_weight: float = 0.1
         """What a logit counts for against the squared error; 0 is no critic's word."""
         adversarial: AdversarialLoss = "hinge"
+        features: str = "teacher"
+        """What the critic sees through: the ``teacher``, or a feature network that is not the judge."""
+        augment: bool = True
+        """Whether a feature network sees augmented images (DiffAugment)."""
         location: float = 0.0
-        """Of the logit-normal noise levels at which the critic looks."""
+        """Of the logit-normal noise levels at which a critic on the teacher looks."""
         scale: float = 1.0
-        """Of the logit-normal noise levels at which the critic looks."""
+        """Of the logit-normal noise levels at which a critic on the teacher looks."""
 
         def __post_init__(self) -> None:
             if min(self.steps, self.teacher_steps) < 1:
@@ -86,11 +91,21 @@ class ImagineFlash(Distiller):
         own_sampler(family, config.steps).scheduler(family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
-        self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)
+        self.critic = self.make_critic()
         return [
             Turn("student", self.bank.params("student"), self.student_loss),
-            Turn("critic", list(self.critic.parameters()), self.critic_loss),
+            Turn("critic", list(self.critic.heads.parameters()), self.critic_loss),
         ]
+
+    def make_critic(self) -> CleanCritic | RenoisedCritic:
+        """Heads on what ``features`` names; a student of noise alone has no image that a critic could be told of."""
+        if self.config.features == "teacher":
+            return RenoisedCritic(self.teacher, self.config.location, self.config.scale)
+        eyes = open_eyes(self.config.features, self.family, self.teacher, augment=self.config.augment)
+        return CleanCritic(self.family, eyes, "condition")
+
+    def feature_hashes(self) -> dict[str, str]:
+        return self.critic.eyes.hashes() if isinstance(self.critic, CleanCritic) else {}
 
     def sampler(self) -> Sampler:
         return own_sampler(self.family, self.config.steps)
@@ -108,7 +123,7 @@ class ImagineFlash(Distiller):
         x0, t = self.answer(batch, draws)
         with torch.no_grad():
             target = self.target(x0.detach(), t, batch.cond, draws.normal_like(x0))
-        logits = self.critic(x0, self.critic.levels(draws), batch.cond, draws)
+        logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
         terms = {
             "reconstruction": mean_square(x0, target).mean(),
             "adversarial": self.config.adversarial_weight * generator_loss(logits, self.config.adversarial),
@@ -120,8 +135,8 @@ class ImagineFlash(Distiller):
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
             x0, _ = self.answer(batch, draws)
-        t = self.critic.levels(draws)
-        real, fake = self.critic(batch.x0, t, batch.cond, draws), self.critic(x0, t, batch.cond, draws)
+        view = self.critic.view(batch, draws)
+        real, fake = (self.critic(x, batch.cond, view, draws) for x in (batch.x0, x0))
         return Losses({"loss": critic_loss(real, fake, self.config.adversarial)}, critic_metrics(real, fake))
 
     def gamma(self, t: Tensor) -> Tensor:

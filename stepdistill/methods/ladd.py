@@ -99,7 +99,7 @@ class LADD(Distiller):
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0 = self.answer(batch, draws)
-        logits = self.critic(x0, self.critic.levels(draws), batch.cond, draws)
+        logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
         loss = generator_loss(logits, self.config.adversarial)
         return Losses({"loss": loss}, {"spread": spread_ratio(x0, batch.x0)})
 
@@ -108,9 +108,9 @@ class LADD(Distiller):
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
             x0 = self.answer(batch, draws)
-        t = self.critic.levels(draws)
-        real, fake = self.critic(batch.x0, t, batch.cond, draws), self.critic(x0, t, batch.cond, draws)
+        t = self.critic.view(batch, draws)
+        real, fake = (self.critic(x, batch.cond, t, draws) for x in (batch.x0, x0))
         terms = {"loss": critic_loss(real, fake, self.config.adversarial)}
         if self.config.r1:
-            terms["r1"] = self.config.r1 * self.critic.r1(batch.x0, t, batch.cond, draws, self.config.r1_distance)
+            terms["r1"] = self.config.r1 * self.critic.r1(batch.x0, batch.cond, t, draws, self.config.r1_distance)
         return Losses(terms, critic_metrics(real, fake))
