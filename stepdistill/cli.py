@@ -129,6 +129,7 @@ def train(args: argparse.Namespace) -> None:
     from stepdistill.config import read_config
     from stepdistill.export import read_contract
     from stepdistill.run import Run, resolve
+    from stepdistill.sharding import is_main
     from stepdistill.training_cost import TrainingCost
 
     run = Run(resolve(read_config(args.config, args.overrides)))
@@ -136,6 +137,8 @@ def train(args: argparse.Namespace) -> None:
         print(run.plan())
         return
     folder = run.train()
+    if not is_main():
+        return
     cost = TrainingCost(**read_contract(folder).get("training", {}))
     print(f"student: {folder}, after {cost}")
 

@@ -7,6 +7,7 @@ everything a caller must know to sample as trained. :func:`load_pipeline` applie
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -15,13 +16,14 @@ import shutil
 import sys
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.families.base import Family
+from stepdistill.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import RectifiedFlow
 
@@ -29,6 +31,14 @@ CONTRACT = "stepdistill.json"
 CUSTOM_FILE = "pipeline.py"
 GRIDS = ("sigmas", "timesteps")
 """Arguments of a call that name its grid."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The ``export`` section."""
+
+    frozen: Literal["copy", "link"] = "copy"
+    """Whether the export holds what was not trained (VAE, text encoders, tokenizers), or links to the teacher's."""
 
 
 def export_pipeline(
@@ -40,6 +50,7 @@ def export_pipeline(
     about: Mapping[str, Any],
     guidance_scale: float = 1.0,
     lora: Mapping[str, Tensor] | None = None,
+    links: Mapping[str, Path] = NO_LINKS,
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
@@ -53,27 +64,36 @@ def export_pipeline(
         about: what else belongs into the contract: method, teacher, config hash, measured numbers.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
+        links: parts that are not written but linked to, see :func:`stepdistill.links.frozen_folders`.
 
     Raises:
-        ValueError: if no scheduler can express the sampler.
+        ValueError: if no scheduler can express the sampler, or the file system takes no links.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
     contract = describe(family, pipeline, sampler, guidance_scale) | dict(about)
+    if links:
+        contract["linked"] = {name: str(target) for name, target in links.items()}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_pipeline(pipeline, partial)
-    if lora is not None:
-        pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
-    (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        save_pipeline(pipeline, partial, links)
+        if lora is not None:
+            pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
+        (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # of links, this removes the links
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS) -> None:
     """``save_pretrained``, and the files of this package's classes in it, where diffusers looks for them."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    if links:
+        save_parts(pipeline, folder, links)
+    else:
+        pipeline.save_pretrained(folder, safe_serialization=True)
     index = folder / "model_index.json"
     entries = json.loads(index.read_text())
     if is_our_class(pipeline):
@@ -85,6 +105,16 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             shutil.copy(file, folder / name / file.name)
             entries[name] = [file.stem, type(component).__name__]
     index.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:
+    """As ``save_pretrained`` does, but for the parts that are linked."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if name in links:
+            link(folder / name, links[name])
+        elif part is not None:
+            part.save_pretrained(folder / name)
 
 
 def is_our_class(thing: object) -> bool:
@@ -140,14 +170,15 @@ def load_pipeline(path: str | Path, *, trust_remote_code: bool = False, **option
         options: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype``.
 
     Raises:
-        ValueError: if the directory is missing, is no pipeline, or brings code of its own.
+        ValueError: if the directory is missing, is no pipeline, brings code of its own, or links to what is gone.
     """
     folder = Path(path)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
+    refuse_broken_links(folder)
     own = runs_own_code(folder)
     if own and not trust_remote_code and not is_our_code(folder):
-        files = ", ".join(str(file.relative_to(folder)) for file in sorted(folder.rglob("*.py")))
+        files = ", ".join(str(file.relative_to(folder)) for file in code_files(folder))
         raise ValueError(f"{folder}: brings its own code ({files}); read it, then pass trust_remote_code=True")
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
@@ -161,7 +192,12 @@ def load_pipeline(path: str | Path, *, trust_remote_code: bool = False, **option
 def runs_own_code(folder: Path) -> bool:
     """Whether loading the directory would run Python files that lie in it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return isinstance(index.get("_class_name"), list) or any(folder.rglob("*.py"))
+    return isinstance(index.get("_class_name"), list) or bool(code_files(folder))
+
+
+def code_files(folder: Path) -> list[Path]:
+    """Every Python file in the directory, and in the folders that its parts are links to."""
+    return sorted({*folder.rglob("*.py"), *folder.glob("*/*.py")})
 
 
 def is_our_code(folder: Path) -> bool:
@@ -169,7 +205,7 @@ def is_our_code(folder: Path) -> bool:
     import stepdistill.pipelines
 
     ours = {file.read_bytes() for file in Path(stepdistill.pipelines.__file__).parent.glob("*.py")}
-    files = list(folder.rglob("*.py"))
+    files = code_files(folder)
     return bool(files) and all(file.read_bytes() in ours for file in files)
 
 
@@ -215,6 +251,7 @@ def model_card(contract: Mapping[str, Any]) -> str:
     asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
     if contract["pipeline"] == "ConsistencyModelPipeline":  # it does not count the labels
         asked["class_labels"] += ", batch_size=3"
+    linked = ", ".join(f"`{name}`" for name in contract.get("linked", {}))
     results = contract.get("results", {})
     table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
     return f"""---
@@ -234,6 +271,7 @@ images = pipe({asked[contract["conditioning"]]}, {arguments}).images
 ```
 
 Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts give worse images.
+{linked + " are links into the teacher's folder: `cp -rL` makes a copy that is whole." if linked else ""}
 {"| measured | value |" + chr(10) + "|---|---|" + chr(10) + table if table else ""}"""
 
 

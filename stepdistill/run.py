@@ -17,9 +17,10 @@ from stepdistill.checkpoint import RunLock
 from stepdistill.config import ConfigError, build, nearest
 from stepdistill.data import DataConfig, Dataset, locate_data, open_data
 from stepdistill.evaluate import Judge, student_images
-from stepdistill.export import export_pipeline, read_contract
-from stepdistill.families import load_teacher
+from stepdistill.export import ExportConfig, export_pipeline, read_contract
+from stepdistill.families import load_teacher, locate
 from stepdistill.families.base import Family, Inputs, TeacherConfig
+from stepdistill.links import check_links, frozen_folders
 from stepdistill.memory import memory_plan
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller, Stage
@@ -32,7 +33,7 @@ from stepdistill.training_cost import TrainingCost
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
     "data.num_workers", "teacher.path", "teacher.trust_remote_code",
-    "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference",
+    "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
 
@@ -84,6 +85,7 @@ class RunConfig:
     optim: dict[str, OptimConfig]
     train: TrainConfig
     eval: EvalConfig
+    export: ExportConfig
 
     def as_sections(self) -> dict[str, Any]:
         """The configuration as it would be written in YAML."""
@@ -92,7 +94,12 @@ class RunConfig:
         return tree
 
 
-SECTIONS = ("teacher", "method", "bank", "data", "optim", "train", "eval")
+PLAIN_SECTIONS = {
+    "teacher": TeacherConfig, "bank": BankConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig,
+    "export": ExportConfig,
+}  # fmt: skip
+"""Sections that are the same for every method."""
+SECTIONS = ("method", "optim", *PLAIN_SECTIONS)
 
 
 def resolve(mapping: Mapping[str, Any]) -> RunConfig:
@@ -103,14 +110,7 @@ def resolve(mapping: Mapping[str, Any]) -> RunConfig:
     """
     problems = [f"{name}: unknown section{nearest(str(name), SECTIONS)}" for name in mapping if name not in SECTIONS]
     resolved: dict[str, Any] = {}
-    sections = {
-        "teacher": TeacherConfig,
-        "bank": BankConfig,
-        "data": DataConfig,
-        "train": TrainConfig,
-        "eval": EvalConfig,
-    }
-    for name, cls in sections.items():
+    for name, cls in PLAIN_SECTIONS.items():
         problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
     problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
     if "method" in resolved:
@@ -172,6 +172,8 @@ class Run:
             raise ValueError(f"train.output_dir: {self.folder} is a file, wanted a folder")
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
+        copied = config.export.frozen == "copy"
+        self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
         channels, height, width = self.family.image_shape
@@ -252,6 +254,8 @@ class Run:
         with lock:
             first, done = trainer.restore()  # or refuse, before anything is written
             if trainer.accelerator.is_main_process:
+                if self.links:
+                    check_links(self.folder)
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
             cost = trainer.run(first, done)
             if trainer.takes_part:
@@ -315,7 +319,7 @@ class Run:
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
             self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
-            about=about, guidance_scale=scale, lora=lora,
+            about=about, guidance_scale=scale, lora=lora, links=self.links,
         )  # fmt: skip
         grids = sorted((self.folder / "samples").glob("step-*.png"))
         if grids:

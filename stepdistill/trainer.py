@@ -436,6 +436,7 @@ class Trainer:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate with the project's choices: one wrapped distiller, unused parameters allowed, explicit precision."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or processes on CPUs would not find each other
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=None if config.tracker == "none" else config.tracker,

@@ -1,15 +1,18 @@
 """Exports: stock diffusers alone makes of them the images of the trainer's sampler, and nothing foreign is run."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from contracts.cases import FLOW, ZERO_SNR, pipeline_images, scheduler_config
-from diffusers import DDIMScheduler, UNet2DModel
+from contracts.cases import FLOW, ZERO_SNR, pipeline_images, save_teacher, scheduler_config, sections
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
 from stepdistill.denoiser import Denoiser
@@ -17,7 +20,9 @@ from stepdistill.export import export_pipeline, read_contract
 from stepdistill.families.latent import EXAMPLE_PROMPTS
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.links import frozen_folders
 from stepdistill.networks import CopyBank
+from stepdistill.run import Run, resolve
 from stepdistill.sampling import DDIM, Renoise, bind, sample
 
 WITHOUT_STEPDISTILL = """
@@ -213,3 +218,93 @@ def test_an_older_export_is_replaced(tmp_path):
         export_pipeline(family, family.network, make_sampler(family, how), tmp_path / "student", about={})
     assert read_contract(tmp_path / "student")["steps"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+# ------------------------------------------------------------------------- parts that are linked, not copied
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_teacher(SD.tiny(), tmp_path / "teacher")
+
+
+def export_linked(teacher, folder):
+    family = SD.tiny()
+    links = frozen_folders(teacher, family)
+    return export_pipeline(family, family.network, make_sampler(family, "ddim-4"), folder, about={}, links=links)
+
+
+def test_a_linked_export_is_the_copied_one_to_stock_diffusers(teacher, tmp_path):
+    family = SD.tiny()
+    copied = export_pipeline(family, family.network, make_sampler(family, "ddim-4"), tmp_path / "copied", about={})
+    moved = tmp_path / "elsewhere"
+    export_linked(teacher, tmp_path / "linked").rename(moved)
+    assert {path.name for path in moved.iterdir() if path.is_symlink()} == {"vae", "text_encoder", "tokenizer"}
+    assert (moved / "vae").samefile(teacher / "vae") and not (moved / "unet").is_symlink()
+    assert (moved / "model_index.json").read_text() == (copied / "model_index.json").read_text()
+    assert "`cp -rL` makes a copy that is whole" in (moved / "README.md").read_text()
+    images = [
+        pipeline_images(DiffusionPipeline.from_pretrained(folder), family, 2, seed=3, num_inference_steps=4)
+        for folder in (copied, moved)
+    ]
+    assert torch.equal(*images)
+
+
+def test_a_linked_export_that_is_replaced_leaves_the_teacher_whole(teacher, tmp_path):
+    before = {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
+    for _ in range(2):
+        export_linked(teacher, tmp_path / "student")
+    assert {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()} == before
+
+
+def test_without_its_teacher_only_a_copy_loads(teacher, tmp_path):
+    whole = shutil.copytree(export_linked(teacher, tmp_path / "student"), tmp_path / "whole")  # follows links: cp -rL
+    shutil.rmtree(teacher)
+    load_pipeline(whole)
+    with pytest.raises(ValueError, match=r"text_encoder: a link to .*teacher/text_encoder, which is not there"):
+        load_pipeline(tmp_path / "student")
+
+
+def test_code_behind_a_link_is_refused(teacher, tmp_path):
+    (teacher / "vae/modeling.py").write_text("")
+    with pytest.raises(ValueError, match=r"brings its own code \(vae/modeling.py\)"):
+        load_pipeline(export_linked(teacher, tmp_path / "student"))
+
+
+def test_where_no_links_can_be_made_nothing_half_written_is_left(tmp_path, monkeypatch):
+    wanted = linked_sections(tmp_path)
+
+    def refuse(self, target, target_is_directory=False):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(ValueError, match=r"export.frozen: .*vae.*Operation not permitted.*export.frozen=copy"):
+        export_linked(tmp_path / "teacher", tmp_path / "student")
+    with pytest.raises(ValueError, match=r"export.frozen: .*Operation not permitted"):  # before the first step
+        Run(resolve(wanted)).train()
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "images.npz", "run"}
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def linked_sections(folder):
+    return sections(folder, SD.tiny(), "lcm", "adapter", steps=1) | {"export": {"frozen": "link"}}
+
+
+def test_a_run_links_and_its_checkpoint_can_be_exported_whole(tmp_path):
+    wanted = linked_sections(tmp_path)
+    folder = Run(resolve(wanted)).train()
+    assert (folder / "vae").is_symlink() and (folder / "lora/pytorch_lora_weights.safetensors").is_file()
+    assert set(read_contract(folder)["linked"]) == {"vae", "text_encoder", "tokenizer"}
+    whole = Run(resolve(wanted | {"export": {"frozen": "copy"}})).export_checkpoint(tmp_path / "whole")
+    assert not any(path.is_symlink() for path in whole.rglob("*")) and "linked" not in read_contract(whole)
+    family = SD.tiny()
+    assert torch.equal(*(pipeline_images(load_pipeline(path), family, 2, seed=3) for path in (folder, whole)))
+
+
+def test_a_teacher_that_has_nothing_to_link_to_is_refused(teacher, tmp_path):
+    wanted = sections(tmp_path / "pixel", Pixel.tiny(), "lcm", "copy", steps=1) | {"export": {"frozen": "link"}}
+    with pytest.raises(ValueError, match=r"export.frozen: .*nothing beside its network.*wanted copy"):
+        Run(resolve(wanted))
+    shutil.rmtree(teacher / "vae")
+    with pytest.raises(ValueError, match=r"export.frozen: no folder .*vae to link to"):
+        frozen_folders(teacher, SD.tiny())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +18,20 @@ from contracts.cases import (
     make_trainer,
     pipeline_images,
     reference_images,
+    sections,
     train_until,
     weights,
 )
 from safetensors.torch import load_file
 
 from stepdistill import load_pipeline
+from stepdistill.config import to_yaml
 from stepdistill.export import read_contract
+from stepdistill.families.sd import SD
 from stepdistill.methods import method_names
 from stepdistill.optimizers import OptimConfig
 from stepdistill.randomness import Draws
+from stepdistill.run import Run, resolve
 
 EVERY = [(method, bank) for method in method_names() for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)
@@ -207,3 +212,35 @@ def test_every_method_trains_sharded(straight, tmp_path):
     two_gloo_processes(tmp_path, EVERY, **SHARDING)
     for method, bank in EVERY:
         check_same_training(straight(method, bank)[0].folder, tmp_path / f"{method}-{bank}/run")
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("bank", BANKS)
+@pytest.mark.parametrize("file", ["multi_gpu", "fsdp2"])
+def test_a_shipped_launcher_file_trains_and_goes_on(tmp_path, file, bank):
+    """The command of the README, without a GPU: what its two processes train and export is what one does."""
+    one = sections(tmp_path, SD.tiny(), "dmd2", bank, ema=0.9, accumulation=2)
+    run = Run(resolve(one))
+    run.train()
+    folder = tmp_path / "launched"
+    two = one | {"train": one["train"] | {"accumulation": 1, "save_every": 2, "output_dir": str(folder)}}
+    (tmp_path / "launched.yaml").write_text(to_yaml(two))
+    launch(file, "scripts/train.py", "--config", str(tmp_path / "launched.yaml"))
+    for done in ("pipeline", f"checkpoint-{STEPS}"):
+        shutil.rmtree(folder / done)
+    assert (folder / "checkpoint-2").is_dir()
+    launch(file, "scripts/train.py", "--config", str(tmp_path / "launched.yaml"))
+    check_same_training(run.folder, folder)
+    images = [pipeline_images(load_pipeline(f / "pipeline"), run.family, 3, seed=5) for f in (run.folder, folder)]
+    assert (images[0] - images[1]).abs().max() < 1e-5
+
+
+def launch(file, *command):
+    root = TESTS.parent
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*launcher, "--config_file", f"configs/accelerate/{file}.yaml", *command],
+        cwd=root, env=environment, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
