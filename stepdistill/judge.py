@@ -225,8 +225,9 @@ class Judge:
         return of_mean("density", counts / 5, labels) | of_mean("coverage", covered)
 
     def _cmmd(self, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
-        del labels
-        return {self._named("cmmd"): metrics.cmmd(self._real(), fake)}
+        real, pull = self._real(), metrics.cmmd_pull(self._real(), fake)
+        value = metrics.cmmd(real, fake)
+        return spread_out(self._named("cmmd"), value, mean_interval(pull - pull.mean() + value, labels=labels))
 
     def _spread(self, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
         real = self._real()

@@ -210,18 +210,19 @@ def test_class_means_are_caught_though_their_accuracy_is_perfect():
 
 
 def test_intervals_of_means_are_as_wide_as_fresh_samples_spread():
-    from stepdistill.metrics import kernel_distance, kernel_pull, mean_interval
+    from stepdistill.metrics import cmmd, cmmd_pull, kernel_distance, kernel_pull, mean_interval
 
     def sample(seed, shift):
         return torch.randn(300, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
+    def kd(real, fake):
+        return kernel_distance(real, fake, subsets=1, subset_size=300).mean
+
     real = sample(999, 0.0)
-    for shift in (0.3, 0.6):
-        fresh = torch.tensor(
-            [kernel_distance(real, sample(s, shift), subsets=1, subset_size=300).mean for s in range(80)]
-        )
+    for shift, value, pull in ((0.3, kd, kernel_pull), (0.6, kd, kernel_pull), (0.6, cmmd, cmmd_pull)):
+        fresh = torch.tensor([value(real, sample(s, shift)) for s in range(80)])
         width = (fresh.quantile(0.975) - fresh.quantile(0.025)).item()
-        found = [mean_interval(kernel_pull(real, sample(s, shift))) for s in (101, 102, 103)]
+        found = [mean_interval(pull(real, sample(s, shift))) for s in (101, 102, 103)]
         assert sum(i.high - i.low for i in found) / 3 == pytest.approx(width, rel=0.4)
     flips = (torch.rand(400, generator=torch.Generator().manual_seed(5)) < 0.3).double()
     low, high, _ = mean_interval(flips)
