@@ -28,16 +28,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.config import nearest
-from stepdistill.sharding import write
-
-_STATELESS = "stateless"  # which parameters an optimizer has not stepped yet
-_ITEM = ".item"  # the mark of a Python number among an optimizer's tensors
 
 
 class CheckpointError(ValueError):
@@ -239,6 +234,27 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], state)
 
 
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        checkpoint: its state has a ``config``, flat ``{"section.key": value}``.
+        identity: what that must be.
+        defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
+
+    Raises:
+        CheckpointError: naming every key that differs, with both values.
+    """
+    before, now = {**defaults, **checkpoint.state["config"]}, json.loads(json.dumps(identity))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
+        raise CheckpointError(
+            f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
+            "train.output_dir:\n  - " + "\n  - ".join(lines)
+        )
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -302,81 +318,3 @@ def _try_lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# -------------------------------------------------------------------------------------------- optimizers
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as ``"<parameter index>.<name>" -> tensor``, for :func:`restore_optimizer`.
-
-    Python numbers become 0-d tensors named ``"<index>.<name>.item"``. Parameters without state are listed under
-    ``"stateless"``: an entry is absent on purpose or missing, never in doubt. Learning rates are not included.
-
-    Raises:
-        CheckpointError: if an entry is neither a scalar nor of its parameter's shape (Adafactor).
-    """
-    states, tensors = optimizer.state_dict()["state"], {}
-    for index, entries in states.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach()
-            else:
-                dtype = torch.float64 if isinstance(value, float) else None
-                tensors[f"{index}.{name}{_ITEM}"] = torch.tensor(value, dtype=dtype)
-    parameters = _parameters(optimizer)
-    if stateless := [index for index in range(len(parameters)) if not states.get(index)]:
-        tensors[_STATELESS] = torch.tensor(stateless)
-    _check_entries(parameters, tensors)
-    return tensors
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give ``optimizer`` the state that :func:`optimizer_tensors` took: training continues bit for bit.
-
-    The tensors are copied, in the memory layout of their parameters: fused kernels walk both in memory order, and would
-    silently pair the wrong elements of a ``channels_last`` weight.
-
-    Raises:
-        CheckpointError: naming the first entry that is missing, of the wrong shape, or without a parameter.
-    """
-    parameters = _parameters(optimizer)
-    _check_entries(parameters, tensors)
-    states: dict[int, dict[str, Any]] = {}
-    for key in tensors.keys() - {_STATELESS}:
-        number, _, name = key.partition(".")
-        index = int(number)
-        states.setdefault(index, {})[name.removesuffix(_ITEM)] = _restored(name, tensors[key], parameters[index])
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    for index, entries in states.items():  # torch has put each on its device, but rounded it to its parameter's dtype
-        placed = optimizer.state[parameters[index]]
-        placed.update({k: v.to(placed[k].device) for k, v in entries.items() if isinstance(v, Tensor)})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _restored(name: str, value: Tensor, parameter: Tensor) -> Tensor | float:
-    if name.endswith(_ITEM):
-        return value.item()
-    if value.ndim == 0:
-        return value.clone()
-    restored = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    write(restored, value)
-    return restored
-
-
-def _check_entries(parameters: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Every stepped parameter has the same entries, scalars or of its shape, and nothing else is there."""
-    stateless = tensors[_STATELESS].tolist() if _STATELESS in tensors else []
-    names = sorted({key.partition(".")[2] for key in tensors.keys() - {_STATELESS}}) or ["*"]
-    stepped = {index: parameter.shape for index, parameter in enumerate(parameters) if index not in stateless}
-    expected = {f"{index}.{name}": shape for index, shape in stepped.items() for name in names}
-    for key, shape in expected.items():
-        if key not in tensors:
-            raise CheckpointError(f"optimizer entry {key!r} is missing (its parameter has shape {tuple(shape)})")
-        if (found := tensors[key].shape) not in (shape, torch.Size()):
-            raise CheckpointError(f"optimizer entry {key!r} has shape {tuple(found)}, its parameter {tuple(shape)}")
-    if surplus := sorted(tensors.keys() - expected.keys() - {_STATELESS}):
-        raise CheckpointError(f"optimizer entry {surplus[0]!r} belongs to none of the {len(parameters)} parameters")

@@ -26,20 +26,14 @@ from tqdm.auto import tqdm
 
 from stepdistill import sharding
 from stepdistill.cache import CacheData
-from stepdistill.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from stepdistill.checkpoint import Checkpoint, check_identity, latest_checkpoint, load_checkpoint, save_checkpoint
 from stepdistill.data import Dataset, loader
 from stepdistill.evaluate import student_images
 from stepdistill.families.base import Batch
 from stepdistill.guard import DivergenceGuard, FiniteGuard
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
+from stepdistill.optimizer_state import optimizer_tensors, restore_optimizer
 from stepdistill.optimizers import OptimConfig
 from stepdistill.pictures import save_grid
 from stepdistill.randomness import Draws, derive_seed
@@ -380,7 +374,7 @@ class Trainer:
         checkpoint = self._newest_checkpoint()
         if checkpoint is None:
             return 0, 0
-        self._check_identity(checkpoint)
+        check_identity(checkpoint, self.identity, self.defaults)
         index, done = checkpoint.state["stage"], checkpoint.state["done"]
         self.distiller.stage = self.distiller.stages(self.config.steps)[index]
         self._load_weights(checkpoint.tensors("weights"))
@@ -413,16 +407,6 @@ class Trainer:
             raise ValueError(f"checkpoint: its tensors are not this run's; first difference: {missing[0]!r}")
         for name, target in targets.items():
             sharding.write(target, tensors[name])
-
-    def _check_identity(self, checkpoint: Checkpoint) -> None:
-        before, now = {**self.defaults, **checkpoint.state["config"]}, json.loads(json.dumps(self.identity))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
-            raise ValueError(
-                f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
-                "train.output_dir:\n  - " + "\n  - ".join(lines)
-            )
 
     def _truncate_log(self) -> None:
         """Forget what was logged after the checkpoint: those steps are run again."""

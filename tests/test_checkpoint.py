@@ -20,10 +20,9 @@ from stepdistill.checkpoint import (
     RunLock,
     latest_checkpoint,
     load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
 )
+from stepdistill.optimizer_state import optimizer_tensors, restore_optimizer
 from stepdistill.optimizers import OptimConfig
 
 FILES = ["fake.safetensors", "manifest.json", "state.json", "student.safetensors"]

@@ -8,7 +8,7 @@ from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, s
 from safetensors.torch import load_file
 
 import stepdistill
-from stepdistill.checkpoint import Checkpoint
+from stepdistill.checkpoint import Checkpoint, check_identity
 from stepdistill.config import ConfigError, parse_yaml
 from stepdistill.export import read_contract
 from stepdistill.families.pixel import Pixel
@@ -198,10 +198,9 @@ def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
 
 def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     run = Run(resolve(mapping))
-    trainer = run.trainer()
     before = {key: value for key, value in run.identity.items() if key not in ("bank.start", "train.precision")}
     checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
-    trainer._check_identity(checkpoint)
+    check_identity(checkpoint, run.identity, run.defaults)
     checkpoint.state["config"] |= {"bank.start": "a student"}
     with pytest.raises(ValueError, match="bank.start: was 'a student', is None"):
-        trainer._check_identity(checkpoint)
+        check_identity(checkpoint, run.identity, run.defaults)
