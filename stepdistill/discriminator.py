@@ -337,9 +337,13 @@ class BlockFeatures:
         self.names = tuple(names) or denoiser.family.feature_blocks
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of images (B, ...) at times (B,); only the part of the network below the last is run."""
+        """Features of images (B, ...) at times (B,), in float32 as heads are, whatever the network is in.
+
+        Only the part of the network below the last of them is run.
+        """
         with self.denoiser.bank.using(self.denoiser.role) as network:
-            return seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
+            features = seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
+        return [feature.float() for feature in features]
 
     @torch.no_grad()
     def shapes(self) -> list[torch.Size]:

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from stepdistill.data.text import decode_text, prompt_lines, read_prompts, warn_too_long
 from stepdistill.export import load_pipeline, read_contract
+from stepdistill.families.latent import prompt_reader
 from stepdistill.pictures import save_grid, to_pil
 from stepdistill.randomness import derive_seed
 from stepdistill.samples import Images, class_count, sample_images
@@ -100,8 +101,8 @@ def open_pipeline(path: str, request: Request) -> Any:
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     if takes_text:
-        tokenizer = pipeline.tokenizer
-        warn_too_long(tokenizer, request.prompts, limit=tokenizer.model_max_length, what="prompts")
+        tokenizer, limit = prompt_reader(pipeline, getattr(pipeline, "contract_call", {}))
+        warn_too_long(tokenizer, request.prompts, limit=limit, what="prompts")
     return pipeline
 
 

@@ -34,7 +34,6 @@ class Flux(Unsteered, Text):
         "ff_context.net.2", "proj_mlp", "proj_out",
     )  # fmt: skip
     loads_lora = True
-    reader = "tokenizer_2"
 
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None and not pipe.transformer.config.guidance_embeds:

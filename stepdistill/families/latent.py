@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,8 +151,6 @@ class Text(Latent):
     """A latent diffusion pipeline that is asked with prompts."""
 
     takes_text = True
-    reader: ClassVar[str] = "tokenizer"
-    """The tokenizer that reads most of a prompt."""
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
@@ -180,8 +178,7 @@ class Text(Latent):
 
     def use_captions(self, captions: Sequence[str]) -> None:
         self.prompts = tuple(captions[:64])
-        tokenizer = getattr(self.pipe, self.reader)
-        limit = self.call_options.get("max_sequence_length", tokenizer.model_max_length)
+        tokenizer, limit = prompt_reader(self.pipe, self.call_options)
         warn_too_long(tokenizer, captions, limit=limit)
 
 
@@ -189,6 +186,16 @@ def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
     """Of (prompt, its mask, negative prompt, its mask), as an ``encode_prompt`` returns them, the condition."""
     prompt, mask = embedded[2:] if null else embedded[:2]
     return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+
+
+def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
+    """The tokenizer that reads most of a prompt in a call of the pipeline (its last), and how many tokens it reads."""
+    names = ("tokenizer_3", "tokenizer_2", "tokenizer")
+    tokenizer = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+    length = call.get("max_sequence_length")
+    if length is None and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+        length = default_of(pipe, "max_sequence_length")
+    return tokenizer, min(length or tokenizer.model_max_length, tokenizer.model_max_length)
 
 
 def default_of(pipe: Any, name: str) -> Any:

@@ -22,7 +22,7 @@ from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import Latent, prompt_reader
 from stepdistill.families.sd import SD
 from stepdistill.methods import find_method, method_names
 from stepdistill.run import Run, resolve
@@ -238,6 +238,15 @@ def test_long_captions_are_counted(teacher, tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros((2, 16, 16, 3), np.uint8), captions=captions)
     with pytest.warns(UserWarning, match="1 of 2 captions are longer than the text encoder's 77 tokens"):
         Run(resolve(config(teacher, tmp_path, {"name": "images", "path": str(tmp_path / "images.npz")})))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("sd", 77), ("sdxl", 77), ("pixart", 120), ("sana", 300), ("sd3", 256), ("flux", 512)]
+)
+def test_tokens_are_counted_where_most_of_a_prompt_is_read(name, tokens):
+    """What the pipelines' documentation says they read; CLIP's 77 do not bound what T5 reads beside it."""
+    family = LATENT[name].tiny()
+    assert prompt_reader(family.pipe, family.call_options)[1] == prompt_reader(family.pipe, {})[1] == tokens
 
 
 def config(teacher, folder, data):

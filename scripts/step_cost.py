@@ -1,0 +1,35 @@
+"""Seconds and peak memory of a training step, by memory policy, on networks of the real sizes with random weights.
+
+    python scripts/step_cost.py data.batch_size=4
+
+prints a table of LCM and DMD2 on networks of the sizes of Stable Diffusion 1.5 and XL, as full copies and as adapters
+on one network. It wants a GPU and no files: nothing is downloaded or written. --tiny tries it on a CPU.
+"""
+
+import argparse
+from pathlib import Path
+
+from stepdistill.step_cost import step_cost_table
+
+CONFIGS = ("sd_lcm_lora", "sd_dmd2", "sdxl_lcm_lora", "sdxl_dmd2_lora")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", nargs="+", type=Path, default=[Path(f"configs/{name}.yaml") for name in CONFIGS],
+        help="files sd_<method>.yaml or sdxl_<method>.yaml; by default those of LCM and DMD2",
+    )  # fmt: skip
+    parser.add_argument("--bank", nargs="+", choices=["copy", "adapter"], default=["copy", "adapter"])
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, a multiple of method.every")
+    parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
+    args = parser.parse_args()
+    try:
+        print(step_cost_table(args.config, args.bank, args.overrides, args.steps, args.tiny))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
