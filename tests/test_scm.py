@@ -81,20 +81,23 @@ def test_the_tangent_is_step_4_of_algorithm_1_by_central_differences(name, kind,
 
 
 @every_kind
-def test_the_tangent_is_the_limit_of_the_discrete_algorithm(name, kind):
-    """Without a derivative (dsCD, Appendix D): the error falls with the step."""
-    distiller, theta, t, x_t, path = scene(name, kind)
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
+def test_a_difference_of_two_calls_is_the_discrete_algorithm_however_far_apart_they_are(name, kind, warmup):
+    """dsCD, Appendix D; in full, the change of the consistency function along an Euler step of the teacher."""
+    options = {"tangent": "difference", "difference": 0.1}
+    distiller, theta, t, x_t, path = scene(name, kind, done=int(1000 * warmup), **options)
     student, teacher = (Trigflow(distiller, denoiser) for denoiser in (distiller.student, distiller.teacher))
-    x, g = student.state(x_t, t), distiller.tangent(x_t, distiller.point(t, x_t), path, {})
-    errors = []
-    for h in (1e-2, 1e-3, 1e-4):
-        near, toward = theta - h, teacher.velocity(x, theta)
-        x_near = math.cos(h) * x - math.sin(h) * toward
-        here, there = student.velocity(x, theta), student.velocity(x_near, near)
-        slope = (here - math.cos(h) * there) / math.sin(h)
-        delta = -wide(near.cos()) * (here - toward) - wide(near.sin()) * (x + slope)
-        errors.append((wide(theta.cos()) * delta - g).abs().max().item())
-    assert errors[2] < 0.05 * errors[0] + 1e-6
+    x, h = student.state(x_t, t), 0.1
+    dx, near = teacher.velocity(x, theta), theta - h
+    x_near = math.cos(h) * x - math.sin(h) * dx
+    here, there = student.velocity(x, theta), student.velocity(x_near, near)
+    turn = x + (math.cos(h) * here - there) / math.sin(h)
+    delta = -wide(near.cos()) * (here - dx) - warmup * wide(near.sin()) * turn
+    found = distiller.tangent(x_t, distiller.point(t, x_t), path, {})
+    torch.testing.assert_close(found, wide(theta.cos()) * delta, atol=1e-7, rtol=1e-6)
+    if warmup == 1:
+        change = (student.end(x, theta) - student.end(x_near, near)) / math.sin(h)
+        torch.testing.assert_close(found, wide(theta.cos()) * change, atol=1e-7, rtol=1e-6)
 
 
 @every_kind
@@ -238,28 +241,21 @@ def test_the_weight_balances_the_error_of_its_time():
 # --------------------------------------------------------------------------------------------- the student
 
 
-def student_of(oracle, train_steps, **options):
-    """What a network cannot resolve between the clusters is carried to all higher noise: hence one with waves."""
+@pytest.mark.parametrize(("path", "train_steps", "norm_floor"), [("teacher", 1400, 0.5), ("data", 1600, 0.1)])
+def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, train_steps, norm_floor):
+    """What a network gets wrong where the clusters part is carried to all higher noise: hence one with waves.
+
+    Four calls are measured by the clusters' shares, to 1 %. Norms of two numbers differ so much that to divide by
+    them alone moves 2 % of the points to a wrong cluster; those of a noisy path (sCT) differ less.
+    """
+    oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
     network = PointNet(oracle.schedule, oracle, waves=32)
-    return train(Scm, oracle, train_steps, network=network, lr=2e-3, warmup=150, sigma_data=1.0, log_sigma_mean=-0.3,
-                 **options)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "calls", "train_steps", "options"),
-    [
-        ("cosine", "v_prediction", (1, 2), 1200, {"tangent": "difference"}),
-        ("cosine", "v_prediction", (1, 2, 4), 2400, {"tangent": "difference", "path": "data"}),
-        pytest.param("cosine", "v_prediction", (4,), 1200, {"tangent": "difference"}, marks=pytest.mark.open_issue),
-    ],
-)
-def test_one_student_of_a_mixture_lands_on_it_in_few_calls(name, kind, calls, train_steps, options):
-    """Distilled students put 1 or 2 % too many points into a cluster, which alone is half the bound at 4 calls."""
-    oracle = three_clusters(SCHEDULES[name], kind)
-    distiller = student_of(oracle, train_steps, **options)
-    for n in calls:
-        student, teacher = landing(distiller, oracle, n)
-        assert student < NEARER[n] * teacher, (n, student, teacher)
+    levels = {"sigma_data": 1.0, "log_sigma_mean": -0.3, "log_sigma_std": 1.2}
+    options = {"path": path, "norm_floor": norm_floor, "tangent": "difference", "warmup": 150, **levels}
+    distiller = train(Scm, oracle, train_steps, network=network, lr=2e-3, **options)
+    for calls, part in NEARER.items():
+        student, teacher = landing(distiller, oracle, calls)
+        assert student < part * teacher, (calls, student, teacher)
 
 
 BATCH = Batch(torch.randn(4, 1, 8, 8), {"class_labels": torch.tensor([0, 1, 2, 0])}, 4)
@@ -336,6 +332,7 @@ def test_attention_without_a_derivative_is_refused_with_a_way_out():
         ({"steps": 0}, "steps: found 0"),
         ({"difference": 0.0}, "difference: found 0"),
         ({"warmup": -1}, "warmup: found -1"),
+        ({"norm_floor": 0.0}, "norm_floor: found 0"),
         ({"path": "data", "guidance_scale": 2.0}, "only a teacher can be guided"),
     ],
 )

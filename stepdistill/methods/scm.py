@@ -42,9 +42,6 @@ from stepdistill.sampling import Renoise, Sampler, ode_step
 from stepdistill.schedule import Karras, NoiseSchedule, Trig, expand
 from stepdistill.trajectory import check_guidance, lead, same_dropout
 
-NORM_FLOOR = 0.1
-"""The tangent is divided by its norm plus this (the paper's c)."""
-
 
 class Point(NamedTuple):
     """Times (B,) of the teacher's schedule, and how TrigFlow sees them."""
@@ -81,11 +78,14 @@ class Scm(Distiller):
         """How far apart these two calls are, as an angle."""
         warmup: int = 1000
         """Training steps until the tangent counts in full (r = 1)."""
+        norm_floor: float = 0.1
+        """The tangent is divided by its norm plus this (c). More keeps a student's mean where norms differ much: for
+        images of thousands of numbers they hardly do."""
         guidance_scale: float = 1.0
         """Guidance baked into the student; 1 is none."""
 
         def __post_init__(self) -> None:
-            for name in ("steps", "sigma_data", "log_sigma_std", "difference"):
+            for name in ("steps", "sigma_data", "log_sigma_std", "difference", "norm_floor"):
                 if getattr(self, name) <= 0:
                     raise ValueError(f"{name}: found {getattr(self, name)}, wanted a positive number")
             if self.warmup < 0:
@@ -127,7 +127,7 @@ class Scm(Distiller):
                 tangent = self.tangent(x_t, point, path, batch.cond)
             norm = tangent.flatten(1).norm(dim=1)
             # the root of the number of pixels only moves the learned weight: a pixel's error is then near 1
-            step = tangent / expand((norm + NORM_FLOOR) / math.sqrt(tangent[0].numel()), tangent)
+            step = tangent / expand((norm + self.config.norm_floor) / math.sqrt(tangent[0].numel()), tangent)
         velocity = self.velocity(self.student(x_t, point.t, batch.cond), point).float()
         error = (velocity - velocity.detach() - step).square().flatten(1).mean(1)
         log_weight = self.time_weight(point.t)
@@ -161,11 +161,19 @@ class Scm(Distiller):
 
     def tangent(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
         """The tangent g of Algorithm 1, before its normalisation."""
-        derive = self.derive if self.config.tangent == "jvp" else self.derive_by_difference
-        student, (d_x_0, d_eps) = derive(x_t, point, path, cond)
-        warmup = min(1.0, self.done / self.config.warmup) if self.config.warmup else 1.0
-        apart = self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
-        return -(point.cos**2) * apart - warmup * (point.cos * self.sigma_data * d_eps - point.sin * d_x_0)
+        if self.config.tangent == "difference":
+            return self.tangent_by_difference(x_t, point, path, cond)
+        student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond)
+        turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
+        return -(point.cos**2) * self.apart(student, path, point) - self.warmth() * turn
+
+    def warmth(self) -> float:
+        """How much the student's derivative counts: r, from 0 to 1."""
+        return min(1.0, self.done / self.config.warmup) if self.config.warmup else 1.0
+
+    def apart(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
+        """``sigma_d F - dx/dtheta``."""
+        return self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
 
     def derive(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> tuple[Prediction, Prediction]:
         """The student's prediction, and its derivative by the log noise level along the path."""
@@ -175,21 +183,23 @@ class Scm(Distiller):
         dx = path.to_state(expand(d_alpha * dt, x_t), expand(d_sigma * dt, x_t))
         return self.student.jvp(x_t, point.t, cond, dx, dt)
 
-    def derive_by_difference(
-        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond
-    ) -> tuple[Prediction, Prediction]:
-        """The same from a second call a small angle down the path, in one batch with the first, in float32."""
+    def tangent_by_difference(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
+        """The same of the discrete algorithm (dsCD, Appendix D), whose limit g is: two calls in one batch, in float32.
+
+        In full it is the change of the consistency function itself, by the angle. So however far apart the calls are,
+        it is at rest where consistency distillation by Euler steps of that angle is, and not at another function.
+        """
         trig = Trig(self.sigma_data)
         theta = trig.inverse(self.schedule.log_snr(point.t))
         theta_near = torch.maximum(theta - self.config.difference / (math.pi / 2), theta / 2)
-        t_near = self.schedule.inverse(trig.log_snr(theta_near))
+        near = self.point(self.schedule.inverse(trig.log_snr(theta_near)), x_t)
         both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
-        x_both = torch.cat([x_t, ode_step(path, self.schedule, t_near)])
+        x_both = torch.cat([x_t, ode_step(path, self.schedule, near.t)])
         with torch.autocast(x_t.device.type, enabled=False):
-            x_0, eps = self.student(x_both, torch.cat([point.t, t_near]), both)
-        (x_0, x_0_near), (eps, eps_near) = x_0.chunk(2), eps.chunk(2)
-        per_angle = point.cos * point.sin / expand((theta - theta_near) * (math.pi / 2), x_t)
-        return Prediction(x_0, eps), Prediction((x_0 - x_0_near) * per_angle, (eps - eps_near) * per_angle)
+            x_0, eps = self.student(x_both, torch.cat([point.t, near.t]), both)
+        (x_0, x_0_near), (eps, _) = x_0.chunk(2), eps.chunk(2)
+        change = (x_0 - x_0_near) / expand(((theta - theta_near) * (math.pi / 2)).sin(), x_t)
+        return point.cos * torch.lerp(-near.cos * self.apart(Prediction(x_0, eps), path, point), change, self.warmth())
 
 
 class TimeWeight(nn.Module):
