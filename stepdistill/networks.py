@@ -75,6 +75,10 @@ class NetworkBank(nn.Module, abc.ABC):
         for name, tensor in own.items():
             write(tensor, weights[name])
 
+    @abc.abstractmethod
+    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        """Make ``role`` the network of these weights, named as a plain network names them, as nearly as it can be."""
+
     @torch.no_grad()
     def blend(self, dst: str, src: str, keep: float) -> None:
         """``dst <- keep dst + (1 - keep) src``: ``keep`` = 0 copies, 0.999 is a step of an average."""
@@ -135,6 +139,9 @@ class CopyBank(NetworkBank):
 
     def extract(self, role: str) -> nn.Module:
         return without_checkpointing(self._copy(self.networks[role])).requires_grad_(True)
+
+    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        self.load(role, weights)
 
     def train(self, mode: bool = True) -> CopyBank:
         """Training mode for trainable roles only: no dropout in a target, mentor or teacher."""
@@ -198,6 +205,22 @@ class AdapterBank(NetworkBank):
             setattr(network.get_submodule(parent), child, module.get_base_layer())
         network.__dict__.pop("peft_config", None)
         return network.requires_grad_(True)
+
+    @torch.no_grad()
+    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        """Of every adapted layer's difference to the teacher, the best of the adapters' rank (Eckart and Young 1936).
+
+        What differs in other layers stays the teacher's: a student that had such adapters itself is imitated wholly.
+        """
+        for name, layer in self.network.named_modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            down, up, own = layer.lora_A[role].weight, layer.lora_B[role].weight, layer.get_base_layer().weight
+            difference = weights[f"{name}.weight"].to(own).float() - own.float()
+            u, s, vh = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+            rank, root = min(len(s), self.rank), s[: self.rank].sqrt()
+            down.zero_().flatten(1)[:rank] = root[:, None] * vh[:rank]
+            up.zero_().flatten(1)[:, :rank] = u[:, :rank] * root
 
     def lora_state(self, role: str) -> dict[str, Tensor]:
         """The adapter of ``role`` as PEFT names it in files: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``."""

@@ -46,13 +46,12 @@ class BankConfig:
     rank: int = 64
     """Rank of the adapters."""
     start: str | None = None
-    """A finished student, a pipeline folder, to start from instead of the teacher; of copies only."""
+    """A finished student, a pipeline folder, to start from instead of the teacher; of adapters, as far as their rank
+    goes."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank: found {self.rank}, wanted at least 1")
-        if self.start is not None and self.name != "copy":
-            raise ValueError(f"start: a student under {self.name!r} starts as the teacher; wanted name: copy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

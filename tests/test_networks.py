@@ -79,6 +79,34 @@ def test_roles_share_no_parameter(bank):
     assert len(ids) == len(set(ids)) > 0
 
 
+def adapted_student():
+    """A network that was the teacher with an adapter of rank 2."""
+    other = make_bank("adapters")
+    other.fork("student")
+    stir(other, "student")
+    return other.extract("student")
+
+
+def test_a_role_imitates_a_student_that_its_bank_can_hold(bank, x):
+    student = adapted_student()
+    bank.fork("student")
+    bank.imitate("student", student.state_dict())
+    torch.testing.assert_close(output(bank, "student", x), student(x, 500).sample, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(output(bank, "student", x), output(bank, "teacher", x), atol=1e-2)
+
+
+def test_adapters_imitate_the_best_that_their_rank_can_hold(x):
+    family, student = tiny(), adapted_student()
+    bank = AdapterBank(family.network, rank=1, targets=family.lora_targets)
+    bank.fork("student")
+    bank.imitate("student", student.state_dict())
+    teacher, found = tiny().network.state_dict(), bank.extract("student").state_dict()
+    name = "mid_block.resnets.0.conv1.weight"
+    missed = (student.state_dict()[name] - found[name]).flatten(1)
+    singular = torch.linalg.svdvals((student.state_dict()[name] - teacher[name]).flatten(1))
+    assert missed.norm().item() == pytest.approx(singular[1:].norm().item(), rel=1e-3) and singular[1] > 0.1
+
+
 def test_changing_one_role_changes_no_other(bank, x):
     for role in ("student", "fake"):
         bank.fork(role)

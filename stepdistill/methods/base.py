@@ -94,7 +94,7 @@ class Distiller(nn.Module, abc.ABC):
         self.teacher = Denoiser(family, bank, "teacher")
         bank.fork(STUDENT)
         if start is not None:
-            bank.load(STUDENT, start)
+            bank.imitate(STUDENT, start)
         self.student = Denoiser(family, bank, STUDENT)
         self.turns = {turn.name: turn for turn in self.build()}
         assert tuple(self.turns) == self.turn_names
