@@ -15,6 +15,7 @@ from stepdistill.families import families, load_teacher
 from stepdistill.families.base import TeacherConfig
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixart import PixArt
+from stepdistill.families.sd import SD
 from stepdistill.networks import CopyBank
 from stepdistill.sampling import DDIM
 from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
@@ -22,6 +23,7 @@ from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, noise_proces
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
     "flux-schnell": lambda: Flux.tiny(guidance_embeds=False),
+    "sd-v": lambda: SD.tiny(prediction_type="v_prediction"),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True),
 }
 LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images back
