@@ -79,7 +79,9 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch_size", type=int, default=100)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: its images on the right")
-    command.add_argument("--compare_steps", type=int, default=50, help="of the teacher, by DDIM")
+    command.add_argument(
+        "--compare_steps", type=int, default=50, help="of the teacher, by DDIM (a flow's own scheduler)"
+    )
     command.add_argument("--compare_guidance_scale", type=float, help="by default as the student was distilled at")
     command.add_argument(
         "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"

@@ -28,6 +28,8 @@ from stepdistill.solvers import teacher_pipeline
 
 NUM_IMAGES = 16
 """Where neither a number nor several prompts are given."""
+WHAT = ("height", "width", "use_resolution_binning", "max_sequence_length", "clean_caption")
+"""Arguments of a student's call that say what is painted, and not in which steps: its teacher gets them too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def beside_teacher(
         path: its folder, whose contract knows its teacher, and the guidance it was distilled at.
         other: ``"teacher"``, or a teacher's folder.
         request: what was asked for.
-        steps: of the teacher, by DDIM.
+        steps: of the teacher, by DDIM or, where it is a flow, by its own scheduler.
         guidance: of the teacher; None is what the student was distilled at.
 
     Raises:
@@ -126,13 +128,21 @@ def beside_teacher(
     teacher = contract.get("teacher") if other == "teacher" else other
     if teacher is None:
         raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
-    scale = contract.get("guidance_distilled", 1.0) if guidance is None else guidance
-    call = {"num_inference_steps": steps, "guidance_scale": scale}
-    right = paint(teacher_pipeline(teacher, "DDIM"), dataclasses.replace(request, call=call))
+    pipeline = teacher_pipeline(teacher, "DDIM")
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    call = {name: value for name, value in contract.get("call", {}).items() if name in WHAT and name in taken}
+    call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}
+    right = paint(pipeline, dataclasses.replace(request, call=call))
     if right.pixels.shape != images.pixels.shape:
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")
     return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
+
+
+def distilled_at(contract: Mapping[str, Any]) -> float:
+    """The guidance scale whose images a student was to make: baked in, or else what a call of it asks with."""
+    baked = contract.get("guidance_distilled", 1.0)
+    return contract.get("guidance_scale", 1.0) if baked == 1 else baked
 
 
 def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ first call sees pure noise), a last step to clean data.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from stepdistill.families import load_teacher, locate
 from stepdistill.families.base import TeacherConfig, read_schedule
 from stepdistill.families.pixel import Pixel
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.schedule import DiscreteVP, noise_process
+from stepdistill.schedule import DiscreteVP, RectifiedFlow, noise_process
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 
@@ -81,12 +82,14 @@ def teacher_pipeline(path: str, solver: str) -> Any:
 
     Args:
         path: as ``teacher.path`` of a configuration.
-        solver: one of :data:`SOLVERS`.
+        solver: one of :data:`SOLVERS`; for a flow's ``DDIM`` its own scheduler stands.
     """
     family = load_teacher(TeacherConfig(path=path))
     if isinstance(family, Pixel):
         scheduler = make_solver(solver, family.scheduler_config)
         return ClassConditionalPipeline(family.network, scheduler, null_class=family.null_class)
     pipeline = load_pipeline(locate(TeacherConfig(path=path)))
-    pipeline.scheduler = make_solver(solver, pipeline.scheduler.config)
+    flows = isinstance(read_schedule(json.loads(pipeline.scheduler.to_json_string()))[0], RectifiedFlow)
+    if not (flows and solver == "DDIM"):
+        pipeline.scheduler = make_solver(solver, pipeline.scheduler.config)
     return pipeline

@@ -3,6 +3,7 @@
 import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -10,6 +11,7 @@ from PIL import Image
 
 from stepdistill.cli import main
 from stepdistill.export import export_pipeline
+from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.generate import collect_prompts
@@ -68,6 +70,22 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     left, right = (0, 0, *alone.size), (alone.width, 0, 2 * alone.width, alone.height)
     assert same.size == (2 * alone.width, alone.height) and same.crop(left).tobytes() == alone.tobytes()
     assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidance(tmp_path):
+    """FluxPipeline's own grid of two steps is the student's, which is the teacher here: both sides are one image."""
+    family = Flux.tiny()  # of 16 pixels, where its pipeline paints 256 unless told; asked with a guidance of 3.5
+    family.pipe.save_pretrained(tmp_path / "teacher")
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    about = {"teacher": str(tmp_path / "teacher"), "guidance_distilled": 1.0}
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student", about=about)
+    generate(
+        "--pipeline", student, "--prompt", "a cat", "--num_images", 1, "--compare", "teacher", "--compare_steps", 2,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    both = np.asarray(Image.open(tmp_path / "out/000000.png")).astype(int)
+    assert both.shape == (16, 32, 3) and both.std() > 1
+    assert abs(both[:, :16] - both[:, 16:]).max() <= 1
 
 
 def test_prompts_come_from_standard_input(monkeypatch):

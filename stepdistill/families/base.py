@@ -240,6 +240,16 @@ class Family(abc.ABC):
         """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raise ``ValueError`` if weights below a teacher's folder are there as a pickle only."""
+    for pickle in sorted({*folder.rglob("*.bin"), *folder.rglob("*.ckpt"), *folder.rglob("*.pt")}):
+        if not any(pickle.parent.glob("*.safetensors")):
+            raise ValueError(
+                f"teacher.path: {pickle} is a pickle, which may run code; wanted .safetensors (load the pipeline where "
+                "you trust it and call save_pretrained)"
+            )
+
+
 def read_schedule(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     """The noise schedule and prediction type that a diffusers scheduler config stands for.
 

@@ -21,7 +21,7 @@ from stepdistill.data import RawBatch
 from stepdistill.data.text import warn_too_long
 from stepdistill.denoiser import Cond
 from stepdistill.export import is_our_code, runs_own_code
-from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
+from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule, refuse_pickles
 from stepdistill.sampling import Sampler
 
 EXAMPLE_PROMPTS = (
@@ -244,12 +244,7 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
         raise ValueError(
             f"teacher.path: {folder} brings its own code; read it, then set teacher.trust_remote_code=true"
         )
-    for pickle in sorted({*folder.rglob("*.bin"), *folder.rglob("*.ckpt"), *folder.rglob("*.pt")}):
-        if not any(pickle.parent.glob("*.safetensors")):
-            raise ValueError(
-                f"teacher.path: {pickle} is a pickle, which may run code; wanted .safetensors (load the pipeline where "
-                "you trust it and call save_pretrained)"
-            )
+    refuse_pickles(folder)
     dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
     try:
         return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, dtype=dtype)

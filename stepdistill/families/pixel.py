@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from stepdistill.data import RawBatch
 from stepdistill.denoiser import Cond, edm_scalings
-from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, read_schedule
+from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, read_schedule, refuse_pickles
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pipelines.condition_embedding import ConditionEmbedding
 from stepdistill.sampling import Sampler
@@ -79,8 +79,12 @@ class Pixel(Family):
         for name in ("resolution", "guidance_scale"):
             if getattr(config, name) is not None:
                 raise ValueError(f"teacher.{name}: found {getattr(config, name)}, but a pixel teacher takes none")
+        refuse_pickles(folder / "unet")
         dtype = getattr(torch, config.dtype)
-        network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)
+        try:
+            network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)
+        except OSError as error:
+            raise ValueError(f"teacher.path: {folder / 'unet'}: diffusers cannot open it: {error}") from error
         scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
         return cls(network, scheduler_config, cls._null_class(folder, config))
 

@@ -182,6 +182,16 @@ def test_pickles_and_foreign_code_are_refused(teacher, tmp_path):
         load_teacher(TeacherConfig(path=str(tmp_path)))
 
 
+def test_missing_weights_of_a_pixel_teacher_are_named(tmp_path):
+    folder = save_teacher(PIXELS["pixel"](), tmp_path)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"teacher.path: .*unet: diffusers cannot open it: .*safetensors"):
+        load_teacher(TeacherConfig(path=str(folder)))
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is a pickle"):
+        load_teacher(TeacherConfig(path=str(folder)))
+
+
 def test_an_unknown_pipeline_is_refused_with_what_is_known(teacher, tmp_path):
     index = json.loads((teacher / "model_index.json").read_text()) | {"_class_name": "KandinskyV22Pipeline"}
     (tmp_path / "unet").mkdir()
