@@ -56,7 +56,7 @@ def encoders(family: Family) -> dict[str, str]:
     shift, scale = latent_statistics(family.pipe.vae.config, torch.zeros(1))
     found = {"latent scale": fingerprint([shift.flatten().tolist(), scale.flatten().tolist()])}
     for name, part in sorted(family.pipe.components.items()):
-        if isinstance(part, nn.Module) and name != family.component:
+        if isinstance(part, nn.Module) and any(part is encoder for encoder in family.frozen):
             found[name] = fingerprint([fingerprint_weights(part), str(next(part.parameters()).dtype)])
         elif hasattr(part, "get_vocab"):
             found[name] = fingerprint([sorted(part.get_vocab().items()), part.model_max_length])

@@ -4,11 +4,13 @@ import pytest
 from contracts.cases import sections
 from torch import nn
 
-from stepdistill.cache import CacheConfig, make_cache
+from stepdistill.cache import CacheConfig, encoders, make_cache
 from stepdistill.families.base import Family
+from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
 from stepdistill.memory import memory_plan
 from stepdistill.run import Run, resolve
+from stepdistill.sampling import DDIM
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,20 @@ def test_the_plan_counts_what_encodes_unless_the_data_is_encoded(mapping):
     assert "(AutoencoderKL)" in run.plan() and "(CLIPTextModel)" in run.plan()
     assert "the last 2 stay on the CPU" in without and "stay on the CPU" not in run.plan()
     assert total(run.plan()) - total(without) == pytest.approx(megabytes(run.family.frozen), abs=0.1)
+
+
+def test_a_safety_checker_is_exported_but_not_held_for_training():
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=small, projection_dim=8))
+    plain = SD.tiny()
+    family = SD(rebuild(plain.pipe, safety_checker=checker, feature_extractor=CLIPImageProcessor()))
+    assert {type(part) for part in family.frozen} == {type(part) for part in plain.frozen}
+    assert encoders(family) == encoders(plain)
+    student = family.pipeline(family.network, DDIM(family.schedule, family.schedule.grid(1)))
+    assert student.safety_checker is checker
 
 
 @pytest.mark.parametrize("encoded", [False, True])

@@ -63,7 +63,8 @@ class Latent(Family):
         self.image_shape = (pipe.vae.config.in_channels, height, width)
         self.call_options = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
-        parts = {name: part for name, part in pipe.components.items() if name != self.component}
+        # a safety checker looks at what a call of the pipeline painted: training has no use for its gigabyte
+        parts = {name: part for name, part in pipe.components.items() if name not in (self.component, "safety_checker")}
         self.frozen = tuple(part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module))
 
     @classmethod
