@@ -3,13 +3,14 @@
     python scripts/step_cost.py data.batch_size=4
 
 prints a table of LCM and DMD2 on networks of the sizes of Stable Diffusion 1.5 and XL, as full copies and as adapters
-on one network. It wants a GPU and no files: nothing is downloaded or written. --tiny tries it on a CPU.
+on one network. It wants a GPU and no files: nothing is downloaded or written. Without a GPU, --plan tells what would be
+held (weights, gradients, optimisers) from sizes alone, and --tiny tries the steps with miniatures.
 """
 
 import argparse
 from pathlib import Path
 
-from stepdistill.step_cost import step_cost_table
+from stepdistill.step_cost import plan, step_cost_table
 
 CONFIGS = ("sd_lcm_lora", "sd_dmd2", "sdxl_lcm_lora", "sdxl_dmd2_lora")
 
@@ -23,9 +24,14 @@ def main() -> None:
     parser.add_argument("--bank", nargs="+", choices=["copy", "adapter"], default=["copy", "adapter"])
     parser.add_argument("--steps", type=int, default=20, help="timed steps, a multiple of method.every")
     parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
+    parser.add_argument("--plan", action="store_true", help="only what is held, by calculation")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
     args = parser.parse_args()
     try:
+        if args.plan:
+            cases = [(path, [*args.overrides, f"bank.name={bank}"]) for path in args.config for bank in args.bank]
+            print("\n\n".join(plan(path, wanted) for path, wanted in cases))
+            return
         print(step_cost_table(args.config, args.bank, args.overrides, args.steps, args.tiny))
     except ValueError as error:
         parser.error(str(error))

@@ -26,13 +26,16 @@ from stepdistill.families.base import Batch, Family
 from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD, tiny_clip
 from stepdistill.families.sdxl import SDXL
+from stepdistill.memory import memory_plan
 from stepdistill.methods import find_method
+from stepdistill.methods.base import Distiller
 from stepdistill.networks import distinct_networks
 from stepdistill.run import RunConfig, make_bank, resolve
 from stepdistill.trainer import Trainer
 
 WARMUP = 2
 """Steps before the clock starts: kernels are chosen and optimisers allocate their states."""
+CPU = torch.device("cpu")
 HEADER = ("config", "bank", "batch", "teacher's parameters", "all roles", "s a step", "peak memory MB")
 
 
@@ -81,7 +84,9 @@ def step_cost_table(
         ValueError: for networks of full size where there is no GPU.
     """
     if not tiny and not torch.accelerator.is_available():
-        raise ValueError("no GPU here, which networks of full size want; --tiny tries the command with miniatures")
+        raise ValueError(
+            "no GPU here, which networks of full size want; --plan tells what they hold, --tiny takes miniatures"
+        )
     cases = [(path, [*overrides, f"bank.name={bank}"]) for path in configs for bank in banks]
     lines = [HEADER, ("---",) * len(HEADER)]
     for path, wanted in cases:
@@ -94,16 +99,15 @@ def step_cost_table(
 def measure(path: Path, overrides: Sequence[str], steps: int, tiny: bool) -> StepCost:
     """Train a few steps of a configuration, on random networks of its family's size."""
     config = resolve(read_config(path, overrides))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    family = make_family(path.stem.partition("_")[0], tiny, device)
-    nn.Module.to(family.network, device, getattr(torch, config.teacher.dtype))
+    family = make_family(path.stem.partition("_")[0], tiny, CPU)
+    nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
     parameters = sum(parameter.numel() for parameter in family.network.parameters())
-    trainer = make_trainer(config, family)
+    distiller = make_distiller(config, family, CPU)
     try:
-        seconds = time_steps(trainer, config.data.batch_size, steps)
+        seconds = time_steps(make_trainer(config, distiller), config.data.batch_size, steps)
     except torch.OutOfMemoryError:
         seconds = None
-    networks = distinct_networks(trainer.distiller.bank)
+    networks, device = distinct_networks(distiller.bank), torch.accelerator.current_accelerator() or CPU
     held = sum(parameter.numel() for network in networks for parameter in network.parameters())
     return StepCost(
         config=path.stem, bank=config.bank.name, batch_size=config.data.batch_size, parameters=parameters,
@@ -111,14 +115,31 @@ def measure(path: Path, overrides: Sequence[str], steps: int, tiny: bool) -> Ste
     )  # fmt: skip
 
 
-def make_trainer(config: RunConfig, family: Family) -> Trainer:
-    """The loop of a configuration around an opened teacher; it reads no data and writes no file."""
+def plan(path: Path, overrides: Sequence[str]) -> str:
+    """What a configuration holds at full size, by :func:`~stepdistill.memory.memory_plan`; nothing is allocated."""
+    config, nowhere = resolve(read_config(path, overrides)), torch.device("meta")
+    family = make_family(path.stem.partition("_")[0], False, nowhere)
+    family.to(nowhere)
+    nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
+    distiller = make_distiller(config, family, nowhere)
+    family.frozen = ()  # miniatures
+    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
+
+
+def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:
+    """The method of a configuration around an opened teacher; what it makes is made on ``place``."""
     method = find_method(config.method_name)
     method.check(config.method, family)
     family.extend(method.extra_inputs(config.method))
-    distiller = method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
+    with place:
+        return method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
+
+
+def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
+    """The loop of a configuration; it reads no data and writes no file."""
+    data = NoiseData(None, size=distiller.family.image_shape, num_classes=None)
     return Trainer(
-        distiller, NoiseData(None, size=family.image_shape, num_classes=None), batch_size=config.data.batch_size,
+        distiller, data, batch_size=config.data.batch_size,
         config=dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir()),
         optim=config.optim, identity={},
     )  # fmt: skip

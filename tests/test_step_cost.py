@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepdistill.step_cost import TEACHERS, make_family, measure, step_cost_table
+from stepdistill.step_cost import TEACHERS, make_family, measure, plan, step_cost_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -18,6 +18,14 @@ def test_full_size_is_that_of_the_released_networks(name, millions, condition):
     )
     assert family.example_cond(range(2))["encoder_hidden_states"].shape == (2, 77, condition)
     assert family.network.config.cross_attention_dim == condition and set(TEACHERS) == {"sd", "sdxl"}
+
+
+def test_what_is_held_follows_from_sizes_alone():
+    """LCM-LoRA (arXiv 2311.05556) has adapters of 67.5 million parameters for SD 1.5."""
+    lines = plan(CONFIGS / "sd_lcm_lora.yaml", []).splitlines()
+    assert lines[0] == "sd_lcm_lora, bank adapter"
+    (student,) = (line.split() for line in lines if line.split()[:1] == ["student"])
+    assert student[1] == "67,459,584" and not any("Autoencoder" in line for line in lines)
 
 
 def test_a_step_is_timed_under_either_policy():
