@@ -147,6 +147,11 @@ def turned(size: int) -> Tensor:
     return torch.stack([x, x @ turn, x @ turn @ turn], 1).flatten(0, 1)[:size, :, None, None]
 
 
+def evenly(oracle: Oracle, size: int) -> Tensor:
+    """Exact data (size, 2) of equally likely clusters, as many of each."""
+    return oracle.means[torch.arange(size) % len(oracle.means)] + oracle.std * torch.randn(size, 2)
+
+
 NEARER = {1: 0.25, 2: 0.5, 4: 0.6}
 """By number of calls: how far a student may be from the data, as a part of its teacher's distance in as many calls."""
 
@@ -157,10 +162,10 @@ NEARER_FROM_DATA = {1: 0.4, 2: 0.65, 4: 0.85}
 def landing(distiller: Distiller, oracle: Oracle, steps: int, size: int = 21_000) -> tuple[float, float]:
     """How far from the data, by sliced Wasserstein, the student is in ``steps`` calls, and its teacher in as many.
 
-    The data are drawn in equal parts of three clusters: two sets of this size are then 0.004 to 0.007 apart.
+    Two sets of exact data of this size, in equal parts of three clusters, are 0.004 to 0.007 apart.
     """
     distiller.config = dataclasses.replace(distiller.config, steps=steps)
-    exact = oracle.means[torch.arange(size) % len(oracle.means)] + oracle.std * torch.randn(size, 2)
+    exact = evenly(oracle, size)
     student, teacher = (
         sliced_wasserstein(draw_from(denoiser, distiller.sampler(), size), exact)
         for denoiser in (distiller.result, distiller.teacher)
