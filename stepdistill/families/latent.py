@@ -178,7 +178,7 @@ class Text(Latent):
         return self.embed(self.example_prompts(indices))
 
     def use_captions(self, captions: Sequence[str]) -> None:
-        self.prompts = tuple(captions[:64])
+        self.prompts = tuple(captions)  # all of them: a Fréchet distance to the data's images wants the data's names
         tokenizer, limit = prompt_reader(self.pipe, self.call_options)
         warn_too_long(tokenizer, captions, limit=limit)
 

@@ -98,6 +98,12 @@ def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
     check_export(run)
 
 
+def test_measured_samples_are_asked_for_with_every_caption():
+    family = SD.tiny()
+    family.use_captions([f"emoji {i}" for i in range(100)])
+    assert family.example_prompts(range(98, 102)) == ["emoji 98", "emoji 99", "emoji 0", "emoji 1"]
+
+
 def test_a_student_may_begin_below_pure_noise(tmp_path):
     run = train(tmp_path, "pixart", "dmd2", "adapter", options={"steps": 1, "first": 0.4})
     check_export(run)
