@@ -147,7 +147,8 @@ def fit(
 
 def train_teacher(config: PretrainConfig) -> Path:
     """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
+    cpu = not torch.accelerator.is_available()  # or processes on CPUs would not find each other
+    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
     torch.manual_seed(config.seed)
     archive = np.load(config.data)
     images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()

@@ -59,7 +59,7 @@ class TextTeacherConfig:
 
 def train_text_teacher(config: TextTeacherConfig) -> Path:
     """Train what is not there yet; returns the pipeline's folder."""
-    accelerator, folder = Accelerator(), Path(config.output_dir)
+    accelerator, folder = Accelerator(cpu=not torch.accelerator.is_available()), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
     tokenizer = train_tokenizer(captions, config.vocabulary, config.max_tokens)
