@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -213,4 +213,4 @@ def apart(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:
     """A stock ``UNet2DModel`` of the same weights, and what embeds its further inputs, if it was extended."""
     stock = copy.copy(network)
     stock._modules = dict(network._modules)
-    return stock, stock._modules.pop("condition_embedding", None)
+    return stock, cast("ConditionEmbedding | None", stock._modules.pop("condition_embedding", None))
