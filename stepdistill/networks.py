@@ -18,6 +18,7 @@ import abc
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +212,9 @@ class AdapterBank(NetworkBank):
         """Of every adapted layer's difference to the teacher, the best of the adapters' rank (Eckart and Young 1936).
 
         What differs in other layers stays the teacher's: a student that had such adapters itself is imitated wholly.
+        A warning tells how much of the adapted layers' difference is lost, if more than 1 %.
         """
+        held, wanted = 0.0, 0.0
         for name, layer in self.network.named_modules():
             if not hasattr(layer, "lora_A"):
                 continue
@@ -221,6 +224,13 @@ class AdapterBank(NetworkBank):
             rank, root = min(len(s), self.rank), s[: self.rank].sqrt()
             down.zero_().flatten(1)[:rank] = root[:, None] * vh[:rank]
             up.zero_().flatten(1)[:, :rank] = u[:, :rank] * root
+            held, wanted = held + s[:rank].square().sum().item(), wanted + s.square().sum().item()
+        if held < 0.99 * wanted:
+            warnings.warn(
+                f"bank.start: adapters of rank {self.rank} hold {held / wanted:.0%} of what the student's layers "
+                "differ by from the teacher's (squared); a larger bank.rank holds more",
+                stacklevel=2,
+            )
 
     def lora_state(self, role: str) -> dict[str, Tensor]:
         """The adapter of ``role`` as PEFT names it in files: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``."""

@@ -8,7 +8,7 @@ from diffusers import SCMScheduler
 from diffusers.models.attention_processor import Attention
 from oracles import SCHEDULES, Gaussian, OracleFamily, PointNet, three_clusters
 from torch import nn
-from training import NEARER, batch_of, landing, loss_of, make, put, train
+from training import NEARER, NEARER_FROM_DATA, batch_of, landing, loss_of, make, put, train
 
 from stepdistill.denoiser import Denoiser, Prediction, forward_mode, to_prediction
 from stepdistill.families.base import Batch
@@ -245,7 +245,8 @@ def test_the_weight_balances_the_error_of_its_time():
 def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, train_steps, norm_floor):
     """What a network gets wrong where the clusters part is carried to all higher noise: hence one with waves.
 
-    Four calls are measured by the clusters' shares, to 1 %. Norms of two numbers differ so much that to divide by
+    Four calls are measured by the clusters' shares, to 1 %, and held to the bound of students from data where there is
+    no teacher: on seeds 4 to 12 sCT had 0.43 to 0.70 of the teacher's distance, sCD 0.27 to 0.39. Norms of two numbers differ so much that to divide by
     them alone moves 2 % of the points to a wrong cluster; those of a noisy path (sCT) differ less.
     """
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
@@ -253,7 +254,8 @@ def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, tr
     levels = {"sigma_data": 1.0, "log_sigma_mean": -0.3, "log_sigma_std": 1.2}
     options = {"path": path, "norm_floor": norm_floor, "tangent": "difference", "warmup": 150, **levels}
     distiller = train(Scm, oracle, train_steps, network=network, lr=2e-3, **options)
-    for calls, part in NEARER.items():
+    bounds = NEARER if path == "teacher" else NEARER | {4: NEARER_FROM_DATA[4]}
+    for calls, part in bounds.items():
         student, teacher = landing(distiller, oracle, calls)
         assert student < part * teacher, (calls, student, teacher)
 
