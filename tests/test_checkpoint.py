@@ -486,8 +486,8 @@ import os, sys, time
 from stepdistill.checkpoint import RunLock
 lock = RunLock(sys.argv[1]).__enter__()
 worker = os.fork()  # like a data worker, which lives on for seconds when its parent is killed
-if worker:
-    print(worker, flush=True)
+if not worker:
+    print(os.getpid(), flush=True)  # from the worker, whose side of the fork is then over
 time.sleep(60)
 """
 
