@@ -243,6 +243,7 @@ class Run:
             on_stage_end=self.export_stage,
             measure=self.measure,
             measure_every=self.config.eval.every,
+            measured_on=self.measured_on(),
         )
 
     def train(self) -> Path:
@@ -262,6 +263,14 @@ class Run:
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
+
+    def measured_on(self) -> dict[str, Any]:
+        """What the numbers of :meth:`measure` depend on, beside the student."""
+        if self.judge is None:
+            return {}
+        judges = {"features": self.judge.features.name, "features_sha256": self.judge.features.sha256}
+        samples = {"num_samples": self.config.eval.num_samples, "seed": self.config.eval.seed}
+        return {**judges, "reference": self.judge.describe_reference(), **samples}
 
     def measure(self) -> dict[str, float]:
         """The metrics of the ``eval`` section, of the student as it is now."""
@@ -309,7 +318,7 @@ class Run:
             **self.distiller.contract(),
         }
         if self.selected is not None:
-            about["selected"] = {**self.selected, "num_samples": self.config.eval.num_samples}
+            about["selected"] = self.selected
         if self.judge is not None:
             about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()

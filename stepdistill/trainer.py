@@ -99,6 +99,7 @@ class Trainer:
             cost up to its end, for exports.
         measure: called on the main process every ``measure_every`` steps; what it returns is logged.
         measure_every: 0 is never.
+        measured_on: what ``measure`` measures on, JSON values: the best student's record says so.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Trainer:
         on_stage_end: Callable[[Stage, TrainingCost], None] | None = None,
         measure: Callable[[], dict[str, float]] = dict,
         measure_every: int = 0,
+        measured_on: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -148,7 +150,7 @@ class Trainer:
         """The newest scalars of every turn that moved since the last row of the log, still on the device."""
         self.guard = FiniteGuard(self.device)
         self.divergence = DivergenceGuard()
-        self.best = BestStudent(self.folder)
+        self.best = BestStudent(self.folder, measured_on)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
         several = self.accelerator.num_processes > 1 and not self.sharded
         self.wrapped = self.accelerator.prepare(distiller) if several else distiller
