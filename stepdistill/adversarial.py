@@ -32,12 +32,11 @@ from stepdistill.discriminator import (
     r1_penalty,
 )
 from stepdistill.families.base import Batch, Family
+from stepdistill.features import FeatureExtractor
 from stepdistill.randomness import Draws
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
 Conditioning = Literal["none", "condition", "both"]
-CLEAN = 0.02
-"""The time a teacher is told when it looks at clean images: below it, its features grow empty."""
 MIN_ALPHA = 0.01
 MIN_TIME = 1e-3
 TIME_WAVES = 4
@@ -86,8 +85,8 @@ class Eyes(abc.ABC):
     def embed(self, x0: Tensor, cond: Cond) -> Tensor:
         """One vector an image (B, num_embedded), without gradient."""
 
-    def hashes(self) -> dict[str, str]:
-        """The sha256 of the feature network by its configuration key, unless it is the teacher."""
+    def networks(self) -> dict[str, FeatureExtractor]:
+        """The feature network by its configuration key, unless it is the teacher."""
         return {}
 
 
@@ -109,12 +108,12 @@ class ImageEyes(Eyes):
         del cond
         return self.backbone.embed(self.family.decode(x0))
 
-    def hashes(self) -> dict[str, str]:
-        return {"method.features": self.backbone.sha256}
+    def networks(self) -> dict[str, FeatureExtractor]:
+        return {"method.features": self.backbone.network}
 
 
 class TeacherEyes(Eyes):
-    """The teacher's own blocks on clean images, as it would see them at a noise too small to see."""
+    """The teacher's own blocks on clean images."""
 
     def __init__(self, teacher: Denoiser) -> None:
         self.blocks = BlockFeatures(teacher)
@@ -123,12 +122,11 @@ class TeacherEyes(Eyes):
 
     def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del draws
-        return self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
+        return self.blocks.clean(x0, cond)
 
     @torch.no_grad()
     def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        features = self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
-        return features[-1].float().flatten(2).mean(2)
+        return self.blocks.clean(x0, cond)[-1].flatten(2).mean(2)
 
 
 def open_eyes(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> Eyes:

@@ -38,6 +38,8 @@ AdversarialLoss = Literal["hinge", "softplus"]
 Logits = list[Tensor]
 """A tensor (B, positions) a head."""
 
+CLEAN = 0.02
+"""The time a network is told that looks at clean images: below it, its features grow empty."""
 MAX_WIDTH = 256
 PROJECTION = 64
 
@@ -61,7 +63,7 @@ def generator_loss(fake: Logits, kind: AdversarialLoss) -> Tensor:
 
 
 def critic_metrics(real: Logits, fake: Logits) -> dict[str, Tensor]:
-    """How well a critic does: shares of real and of fake images it names right, in [0, 1], and its mean logits.
+    """How well a critic does: shares of its logits of real and of fake images with the right sign, and their means.
 
     About 0.5 to 0.9 trains a student; 1 on both is a saturated critic, whose gradient says little.
     """
@@ -249,8 +251,8 @@ def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
     if bool((labels == labels[0]).all()):
         raise ValueError(
             f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, but the teacher knows "
-            f"{num_classes} classes; a conditional critic needs them all: check the labels, or set "
-            "method.conditioning: none"
+            f"{num_classes} classes, and a conditional critic needs them all; look at the labels (of methods with a "
+            "key 'conditioning', 'none' does without them)"
         )
 
 
@@ -344,6 +346,10 @@ class BlockFeatures:
         with self.denoiser.bank.using(self.denoiser.role) as network:
             features = seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
         return [feature.float() for feature in features]
+
+    def clean(self, x0: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
+        """Features of clean images (B, ...), told to be at a noise too small to see."""
+        return self(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
 
     @torch.no_grad()
     def shapes(self) -> list[torch.Size]:

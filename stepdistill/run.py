@@ -198,7 +198,7 @@ class Run:
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
         if self.judge is not None:
-            refuse_judge(self.distiller.feature_hashes(), self.judge.features)
+            refuse_judge(self.distiller.feature_networks(), self.judge.features)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -307,6 +307,7 @@ class Run:
         start = self.config.bank.start
         earlier = {} if start is None else read_contract(Path(start)).get("training", {})
         cost += TrainingCost(**earlier)
+        critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
         about = {
             "method": self.config.method_name,
             "teacher": self.config.teacher.path,
@@ -314,6 +315,7 @@ class Run:
             "guidance_distilled": getattr(self.config.method, "guidance_scale", 1.0),
             "config_hash": configuration.fingerprint(self.config.as_sections()),
             **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
+            **({"critic": critic} if critic else {}),
             **({} if start is None else {"start": {"path": start, "training": earlier}}),
             **self.distiller.contract(),
         }

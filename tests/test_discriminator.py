@@ -267,8 +267,8 @@ def test_the_judge_is_refused_under_whatever_name(tmp_path):
 def test_the_judge_of_the_run_is_refused_too(small):
     backbone = open_backbone(str(small), 1, (16, 16))
     with pytest.raises(ValueError, match="is the judge 'small'"):
-        refuse_judge({"method.features": backbone.sha256}, load_features(str(small)))
-    refuse_judge({"method.features": backbone.sha256}, load_features("embedded"))
+        refuse_judge({"method.features": backbone.network}, load_features(str(small)))
+    refuse_judge({"method.features": backbone.network}, load_features("embedded"))
 
 
 def test_wrong_channels_and_sizes_are_named(small):
@@ -329,7 +329,7 @@ def test_eyes_are_the_teachers_or_those_of_a_network(small):
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     assert isinstance(open_eyes("teacher", family, teacher, augment=True), TeacherEyes)
     eyes = open_eyes(str(small), family, teacher, augment=True)
-    assert eyes.hashes() == {"method.features": load_features(str(small)).sha256}
+    assert [network.name for network in eyes.networks().values()] == ["small"]
     assert eyes.num_embedded == 6
 
 

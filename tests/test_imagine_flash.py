@@ -207,7 +207,7 @@ def test_each_turn_moves_its_own_and_nothing_reaches_the_teacher(bank, eyes, cri
     banks = {"copy": CopyBank, "adapter": lambda n: AdapterBank(n, rank=2, targets=family.lora_targets)}
     config = ImagineFlash.Config(guidance_scale=2.0, features=critics[eyes])
     distiller = ImagineFlash(family, banks[bank](family.network), config)
-    assert set(distiller.feature_hashes()) == (set() if eyes == "teacher" else {"method.features"})
+    assert set(distiller.feature_networks()) == (set() if eyes == "teacher" else {"method.features"})
     for name, turn in distiller.turns.items():
         for other in distiller.turns.values():
             for parameter in other.params:

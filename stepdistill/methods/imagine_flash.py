@@ -32,6 +32,7 @@ from stepdistill.adversarial import CleanCritic, RenoisedCritic, check_first_ste
 from stepdistill.denoiser import Cond
 from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
 from stepdistill.families.base import Batch, Family
+from stepdistill.features import FeatureExtractor
 from stepdistill.losses import mean_square
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
@@ -104,8 +105,8 @@ class ImagineFlash(Distiller):
         eyes = open_eyes(self.config.features, self.family, self.teacher, augment=self.config.augment)
         return CleanCritic(self.family, eyes, "condition")
 
-    def feature_hashes(self) -> dict[str, str]:
-        return self.critic.eyes.hashes() if isinstance(self.critic, CleanCritic) else {}
+    def feature_networks(self) -> dict[str, FeatureExtractor]:
+        return self.critic.eyes.networks() if isinstance(self.critic, CleanCritic) else {}
 
     def sampler(self) -> Sampler:
         return own_sampler(self.family, self.config.steps)
