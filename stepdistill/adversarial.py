@@ -34,6 +34,7 @@ from stepdistill.discriminator import (
 from stepdistill.families.base import Batch, Family
 from stepdistill.features import FeatureExtractor
 from stepdistill.randomness import Draws
+from stepdistill.sampling import Sampler, bind, rollout
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
 Conditioning = Literal["none", "condition", "both"]
@@ -45,6 +46,19 @@ TIME_WAVES = 4
 def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """``x_t`` (B, ...), and at t = 1 what a sampler starts from: pure noise, in which no data is left to leak."""
     return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
+
+
+def own_rollout(student: Denoiser, sampler: Sampler, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Backward simulation: states (B, ...) of the student's own rollout from pure noise, and their times (B,).
+
+    They are what one of its calls, drawn for the whole batch, is shown when it is used: no gradient and nothing of the
+    data is in them.
+    """
+    start = student.schedule.initial_noise(draws.normal_like(batch.x0))
+    done = draws.shared_integer(0, sampler.steps)
+    with torch.no_grad():
+        x_t = rollout(bind(student, batch.cond), sampler, start, done, draws.normal_like)
+    return x_t, sampler.times[done].expand(batch.size).to(start.device)
 
 
 def check_first_step(family: Family, t: float = 1.0) -> None:

@@ -40,6 +40,8 @@ Logits = list[Tensor]
 
 CLEAN = 0.02
 """The time a network is told that looks at clean images: below it, its features grow empty."""
+MASK = "encoder_attention_mask"
+"""What families call the mask of their prompts' tokens."""
 MAX_WIDTH = 256
 PROJECTION = 64
 
@@ -227,17 +229,25 @@ def _norm_silu(channels: int) -> list[nn.Module]:
 def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
     """What a batch is conditioned on as vectors (B, D), D = 0 where on nothing.
 
-    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d) or (B, n, d)
-    its mean over n, normalised to mean 0 and variance 1.
+    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d), or the mean
+    of one (B, n, d) over the tokens that its mask does not hide, is normalised to mean 0 and variance 1.
     """
     parts = [torch.zeros(size, 0)]
     for name, value in sorted(cond.items()):
         if name == "class_labels" and num_classes is not None:
             parts.append(one_hot(value, num_classes + 1)[:, :num_classes].float())
-        elif value.is_floating_point():
-            pooled = value.float().reshape(size, -1, value.shape[-1]).mean(1)
+        elif value.is_floating_point() and name != MASK:
+            pooled = value.float() if value.ndim == 2 else _mean_token(value.float(), cond.get(MASK))
             parts.append(layer_norm(pooled, pooled.shape[1:]))
     return torch.cat([part.to(parts[-1].device) for part in parts], 1)
+
+
+def _mean_token(embedding: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (B, d) of tokens (B, n, d), of those where the mask (B, n) is 1."""
+    if mask is None:
+        return embedding.mean(1)
+    kept = mask.to(embedding)[..., None]
+    return (embedding * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
