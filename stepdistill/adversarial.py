@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from stepdistill.augmentation import diff_augment
 from stepdistill.backbones import Backbone, open_backbone
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     Heads,
     Logits,
     approximate_r1,
     condition_vector,
-    diff_augment,
     r1_penalty,
 )
 from stepdistill.families.base import Batch, Family

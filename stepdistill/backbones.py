@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stepdistill.discriminator import seen
+from stepdistill.block_features import seen
 from stepdistill.features import FeatureExtractor, SmallConvNet, load_features
 from stepdistill.features_vision import InceptionFeatures, TransformersFeatures, _centre_crop, _output_size
 

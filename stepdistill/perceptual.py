@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.discriminator import BlockFeatures
 from stepdistill.losses import distance
 
 ConsistencyDistance = Literal["l1", "l2", "huber", "lpips"]

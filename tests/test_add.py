@@ -137,11 +137,11 @@ def test_both_turns_tell_the_critic_of_the_image_where_the_student_was_shown_som
     distiller = ADD(family, CopyBank(family.network), ADD.Config(steps=4))
     told, original = [], distiller.critic.condition
     distiller.critic.condition = lambda cond, x0, t: told.append((x0, t)) or original(cond, x0, t)
-    batch = family_batch(family, 16)
+    batch = family_batch(family, 64)
     for turn in ("student", "critic"):
-        distiller(turn, batch, Draws(3, 16))
+        distiller(turn, batch, Draws(3, 64))
         with torch.no_grad():
-            _, t = distiller.answer(batch, Draws(3, 16))
+            _, t = distiller.answer(batch, Draws(3, 64))
         x0, at = told.pop()
         assert torch.equal(x0, batch.x0) and torch.equal(at, t) and len(t.unique()) == 4
 
@@ -153,8 +153,8 @@ def test_weights_scale_their_terms():
         torch.manual_seed(0)
         distiller = ADD(family, CopyBank(family.network), ADD.Config(**options))
         batch = family_batch(family, 8)
-        both = [distiller(turn, batch, Draws(3, 8)).terms for turn in ("student", "critic")]
-        terms.append(both[0] | {name: term for name, term in both[1].items()})
+        student, critic = (distiller(turn, batch, Draws(3, 8)).terms for turn in ("student", "critic"))
+        terms.append(student | critic)
     ratio = {name: (terms[1][name] / terms[0][name]).item() for name in terms[0]}
     assert ratio == pytest.approx({"adversarial": 1, "distillation": 3, "loss": 1, "r1": 2}, rel=1e-4)
     free = ADD(family, CopyBank(family.network), ADD.Config(r1=0.0))

@@ -11,26 +11,22 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from stepdistill.adversarial import CleanCritic, RenoisedCritic, TeacherEyes, check_first_step, open_eyes, spread_ratio
+from stepdistill.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.backbones import Backbone, open_backbone, refuse_judge, smooth_pixels
+from stepdistill.block_features import BlockFeatures, seen
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     BottleneckHead,
     Head,
     Heads,
     SpectralNorm,
     approximate_r1,
     check_classes,
-    colour,
     condition_vector,
     critic_loss,
     critic_metrics,
-    cutout,
-    diff_augment,
     generator_loss,
     r1_penalty,
-    seen,
-    shift,
 )
 from stepdistill.families.pixel import Pixel
 from stepdistill.features import ASSETS, SmallConvNet, load_features

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.adversarial import check_first_step, own_rollout, spread_ratio
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     BottleneckHead,
     Logits,
     check_classes,
