@@ -54,7 +54,7 @@ def own_rollout(student: Denoiser, sampler: Sampler, batch: Batch, draws: Draws)
     They are what one of its calls, drawn for the whole batch, is shown when it is used: no gradient and nothing of the
     data is in them.
     """
-    start = student.schedule.initial_noise(draws.normal_like(batch.x0))
+    start = sampler.schedule.initial_noise(draws.normal_like(batch.x0))
     done = draws.shared_integer(0, sampler.steps)
     with torch.no_grad():
         x_t = rollout(bind(student, batch.cond), sampler, start, done, draws.normal_like)

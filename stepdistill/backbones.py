@@ -112,9 +112,9 @@ def check_range(network: TransformersFeatures) -> None:
     factor too many the same grey for every image; it gives features all the same.
     """
     bounds, scale = torch.tensor([[0.0], [255.0]]), network.settings["scale"]
-    seen = (bounds * scale - torch.tensor(network.settings["mean"])) / torch.tensor(network.settings["std"])
-    low, high = seen.min().item(), seen.max().item()
-    if not (max(-low, high) <= 10 and high - low >= 0.5):
+    shown = (bounds * scale - torch.tensor(network.settings["mean"])) / torch.tensor(network.settings["std"])
+    low, high, span = shown.min().item(), shown.max().item(), (shown[1] - shown[0]).min().item()
+    if not (max(-low, high) <= 10 and span >= 0.5):
         raise ValueError(
             f"method.features: the image processor of {network.name!r} makes {low:.4g} to {high:.4g} of black to "
             "white, wanted a few units about 0; look at do_rescale, rescale_factor, image_mean and image_std in its "
