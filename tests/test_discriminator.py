@@ -316,7 +316,7 @@ def test_wrong_channels_and_sizes_are_named(small):
 
 @pytest.mark.parametrize(
     ("wrong", "found"),
-    [({"scale": 1.0}, "-2.5 to 1272"), ({"scale": 1 / 255**2}, "-2.5 to -0.74"), ({"std": [0.0, 0.3, 0.4]}, "inf")],
+    [({"scale": 1.0}, "-2.5 to 127"), ({"scale": 1 / 255**2}, "-2.5 to -0.74"), ({"std": [0.0, 0.3, 0.4]}, "inf")],
 )
 def test_pixels_in_a_range_that_no_network_knows_are_named(wrong, found):
     network = vision_models()["dino"]
