@@ -153,7 +153,7 @@ def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, 
         save_grid(images.pixels / 255, output)
         return
     output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, pixels in enumerate(images.pixels):
         facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}
         rows.append({"file_name": f"{index:06d}.png"})
