@@ -25,7 +25,9 @@ def main() -> None:
     teacher = build(TeacherConfig, sections.get("teacher"), "teacher")
     config = build(PairsConfig, sections.get("pairs"), "pairs")
     family = load_teacher(teacher)
-    family.network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family.network.to(device).requires_grad_(False).eval()
+    family.to(device)
     with tqdm(total=config.count, desc="pairs") as bar:
         print(make_pairs(family, config, lambda done: bar.update(done - bar.n)))
 

@@ -20,24 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from stepdistill.augmentation import diff_augment
 from stepdistill.backbones import Backbone, open_backbone
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     Heads,
     Logits,
     approximate_r1,
     condition_vector,
-    diff_augment,
     r1_penalty,
 )
 from stepdistill.families.base import Batch, Family
+from stepdistill.features import FeatureExtractor
 from stepdistill.randomness import Draws
+from stepdistill.sampling import Sampler, bind, rollout
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
 Conditioning = Literal["none", "condition", "both"]
-CLEAN = 0.02
-"""The time a teacher is told when it looks at clean images: below it, its features grow empty."""
 MIN_ALPHA = 0.01
 MIN_TIME = 1e-3
 TIME_WAVES = 4
@@ -46,6 +46,19 @@ TIME_WAVES = 4
 def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """``x_t`` (B, ...), and at t = 1 what a sampler starts from: pure noise, in which no data is left to leak."""
     return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
+
+
+def own_rollout(student: Denoiser, sampler: Sampler, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Backward simulation: states (B, ...) of the student's own rollout from pure noise, and their times (B,).
+
+    They are what one of its calls, drawn for the whole batch, is shown when it is used: no gradient and nothing of the
+    data is in them.
+    """
+    start = sampler.schedule.initial_noise(draws.normal_like(batch.x0))
+    done = draws.shared_integer(0, sampler.steps)
+    with torch.no_grad():
+        x_t = rollout(bind(student, batch.cond), sampler, start, done, draws.normal_like)
+    return x_t, sampler.times[done].expand(batch.size).to(start.device)
 
 
 def check_first_step(family: Family, t: float = 1.0) -> None:
@@ -86,8 +99,8 @@ class Eyes(abc.ABC):
     def embed(self, x0: Tensor, cond: Cond) -> Tensor:
         """One vector an image (B, num_embedded), without gradient."""
 
-    def hashes(self) -> dict[str, str]:
-        """The sha256 of the feature network by its configuration key, unless it is the teacher."""
+    def networks(self) -> dict[str, FeatureExtractor]:
+        """The feature network by its configuration key, unless it is the teacher."""
         return {}
 
 
@@ -109,12 +122,12 @@ class ImageEyes(Eyes):
         del cond
         return self.backbone.embed(self.family.decode(x0))
 
-    def hashes(self) -> dict[str, str]:
-        return {"method.features": self.backbone.sha256}
+    def networks(self) -> dict[str, FeatureExtractor]:
+        return {"method.features": self.backbone.network}
 
 
 class TeacherEyes(Eyes):
-    """The teacher's own blocks on clean images, as it would see them at a noise too small to see."""
+    """The teacher's own blocks on clean images."""
 
     def __init__(self, teacher: Denoiser) -> None:
         self.blocks = BlockFeatures(teacher)
@@ -123,12 +136,11 @@ class TeacherEyes(Eyes):
 
     def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del draws
-        return self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
+        return self.blocks.clean(x0, cond)
 
     @torch.no_grad()
     def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        features = self.blocks(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
-        return features[-1].float().flatten(2).mean(2)
+        return self.blocks.clean(x0, cond)[-1].flatten(2).mean(2)
 
 
 def open_eyes(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> Eyes:

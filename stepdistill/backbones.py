@@ -4,20 +4,20 @@ Any network of :mod:`stepdistill.features` will do (a ``transformers`` vision mo
 classifier of one's own) except one: *the network that judges never trains*. A student that was trained to please a
 network scores well with it and no better with people (Kynkaanniemi et al. 2022, arXiv 2203.06026).
 
-Judges see bytes; a critic's images are real numbers that are neither rounded nor cut, so that every pixel has a
-gradient. The resizing and normalisation are those of the network's image processor.
+Judges see bytes; a critic's images are real numbers that are not rounded, so that they have a gradient. The resizing
+and normalisation are those of the network's image processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stepdistill.discriminator import seen
+from stepdistill.block_features import seen
 from stepdistill.features import FeatureExtractor, SmallConvNet, load_features
 from stepdistill.features_vision import InceptionFeatures, TransformersFeatures, _centre_crop, _output_size
 
@@ -41,13 +41,14 @@ class Backbone:
 
     def __init__(self, network: FeatureExtractor, channels: int, size: tuple[int, int]) -> None:
         self.network = network.requires_grad_(False).eval()
-        self.sha256 = network.sha256
         wanted = (1, network.in_channels) if network.repeats_grey else (network.in_channels,)
         if channels not in wanted:
             raise ValueError(
                 f"method.features: {network.name!r} sees images of {network.in_channels} channels, but the teacher's "
                 f"have {channels}"
             )
+        if isinstance(network, TransformersFeatures):
+            check_range(network)
         try:
             probe = self(torch.zeros(1, channels, *size))
             self.num_features = self.embed(torch.zeros(1, channels, *size)).shape[1]
@@ -104,6 +105,23 @@ def smooth_pixels(images: Tensor, settings: dict[str, Any]) -> Tensor:
     return (x * settings["scale"] - mean) / std
 
 
+def check_range(network: TransformersFeatures) -> None:
+    """Raise ``ValueError`` if an image processor makes of black and white what no network was trained on.
+
+    Networks were trained on a few units about 0. One whose processor forgets to rescale is shown hundreds, or with a
+    factor too many the same grey for every image; it gives features all the same.
+    """
+    bounds, scale = torch.tensor([[0.0], [255.0]]), network.settings["scale"]
+    shown = (bounds * scale - torch.tensor(network.settings["mean"])) / torch.tensor(network.settings["std"])
+    low, high, span = shown.min().item(), shown.max().item(), (shown[1] - shown[0]).min().item()
+    if not (max(-low, high) <= 10 and span >= 0.5):
+        raise ValueError(
+            f"method.features: the image processor of {network.name!r} makes {low:.4g} to {high:.4g} of black to "
+            "white, wanted a few units about 0; look at do_rescale, rescale_factor, image_mean and image_std in its "
+            "preprocessor_config.json"
+        )
+
+
 def open_backbone(spec: str, channels: int, size: tuple[int, int]) -> Backbone:
     """The critic's feature network that ``spec`` names, see :func:`stepdistill.features.load_features`.
 
@@ -111,17 +129,39 @@ def open_backbone(spec: str, channels: int, size: tuple[int, int]) -> Backbone:
         ValueError: if it is a judge, or cannot see the teacher's images.
     """
     network = load_features(spec)
-    refuse_judge({"method.features": network.sha256}, load_features("embedded"))
+    refuse_judge({"method.features": network}, load_features("embedded"))
     if isinstance(network, InceptionFeatures):
         raise ValueError(f"method.features: {spec!r} is FID's network, and a judge must not train; wanted {OTHERS}")
     return Backbone(network, channels, size)
 
 
-def refuse_judge(hashes: dict[str, str], judge: FeatureExtractor) -> None:
+def refuse_judge(networks: Mapping[str, nn.Module], judge: FeatureExtractor) -> None:
     """Raise ``ValueError`` if one of these networks, by the name of its key, is the one that judges."""
-    for key, sha256 in hashes.items():
-        if sha256 == judge.sha256:
+    for key, network in networks.items():
+        if same_weights(network, judge):
             raise ValueError(
-                f"{key}: this network is the judge {judge.name!r} (its weights have the same hash), and a student "
-                f"trained on its features would be measured by them; wanted {OTHERS}"
+                f"{key}: this network is the judge {judge.name!r} (it has the same weights), and a student trained on "
+                f"its features would be measured by them; wanted {OTHERS}"
             )
+
+
+def same_weights(network: nn.Module, other: nn.Module) -> bool:
+    """Whether most weight matrices of the smaller network are the larger one's, whatever their names and precision.
+
+    So a copy in half precision is found out as well as a link, and CLIP's image half beside the whole of it.
+    """
+    few, many = sorted((_matrices(network), _matrices(other)), key=len)
+    found = [any(_alike(a, b) for b in many) for a in few]
+    return 2 * sum(found) > len(found)
+
+
+def _matrices(network: nn.Module) -> list[Tensor]:
+    return [parameter.detach() for parameter in network.parameters() if parameter.ndim > 1]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices are the same but for rounding; their first few thousand numbers tell."""
+    if a.shape != b.shape:
+        return False
+    x, y = (matrix.flatten()[:4096].cpu().float() for matrix in (a, b))
+    return bool((x - y).norm() < 0.01 * y.norm())

@@ -202,13 +202,23 @@ def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
             return load_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
-            aside = _set_aside(path)
+            aside = _set_aside(path, "corrupt")
             warnings.warn(f"{error}; renamed to {aside.name}, trying the next older checkpoint", stacklevel=2)
-    problems = problems or [str(path) for path in sorted(output_dir.glob("checkpoint-*.corrupt"))]
+    beside = [path for why in ("corrupt", "diverged") for path in sorted(output_dir.glob(f"checkpoint-*.{why}"))]
+    problems = problems or [str(path) for path in beside]
     if problems:
-        wanted = "restore one, or remove the *.corrupt folders to start afresh"
+        wanted = "restore one, or remove the *.corrupt and *.diverged folders to start afresh"
         raise CheckpointError(f"{output_dir}: no valid checkpoint is left; {wanted}:\n  " + "\n  ".join(problems))
     return None
+
+
+def set_aside_later(output_dir: Path, step: int) -> str:
+    """Rename the checkpoints of later steps than ``step`` to ``*.diverged``; says in a sentence what is left."""
+    later = [path for path in _checkpoints(output_dir) if _step(path) > step]
+    names = ", ".join(_set_aside(path, "diverged").name for path in later)
+    left = _checkpoints(output_dir)
+    kept = f"{left[-1].name} is the last good checkpoint" if left else f"No checkpoint is as old as step {step}"
+    return f"{kept}; set aside: {names}" if names else kept
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -268,10 +278,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _set_aside(path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.corrupt")
+def _set_aside(path: Path, why: str) -> Path:
+    aside = path.with_name(f"{path.name}.{why}")
     if aside.exists():
-        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.corrupt")
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{why}")
     return path.rename(aside)
 
 

@@ -25,19 +25,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, grid_sample, layer_norm, normalize, one_hot, relu, softplus
+from torch.nn.functional import layer_norm, normalize, one_hot, relu, softplus
 from torch.nn.utils.parametrize import register_parametrization
-from torch.utils.hooks import RemovableHandle
-
-from stepdistill.denoiser import Denoiser
-from stepdistill.randomness import Draws
-from stepdistill.schedule import expand
-from stepdistill.sharding import is_share
 
 AdversarialLoss = Literal["hinge", "softplus"]
 Logits = list[Tensor]
 """A tensor (B, positions) a head."""
 
+MASK = "encoder_attention_mask"
+"""What families call the mask of their prompts' tokens."""
 MAX_WIDTH = 256
 PROJECTION = 64
 
@@ -61,7 +57,7 @@ def generator_loss(fake: Logits, kind: AdversarialLoss) -> Tensor:
 
 
 def critic_metrics(real: Logits, fake: Logits) -> dict[str, Tensor]:
-    """How well a critic does: shares of real and of fake images it names right, in [0, 1], and its mean logits.
+    """How well a critic does: shares of its logits of real and of fake images with the right sign, and their means.
 
     About 0.5 to 0.9 trains a student; 1 on both is a saturated critic, whose gradient says little.
     """
@@ -225,17 +221,25 @@ def _norm_silu(channels: int) -> list[nn.Module]:
 def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
     """What a batch is conditioned on as vectors (B, D), D = 0 where on nothing.
 
-    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d) or (B, n, d)
-    its mean over n, normalised to mean 0 and variance 1.
+    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d), or the mean
+    of one (B, n, d) over the tokens that its mask does not hide, is normalised to mean 0 and variance 1.
     """
     parts = [torch.zeros(size, 0)]
     for name, value in sorted(cond.items()):
         if name == "class_labels" and num_classes is not None:
             parts.append(one_hot(value, num_classes + 1)[:, :num_classes].float())
-        elif value.is_floating_point():
-            pooled = value.float().reshape(size, -1, value.shape[-1]).mean(1)
+        elif value.is_floating_point() and name != MASK:
+            pooled = value.float() if value.ndim == 2 else _mean_token(value.float(), cond.get(MASK))
             parts.append(layer_norm(pooled, pooled.shape[1:]))
     return torch.cat([part.to(parts[-1].device) for part in parts], 1)
+
+
+def _mean_token(embedding: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (B, d) of tokens (B, n, d), of those where the mask (B, n) is 1."""
+    if mask is None:
+        return embedding.mean(1)
+    kept = mask.to(embedding)[..., None]
+    return (embedding * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
@@ -249,150 +253,6 @@ def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
     if bool((labels == labels[0]).all()):
         raise ValueError(
             f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, but the teacher knows "
-            f"{num_classes} classes; a conditional critic needs them all: check the labels, or set "
-            "method.conditioning: none"
+            f"{num_classes} classes, and a conditional critic needs them all; look at the labels (of methods with a "
+            "key 'conditioning', 'none' does without them)"
         )
-
-
-# ------------------------------------------------------------------------------------- features of networks
-
-
-class _Seen(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not wanted
-    """The last feature has been seen."""
-
-
-def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -> list[Tensor]:
-    """What the sub-modules ``names`` of ``network`` return while ``call`` runs it, as far as the last of them.
-
-    The forward itself is nobody's copy: it is the network's own, watched by hooks and left when all is seen.
-
-    Args:
-        network: the network that ``call`` runs.
-        names: sub-modules, a list of blocks standing for each of its blocks; each runs once.
-        call: runs the network.
-
-    Returns:
-        A tensor (B, C, N) or (B, C, H, W) a module.
-    """
-    modules = block_modules(network, names)
-    found: dict[int, Tensor] = {}
-
-    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            del module, inputs
-            # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
-            parts = output if isinstance(output, tuple) else (output,)
-            found[index] = as_map([part for part in parts if isinstance(part, Tensor)][-1])
-            if len(found) == len(modules) and not sharded:
-                raise _Seen
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(index)) for index, module in enumerate(modules)]
-    if sharded := any(is_share(parameter) for parameter in network.parameters()):
-        handles += returned_beside(network, found)
-    try:
-        call()
-    except _Seen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert len(found) == len(modules), f"of {len(modules)} modules only {len(found)} ran"
-    return [found[index] for index in range(len(modules))]
-
-
-def returned_beside(network: nn.Module, found: dict[int, Tensor]) -> list[RemovableHandle]:
-    """Let a sharded network, which runs to its end, take ``found`` for outputs of its own as well.
-
-    It gathers its weights again when a gradient reaches one of its outputs; a feature's would find no weights there.
-    """
-    return [
-        network.register_forward_hook(lambda module, inputs, output: (output, dict(found)), prepend=True),
-        network.register_forward_hook(lambda module, inputs, outputs: outputs[0]),
-    ]
-
-
-def block_modules(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The sub-modules of these names; a ``ModuleList`` stands for its members."""
-    modules = [network.get_submodule(name) for name in names]
-    return [m for module in modules for m in (module if isinstance(module, nn.ModuleList) else [module])]
-
-
-def as_map(output: Tensor) -> Tensor:
-    """A block's output (B, C), (B, N, C) or (B, C, H, W) with its channels second and at least one position."""
-    return {2: output[..., None], 3: output.transpose(1, -1), 4: output}[output.ndim]
-
-
-class BlockFeatures:
-    """A denoiser's own features, at noisy images: gradients pass through them to the image.
-
-    Args:
-        denoiser: the teacher (LADD), or a fake score (DMD2).
-        names: sub-modules; by default those that the family names.
-    """
-
-    def __init__(self, denoiser: Denoiser, names: Sequence[str] = ()) -> None:
-        self.denoiser = denoiser
-        self.names = tuple(names) or denoiser.family.feature_blocks
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of images (B, ...) at times (B,), in float32 as heads are, whatever the network is in.
-
-        Only the part of the network below the last of them is run.
-        """
-        with self.denoiser.bank.using(self.denoiser.role) as network:
-            features = seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
-        return [feature.float() for feature in features]
-
-    @torch.no_grad()
-    def shapes(self) -> list[torch.Size]:
-        """The features' shapes, without the batch; runs the network once."""
-        family = self.denoiser.family
-        x = torch.zeros(1, *family.sample_shape)
-        return [feature.shape[1:] for feature in self(x, torch.full((1,), 0.5), family.example_cond([0]))]
-
-
-# ------------------------------------------------------------------------------------------ augmentation
-
-
-def diff_augment(images: Tensor, draws: Draws, *, translate: float = 0.125, cut: float = 0.2) -> Tensor:
-    """DiffAugment (Zhao et al. 2020, arXiv 2006.10738): colour, translation, cutout, through which gradients pass.
-
-    Args:
-        images: (B, C, H, W) in [0, 1]; the result may leave the range, as in the paper.
-        draws: what is drawn is independent for every image.
-        translate: largest shift, as a share of the side.
-        cut: side of the square that is cut out, as a share of the side.
-    """
-    return cutout(shift(colour(images, draws), draws, translate), draws, cut)
-
-
-def colour(images: Tensor, draws: Draws) -> Tensor:
-    """Brightness moved by up to 0.5, saturation by up to a factor of 2, contrast by up to 1.5."""
-    x = images + expand(draws.uniform(-0.5, 0.5), images)
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * expand(draws.uniform(0, 2), x)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (x - mean) * expand(draws.uniform(0.5, 1.5), x)
-
-
-def shift(images: Tensor, draws: Draws, ratio: float) -> Tensor:
-    """Images moved by whole pixels, up to ``ratio`` of each side, zeros behind them."""
-    theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
-    for axis, side in enumerate((images.shape[3], images.shape[2])):
-        pixels = (draws.uniform(-1, 1) * (ratio * side + 0.5)).trunc()
-        theta[:, axis, 2] = (2 * pixels / side).float()
-    grid = affine_grid(theta, list(images.shape), align_corners=False)
-    return grid_sample(images.float(), grid, mode="nearest", align_corners=False)
-
-
-def cutout(images: Tensor, draws: Draws, ratio: float) -> Tensor:
-    """Images with a rectangle of ``ratio`` of each side set to zero, somewhere."""
-    inside = torch.ones(len(images), 1, *images.shape[2:], device=images.device, dtype=torch.bool)
-    for axis in (2, 3):
-        side = images.shape[axis]
-        centre = (draws.uniform() * side)[:, None]
-        near = (torch.arange(side, device=images.device) + 0.5 - centre).abs() < ratio * side / 2
-        inside = inside & near.reshape(len(images), 1, *([side, 1] if axis == 2 else [1, side]))
-    return images * ~inside

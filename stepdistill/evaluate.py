@@ -121,6 +121,7 @@ def evaluate_pipeline(
         name: of the row.
     """
     panel, call = (judge if isinstance(judge, Panel) else Panel(judge)), dict(call or {})
+    panel.refuse_critic(getattr(pipeline, "contract_critic", {}))
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would paint some images black
     source = Sampled(

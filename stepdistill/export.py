@@ -236,6 +236,7 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
             "__module__": original.__module__,
             "contract_call": dict(defaults),
             "contract_classes": contract.get("num_classes"),
+            "contract_critic": contract.get("critic", {}),
         },
     )
     return pipeline

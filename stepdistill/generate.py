@@ -3,13 +3,15 @@
 Image i of a call is a pure function of (pipeline, seed, i, its prompt), whatever the batch size. A single file carries
 what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
-``pipeline``.
+``pipeline``. A folder of them is data to train on, as ``metadata.jsonl`` says what each was asked for: a teacher's own
+samples are what LADD and others learn from where there are no images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,18 +148,22 @@ def distilled_at(contract: Mapping[str, Any]) -> float:
 
 
 def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:
-    """Write a grid (a ``.png``) or single images (a folder), the latter with what made them as PNG text."""
+    """Write a grid (a ``.png``) or single images (a folder of data), the latter with what made them as PNG text."""
     if output.suffix == ".png":
         save_grid(images.pixels / 255, output)
         return
     output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     for index, pixels in enumerate(images.pixels):
         facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}
+        rows.append({"file_name": f"{index:06d}.png"})
         if images.captions is not None:
-            facts["prompt"] = images.captions[index]
+            facts["prompt"] = rows[-1]["text"] = images.captions[index]
         if images.labels is not None:
-            facts["class_label"] = int(images.labels[index])
-        to_pil(pixels).save(output / f"{index:06d}.png", pnginfo=png_text(facts))
+            facts["class_label"] = rows[-1]["label"] = int(images.labels[index])
+        to_pil(pixels).save(output / rows[-1]["file_name"], pnginfo=png_text(facts))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def png_text(facts: Mapping[str, Any]) -> PngInfo:

@@ -102,10 +102,7 @@ class DivergenceGuard:
             if not standing:
                 steps.clear()
             if len(steps) >= self.patience:
-                raise DivergenceError(
-                    f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}. "
-                    "The newest checkpoint from before is kept; later ones are not good."
-                )
+                raise DivergenceError(f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}")
 
     def signs(self, values: Mapping[str, float]) -> dict[str, bool]:
         """Which causes can be seen in the values, and whether they are."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.denoiser import Cond, Denoiser, from_x0
 from stepdistill.losses import mean_square
 from stepdistill.randomness import Draws
+from stepdistill.sampling import Denoise
 from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule
 
 MATCHED = (0.02, 0.98)
@@ -30,6 +31,17 @@ MATCHED = (0.02, 0.98)
 SMALLEST_DIVISOR = 1e-6
 LOWEST_TIME = 1e-3
 NOISE_BANDS = ("low_noise", "middle_noise", "high_noise")
+
+
+@torch.no_grad()
+def both_scores(
+    teacher: Denoise, fake: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond
+) -> tuple[Tensor, Tensor]:
+    """The clean images (B, ...) that the teacher and the fake score see in ``x0``, noised to times (B,)."""
+    x_t = fake.schedule.add_noise(x0, noise, t)
+    with resting(fake):
+        seen = fake(x_t, t, cond).x0
+    return teacher(x_t, t).x0, seen
 
 
 def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepdistill.config import fingerprint
+from stepdistill.data.text import read_prompts
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Family
 from stepdistill.networks import CopyBank, fingerprint_weights
@@ -37,6 +39,8 @@ class PairsConfig:
     steps: int = 18
     guidance_scale: float = 1.0
     """Of the teacher; 1 is none."""
+    prompts: str | None = None
+    """Of a teacher that takes text, what is sampled, in turn: a ``.txt`` (one a line) or a ``.jsonl``."""
     batch_size: int = 100
     shard_size: int = 1000
     """Pairs a file: what a stopped run loses at most."""
@@ -58,18 +62,31 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
         progress: told how many pairs there are, after every shard.
 
     Raises:
-        ValueError: if the folder holds pairs of another teacher or sampler, or the teacher cannot be guided.
+        ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
+            text and there are no prompts.
     """
     check_guidance(config.guidance_scale, family)
+    if family.takes_text:
+        family.use_captions(_prompts(config))
     folder = Path(config.output_dir)
     agree(folder / KIND.manifest, _manifest(family, config), KIND.rows)
     write_shards(folder, config.count, config.shard_size, lambda rows: _shard(family, config, rows), progress)
     return folder
 
 
+def _prompts(config: PairsConfig) -> list[str]:
+    if config.prompts is None or not Path(config.prompts).is_file():
+        raise ValueError(
+            f"pairs.prompts: found {config.prompts!r}; wanted a file of prompts, since the teacher takes text"
+        )
+    return read_prompts(Path(config.prompts))
+
+
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
-    ignored = ("output_dir", "batch_size")
+    ignored = ("output_dir", "batch_size", "prompts")
     made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    if family.takes_text:
+        made["prompts"] = fingerprint(list(family.prompts))
     return {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)} | made
 
 

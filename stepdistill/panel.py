@@ -57,6 +57,16 @@ class Panel:
         if self.clip_judge is not None:
             self.clip_judge.check(["cmmd"] if "cmmd" in wanted else [])
 
+    def refuse_critic(self, critic: Mapping[str, str]) -> None:
+        """Raise ``ValueError`` if who judges is among the networks, by their sha256, that trained what is judged."""
+        networks = [self.judge.features, *([] if self.clip is None else [self.clip.images])]
+        for network in networks:
+            if network.sha256 in critic.values():
+                raise ValueError(
+                    f"features: {network.name!r} is what this student's critic saw through in training, and would find "
+                    "what it asked for; wanted another network to judge"
+                )
+
     def embed(self, images: Images) -> dict[str, Tensor]:
         """All features of some images: one pass for every metric."""
         self.judge.check_shape(images.pixels.shape[1:])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.discriminator import BlockFeatures
 from stepdistill.losses import distance
 
 ConsistencyDistance = Literal["l1", "l2", "huber", "lpips"]
@@ -28,8 +28,6 @@ Compare = Callable[[Tensor, Tensor, Cond], Tensor]
 
 HUBER_WIDTH = 0.03
 LPIPS_SIZE = (224, 224)
-SMALL_NOISE = 0.02
-"""The time a teacher is told when it looks at clean images."""
 
 
 def check_resemblance(kind: Resemblance | ConsistencyDistance) -> None:
@@ -65,10 +63,9 @@ def pixels(a: Tensor, b: Tensor, cond: Cond) -> Tensor:
 
 def features(blocks: BlockFeatures, a: Tensor, b: Tensor, cond: Cond) -> Tensor:
     """Half the squared difference of unit feature vectors, the mean over positions and blocks: from 0 to 2."""
-    t = torch.full((len(a),), SMALL_NOISE, device=a.device)
     with torch.no_grad():
-        wanted = blocks(b, t, cond)
-    return torch.stack([_angle(x, y) for x, y in zip(blocks(a, t, cond), wanted, strict=True)]).mean(0)
+        wanted = blocks.clean(b, cond)
+    return torch.stack([_angle(x, y) for x, y in zip(blocks.clean(a, cond), wanted, strict=True)]).mean(0)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:

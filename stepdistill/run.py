@@ -198,7 +198,7 @@ class Run:
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
         if self.judge is not None:
-            refuse_judge(self.distiller.feature_hashes(), self.judge.features)
+            refuse_judge(self.distiller.feature_networks(), self.judge.features)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -243,6 +243,7 @@ class Run:
             on_stage_end=self.export_stage,
             measure=self.measure,
             measure_every=self.config.eval.every,
+            measured_on=self.measured_on(),
         )
 
     def train(self) -> Path:
@@ -262,6 +263,14 @@ class Run:
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
+
+    def measured_on(self) -> dict[str, Any]:
+        """What the numbers of :meth:`measure` depend on, beside the student."""
+        if self.judge is None:
+            return {}
+        judges = {"features": self.judge.features.name, "features_sha256": self.judge.features.sha256}
+        samples = {"num_samples": self.config.eval.num_samples, "seed": self.config.eval.seed}
+        return {**judges, "reference": self.judge.describe_reference(), **samples}
 
     def measure(self) -> dict[str, float]:
         """The metrics of the ``eval`` section, of the student as it is now."""
@@ -298,6 +307,7 @@ class Run:
         start = self.config.bank.start
         earlier = {} if start is None else read_contract(Path(start)).get("training", {})
         cost += TrainingCost(**earlier)
+        critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
         about = {
             "method": self.config.method_name,
             "teacher": self.config.teacher.path,
@@ -305,11 +315,12 @@ class Run:
             "guidance_distilled": getattr(self.config.method, "guidance_scale", 1.0),
             "config_hash": configuration.fingerprint(self.config.as_sections()),
             **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
+            **({"critic": critic} if critic else {}),
             **({} if start is None else {"start": {"path": start, "training": earlier}}),
             **self.distiller.contract(),
         }
         if self.selected is not None:
-            about["selected"] = {**self.selected, "num_samples": self.config.eval.num_samples}
+            about["selected"] = self.selected
         if self.judge is not None:
             about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,27 +32,32 @@ class BestStudent:
 
     Args:
         folder: the run's.
+        on: what is measured on (feature network, reference, samples), JSON values: kept with the weights. A run that
+            goes on with others starts its choice anew, since their numbers are not to be compared.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.path = folder / FILE
+        self.on = on
 
     def offer(self, stage: str, step: int, values: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
-        """Keep ``weights`` if the first distance in ``values`` is below all that were measured in this stage."""
+        """Keep ``weights`` if the first distance in ``values`` is below all that were measured so in this stage."""
         metric = next((name for name in values if name in DISTANCES), None)
         if metric is None or not math.isfinite(values[metric]):
             return
-        record = {"stage": stage, "step": step, "metric": metric, "value": values[metric]}
+        measured = {"metric": metric, **self.on}
         best = self.record(stage)
-        if best is not None and best["metric"] == metric and record["value"] >= best["value"]:
+        alike = best is not None and all(best.get(name, fact) == fact for name, fact in measured.items())
+        if best is not None and alike and values[metric] >= best["value"]:
             return
+        record = {"stage": stage, "step": step, "value": values[metric], **measured}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         partial = self.path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"record": json.dumps(record)})
         os.replace(partial, self.path)
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """Step, metric and value of what is kept from ``stage``; None if nothing is."""
+        """Step, value, metric of what is kept from ``stage``, and what it was measured on; None if nothing is."""
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as file:

@@ -26,11 +26,18 @@ from tqdm.auto import tqdm
 
 from stepdistill import sharding
 from stepdistill.cache import CacheData
-from stepdistill.checkpoint import Checkpoint, check_identity, latest_checkpoint, load_checkpoint, save_checkpoint
+from stepdistill.checkpoint import (
+    Checkpoint,
+    check_identity,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_later,
+)
 from stepdistill.data import Dataset, loader
 from stepdistill.evaluate import student_images
 from stepdistill.families.base import Batch
-from stepdistill.guard import DivergenceGuard, FiniteGuard
+from stepdistill.guard import DivergenceError, DivergenceGuard, FiniteGuard
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.optimizer_state import optimizer_tensors, restore_optimizer
@@ -92,6 +99,7 @@ class Trainer:
             cost up to its end, for exports.
         measure: called on the main process every ``measure_every`` steps; what it returns is logged.
         measure_every: 0 is never.
+        measured_on: what ``measure`` measures on, JSON values: the best student's record says so.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class Trainer:
         on_stage_end: Callable[[Stage, TrainingCost], None] | None = None,
         measure: Callable[[], dict[str, float]] = dict,
         measure_every: int = 0,
+        measured_on: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -137,9 +146,11 @@ class Trainer:
         """This process's share; what a resumed run had cost before is in the main process's."""
         self.stop_requested = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.unwritten: dict[str, Tensor] = {}
+        """The newest scalars of every turn that moved since the last row of the log, still on the device."""
         self.guard = FiniteGuard(self.device)
         self.divergence = DivergenceGuard()
-        self.best = BestStudent(self.folder)
+        self.best = BestStudent(self.folder, measured_on)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
         several = self.accelerator.num_processes > 1 and not self.sharded
         self.wrapped = self.accelerator.prepare(distiller) if several else distiller
@@ -153,7 +164,7 @@ class Trainer:
             What the run cost, over all processes and resumptions.
         """
         stages = self.distiller.stages(self.config.steps)
-        self._truncate_log()
+        self._take_up_log()
         if self.step == 0 and self.accelerator.is_main_process:
             self.best.forget()
         batches = self._batches()
@@ -257,8 +268,10 @@ class Trainer:
         if self.device.type == "cpu" or due:
             self.guard.raise_if_tripped()
         progress.update()
+        self.unwritten |= logs  # a turn that rests on this very step moved on an earlier one
         if due:
-            self._log(logs, stage, done, progress)
+            self._log(self.unwritten, stage, done, progress)
+            self.unwritten = {}
 
     def _after_step(self, stage: Stage, done: int, index: int) -> None:
         config, finished = self.config, self.step == self.config.steps
@@ -277,10 +290,21 @@ class Trainer:
         values = {name: round(float(value), 6) for name, value in logs.items()}
         lrs = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self._write_row(stage, values | lrs)
-        self.divergence.check(self.step, values)
+        self._check_divergence(values)
         shown = {name.replace("/", " "): f"{value:.4g}" for name, value in values.items() if "grad_norm" not in name}
         progress.set_description(f"{stage.name} {done}/{stage.steps}")
         progress.set_postfix(shown)
+
+    def _check_divergence(self, values: dict[str, float]) -> None:
+        """Stop where training has diverged, and leave the last checkpoint from before as the newest."""
+        try:
+            self.divergence.check(self.step, values)
+        except DivergenceError as error:
+            if not self.accelerator.is_main_process:
+                raise
+            good = self.divergence.good_until
+            assert good is not None
+            raise DivergenceError(f"{error}. {set_aside_later(self.folder, good)}") from None
 
     def _write_row(self, stage: Stage, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
@@ -408,13 +432,18 @@ class Trainer:
         for name, target in targets.items():
             sharding.write(target, tensors[name])
 
-    def _truncate_log(self) -> None:
-        """Forget what was logged after the checkpoint: those steps are run again."""
+    def _take_up_log(self) -> None:
+        """Forget what was logged after the checkpoint, whose steps are run again; the guard sees the rest once more."""
         path = self.folder / "metrics.jsonl"
-        if path.is_file() and self.accelerator.is_main_process:
-            lines = path.read_text(encoding="utf-8").splitlines(True)
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= self.step), encoding="utf-8")
+        if not path.is_file() or not self.accelerator.is_main_process:
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+        path.write_text("".join(kept), encoding="utf-8")
+        for row in map(json.loads, kept):
+            values = {name: value for name, value in row.items() if name.partition("/")[0] in self.distiller.turns}
+            self.divergence.check(row["step"], values)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -9,6 +9,7 @@ from training import batch_of
 from stepdistill.adversarial import student_input
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.methods.add import ADD, NFSD_SCALE, distillation_weight
 from stepdistill.networks import AdapterBank, CopyBank
 from stepdistill.randomness import Draws
@@ -129,6 +130,52 @@ def test_the_times_are_those_of_the_finished_student():
     assert set(t.tolist()) == {1.0, 0.5}
     four = teacher_of({"steps": 4}).sampler()
     assert four.schedule.timestep(four.times[:-1]).round().tolist() == [999, 749, 499, 249]
+
+
+def test_both_turns_tell_the_critic_of_the_image_where_the_student_was_shown_some(monkeypatch):
+    family = Pixel.tiny(size=16)
+    distiller = ADD(family, CopyBank(family.network), ADD.Config(steps=4))
+    told, original = [], distiller.critic.condition
+    distiller.critic.condition = lambda cond, x0, t: told.append((x0, t)) or original(cond, x0, t)
+    batch = family_batch(family, 64)
+    for turn in ("student", "critic"):
+        distiller(turn, batch, Draws(3, 64))
+        with torch.no_grad():
+            _, t = distiller.answer(batch, Draws(3, 64))
+        x0, at = told.pop()
+        assert torch.equal(x0, batch.x0) and torch.equal(at, t) and len(t.unique()) == 4
+
+
+def test_weights_scale_their_terms():
+    family = Pixel.tiny(size=16)
+    terms = []
+    for options in ({"distillation": 1.0, "r1": 1.0}, {"distillation": 3.0, "r1": 2.0}):
+        torch.manual_seed(0)
+        distiller = ADD(family, CopyBank(family.network), ADD.Config(**options))
+        batch = family_batch(family, 8)
+        student, critic = (distiller(turn, batch, Draws(3, 8)).terms for turn in ("student", "critic"))
+        terms.append(student | critic)
+    ratio = {name: (terms[1][name] / terms[0][name]).item() for name in terms[0]}
+    assert ratio == pytest.approx({"adversarial": 1, "distillation": 3, "loss": 1, "r1": 2}, rel=1e-4)
+    free = ADD(family, CopyBank(family.network), ADD.Config(r1=0.0))
+    assert set(free("critic", family_batch(family, 8), Draws(3, 8)).terms) == {"loss"}
+
+
+def test_of_latents_the_teachers_part_compares_images_where_that_is_wanted():
+    family = SD.tiny()
+    x0 = torch.randn(2, *family.sample_shape, requires_grad=True)
+    cond, losses = family.example_cond(range(2)), {}
+    for decoded in (False, True):
+        distiller = ADD(family, CopyBank(family.network), ADD.Config(decoded=decoded))
+        losses[decoded] = distiller.distillation_loss(x0, cond, Fixed(0, 2))
+        (gradient,) = torch.autograd.grad(losses[decoded], x0)
+        assert gradient.flatten(1).abs().max(1).values.min() > 0
+    t, noise = Fixed(0, 2).uniform(1e-3, 1.0), Fixed(0, 2).normal(*family.sample_shape)
+    with torch.no_grad():
+        target = distiller.target(x0, noise, t, cond)
+        images = (family.decode(x0) - family.decode(target)).square().flatten(1).mean(1)
+    weight = distillation_weight(family.schedule, t, "exponential").float()
+    torch.testing.assert_close(losses[True].detach(), (weight * images).mean(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("bank", ["copy", "adapter"])

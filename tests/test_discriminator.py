@@ -1,19 +1,21 @@
 """Critics: losses and R1 in closed form, heads, hooks that are the network's own forward, and who may not train."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from oracles import OracleFamily
+from oracles import SCHEDULES, OracleFamily, PointNet
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from stepdistill.adversarial import CleanCritic, RenoisedCritic, TeacherEyes, check_first_step, open_eyes, spread_ratio
+from stepdistill.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.backbones import Backbone, open_backbone, refuse_judge, smooth_pixels
+from stepdistill.block_features import BlockFeatures, seen
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     BottleneckHead,
     Head,
     Heads,
@@ -23,17 +25,16 @@ from stepdistill.discriminator import (
     condition_vector,
     critic_loss,
     critic_metrics,
-    cutout,
-    diff_augment,
     generator_loss,
     r1_penalty,
-    seen,
-    shift,
 )
 from stepdistill.families.pixel import Pixel
-from stepdistill.features import SmallConvNet, load_features
+from stepdistill.features import ASSETS, SmallConvNet, load_features
 from stepdistill.features_vision import TransformersFeatures
+from stepdistill.frechet import Moments
+from stepdistill.judge import Judge
 from stepdistill.networks import AdapterBank, CopyBank
+from stepdistill.panel import Panel
 from stepdistill.randomness import Draws
 
 SHAPES = {"tokens": (6, 12), "one position": (6, 1), "map": (6, 5, 4), "pixel": (6, 1, 1)}
@@ -148,6 +149,13 @@ def test_conditions_become_vectors():
     assert condition_vector({}, 4, None).shape == (4, 0)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+def test_padding_says_nothing_of_a_prompt(kind):
+    tokens, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]).to(kind)
+    found = condition_vector({"encoder_hidden_states": tokens, "encoder_attention_mask": mask}, 2, None)
+    torch.testing.assert_close(found, condition_vector({"encoder_hidden_states": tokens[:, :2]}, 2, None))
+
+
 def test_a_batch_of_one_class_is_refused_unless_it_may_be_chance():
     with pytest.raises(ValueError, match=r"all 64 labels of the first batch are 3, .* knows 10 classes"):
         check_classes({"class_labels": torch.full((64,), 3)}, 10)
@@ -218,10 +226,12 @@ PROCESSOR = {"size": {"shortest_edge": 28}, "resample": 3, "crop": [28, 28], "sc
              "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}  # fmt: skip
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+
+
 def vision_models():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    dino = Dinov2Model(Dinov2Config(**sizes))
-    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, intermediate_size=16, projection_dim=8))
+    dino = Dinov2Model(Dinov2Config(**SIZES))
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, intermediate_size=16, projection_dim=8))
     return {
         "dino": TransformersFeatures(dino, PROCESSOR, "dino"),
         "clip": TransformersFeatures(clip, PROCESSOR, "clip"),
@@ -262,13 +272,36 @@ def test_the_judge_is_refused_under_whatever_name(tmp_path):
     load_features("embedded").save_pretrained(tmp_path / "another_name")
     with pytest.raises(ValueError, match=r"method.features: .* is the judge .*wanted 'teacher'"):
         open_backbone(str(tmp_path / "another_name"), 1, (28, 28))
+    (tmp_path / "link").symlink_to(ASSETS / "features")
+    with pytest.raises(ValueError, match="is the judge 'embedded'"):
+        open_backbone(str(tmp_path / "link"), 1, (28, 28))
+
+
+def test_a_judge_in_other_precision_or_in_part_is_still_the_judge(small):
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, intermediate_size=16, projection_dim=8))
+    half = copy.deepcopy(vision).bfloat16()
+    part = copy.deepcopy(vision.vision_model)  # other names, and no projection
+    other = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, intermediate_size=16, projection_dim=8))
+    judge = TransformersFeatures(vision, PROCESSOR, "clip")
+    for network in (half, part):
+        with pytest.raises(ValueError, match=r"method\.features: this network is the judge 'clip'"):
+            refuse_judge({"method.features": network}, judge)
+    refuse_judge({"method.features": other, "another": load_features(str(small))}, judge)
+
+
+def test_a_critics_network_may_not_judge_afterwards(small):
+    network = load_features(str(small))
+    panel = Panel(Judge(network, Moments.of(torch.randn(20, 6))))
+    panel.refuse_critic({})
+    with pytest.raises(ValueError, match="'small' is what this student's critic saw through"):
+        panel.refuse_critic({"method.features": network.sha256})
 
 
 def test_the_judge_of_the_run_is_refused_too(small):
     backbone = open_backbone(str(small), 1, (16, 16))
     with pytest.raises(ValueError, match="is the judge 'small'"):
-        refuse_judge({"method.features": backbone.sha256}, load_features(str(small)))
-    refuse_judge({"method.features": backbone.sha256}, load_features("embedded"))
+        refuse_judge({"method.features": backbone.network}, load_features(str(small)))
+    refuse_judge({"method.features": backbone.network}, load_features("embedded"))
 
 
 def test_wrong_channels_and_sizes_are_named(small):
@@ -279,6 +312,17 @@ def test_wrong_channels_and_sizes_are_named(small):
     broken.settings = unresized
     with pytest.raises(ValueError, match="cannot see images of 3 x 20 x 20"):
         Backbone(broken, 3, (20, 20))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [({"scale": 1.0}, "-2.5 to 127"), ({"scale": 1 / 255**2}, "-2.5 to -0.74"), ({"std": [0.0, 0.3, 0.4]}, "inf")],
+)
+def test_pixels_in_a_range_that_no_network_knows_are_named(wrong, found):
+    network = vision_models()["dino"]
+    network.settings = PROCESSOR | wrong
+    with pytest.raises(ValueError, match=rf"image processor of 'dino' makes .*{found}.*preprocessor_config\.json"):
+        Backbone(network, 3, (32, 32))
 
 
 def test_a_missing_feature_network_is_named(tmp_path):
@@ -297,6 +341,20 @@ def test_augmentation_is_differentiable_and_each_images_own():
     assert not torch.allclose(augmented[0] - images[0], augmented[1] - images[1], atol=1e-3)
     assert torch.equal(augmented, diff_augment(images, Draws(0, 6)))
     assert not torch.equal(augmented, diff_augment(images, Draws(1, 6)))
+
+
+def test_colours_keep_what_they_do_not_change():
+    """Brightness moves an image as a whole; saturation and contrast, which come after it, keep that mean."""
+    images = torch.rand(200, 3, 4, 4)
+    changed = colour(images, Draws(0, 200))
+    moved = changed.mean((1, 2, 3)) - images.mean((1, 2, 3))
+    assert 0.4 < moved.max() <= 0.5 and -0.5 <= moved.min() < -0.4
+    ratio = changed.mean(1).flatten(1).std(1) / images.mean(1).flatten(1).std(1)  # of the greys: contrast
+    assert 0.5 <= ratio.min() < 0.6 and 1.4 < ratio.max() <= 1.5
+    spread = (changed - changed.mean(1, keepdim=True)).flatten(1).std(1)
+    before = (images - images.mean(1, keepdim=True)).flatten(1).std(1)
+    saturation = spread / before / ratio
+    assert saturation.min() < 0.1 and 1.9 < saturation.max() <= 2
 
 
 def test_shifts_move_whole_pixels_and_bring_in_zeros():
@@ -329,8 +387,18 @@ def test_eyes_are_the_teachers_or_those_of_a_network(small):
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     assert isinstance(open_eyes("teacher", family, teacher, augment=True), TeacherEyes)
     eyes = open_eyes(str(small), family, teacher, augment=True)
-    assert eyes.hashes() == {"method.features": load_features(str(small)).sha256}
+    assert [network.name for network in eyes.networks().values()] == ["small"]
     assert eyes.num_embedded == 6
+    x0 = torch.randn(3, 1, 16, 16, requires_grad=True)
+    images = family.decode(x0)
+    plain = open_eyes(str(small), family, teacher, augment=False)
+    for found, seen_images in (
+        (eyes.see(x0, {}, Draws(0, 3)), diff_augment(images, Draws(0, 3))),
+        (plain.see(x0, {}, Draws(0, 3)), images),
+    ):
+        assert all(map(torch.equal, found, eyes.backbone(seen_images)))
+        (gradient,) = torch.autograd.grad(found[-1].sum(), x0, retain_graph=True)
+        assert gradient.flatten(1).abs().max(1).values.min() > 0
 
 
 @pytest.mark.parametrize(("conditioning", "extra"), [("none", 0), ("condition", 4), ("both", 10)])
@@ -366,12 +434,29 @@ def test_no_checkpoint_holds_a_critics_eyes(small):
         assert all(name.startswith("heads.") for name in critic.state_dict())
 
 
-def test_noise_levels_are_logit_normal_in_a_flows_time():
-    critic = RenoisedCritic(Denoiser(family := OracleFamily.tiny(), CopyBank(family.network), "teacher"), 1.0, 0.5)
+@pytest.mark.parametrize(("name", "kind"), [("cosine", "v_prediction"), ("flow", "flow"), ("karras", "edm")])
+def test_noise_levels_are_logit_normal_in_a_flows_time(name, kind):
+    family = OracleFamily(PointNet(SCHEDULES[name]), SCHEDULES[name], kind)
+    critic = RenoisedCritic(Denoiser(family, CopyBank(family.network), "teacher"), 1.0, 0.5)
     t = critic.levels(Draws(0, 20_000))
     logit = -family.schedule.log_snr(t) / 2  # log(t / (1 - t)) of the flow with the same ratio of noise to signal
     assert logit.mean().item() == pytest.approx(1.0, abs=0.02)
     assert logit.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):
+    """Of a logit <w, x_t> it is alpha_t^2 ||w||^2: the image moves by a distance, x_t by alpha_t times that."""
+    schedule = SCHEDULES["cosine"]
+    family = OracleFamily(PointNet(schedule), schedule, "v_prediction")
+    critic = RenoisedCritic(Denoiser(family, CopyBank(family.network), "teacher"), 0.0, 1.0)
+    w, size = torch.tensor([1.5, -0.5]), 40_000
+    critic.blocks = lambda x_t, t, cond: [x_t.flatten(2)]
+    critic.heads.forward = lambda features, vector: [(features[0].squeeze(2) @ w)[:, None]]
+    t = torch.full((size,), 0.5, dtype=torch.float64)
+    alpha = schedule(t[:1])[0].item()
+    for distance in (0.1, 2.0):
+        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size), distance).item()
+        assert found == pytest.approx(alpha**2 * w.square().sum().item(), rel=0.03)
 
 
 def test_spread_is_one_for_real_images_and_zero_for_a_collapse():

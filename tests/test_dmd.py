@@ -13,6 +13,7 @@ from training import make
 
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT
@@ -112,7 +113,7 @@ def test_only_the_student_learns_from_the_scores_and_not_through_them():
     distiller = tiny()
     batch = Batch(None, LABELS, 4)
     x0 = distiller.answer(Draws(0, 4).normal(1, 8, 8), LABELS)
-    real, fake = distiller.scores(x0, torch.full((4,), 0.5), LABELS, torch.zeros_like(x0))
+    real, fake = distiller.scores(x0, torch.zeros_like(x0), torch.full((4,), 0.5), LABELS)
     assert not real.requires_grad and not fake.requires_grad
     torch.testing.assert_close(real, fake)  # the fake score starts as the teacher
     losses = distiller("student", batch, Draws(0, 4))
@@ -124,7 +125,7 @@ def test_guidance_is_the_real_scores_alone():
     distiller = tiny(guidance_scale=3.0)
     x0, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
     x_t = distiller.schedule.add_noise(x0, torch.ones_like(x0), t)
-    real, fake = distiller.scores(x0, t, LABELS, torch.ones_like(x0))
+    real, fake = distiller.scores(x0, torch.ones_like(x0), t, LABELS)
     with torch.no_grad():
         given = distiller.teacher(x_t, t, LABELS).x0
         free = distiller.teacher(x_t, t, distiller.family.null_cond(LABELS)).x0
@@ -140,7 +141,7 @@ def test_dropout_of_the_fake_score_is_off_while_it_is_asked_and_on_again_after(d
             module.p = dropout
     distiller = DMD(family, CopyBank(family.network), DMD.Config()).train()
     x0, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
-    real, fake = distiller.scores(x0, t, LABELS, torch.zeros_like(x0))
+    real, fake = distiller.scores(x0, torch.zeros_like(x0), t, LABELS)
     assert torch.equal(real, fake)
     assert distiller.bank.networks["fake"].training and not distiller.bank.networks["teacher"].training
 
@@ -310,6 +311,21 @@ def test_pairs_that_are_not_whole_are_refused_by_the_files_name(tmp_path):
     shard_path(folder, 2).unlink()
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing"):
         Pairs(folder)
+
+
+def test_pairs_of_a_text_teacher_are_of_prompts_in_turn(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    config = pairs_config(tmp_path / "p", count=3, prompts=str(tmp_path / "prompts.txt"))
+    family = SD.tiny()
+    _, images, cond = Pairs(make_pairs(family, config)).rows(range(3))
+    assert images.shape == (3, *family.sample_shape)
+    wanted = family.embed(["a cat", "a dog", "a cat"])["encoder_hidden_states"]
+    torch.testing.assert_close(cond["encoder_hidden_states"], wanted)
+    (tmp_path / "prompts.txt").write_text("a cat\na bird\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="prompts: was"):
+        make_pairs(family, config)
+    with pytest.raises(ValueError, match=r"pairs\.prompts: found None; wanted a file of prompts"):
+        make_pairs(SD.tiny(), pairs_config(tmp_path / "q"))
 
 
 @pytest.mark.parametrize("distance", ["pixels", "features"])

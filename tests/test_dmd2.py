@@ -9,6 +9,7 @@ from diffusers import LCMScheduler
 from oracles import SCHEDULES, Gaussian, three_clusters
 from torch import nn
 
+from stepdistill.adversarial import own_rollout
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.dmd2 import DMD2
@@ -157,8 +158,10 @@ def test_the_students_input_is_its_own_rollout_and_carries_no_gradient_and_no_da
     seen = {}
     for seed in range(40):
         batch = batch_of_four()
-        x_t, t = distiller.student_input(batch, Draws(seed, 4))
-        other, _ = distiller.student_input(Batch(batch.x0 + 9, LABELS, 4), Draws(seed, 4))
+        x_t, t = own_rollout(distiller.student, distiller.sampler(), batch, Draws(seed, 4))
+        shifted = Batch(batch.x0 + 9, LABELS, 4)
+        other, _ = own_rollout(distiller.student, distiller.sampler(), shifted, Draws(seed, 4))
+        assert torch.equal(distiller.answer(shifted, Draws(seed, 4)), distiller.student(x_t, t, LABELS).x0)
         assert not x_t.requires_grad and torch.equal(x_t, other) and len(t.unique()) == 1
         draws = Draws(seed, 4)
         start, done = draws.normal_like(batch.x0), draws.shared_integer(0, 4)

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from stepdistill.cli import main
+from stepdistill.data import DataConfig
+from stepdistill.data.listing import list_samples
 from stepdistill.export import export_pipeline
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
@@ -45,7 +47,7 @@ def test_single_files_carry_what_repeats_them(tmp_path, student):
         "--pipeline", student, "--prompt", "a cat", "--prompt_file", prompts, "--seed", 3, "--batch_size", 2,
         "--output", tmp_path / "all", tmp_path / "all.png",
     )  # fmt: skip
-    files = sorted((tmp_path / "all").iterdir())
+    files = sorted((tmp_path / "all").glob("*.png"))
     found = [Image.open(file) for file in files]
     assert [image.text["prompt"] for image in found] == ["a cat", "a crème brûlée", "a 日本 map"]
     assert {image.text["seed"] for image in found} == {"3"} and found[1].text["index"] == "1"
@@ -56,6 +58,19 @@ def test_single_files_carry_what_repeats_them(tmp_path, student):
     pipeline.set_progress_bar_config(disable=True)
     again = pipeline("a crème brûlée", num_inference_steps=2, guidance_scale=1.0, generator=generator).images[0]
     assert max(abs(a - b) for a, b in zip(again.tobytes(), found[1].tobytes(), strict=True)) <= 1
+
+
+def test_a_folder_of_samples_is_data_with_what_they_were_asked_for(tmp_path, student):
+    generate("--pipeline", student, "--prompt", "a crème brûlée", "a dog", "--output", tmp_path / "text")
+    listing = list_samples(DataConfig(name="images", path=str(tmp_path / "text")))
+    assert listing.captions == ["a crème brûlée", "a dog"] and listing.labels is None
+    family = Pixel.tiny()
+    folder = export_pipeline(
+        family, family.network, DDIM(family.schedule, family.schedule.grid(1)), tmp_path / "p", about={}
+    )
+    generate("--pipeline", folder, "--num_images", 4, "--output", tmp_path / "classes")
+    listing = list_samples(DataConfig(name="images", path=str(tmp_path / "classes")))
+    assert listing.labels.tolist() == [0, 1, 2, 0] and len(listing.images) == 4
 
 
 def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path, student, teacher):

@@ -8,7 +8,7 @@ from oracles import SCHEDULES, Gaussian, OracleFamily, native_types, three_clust
 from torch import nn
 from training import batch_of
 
-from stepdistill.denoiser import to_prediction
+from stepdistill.denoiser import from_x0, to_prediction
 from stepdistill.export import export_pipeline, load_pipeline
 from stepdistill.families.base import Batch
 from stepdistill.families.pixel import Pixel
@@ -53,11 +53,11 @@ def test_inputs_are_the_students_own_rollout_whatever_the_data(done, monkeypatch
     first_step_at(done, monkeypatch)
     distiller = taught_by(ImagineFlash, ORACLE)
     a, b = batch_of(ORACLE, 5), batch_of(ORACLE, 5)
-    x0, t = distiller.answer(a, Draws(3, 5))
+    x0, shown, t = distiller.answer(a, Draws(3, 5))
     assert torch.equal(x0, distiller.answer(b, Draws(3, 5))[0]) and (t == distiller.sampler().times[done]).all()
     start = distiller.schedule.initial_noise(Draws(3, 5).normal_like(a.x0))
     x_t = rollout(bind(distiller.student, {}), distiller.sampler(), start, done, torch.randn_like)
-    assert torch.equal(x0, distiller.student(x_t, t, {}).x0)
+    assert torch.equal(shown, x_t) and torch.equal(x0, distiller.student(x_t, t, {}).x0)
 
 
 def test_the_gradient_reaches_the_last_call_only(monkeypatch):
@@ -100,9 +100,10 @@ def test_the_teachers_walk_is_a_product_of_gains(name, k):
     t = torch.tensor([0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
     grid = [distiller.gamma(t) * i / k for i in range(k, -1, -1)]
     gain = torch.stack([oracle.gain(a, b) for a, b in zip(grid[:-1], grid[1:], strict=True)]).prod(0)
-    x = schedule.add_noise(x0, noise, grid[0])
+    x, start = distiller.start(x0, torch.zeros_like(x0), t, noise)
+    assert torch.equal(x, schedule.add_noise(x0, noise, grid[0])) and torch.equal(start, grid[0])
     expected = oracle.centre(x, grid[-1]) + gain[:, None, None, None] * (x - oracle.centre(x, grid[0]))
-    assert torch.allclose(distiller.target(x0, t, {}, noise), expected, atol=1e-9)
+    assert torch.allclose(distiller.target(x, start, {}), expected, atol=1e-9)
 
 
 def test_one_step_without_shift_is_adds_target():
@@ -110,14 +111,30 @@ def test_one_step_without_shift_is_adds_target():
     add = taught_by(ADD, ORACLE)
     x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
-    assert torch.allclose(flash.target(x0, t, {}, noise), add.target(x0, noise, t, {}), atol=1e-12)
+    found = flash.target(*flash.start(x0, torch.zeros_like(x0), t, noise), {})
+    assert torch.allclose(found, add.target(x0, noise, t, {}), atol=1e-12)
+
+
+def test_without_a_shift_the_teacher_walks_from_what_the_student_was_shown():
+    """In one step, a student that is the teacher is then where it should be; shifted, it is not."""
+    losses = {}
+    for kind in ("plain", "shifted"):
+        distiller = taught_by(ImagineFlash, ORACLE, teacher_steps=1, reconstruction=kind)
+        x0, x_t, t = distiller.answer(batch_of(ORACLE, 50), Draws(0, 50))
+        target = distiller.target(*distiller.start(x0, x_t, t, torch.randn_like(x0)), {})
+        losses[kind] = (x0 - target).square().mean().item()
+    assert losses["plain"] == 0 and losses["shifted"] > 1e-3
+    x_t, t = torch.randn(4, 2, 1, 1), torch.full((4,), 0.5)
+    plain = taught_by(ImagineFlash, ORACLE, reconstruction="plain")
+    assert all(map(torch.equal, plain.start(x_t + 1, x_t, t, x_t + 2), (x_t, t)))
 
 
 def test_an_answer_that_is_the_data_costs_nothing():
     point = Gaussian(TWO, 0.0, COSINE, "v_prediction")
     distiller = taught_by(ImagineFlash, point)
     answer = TWO[:, None, None].expand(5, -1, -1, -1)
-    target = distiller.target(answer, torch.full((5,), 0.5).double(), {}, torch.randn_like(answer))
+    noise, t = torch.randn_like(answer), torch.full((5,), 0.5).double()
+    target = distiller.target(*distiller.start(answer, noise, t, noise), {})
     assert torch.allclose(target, answer, atol=1e-9)
 
 
@@ -140,7 +157,7 @@ def test_where_the_network_knows_the_noise_the_correction_is_ddim(name, kind):
 
 
 @pytest.mark.parametrize("name", ["scaled_linear", "karras"])
-def test_the_corrected_step_keeps_the_noise_and_the_variance(name):
+def test_the_corrected_step_keeps_the_noise(name):
     schedule = SCHEDULES[name]
     grid = schedule.grid(3)
     z = torch.randn(4, 2, 1, 1, dtype=torch.float64)
@@ -151,12 +168,26 @@ def test_the_corrected_step_keeps_the_noise_and_the_variance(name):
     assert torch.allclose(corrected, alpha * prediction.x0 + sigma * z, atol=1e-6)
 
 
+def test_the_corrected_step_keeps_the_marginals_of_a_student_that_answers_with_data():
+    schedule, size, std = SCHEDULES["scaled_linear"], 100_000, 0.5
+    x = schedule.initial_noise(torch.randn(size, 1, 1, 1, dtype=torch.float64))
+    grid, data = schedule.grid(3), std * torch.randn_like(x)
+    t, s = grid[:1].expand(size), grid[1:2].expand(size)
+    state = from_x0(data, x, t, schedule, "epsilon")
+    corrected = NoiseCorrected(schedule, grid).step(
+        to_prediction(state, x, t, schedule, "epsilon"), t, s, torch.randn_like
+    )
+    alpha, sigma = (c[0].item() for c in schedule(s))
+    assert corrected.std().item() == pytest.approx((alpha**2 * std**2 + sigma**2) ** 0.5, rel=0.01)
+
+
 def test_the_sampler_is_stock_wherever_it_can_be():
     def family(name, kind):
         return OracleFamily(nn.Identity(), SCHEDULES[name], kind)
 
     assert isinstance(own_sampler(family("zero_snr", "v_prediction"), 2), DDIM)
     assert isinstance(own_sampler(family("zero_snr", "v_prediction"), 3), NoiseCorrected)  # 3 does not divide 1000
+    assert isinstance(own_sampler(family("scaled_linear", "v_prediction"), 2), NoiseCorrected)  # a signal at the end
     assert isinstance(own_sampler(family("flow", "flow"), 3), DDIM)
     assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 1), DDIM)
     assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
@@ -207,7 +238,7 @@ def test_each_turn_moves_its_own_and_nothing_reaches_the_teacher(bank, eyes, cri
     banks = {"copy": CopyBank, "adapter": lambda n: AdapterBank(n, rank=2, targets=family.lora_targets)}
     config = ImagineFlash.Config(guidance_scale=2.0, features=critics[eyes])
     distiller = ImagineFlash(family, banks[bank](family.network), config)
-    assert set(distiller.feature_hashes()) == (set() if eyes == "teacher" else {"method.features"})
+    assert set(distiller.feature_networks()) == (set() if eyes == "teacher" else {"method.features"})
     for name, turn in distiller.turns.items():
         for other in distiller.turns.values():
             for parameter in other.params:

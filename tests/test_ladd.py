@@ -86,6 +86,21 @@ def test_each_turn_moves_its_own_and_nothing_reaches_the_teacher(bank, r1):
         distiller.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_r1_counts_as_much_as_it_should(weight):
+    torch.manual_seed(0)
+    distiller, batch = pixel_distiller(r1=weight), pixel_batch(4)
+    term = distiller("critic", batch, Draws(0, 4)).terms["r1"]
+    draws = Draws(0, 4)
+    with torch.no_grad():
+        distiller.answer(batch, draws)
+        t = distiller.critic.view(batch, draws)
+        for _ in range(2):  # real images and fake ones
+            distiller.critic(batch.x0, batch.cond, t, draws)
+        expected = weight * distiller.critic.r1(batch.x0, batch.cond, t, draws, 0.1)
+    torch.testing.assert_close(term.detach(), expected)
+
+
 def test_bad_options_and_teachers_are_refused():
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         LADD.check(LADD.Config(), Pixel.tiny(prediction_type="epsilon"))

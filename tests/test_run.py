@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.checkpoint import Checkpoint, check_identity
-from stepdistill.config import ConfigError, parse_yaml
+from stepdistill.config import ConfigError, parse_yaml, read_config
 from stepdistill.export import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.run import Run, resolve
@@ -142,6 +142,15 @@ def test_dmd2_under_adapters_holds_little_more_than_its_teacher_and_the_plan_say
     last = run.plan().splitlines()[-1]
     roles = len(run.distiller.bank.roles)
     assert last == f"networks: {held / base:.2f}x the teacher's parameters; as full copies {roles}.00x"
+
+
+def test_the_shipped_config_of_adapters_holds_at_most_1_15_networks():
+    mapping = read_config(Path(__file__).parents[1] / "configs/pixel_dmd2_lora.yaml")
+    del mapping["bank"]["start"]
+    run = Run(resolve(mapping))
+    held = sum(p.numel() for name, p in run.distiller.named_parameters())
+    base = sum(p.numel() for p in run.distiller.bank.params("teacher"))
+    assert held <= 1.15 * base and run.distiller.bank.roles == ("teacher", "student", "fake")
 
 
 def test_an_adapter_bank_trains_less_than_a_copy(mapping):

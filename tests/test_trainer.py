@@ -14,8 +14,9 @@ import torch
 from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for, train_until, weights
 from safetensors.torch import load_file, save_file
 
+from stepdistill.checkpoint import CheckpointError
 from stepdistill.config import read_config
-from stepdistill.guard import NonFiniteError
+from stepdistill.guard import DivergenceError, DivergenceGuard, NonFiniteError
 from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
 from stepdistill.optimizers import OptimConfig
@@ -164,6 +165,87 @@ def test_a_non_finite_number_stops_the_run_and_nothing_is_stepped(tmp_path, monk
     student = {f"student/{name}": tensor for name, tensor in run.distiller.bank.state("student").items()}
     assert all(torch.equal(tensor, saved[name]) for name, tensor in student.items())
     assert not (run.folder / "checkpoint-3").exists() and len(rows(run)) == 2
+
+
+# ---------------------------------------------------------------------------------------------- divergence
+
+CRITIC = {"accuracy_real", "accuracy_fake", "logit_real", "logit_fake"}
+DIAGNOSTICS = {
+    "dmd2": {
+        "student": {"matching", "gan", "gap_low_noise", "gap_middle_noise", "gap_high_noise", "lag", "spread"},
+        "fake": {"denoising", "critic"} | CRITIC,
+    },
+    "ladd": {"student": {"loss", "spread"}, "critic": {"loss"} | CRITIC},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dmd2", {"turns": "alternate", "every": 2}), ("dmd2", {"every": 5}), ("ladd", {"every": 4})],
+)
+def test_every_turns_diagnostics_are_in_every_row_although_the_turns_rest_in_turn(tmp_path, method, options):
+    mapping = sections(tmp_path, teacher_for(method), method, steps=20, log_every=10)
+    mapping["method"] |= options
+    run = Run(resolve(mapping))
+    run.train()
+    expected = {f"{turn}/{name}" for turn, names in DIAGNOSTICS[method].items() for name in names | {"grad_norm", "lr"}}
+    assert [row["step"] for row in rows(run)] == [10, 20]
+    assert all({name for name in row if "/" in name} == expected for row in rows(run))
+    assert rows(run)[0]["student/grad_norm"] != rows(run)[1]["student/grad_norm"]
+
+
+def collapsing(folder, monkeypatch, steps=12):
+    """A run whose student's spread is gone from step 6 on, and which is told so after four logs."""
+    run = make_run(folder, "ladd", steps=steps, save_every=1)
+    monkeypatch.setattr("stepdistill.methods.ladd.spread_ratio", lambda x0, real: torch.tensor(0.9 - (run.done > 4)))
+    trainer, original = run.trainer(), Trainer._step
+
+    def step(self, *args):
+        run.done = self.step
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    trainer.divergence = DivergenceGuard(patience=4)
+    monkeypatch.setattr(run, "trainer", lambda: trainer)
+    return run
+
+
+SEEN = (
+    r"step 9: the spread collapsed, since step 6: .*\. checkpoint-5 is the last good checkpoint; set aside: .*-7\.div"
+)
+
+
+def checkpoints(run):
+    return {path.name for path in run.folder.glob("checkpoint-*")}
+
+
+def test_a_diverged_run_stops_and_its_newest_checkpoint_is_from_before(tmp_path, monkeypatch):
+    run = collapsing(tmp_path, monkeypatch)
+    with pytest.raises(DivergenceError, match=SEEN):
+        run.train()
+    assert checkpoints(run) == {"checkpoint-5", "checkpoint-7.diverged", "checkpoint-8.diverged"}
+    assert not (run.folder / "pipeline").exists()
+    make_run(tmp_path, "ladd", steps=12, save_every=1).export_checkpoint(tmp_path / "good")
+    assert json.loads((tmp_path / "good/stepdistill.json").read_text())["training"]["steps"] == 5
+
+
+def test_a_resumed_run_diverges_where_it_would_have(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        train_until(collapsing(tmp_path, patch), 8)
+    run = collapsing(tmp_path, monkeypatch)
+    with pytest.raises(DivergenceError, match=SEEN):
+        run.train()
+    assert checkpoints(run) == {"checkpoint-5", "checkpoint-7.diverged", "checkpoint-8.diverged"}
+
+
+def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_path, monkeypatch):
+    run = collapsing(tmp_path, monkeypatch)
+    run.trainer().divergence = DivergenceGuard(patience=2)
+    monkeypatch.setattr("stepdistill.methods.ladd.spread_ratio", lambda x0, real: torch.zeros(()))
+    with pytest.raises(DivergenceError, match="No checkpoint is as old as step 0; set aside: checkpoint-1.diverged"):
+        run.train()
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint is left; .*(\n.*)*checkpoint-1\.diverged"):
+        make_run(tmp_path, "ladd", steps=12, save_every=1).train()
 
 
 # ---------------------------------------------------------------------------------------------------- resuming

@@ -37,6 +37,7 @@ from stepdistill.discriminator import (
     generator_loss,
 )
 from stepdistill.families.base import Batch, Family
+from stepdistill.features import FeatureExtractor
 from stepdistill.losses import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
@@ -120,8 +121,8 @@ class ADD(Distiller):
             Turn("critic", list(self.critic.heads.parameters()), self.critic_loss),
         ]
 
-    def feature_hashes(self) -> dict[str, str]:
-        return self.critic.eyes.hashes()
+    def feature_networks(self) -> dict[str, FeatureExtractor]:
+        return self.critic.eyes.networks()
 
     def sampler(self) -> Sampler:
         return Renoise(self.schedule, self.schedule.grid(self.config.steps))
@@ -148,8 +149,9 @@ class ADD(Distiller):
         vector = self.critic.condition(batch.cond, batch.x0, t)
         real = self.critic(batch.x0, batch.cond, vector, draws)
         fake = self.critic(x0, batch.cond, vector, draws)
-        penalty = self.critic.r1(batch.x0, batch.cond, vector, draws)
-        terms = {"loss": critic_loss(real, fake, self.config.adversarial), "r1": self.config.r1 * penalty}
+        terms = {"loss": critic_loss(real, fake, self.config.adversarial)}
+        if self.config.r1:
+            terms["r1"] = self.config.r1 * self.critic.r1(batch.x0, batch.cond, vector, draws)
         return Losses(terms, critic_metrics(real, fake))
 
     def distillation_loss(self, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
@@ -181,6 +183,3 @@ class ADD(Distiller):
         """The negative prompt's condition, of the shapes of ``cond``."""
         assert self.negative is not None
         return {name: self.negative[name].to(value).expand_as(value) for name, value in cond.items()}
-
-    def contract(self) -> dict[str, Any]:
-        return {"critic": {"features": self.config.features, **self.feature_hashes()}}

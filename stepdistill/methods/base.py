@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Batch, Family, Inputs
+from stepdistill.features import FeatureExtractor
 from stepdistill.networks import NetworkBank
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Sampler
@@ -139,6 +140,6 @@ class Distiller(nn.Module, abc.ABC):
         """What else a caller of the finished student must know: JSON values."""
         return {}
 
-    def feature_hashes(self) -> dict[str, str]:
-        """The sha256 of every feature network that trains, by its configuration key: none of them may judge."""
+    def feature_networks(self) -> dict[str, FeatureExtractor]:
+        """The frozen networks that a critic sees through, by their configuration key: none of them may judge."""
         return {}

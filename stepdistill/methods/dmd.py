@@ -22,7 +22,16 @@ from torch import Tensor
 from stepdistill.adversarial import check_first_step, spread_ratio
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss, resting
+from stepdistill.matching import (
+    MATCHED,
+    both_scores,
+    denoising_loss,
+    gaps,
+    lag,
+    levels,
+    matching_gradient,
+    matching_loss,
+)
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.pairs import Pairs
 from stepdistill.perceptual import Resemblance, check_resemblance, open_resemblance
@@ -90,7 +99,7 @@ class DMD(Distiller):
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0 = self.answer(draws.normal(*self.family.sample_shape), batch.cond)
         t = levels(self.schedule, draws, *MATCHED)
-        real, fake = self.scores(x0.detach(), t, batch.cond, draws.normal_like(x0))
+        real, fake = self.scores(x0.detach(), draws.normal_like(x0), t, batch.cond)
         terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
         metrics = {**gaps(real, fake, t), "lag": lag(x0, real, fake)}
         if self.pairs is not None:
@@ -99,13 +108,10 @@ class DMD(Distiller):
             metrics["spread"] = spread_ratio(x0, batch.images)
         return Losses(terms, metrics)
 
-    @torch.no_grad()
-    def scores(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The clean images (B, ...) that the real and the fake score see in ``x0``, noised to times (B,)."""
-        x_t = self.schedule.add_noise(x0, noise, t)
-        with resting(self.fake):
-            fake = self.fake(x_t, t, cond).x0
-        return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t).x0, fake
+        teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
+        return both_scores(teacher, self.fake, x0, noise, t, cond)
 
     def regression(self, pairs: Pairs, draws: Draws) -> Tensor:
         """The mean distance between the student's images and the teacher's, of the same noise."""

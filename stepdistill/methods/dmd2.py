@@ -26,10 +26,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import check_first_step, spread_ratio
+from stepdistill.adversarial import check_first_step, own_rollout, spread_ratio
+from stepdistill.block_features import BlockFeatures
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.discriminator import (
-    BlockFeatures,
     BottleneckHead,
     Logits,
     check_classes,
@@ -38,10 +38,20 @@ from stepdistill.discriminator import (
     generator_loss,
 )
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, denoising_loss, gaps, lag, levels, matching_gradient, matching_loss, resting
+from stepdistill.matching import (
+    MATCHED,
+    both_scores,
+    denoising_loss,
+    gaps,
+    lag,
+    levels,
+    matching_gradient,
+    matching_loss,
+    resting,
+)
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler, bind, rollout
+from stepdistill.sampling import Renoise, Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.trajectory import check_guidance, lead
 
@@ -115,22 +125,15 @@ class DMD2(Distiller):
 
     # ------------------------------------------------------------------------------------------------- student
 
-    def student_input(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Backward simulation: states (B, ...) and times (B,) of the student's own rollout, at any of its steps."""
-        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal_like(batch.x0))
-        done = draws.shared_integer(0, sampler.steps)
-        with torch.no_grad():
-            x_t = rollout(bind(self.student, batch.cond), sampler, start, done, draws.normal_like)
-        return x_t, sampler.times[done].expand(batch.size).to(start.device)
-
     def answer(self, batch: Batch, draws: Draws) -> Tensor:
-        """The student's clean images (B, ...)."""
-        return self.student(*self.student_input(batch, draws), batch.cond).x0
+        """The student's clean images (B, ...), of its own rollout (backward simulation)."""
+        x_t, t = own_rollout(self.student, self.sampler(), batch, draws)
+        return self.student(x_t, t, batch.cond).x0
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0 = self.answer(batch, draws)
         t = levels(self.schedule, draws, *MATCHED)
-        real, fake = self.scores(x0.detach(), t, batch.cond, draws.normal_like(x0))
+        real, fake = self.scores(x0.detach(), draws.normal_like(x0), t, batch.cond)
         terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
         if self.config.gan_weight:
             with resting(self.fake):
@@ -138,13 +141,10 @@ class DMD2(Distiller):
             terms["gan"] = self.config.gan_weight * generator_loss(logits, "softplus")
         return Losses(terms, {**gaps(real, fake, t), "lag": lag(x0, real, fake), "spread": spread_ratio(x0, batch.x0)})
 
-    @torch.no_grad()
-    def scores(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The clean images (B, ...) that the real and the fake score see in ``x0``, noised to times (B,)."""
-        x_t = self.schedule.add_noise(x0, noise, t)
-        with resting(self.fake):
-            fake = self.fake(x_t, t, cond).x0
-        return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t).x0, fake
+        teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
+        return both_scores(teacher, self.fake, x0, noise, t, cond)
 
     # --------------------------------------------------------------------------------- fake score and critic
 

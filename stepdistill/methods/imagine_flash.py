@@ -11,6 +11,7 @@ steps down from there; where it arrives is the target,
 
 Early steps are thus taught structure, late ones detail. The paper's gamma is not published; p = 1 shifts nothing, and
 g < 1 leaves the teacher something of ``x`` to reconstruct at t = 1, where the target else has nothing to do with it.
+``reconstruction: plain`` is backward distillation alone: the teacher walks from what the student was shown.
 
 *Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Networks that predict a velocity or the clean
 image at zero terminal SNR, and flows, say so of themselves; others go by :class:`~stepdistill.sampling.NoiseCorrected`.
@@ -23,21 +24,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import CleanCritic, RenoisedCritic, check_first_step, open_eyes, spread_ratio
+from stepdistill.adversarial import (
+    CleanCritic,
+    RenoisedCritic,
+    check_first_step,
+    open_eyes,
+    own_rollout,
+    spread_ratio,
+)
 from stepdistill.denoiser import Cond
 from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
 from stepdistill.families.base import Batch, Family
+from stepdistill.features import FeatureExtractor
 from stepdistill.losses import mean_square
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
-from stepdistill.sampling import DDIM, NoiseCorrected, Sampler, bind, ode_step, rollout
+from stepdistill.sampling import DDIM, NoiseCorrected, Sampler, ode_step
 from stepdistill.schedule import DiscreteVP
 from stepdistill.trajectory import check_guidance, lead
+
+NO_SIGNAL = 1e-3
+"""An alpha_T below it: what networks of velocities or clean images take for the noise in pure noise is that itself."""
 
 
 class ImagineFlash(Distiller):
@@ -56,6 +68,8 @@ class ImagineFlash(Distiller):
         """k, the DDIM steps of the teacher to a target."""
         guidance_scale: float = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
+        reconstruction: Literal["shifted", "plain"] = "shifted"
+        """Where the teacher starts: at the student's answer noised again to gamma, or at what the student was shown."""
         shift_power: float = 2.0
         """p of gamma."""
         shift_top: float = 0.95
@@ -104,25 +118,21 @@ class ImagineFlash(Distiller):
         eyes = open_eyes(self.config.features, self.family, self.teacher, augment=self.config.augment)
         return CleanCritic(self.family, eyes, "condition")
 
-    def feature_hashes(self) -> dict[str, str]:
-        return self.critic.eyes.hashes() if isinstance(self.critic, CleanCritic) else {}
+    def feature_networks(self) -> dict[str, FeatureExtractor]:
+        return self.critic.eyes.networks() if isinstance(self.critic, CleanCritic) else {}
 
     def sampler(self) -> Sampler:
         return own_sampler(self.family, self.config.steps)
 
-    def answer(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Backward distillation: the student's clean images (B, ...) from its own rollout to times (B,)."""
-        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal_like(batch.x0))
-        done = draws.shared_integer(0, self.config.steps)
-        with torch.no_grad():
-            x_t = rollout(bind(self.student, batch.cond), sampler, start, done, draws.normal_like)
-        t = sampler.times[done].expand(batch.size).to(start.device)
-        return self.student(x_t, t, batch.cond).x0, t
+    def answer(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward distillation: the student's clean images (B, ...) of states (B, ...) of its own, at times (B,)."""
+        x_t, t = own_rollout(self.student, self.sampler(), batch, draws)
+        return self.student(x_t, t, batch.cond).x0, x_t, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0, t = self.answer(batch, draws)
+        x0, x_t, t = self.answer(batch, draws)
         with torch.no_grad():
-            target = self.target(x0.detach(), t, batch.cond, draws.normal_like(x0))
+            target = self.target(*self.start(x0.detach(), x_t, t, draws.normal_like(x0)), batch.cond)
         logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
         terms = {
             "reconstruction": mean_square(x0, target).mean(),
@@ -134,7 +144,7 @@ class ImagineFlash(Distiller):
         if self.done == 0:
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0, _ = self.answer(batch, draws)
+            x0, *_ = self.answer(batch, draws)
         view = self.critic.view(batch, draws)
         real, fake = (self.critic(x, batch.cond, view, draws) for x in (batch.x0, x0))
         return Losses({"loss": critic_loss(real, fake, self.config.adversarial)}, critic_metrics(real, fake))
@@ -143,11 +153,17 @@ class ImagineFlash(Distiller):
         """Where the teacher starts that teaches the student at ``t``, (B,)."""
         return self.config.shift_top * t**self.config.shift_power
 
-    def target(self, x0: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> Tensor:
-        """The clean image (B, ...) that k steps of the teacher make of ``x0``, noised to ``gamma(t)``."""
+    def start(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """State (B, ...) and times (B,) that the teacher walks down from, of a student that saw ``x0`` in ``x_t``."""
+        if self.config.reconstruction == "plain":
+            return x_t, t
+        start = self.gamma(t)
+        return self.schedule.add_noise(x0, noise, start), start
+
+    def target(self, x: Tensor, start: Tensor, cond: Cond) -> Tensor:
+        """The clean image (B, ...) that k steps of the teacher make of states (B, ...) at times (B,)."""
         teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
-        k, start = self.config.teacher_steps, self.gamma(t)
-        x = self.schedule.add_noise(x0, noise, start)
+        k = self.config.teacher_steps
         for i in range(k, 1, -1):
             x = ode_step(teacher(x, start * i / k), self.schedule, start * (i - 1) / k)
         return teacher(x, start / k).x0
@@ -159,6 +175,7 @@ def own_sampler(family: Family, steps: int) -> Sampler:
     The corrected sampler's own scheduler also takes numbers of steps that stock DDIM cannot, such as 3 of 1000.
     """
     schedule, grid = family.schedule, family.schedule.grid(steps)
-    knows = steps == 1 or family.prediction_type not in ("epsilon", "edm")
+    alpha_1, _ = schedule(torch.ones(1))
+    knows = steps == 1 or (family.prediction_type not in ("epsilon", "edm") and alpha_1.item() < NO_SIGNAL)
     stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
     return (DDIM if knows and stock else NoiseCorrected)(schedule, grid)
