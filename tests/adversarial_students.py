@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracles import CENTRES, Oracle, PointNet
+from oracles import CENTRES, Oracle, PointNet, teacher_denoiser
 from torch import Tensor
+from torch.nn.functional import mse_loss
 from training import batch_of, draw, make
 
 from stepdistill.families.base import Batch
-from stepdistill.methods.base import Distiller
+from stepdistill.methods.base import STUDENT, Distiller
 from stepdistill.randomness import Draws, derive_seed
+from stepdistill.sampling import DDIM, bind, sample
 
 
 def taught_by(method: type[Distiller], oracle: Oracle, num_classes: int | None = None, **options: Any) -> Distiller:
@@ -22,14 +24,27 @@ def taught_by(method: type[Distiller], oracle: Oracle, num_classes: int | None =
 
 
 def train_adversarially(
-    method: type[Distiller], oracle: Oracle, moves: int, *, lr: float = 4e-3, size: int = 128, **options: Any
+    method: type[Distiller],
+    oracle: Oracle,
+    moves: int,
+    *,
+    lr: float = 4e-3,
+    size: int = 128,
+    seed: int = 0,
+    start: Oracle | None = None,
+    **options: Any,
 ) -> Distiller:
-    """A student of the oracle after ``moves`` of all turns, the student's learning rate falling to 0.
+    """A student of the oracle after ``moves`` of all turns, their learning rates falling to 0.
+
+    It starts as the oracle, whose answer to noise is one point for all, or as a student of one step of ``start``.
+    ``seed`` is of the method's own draws; networks and batches are of the global state.
 
     Without waves the student draws its cliffs between the clusters too flat, and a critic on its teacher's features is
     too short-sighted to tell it so.
     """
     distiller = make(method, PointNet(oracle.schedule, oracle, waves=32), oracle, **options)
+    if start is not None:
+        imitate_ends(distiller, start)
     distiller.stage = distiller.stages(moves)[0]
     optimizers = {
         name: torch.optim.Adam(turn.params, lr=lr, betas=(0.0, 0.99)) for name, turn in distiller.turns.items()
@@ -45,13 +60,30 @@ def train_adversarially(
             own = {id(parameter) for parameter in turn.params}
             for parameter in trained:
                 parameter.requires_grad_(id(parameter) in own)
-            loss = sum(distiller(name, batch, Draws(derive_seed(step, name), size)).terms.values())
+            loss = sum(distiller(name, batch, Draws(derive_seed(step, name) + seed, size)).terms.values())
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].param_groups[0]["lr"] = lr * (1 - step / moves)
             optimizers[name].step()
         distiller.after_step()
     return distiller
+
+
+def imitate_ends(distiller: Distiller, oracle: Oracle, moves: int = 100, lr: float = 1e-2) -> None:
+    """Regress the student's answers to pure noise on where the oracle's paths from that noise end."""
+    schedule = oracle.schedule
+    noise = schedule.initial_noise(torch.randn(2048, 2, 1, 1))
+    with torch.no_grad():
+        ends = sample(bind(teacher_denoiser(oracle), {}), DDIM(schedule, schedule.grid(24)), noise)
+    params = distiller.bank.params(STUDENT)
+    optimizer = torch.optim.Adam(params, lr=lr)
+    for move in range(moves):
+        batch = torch.randint(len(noise), (128,))
+        answers = distiller.student(noise[batch], torch.ones(128, dtype=torch.float64), {}).x0
+        optimizer.zero_grad()
+        mse_loss(answers, ends[batch].to(answers.dtype)).backward()
+        optimizer.param_groups[0]["lr"] = lr * (1 - move / moves)
+        optimizer.step()
 
 
 def mode_shares(distiller: Distiller, size: int) -> tuple[Tensor, float]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adversarial_students import mode_shares, mode_test, taught_by, train_adversarially
-from oracles import SCHEDULES, Gaussian, three_clusters
+from oracles import CENTRES, SCHEDULES, Gaussian, Oracle, three_clusters
 from training import batch_of
 
 from stepdistill.adversarial import student_input
@@ -230,10 +230,15 @@ def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classe
 # ------------------------------------------------------------------------------------------------- the outcome
 
 
-@pytest.mark.open_issue
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
-    """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    distiller = train_adversarially(ADD, three_clusters(COSINE, "v_prediction"), 400, distillation=0.5, r1=1.0)
+    """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third.
+
+    It starts as a student of the same clusters in uneven parts, 0.15 by that measure. The oracle itself would be one
+    point to start from, which a critic moves as a whole, to one cluster; R1 of 1 blinds the critic to the parts.
+    """
+    oracle = three_clusters(COSINE, "v_prediction")
+    start = Oracle(CENTRES, 0.2, COSINE, "v_prediction", weights=torch.tensor([0.5, 0.3, 0.2]))
+    distiller = train_adversarially(ADD, oracle, 200, size=256, start=start, distillation=0.5, r1=0.1)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
     assert stray < 0.3
