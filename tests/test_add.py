@@ -233,8 +233,9 @@ def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classe
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third.
 
-    It starts as a student of the same clusters in uneven parts, 0.15 by that measure. The oracle itself would be one
-    point to start from, which a critic moves as a whole, to one cluster; R1 of 1 blinds the critic to the parts.
+    It starts as a student of the same clusters in uneven parts, 0.15 by that measure, and without the critic's word
+    would end at 0.16 and 0.12 (seeds 0, 1). The oracle itself would be one point to start from, which a critic moves as
+    a whole, to one cluster; R1 of 1 blinds the critic to the parts.
     """
     oracle = three_clusters(COSINE, "v_prediction")
     start = Oracle(CENTRES, 0.2, COSINE, "v_prediction", weights=torch.tensor([0.5, 0.3, 0.2]))
