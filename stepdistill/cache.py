@@ -177,8 +177,8 @@ class CacheData(Dataset):
             )
         if needs_images and "images" not in self.shards.names:
             raise ValueError(f"data.path: {config.path} was made of prompts; the method trains on images")
-        if needs_images and found["fit"] != config.fit:
-            raise ValueError(f"data.fit: {config.path} was made with {found['fit']!r}; found {config.fit!r}")
+        if needs_images and (fit := found.get("fit")) != config.fit:
+            raise ValueError(f"data.fit: {config.path} was made with {fit!r}; found {config.fit!r}")
         if config.flip and "mirrored" not in self.shards.names:
             raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it anew with data.flip=true")
 

@@ -192,6 +192,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from accelerate import PartialState
 
+    from stepdistill.config import build
     from stepdistill.evaluate import run_protocol
     from stepdistill.export import load_pipeline
     from stepdistill.families.base import TeacherConfig
@@ -203,7 +204,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.pipeline is not None:
         pipeline = load_pipeline(args.pipeline, **trust_of(args))
     elif args.teacher is not None:
-        pipeline = teacher_pipeline(TeacherConfig(path=args.teacher, **trust_of(args)), args.solver)
+        teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
+        pipeline = teacher_pipeline(teacher, args.solver)
     result = run_protocol(
         protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size,
         name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,

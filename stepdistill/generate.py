@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL.PngImagePlugin import PngInfo
 
+from stepdistill.config import build
 from stepdistill.data.text import decode_text, prompt_lines, read_prompts, warn_too_long
 from stepdistill.export import load_pipeline, read_contract
 from stepdistill.families.base import TeacherConfig
@@ -138,7 +139,7 @@ def beside_teacher(
     teacher = contract.get("teacher") if other == "teacher" else other
     if teacher is None:
         raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
-    pipeline = teacher_pipeline(TeacherConfig(path=teacher, **trust), "DDIM")
+    pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **trust}, "--compare"), "DDIM")
     taken = inspect.signature(type(pipeline).__call__).parameters
     call = {name: value for name, value in contract.get("call", {}).items() if name in WHAT and name in taken}
     call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}

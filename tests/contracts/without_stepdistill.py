@@ -3,6 +3,7 @@
 The jobs are those of :func:`contracts.stock.images_without_stepdistill`.
 """
 
+import contextlib
 import importlib
 import json
 import sys
@@ -43,10 +44,8 @@ def main(jobs):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Absent())
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("stepdistill")
-    except ModuleNotFoundError:
-        main(json.loads(Path(sys.argv[1]).read_text()))
-        assert "stepdistill" not in sys.modules
-    else:
-        sys.exit("stepdistill can be imported, so that nothing is proved here")
+        sys.exit("stepdistill can be imported: nothing is proved here")
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    assert "stepdistill" not in sys.modules
