@@ -44,7 +44,7 @@ def images_without_stepdistill(jobs: Sequence[Mapping[str, Any]], folder: Path) 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [sys.executable, "-I", str(PROGRAM), str(folder / "jobs.json")],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False,
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
