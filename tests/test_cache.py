@@ -126,7 +126,7 @@ def test_other_labels_and_another_tar_are_other_samples(tmp_path):
     for label in (0, 1):
         (tmp_path / "d/metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
         found.add(hash_of(tmp_path / "d", 2))
-    for padding in (0, 1024):  # the image grows, by bytes that no decoder reads
+    for padding in (0, tarfile.RECORDSIZE):  # the image grows, by bytes that no decoder reads
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             for name, content in (("a.png", buffer.getvalue() + b"0" * padding), ("a.txt", b"one")):
                 (entry := tarfile.TarInfo(name)).size = len(content)
