@@ -180,7 +180,11 @@ class Benchmark:
         contract = read_contract(Path(folder))
         about = {key: contract[key] for key in ("method", "steps", "guidance_scale", "training") if key in contract}
         source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint(folder)}
-        return self._measure(name, load_pipeline(folder), {}) | source | about
+        return self._measure(name, self.open_student(folder), {}) | source | about
+
+    def open_student(self, folder: str) -> Any:
+        """An exported student; code that its teacher brought is trusted as the teacher's is."""
+        return load_pipeline(folder, trust_remote_code=self.config.teacher.trust_remote_code)
 
     def solver(self, name: str, solver: str, calls: int, guided: bool) -> Row:
         """A training-free solver of the teacher within a number of calls, at its best guidance scale if guided."""
@@ -207,7 +211,7 @@ class Benchmark:
     def solver_pipeline(self, solver: str) -> Any:
         """The teacher under a solver's scheduler."""
         if self.family.takes_text:
-            return teacher_pipeline(self.config.teacher.path, solver)
+            return teacher_pipeline(self.config.teacher, solver)
         scheduler = make_solver(solver, self.family.scheduler_config)
         null_class = getattr(self.family, "null_class", None)
         return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
@@ -254,7 +258,7 @@ class Benchmark:
     def _sample(self, row: Row, count: int) -> Images:
         """The first images of a row that somebody samples."""
         if row["kind"] == "student":
-            pipeline, call = load_pipeline(row["pipeline"]), {}
+            pipeline, call = self.open_student(row["pipeline"]), {}
         else:
             pipeline = self.solver_pipeline(row["solver"])
             call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}

@@ -64,15 +64,15 @@ def encoders(family: Family) -> dict[str, str]:
 
 
 def files(dataset: Dataset, root: str) -> str:
-    """A hash of the samples: their names below ``root``, their files' sizes, their captions."""
+    """A hash of the samples: their names below ``root``, the sizes of the files they are in, captions and labels."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         name = dataset.name(index)
         size = os.path.getsize(name) if os.path.isfile(name) else 0
-        caption = None if dataset.captions is None else dataset.captions[index]
-        digest.update(json.dumps([os.path.relpath(name, root), size, caption]).encode())
-    if os.path.isfile(root):
-        digest.update(str(os.path.getsize(root)).encode())
+        told = [None if column is None else column[index] for column in (dataset.captions, dataset.labels)]
+        digest.update(json.dumps([os.path.relpath(name, root), size, *told]).encode())
+    holding = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
+    digest.update(str([file.stat().st_size for file in sorted(holding)]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -96,7 +96,7 @@ def make_cache(
     manifest = {
         "count": count + 1, "shard_size": config.shard_size, "batch_size": data.batch_size,
         "encoders": encoders(family), "sample_shape": list(family.sample_shape), "dtype": "float32",
-        "files": files(dataset, str(data.path)), "mirrored": data.flip,
+        "files": files(dataset, str(data.path)), "fit": data.fit, "mirrored": data.flip,
     }  # fmt: skip
     agree(folder / KIND.manifest, manifest, "samples")
     texts: Sequence[str | None] = dataset.captions or [None] * count
@@ -177,6 +177,8 @@ class CacheData(Dataset):
             )
         if needs_images and "images" not in self.shards.names:
             raise ValueError(f"data.path: {config.path} was made of prompts; the method trains on images")
+        if needs_images and (fit := found.get("fit")) != config.fit:
+            raise ValueError(f"data.fit: {config.path} was made with {fit!r}; found {config.fit!r}")
         if config.flip and "mirrored" not in self.shards.names:
             raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it anew with data.flip=true")
 

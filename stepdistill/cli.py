@@ -28,6 +28,13 @@ PROTOCOL_FLAGS = (
 )
 
 
+TRUST_FLAGS = {
+    "trust_remote_code": "let Python files run that lie in the folder; read them first",
+    "trust_pickles": "read weights that are there as pickles (.bin) only",
+}
+"""What may run of the folders that a command opens."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, build, run; a user's mistake is one message and exit code 2."""
     args = make_parser().parse_args(arguments)
@@ -83,6 +90,7 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
         "--compare_steps", type=int, default=50, help="of the teacher, by DDIM (a flow's own scheduler)"
     )
     command.add_argument("--compare_guidance_scale", type=float, help="by default as the student was distilled at")
+    flags_of_trust(command)
     command.add_argument(
         "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"
     )
@@ -96,6 +104,7 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     subject.add_argument("--images", help="images that were generated elsewhere: a folder, or an .npz")
     command.add_argument("--protocol", default="embedded", help="embedded, cifar50k, imagenet50k, coco30k, or a file")
     command.add_argument("--solver", default="DDIM", help="of the teacher")
+    flags_of_trust(command)
     command.add_argument("--batch_size", type=int, default=100, help="changes nothing but the speed")
     command.add_argument("--write_reference", type=Path, help="write the reference's statistics (.npz) for next time")
     command.add_argument("--output", type=Path, required=True, help="result file (.json)")
@@ -103,6 +112,17 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     fields = command.add_argument_group("in place of the protocol's; the result says so")
     for name, kind, text in PROTOCOL_FLAGS:
         fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
+
+
+def flags_of_trust(command: argparse.ArgumentParser) -> None:
+    """The flags of commands that open folders which no configuration names."""
+    for name, text in TRUST_FLAGS.items():
+        command.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def trust_of(args: argparse.Namespace) -> dict[str, bool]:
+    """What was said by the flags of :func:`flags_of_trust`."""
+    return {name: getattr(args, name) for name in TRUST_FLAGS}
 
 
 def flags_of_export(command: argparse.ArgumentParser) -> None:
@@ -154,12 +174,13 @@ def generate(args: argparse.Namespace) -> None:
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
         seed=args.seed, batch_size=args.batch_size, call={key: flag for key, flag in flags.items() if flag is not None},
     )  # fmt: skip
-    images = paint(open_pipeline(args.pipeline, request), request)
+    images = paint(open_pipeline(args.pipeline, request, trust_of(args)), request)
     cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image"
     if args.compare is not None:
         images = beside_teacher(
-            images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale
-        )
+            images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
+            trust_of(args),
+        )  # fmt: skip
     for output in args.output:
         save_images(images, output, seed=args.seed, about={"pipeline": args.pipeline})
     print(f"{cost}: {', '.join(str(output) for output in args.output)}")
@@ -171,17 +192,20 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from accelerate import PartialState
 
+    from stepdistill.config import build
     from stepdistill.evaluate import run_protocol
     from stepdistill.export import load_pipeline
+    from stepdistill.families.base import TeacherConfig
     from stepdistill.protocols import read_protocol
     from stepdistill.solvers import teacher_pipeline
 
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:
-        pipeline = load_pipeline(args.pipeline)
+        pipeline = load_pipeline(args.pipeline, **trust_of(args))
     elif args.teacher is not None:
-        pipeline = teacher_pipeline(args.teacher, args.solver)
+        teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
+        pipeline = teacher_pipeline(teacher, args.solver)
     result = run_protocol(
         protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size,
         name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,

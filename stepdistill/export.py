@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sized
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
@@ -26,6 +27,7 @@ from stepdistill.families.base import Family
 from stepdistill.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import RectifiedFlow
+from stepdistill.trust import open_folder
 
 CONTRACT = "stepdistill.json"
 CUSTOM_FILE = "pipeline.py"
@@ -76,7 +78,7 @@ def export_pipeline(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_pipeline(pipeline, partial, links)
+        save_pipeline(pipeline, partial, links, family.code)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
         (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
@@ -88,8 +90,18 @@ def export_pipeline(
     return folder
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS) -> None:
-    """``save_pretrained``, and the files of this package's classes in it, where diffusers looks for them."""
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS,
+    code: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """``save_pretrained``, and the files of classes that are not diffusers' in it, where diffusers looks for them.
+
+    Args:
+        pipeline: what is saved.
+        folder: where.
+        links: parts that are linked to.
+        code: files that the teacher brought, by their place.
+    """
     if links:
         save_parts(pipeline, folder, links)
     else:
@@ -104,7 +116,11 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str,
             file = Path(inspect.getfile(type(component)))
             shutil.copy(file, folder / name / file.name)
             entries[name] = [file.stem, type(component).__name__]
-    index.write_text(json.dumps(entries, indent=2) + "\n")
+    for place, content in code.items():
+        if Path(place).parts[0] not in links:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(content)
+    index.write_text(json.dumps(entries | brought_classes(pipeline), indent=2) + "\n")
 
 
 def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:
@@ -122,6 +138,17 @@ def is_our_class(thing: object) -> bool:
     return type(thing).__module__.startswith("stepdistill.pipelines")
 
 
+def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
+    """What ``model_index.json`` has to say of classes that diffusers read from a model's folder: module and name."""
+    things = {"_class_name": pipeline, **pipeline.components}
+    homes = {name: (type(thing).__module__, type(thing).__name__) for name, thing in things.items()}
+    return {
+        name: [module.rpartition(".")[2], cls]
+        for name, (module, cls) in homes.items()
+        if module.startswith("diffusers_modules.")
+    }
+
+
 def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
     """The sampling contract."""
     call = call_arguments(family, pipeline, sampler, guidance_scale)
@@ -129,7 +156,7 @@ def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guid
         "format": 1,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
-        "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())),
+        "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())) or bool(family.code),
         **sampler.contract(),
         "guidance_scale": call.get("guidance_scale", guidance_scale),
         "guidance_convention": family.guidance_convention,
@@ -159,54 +186,34 @@ def read_contract(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def load_pipeline(path: str | Path, *, trust_remote_code: bool = False, **options: Any) -> DiffusionPipeline:
+def load_pipeline(
+    path: str | Path, *, trust_remote_code: bool = False, trust_pickles: bool = False, **options: Any
+) -> DiffusionPipeline:
     """Load a pipeline directory with its contract applied: a bare call samples as trained.
 
     Code in the directory runs only if it is, byte for byte, a file of this package, or if ``trust_remote_code`` is set.
 
     Args:
         path: an exported directory, or any diffusers pipeline directory.
-        trust_remote_code: run another ``pipeline.py`` that lies in the directory.
+        trust_remote_code: run other Python files that lie in the directory.
+        trust_pickles: read weights that are there as pickles only; an export has none.
         options: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype``.
 
     Raises:
-        ValueError: if the directory is missing, is no pipeline, brings code of its own, or links to what is gone.
+        ValueError: if the directory is missing, is no pipeline, would run what is not trusted, or links to what is
+            gone.
     """
     folder = Path(path)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     refuse_broken_links(folder)
-    own = runs_own_code(folder)
-    if own and not trust_remote_code and not is_our_code(folder):
-        files = ", ".join(str(file.relative_to(folder)) for file in code_files(folder))
-        raise ValueError(f"{folder}: brings its own code ({files}); read it, then pass trust_remote_code=True")
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, **options)
+        pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
     finally:
         diffusers_logging.set_verbosity(verbosity)
     return apply_contract(pipeline, read_contract(folder))
-
-
-def runs_own_code(folder: Path) -> bool:
-    """Whether loading the directory would run Python files that lie in it."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return isinstance(index.get("_class_name"), list) or bool(code_files(folder))
-
-
-def code_files(folder: Path) -> list[Path]:
-    """Every Python file in the directory, and in the folders that its parts are links to."""
-    return sorted({*folder.rglob("*.py"), *folder.glob("*/*.py")})
-
-
-def is_our_code(folder: Path) -> bool:
-    """Whether every Python file in the directory is, byte for byte, one of ``stepdistill.pipelines``."""
-    import stepdistill.pipelines
-
-    ours = {file.read_bytes() for file in Path(stepdistill.pipelines.__file__).parent.glob("*.py")}
-    files = code_files(folder)
-    return bool(files) and all(file.read_bytes() in ours for file in files)
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:

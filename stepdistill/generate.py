@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from PIL.PngImagePlugin import PngInfo
 
+from stepdistill.config import build
 from stepdistill.data.text import decode_text, prompt_lines, read_prompts, warn_too_long
 from stepdistill.export import load_pipeline, read_contract
+from stepdistill.families.base import TeacherConfig
 from stepdistill.families.latent import prompt_reader
 from stepdistill.pictures import save_grid, to_pil
 from stepdistill.randomness import derive_seed
@@ -72,16 +75,17 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line, then those of a file (``-``: standard input), one a line.
 
     Raises:
-        ValueError: if the file is missing, no UTF-8 text, or holds none; it names the line.
+        ValueError: if the file is missing or holds none, or anything is no UTF-8 text; it names the line.
     """
+    given = [decode_text(os.fsencode(line), "--prompt") for line in lines]
     if file is None:
-        return list(lines)
+        return given
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"--prompt_file: no such file {file!r} ('-' is standard input)")
     more = prompt_lines(decode_text(sys.stdin.buffer.read(), "stdin")) if file == "-" else read_prompts(Path(file))
     if not more:
         raise ValueError("--prompt_file: standard input holds no prompts")
-    return [*lines, *more]
+    return [*given, *more]
 
 
 def paint(pipeline: Any, request: Request) -> Images:
@@ -92,13 +96,18 @@ def paint(pipeline: Any, request: Request) -> Images:
     )  # fmt: skip
 
 
-def open_pipeline(path: str, request: Request) -> Any:
+def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any:
     """A pipeline that can take the request.
+
+    Args:
+        path: its folder.
+        request: what is asked for.
+        trust: what of it may run, as :func:`stepdistill.load_pipeline` takes it.
 
     Raises:
         ValueError: if there is none, or it wants prompts and has none, or the other way round.
     """
-    pipeline = load_pipeline(path)
+    pipeline = load_pipeline(path, **trust)
     takes_text = "prompt" in inspect.signature(type(pipeline).__call__).parameters
     if takes_text and not request.prompts:
         raise ValueError(f"{path} paints from text; give --prompt or --prompt_file")
@@ -111,8 +120,9 @@ def open_pipeline(path: str, request: Request) -> Any:
 
 
 def beside_teacher(
-    images: Images, path: str, other: str, request: Request, steps: int, guidance: float | None
-) -> Images:
+    images: Images, path: str, other: str, request: Request, steps: int, guidance: float | None,
+    trust: Mapping[str, bool],
+) -> Images:  # fmt: skip
     """Every image with another pipeline's for the same noise and prompt on its right.
 
     Args:
@@ -122,6 +132,7 @@ def beside_teacher(
         request: what was asked for.
         steps: of the teacher, by DDIM or, where it is a flow, by its own scheduler.
         guidance: of the teacher; None is what the student was distilled at.
+        trust: what of the teacher may run, as the ``teacher`` section says it.
 
     Raises:
         ValueError: if the contract names no teacher, or the two pipelines' images differ in size.
@@ -130,7 +141,7 @@ def beside_teacher(
     teacher = contract.get("teacher") if other == "teacher" else other
     if teacher is None:
         raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
-    pipeline = teacher_pipeline(teacher, "DDIM")
+    pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **trust}, "--compare"), "DDIM")
     taken = inspect.signature(type(pipeline).__call__).parameters
     call = {name: value for name, value in contract.get("call", {}).items() if name in WHAT and name in taken}
     call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}

@@ -5,12 +5,12 @@ Such an export may be moved, its teacher may not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from stepdistill.families.base import Family
+from stepdistill.trust import only_pickle, parts
 
 NO_LINKS: Mapping[str, Path] = MappingProxyType({})
 """Everything is copied."""
@@ -40,16 +40,18 @@ def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
     The paths are absolute, so that the export may be moved.
 
     Raises:
-        ValueError: if the teacher is a network alone, or one of its folders is missing.
+        ValueError: if the teacher is a network alone, or one of its folders is missing or holds pickles, which no
+            export does.
     """
     if not family.frozen:
         raise ValueError(f"export.frozen: {teacher} has nothing beside its network to link to; wanted copy")
-    entries = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
-    parts = [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] and name[0] != "_"]
-    folders = {name: (teacher / name).resolve() for name in parts if name not in (family.component, "scheduler")}
+    frozen = [name for name in parts(teacher) if name not in (family.component, "scheduler")]
+    folders = {name: (teacher / name).resolve() for name in frozen}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise ValueError(f"export.frozen: no folder {teacher / name} to link to; wanted copy")
+        if (pickle := only_pickle(folder)) is not None:
+            raise ValueError(f"export.frozen: {pickle} is a pickle, which no export has; wanted copy")
     return folders
 
 

@@ -32,7 +32,7 @@ from stepdistill.training_cost import TrainingCost
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
-    "data.num_workers", "teacher.path", "teacher.trust_remote_code",
+    "data.num_workers", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
@@ -193,7 +193,7 @@ class Run:
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.extend(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
-        start = None if config.bank.start is None else read_student(config.bank.start, self.family)
+        start = None if config.bank.start is None else read_student(config.bank.start, config.teacher, self.family)
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
@@ -385,14 +385,16 @@ def make_bank(family: Family, config: BankConfig) -> NetworkBank:
     return AdapterBank(family.network, rank=config.rank, targets=family.lora_targets)
 
 
-def read_student(folder: str, family: Family) -> dict[str, Tensor]:
-    """The weights of a finished student, by name.
+def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:
+    """The weights of a finished student, by name; what is trusted of its teacher is of it, too.
 
     Raises:
         ValueError: if the folder holds no pipeline, or not one of a student of this teacher.
     """
     try:
-        student = load_teacher(TeacherConfig(path=folder))
+        student = load_teacher(
+            TeacherConfig(path=folder, family=teacher.family, trust_remote_code=teacher.trust_remote_code)
+        )
     except ValueError as error:
         raise ValueError(f"bank.start: {str(error).removeprefix('teacher.path: ')}") from error
     if student.prediction_type != family.prediction_type:

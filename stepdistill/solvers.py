@@ -6,14 +6,17 @@ first call sees pure noise), a last step to clean data.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.config import nearest
-from stepdistill.export import load_pipeline
+from stepdistill.export import apply_contract, read_contract
 from stepdistill.families import load_teacher, locate
 from stepdistill.families.base import TeacherConfig, read_schedule
+from stepdistill.families.latent import Latent
 from stepdistill.families.pixel import Pixel
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.schedule import DiscreteVP, RectifiedFlow, noise_process
@@ -77,18 +80,21 @@ def steps_within(solver: str, calls: int, *, guided: bool = False) -> int:
     return (calls + 1) // 2 if solver == "Heun" else calls
 
 
-def teacher_pipeline(path: str, solver: str) -> Any:
-    """A teacher as a pipeline under a solver.
+def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
+    """A teacher as a pipeline under a solver, in single precision; a bare call has its size and its own guidance.
 
     Args:
-        path: as ``teacher.path`` of a configuration.
+        config: the ``teacher`` section of a configuration.
         solver: one of :data:`SOLVERS`; for a flow's ``DDIM`` its own scheduler stands.
     """
-    family = load_teacher(TeacherConfig(path=path))
+    family = load_teacher(dataclasses.replace(config, dtype="float32"))  # a call wants all parts in one precision
     if isinstance(family, Pixel):
         scheduler = make_solver(solver, family.scheduler_config)
         return ClassConditionalPipeline(family.network, scheduler, null_class=family.null_class)
-    pipeline = load_pipeline(locate(TeacherConfig(path=path)))
+    assert isinstance(family, Latent), "the families are pixel and latent"
+    taken = inspect.signature(type(family.pipe).__call__).parameters
+    call = {name: value for name, value in family.call_options.items() if name in taken}
+    pipeline = apply_contract(family.pipe, {"call": call} | read_contract(locate(config)))
     flows = isinstance(read_schedule(json.loads(pipeline.scheduler.to_json_string()))[0], RectifiedFlow)
     if not (flows and solver == "DDIM"):
         pipeline.scheduler = make_solver(solver, pipeline.scheduler.config)

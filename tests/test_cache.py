@@ -1,14 +1,18 @@
 """Latents and embeddings computed once: the same training from them, and no other teacher's."""
 
 import dataclasses
+import io
 import json
+import shutil
+import tarfile
 
 import pytest
 import torch
 from contracts.cases import save_images, sections
+from PIL import Image
 from safetensors.torch import load_file
 
-from stepdistill.cache import CacheConfig, CacheData, make_cache
+from stepdistill.cache import CacheConfig, CacheData, files, make_cache
 from stepdistill.config import build
 from stepdistill.data import DataConfig, loader, open_data
 from stepdistill.families import load_teacher
@@ -94,6 +98,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     other.pipe.vae.register_to_config(scaling_factor=0.5)
     with pytest.raises(ValueError, match="was made by another latent scale than"):
         CacheData(section, other)
+    with pytest.raises(ValueError, match=r"data\.fit: .* was made with 'crop'; found 'pad'"):
+        CacheData(dataclasses.replace(section, fit="pad"), family)
+    with pytest.raises(ValueError, match=r"fit: was 'crop', is 'pad'"):
+        cached(family, tmp_path / "a", {**data, "fit": "pad"})
     with pytest.raises(ValueError, match=r"data\.flip: .* holds no mirrored images"):
         CacheData(dataclasses.replace(section, flip=True), family)
     save_images(family, tmp_path / "i.npz", count=12)
@@ -102,6 +110,31 @@ def test_what_does_not_fit_is_refused(tmp_path):
     pixels = {"name": "noise", "max_samples": 4}
     with pytest.raises(ValueError, match="there is nothing to cache"):
         cached(Pixel.tiny(), tmp_path / "b", pixels)
+
+
+def test_other_labels_and_another_tar_are_other_samples(tmp_path):
+    def hash_of(path, classes):
+        section = DataConfig(name="images", path=str(path))
+        data = open_data(section, channels=3, size=(16, 16), num_classes=classes, takes_text=classes is None)
+        return files(data, str(path))
+
+    (tmp_path / "d").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    (tmp_path / "d/a.png").write_bytes(buffer.getvalue())
+    found = set()
+    for label in (0, 1):
+        (tmp_path / "d/metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "label": label}))
+        found.add(hash_of(tmp_path / "d", 2))
+    for padding in (0, tarfile.RECORDSIZE):  # the image grows, by bytes that no decoder reads
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, content in (("a.png", buffer.getvalue() + b"0" * padding), ("a.txt", b"one")):
+                (entry := tarfile.TarInfo(name)).size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        (tmp_path / "t").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "a.tar", tmp_path / "t/a.tar")
+        found |= {hash_of(tmp_path / "a.tar", None), hash_of(tmp_path / "t", None)}
+    assert len(found) == 6
 
 
 def test_prompts_alone_serve_methods_without_images(tmp_path):
@@ -117,8 +150,6 @@ def test_prompts_alone_serve_methods_without_images(tmp_path):
 
 
 def test_an_unreadable_image_stops_the_cache(tmp_path):
-    from PIL import Image
-
     (tmp_path / "d").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (16, 16)).save(tmp_path / f"d/{name}.png")

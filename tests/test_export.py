@@ -2,54 +2,24 @@
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from contracts.cases import FLOW, ZERO_SNR, pipeline_images, save_teacher, scheduler_config, sections
+from contracts.stock import images_without_stepdistill, job, read_images
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, guided
 from stepdistill.export import export_pipeline, read_contract
-from stepdistill.families.latent import EXAMPLE_PROMPTS
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.links import frozen_folders
 from stepdistill.networks import CopyBank
 from stepdistill.run import Run, resolve
 from stepdistill.sampling import DDIM, Renoise, bind, sample
-
-WITHOUT_STEPDISTILL = """
-import json, sys
-from pathlib import Path
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "stepdistill":
-            raise ModuleNotFoundError(f"No module named {name!r}: this machine does not have it")
-
-sys.meta_path.insert(0, Absent())
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-
-torch.set_num_threads(1)
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    contract = json.loads((folder / "stepdistill.json").read_text())
-    trust = {"trust_remote_code": True} if contract["own_code"] else {}
-    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **trust)
-    pipeline.set_progress_bar_config(disable=True)
-    asked = {"class_labels": [0, 1, 2], "none": 3, "prompt": json.loads(sys.argv[2])}[contract["conditioning"]]
-    who = {"batch_size" if contract["conditioning"] == "none" else contract["conditioning"]: asked}
-    generator = torch.Generator().manual_seed(3)
-    np.save(folder / "images.npy", pipeline(**who, **contract["call"], generator=generator, output_type="np").images)
-assert "stepdistill" not in sys.modules
-"""
 
 
 def uneven(height, width):
@@ -84,31 +54,32 @@ def make_sampler(family, name):
 
 
 @torch.no_grad()
-def expected_images(family, sampler, count=3, seed=3):
+def expected_images(family, sampler, count=3, seed=3, *, denoise=None):
     generator = torch.Generator().manual_seed(seed)
 
     def noise(x):
         return torch.randn(x.shape, generator=generator)
 
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
-    denoiser = Denoiser(family, CopyBank(family.network), "teacher")
-    return family.decode(sample(bind(denoiser, family.example_cond(range(count))), sampler, start, noise))
+    denoise = denoise or bind(denoiser_of(family), family.example_cond(range(count)))
+    return family.decode(sample(denoise, sampler, start, noise))
+
+
+def denoiser_of(family):
+    return Denoiser(family, CopyBank(family.network), "teacher")
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """The exports of all teachers and samplers, with the images that an environment without stepdistill made."""
     folder = tmp_path_factory.mktemp("exports")
+    jobs = []
     for name, make in TEACHERS.items():
         for how in SAMPLERS:
-            family = make()
-            export_pipeline(family, family.network, make_sampler(family, how), folder / f"{name}_{how}", about={})
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_STEPDISTILL, str(folder), json.dumps(EXAMPLE_PROMPTS[:3])],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+            family, export = make(), folder / f"{name}_{how}"
+            export_pipeline(family, family.network, make_sampler(family, how), export, about={})
+            jobs.append(job(export, family, 3, 3))
+    images_without_stepdistill(jobs, tmp_path_factory.mktemp("elsewhere"))
     return folder
 
 
@@ -117,7 +88,7 @@ def exports(tmp_path_factory):
 def test_stock_diffusers_makes_the_images_of_our_sampler(exports, teacher, how):
     family = TEACHERS[teacher]()
     expected = expected_images(family, make_sampler(family, how))
-    found = torch.from_numpy(np.load(exports / f"{teacher}_{how}" / "images.npy")).movedim(-1, 1)
+    found = read_images(exports / f"{teacher}_{how}")
     assert found.shape == expected.shape and expected.std() > 0.01
     assert (found - expected).abs().max() < 1e-5
 
@@ -153,6 +124,20 @@ def test_the_callers_arguments_win_over_the_contract(exports):
     pipeline = load_pipeline(exports / "unconditional_ddim-4")
     images = pipeline_images(pipeline, family, 3, seed=3, num_inference_steps=1)
     assert (images - expected_images(family, make_sampler(family, "ddim-1"))).abs().max() < 1e-5
+
+
+def test_a_negative_prompt_counts_where_guidance_is_asked_for(exports):
+    family, pipeline = SD.tiny(), load_pipeline(exports / "sd_ddim-4")
+    plain, unguided, steered = (
+        pipeline_images(pipeline, family, 3, seed=3, **options)
+        for options in ({}, {"negative_prompt": ["mud"] * 3}, {"negative_prompt": ["mud"] * 3, "guidance_scale": 3.0})
+    )
+    assert torch.equal(plain, unguided)  # a bare call has a guidance of 1
+    denoiser, cond, mud = denoiser_of(family), family.example_cond(range(3)), family.embed(["mud"] * 3)
+    expected = expected_images(
+        family, make_sampler(family, "ddim-4"), denoise=lambda x, t, s=None: guided(denoiser, x, t, cond, mud, 2.0)
+    )
+    assert (steered - expected).abs().max() < 1e-5 and (steered - plain).abs().max() > 1e-3
 
 
 def test_a_loaded_student_can_be_saved_again(exports, tmp_path):

@@ -1,6 +1,7 @@
 """Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
 
 import io
+import os
 import sys
 
 import numpy as np
@@ -13,11 +14,13 @@ from stepdistill.cli import main
 from stepdistill.data import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.export import export_pipeline
+from stepdistill.families.base import TeacherConfig
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.generate import collect_prompts
 from stepdistill.sampling import DDIM
+from stepdistill.solvers import teacher_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,12 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
 
 
+def test_a_teacher_under_a_solver_paints_at_its_sections_size_whatever_its_precision(teacher):
+    config = TeacherConfig(path=teacher, resolution=32, dtype="bfloat16")
+    images = teacher_pipeline(config, "UniPC")("a cat", num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and images.std() > 0.01
+
+
 def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidance(tmp_path):
     """FluxPipeline's own grid of two steps is the student's, which is the teacher here: both sides are one image."""
     family = Flux.tiny()  # of 16 pixels, where its pipeline paints 256 unless told; asked with a guidance of 3.5
@@ -123,6 +132,12 @@ def test_odd_prompt_files_are_named_with_the_line(tmp_path, content, message):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         collect_prompts([], str(tmp_path / "p.txt"))
+
+
+def test_odd_bytes_of_the_command_line_are_named():
+    assert collect_prompts(["crème brûlée"], None) == ["crème brûlée"]
+    with pytest.raises(ValueError, match=r"--prompt:1: not UTF-8 \(byte 0xff\)"):
+        collect_prompts(["a cat", os.fsdecode(b"a \xff cat")], None)
 
 
 def test_long_prompts_are_counted(tmp_path, student):

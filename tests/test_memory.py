@@ -5,6 +5,8 @@ from contracts.cases import sections
 from torch import nn
 
 from stepdistill.cache import CacheConfig, encoders, make_cache
+from stepdistill.cli import main
+from stepdistill.config import to_yaml
 from stepdistill.families.base import Family
 from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
@@ -33,6 +35,14 @@ def test_the_plan_counts_what_encodes_unless_the_data_is_encoded(mapping):
     assert "(AutoencoderKL)" in run.plan() and "(CLIPTextModel)" in run.plan()
     assert "the last 2 stay on the CPU" in without and "stay on the CPU" not in run.plan()
     assert total(run.plan()) - total(without) == pytest.approx(megabytes(run.family.frozen), abs=0.1)
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(mapping, tmp_path, capsys):
+    wanted = mapping | {"train": mapping["train"] | {"output_dir": str(tmp_path / "run")}}
+    (tmp_path / "config.yaml").write_text(to_yaml(wanted))
+    main(["train", "--config", str(tmp_path / "config.yaml"), "--dry_run"])
+    assert capsys.readouterr().out.strip() == Run(resolve(wanted)).plan()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_safety_checker_is_exported_but_not_held_for_training():

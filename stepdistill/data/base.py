@@ -111,6 +111,7 @@ class Dataset(abc.ABC):
         flip: whether :func:`~stepdistill.data.order.loader` mirrors half of the images.
         caption_dropout: the share of captions that it leaves empty.
         captions: every sample's text, by its index; None where the teacher takes none.
+        labels: every sample's class likewise, where they come from files.
     """
 
     size: tuple[int, int, int]
@@ -118,6 +119,7 @@ class Dataset(abc.ABC):
     flip: bool
     caption_dropout: float = 0.0
     captions: Sequence[str] | None = None
+    labels: Sequence[int] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:

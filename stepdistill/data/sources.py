@@ -119,6 +119,8 @@ class ImageData(Dataset):
         if listing.captions is not None:
             self.captions = [listing.captions[int(row)] or "" for row in self._rows]
         if num_classes is not None:
+            assert listing.labels is not None, "open_data has checked it"
+            self.labels = listing.labels[self._rows].tolist()
             self._check_labels(num_classes)
 
     def __len__(self) -> int:
@@ -150,9 +152,9 @@ class ImageData(Dataset):
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
 
     def _labels(self, indices: Sequence[int]) -> Tensor | None:
-        if self.num_classes is None or self._listing.labels is None:
+        if self.labels is None:
             return None
-        return torch.from_numpy(self._listing.labels[self._rows[list(indices)]].astype(np.int64))
+        return torch.tensor([self.labels[index] for index in indices], dtype=torch.int64)
 
     def _captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
         if self._listing.captions is None:
@@ -164,8 +166,7 @@ class ImageData(Dataset):
         return tuple(str(caption) for caption in captions)
 
     def _check_labels(self, num_classes: int) -> None:
-        assert self._listing.labels is not None
-        labels = self._listing.labels[self._rows]
+        labels = np.asarray(self.labels)
         wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if len(wrong):
             raise ValueError(

@@ -28,7 +28,7 @@ def decode_text(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{name}:{line}: not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8") from error
+        raise ValueError(f"{name}:{line}: not UTF-8 (byte {data[error.start]:#04x}); wanted text in UTF-8") from error
     for number, row in enumerate(text.split("\n"), 1):
         if odd := [letter for letter in row if unicodedata.category(letter) == "Cc" and letter not in "\t\r\f\v"]:
             raise ValueError(f"{name}:{number}: control character U+{ord(odd[0]):04X}; is this a text file in UTF-8?")

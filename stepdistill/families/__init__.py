@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stepdistill.config import nearest
 from stepdistill.families.base import Family, TeacherConfig
+from stepdistill.trust import own_class, read_index, refuse_code, stock_base
 
 
 def families() -> dict[str, type[Family]]:
@@ -31,7 +32,8 @@ def load_teacher(config: TeacherConfig) -> Family:
     """Open a teacher: a diffusers pipeline directory, a bare ``unet/`` or ``transformer/`` folder, or a hub id.
 
     Raises:
-        ValueError: if there is no such folder or its network's class belongs to no family.
+        ValueError: if there is no such folder, its network's class belongs to no family, or it would run what is not
+            trusted.
     """
     known = families()
     if config.family is not None and config.family not in known:
@@ -39,10 +41,12 @@ def load_teacher(config: TeacherConfig) -> Family:
     folder = locate(config)
     if config.family is not None:
         return known[config.family].load(folder, config)
-    pipeline = pipeline_class(folder)
+    pipeline = pipeline_class(folder, config.trust_remote_code)
     for cls in known.values():
         if network_class(folder, cls.component) in cls.network_classes and cls.serves(pipeline):
             return cls.load(folder, config)
+    if own_class(folder) is not None and not config.trust_remote_code:
+        refuse_code(folder)
     found = network_class(folder, "unet") or network_class(folder, "transformer")
     supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))
     raise ValueError(
@@ -65,6 +69,7 @@ def locate(config: TeacherConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns += ["*.bin"] * config.trust_pickles + ["*.py"] * config.trust_remote_code
     return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
 
 
@@ -74,8 +79,12 @@ def network_class(folder: Path, component: str) -> str | None:
     return json.loads(path.read_text())["_class_name"] if path.is_file() else None
 
 
-def pipeline_class(folder: Path) -> str | None:
-    """The class name in ``model_index.json``, or None where there is none, or the folder brings its own."""
-    path = folder / "model_index.json"
-    name = json.loads(path.read_text())["_class_name"] if path.is_file() else None
-    return name if isinstance(name, str) else None
+def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
+    """The diffusers class of the pipeline in a folder, or the one that the folder's own class derives from.
+
+    None where there is no ``model_index.json``, or the code that would tell must not run.
+    """
+    own = own_class(folder)
+    if own is None:
+        return read_index(folder).get("_class_name")
+    return stock_base(folder, *own) if trust_remote_code else None

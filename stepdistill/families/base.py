@@ -23,6 +23,7 @@ from stepdistill.data import RawBatch
 from stepdistill.denoiser import Cond
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow
+from stepdistill.trust import how
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,9 @@ class TeacherConfig:
     guidance_scale: float | None = None
     """What a teacher that takes guidance as an input (FLUX.1-dev) is asked with; others are guided by the method."""
     trust_remote_code: bool = False
-    """Whether Python files that lie in the teacher's folder may run."""
+    """Whether Python files that lie in the teacher's folder may run; its student's export then brings them along."""
+    trust_pickles: bool = False
+    """Whether weights may be read that are there as pickles (``.bin``) only; what is exported is safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Family(abc.ABC):
     """What a call's ``guidance_scale`` means."""
     call_options: Mapping[str, Any] = MappingProxyType({})
     """What a call of the pipeline must be given, where it takes it, to sample as this family calls its networks."""
+    code: Mapping[str, bytes] = MappingProxyType({})
+    """Python files that the pipeline needs, by their place in its folder: of teachers that bring their own."""
 
     @classmethod
     @abc.abstractmethod
@@ -240,14 +245,11 @@ class Family(abc.ABC):
         """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raise ``ValueError`` if weights below a teacher's folder are there as a pickle only."""
-    for pickle in sorted({*folder.rglob("*.bin"), *folder.rglob("*.ckpt"), *folder.rglob("*.pt")}):
-        if not any(pickle.parent.glob("*.safetensors")):
-            raise ValueError(
-                f"teacher.path: {pickle} is a pickle, which may run code; wanted .safetensors (load the pipeline where "
-                "you trust it and call save_pretrained)"
-            )
+def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
+    """What to raise where diffusers raises ``error`` at a teacher's folder."""
+    fetched = not (config.trust_pickles or Path(config.path).exists())
+    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {how('trust_pickles')}"
+    return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
 
 
 def read_schedule(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:

@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from stepdistill.data import RawBatch
 from stepdistill.data.text import warn_too_long
 from stepdistill.denoiser import Cond
-from stepdistill.export import is_our_code, runs_own_code
-from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule, refuse_pickles
+from stepdistill.families.base import Batch, Family, TeacherConfig, cannot_open, read_schedule
 from stepdistill.sampling import Sampler
+from stepdistill.trust import open_folder, read_code
 
 EXAMPLE_PROMPTS = (
     "a red apple on a wooden table",
@@ -72,7 +73,9 @@ class Latent(Family):
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.__name__} knows its own")
         pipe = open_pipeline(folder, cls.component, config)
-        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        family = cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        family.code = read_code(folder)
+        return family
 
     def spatial_factor(self) -> int:
         """Pixels a latent spans on either axis."""
@@ -232,22 +235,16 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
     """A teacher's pipeline, its network in the wanted precision and all beside it in float32, as the student will be.
 
     Raises:
-        ValueError: if it is incomplete, has weights that would have to be unpickled, or brings code of its own.
+        ValueError: if it is incomplete, or would run what is not trusted.
     """
-    from diffusers import DiffusionPipeline
-
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"teacher.path: {folder}: no model_index.json; wanted a whole pipeline (VAE, text encoder, ...)"
         )
-    own = runs_own_code(folder)
-    if own and not config.trust_remote_code and not is_our_code(folder):
-        raise ValueError(
-            f"teacher.path: {folder} brings its own code; read it, then set teacher.trust_remote_code=true"
-        )
-    refuse_pickles(folder)
     dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
     try:
-        return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=own, dtype=dtype)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}") from error
+        return open_folder(
+            folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
+        )
+    except (OSError, KeyError, TypeError, UnpicklingError) as error:
+        raise cannot_open(folder, config, error) from error

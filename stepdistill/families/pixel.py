@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from stepdistill.data import RawBatch
 from stepdistill.denoiser import Cond, edm_scalings
-from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, read_schedule, refuse_pickles
+from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, cannot_open, read_schedule
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pipelines.condition_embedding import ConditionEmbedding
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import expand
+from stepdistill.trust import refuse_pickles, wants_safetensors
 
 
 class Pixel(Family):
@@ -79,12 +80,13 @@ class Pixel(Family):
         for name in ("resolution", "guidance_scale"):
             if getattr(config, name) is not None:
                 raise ValueError(f"teacher.{name}: found {getattr(config, name)}, but a pixel teacher takes none")
-        refuse_pickles(folder / "unet")
-        dtype = getattr(torch, config.dtype)
+        if not config.trust_pickles:
+            refuse_pickles(folder / "unet")
+        safe, dtype = wants_safetensors(config.trust_pickles), getattr(torch, config.dtype)
         try:
-            network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, dtype=dtype)
+            network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=safe, dtype=dtype)
         except OSError as error:
-            raise ValueError(f"teacher.path: {folder / 'unet'}: diffusers cannot open it: {error}") from error
+            raise cannot_open(folder / "unet", config, error) from error
         scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
         return cls(network, scheduler_config, cls._null_class(folder, config))
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ from stepdistill.trainer import Trainer
 BANKS = ("copy", "adapter")
 STEPS = 4
 """Training steps of a small run."""
+HANDED = {"pixel", "sd", "sdxl", "pixart", "sana"}
+"""Families whose pipelines hand their generator to the scheduler."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +159,24 @@ def sections(folder: Path, family: Family, method: str, bank: str = "copy", **tr
     }
 
 
+def train_student(
+    folder: Path, family: Family, method: str, bank: str, *, options: Mapping[str, Any] = NOTHING,
+    data: Mapping[str, Any] = NOTHING,
+) -> Run:  # fmt: skip
+    """A finished run of a few steps, with other ``options`` of the method, or other ``data``."""
+    wanted = sections(folder, family, method, bank, steps=STEPS if case(method).options else 3)
+    wanted["method"] |= options
+    wanted["data"] |= data
+    run = Run(resolve(wanted))
+    run.train()
+    return run
+
+
+def family_of(run: Run) -> str:
+    """The name of a run's family."""
+    return type(run.family).__module__.rpartition(".")[2]
+
+
 def make_run(folder: Path, method: str, bank: str = "copy", **train: Any) -> Run:
     return Run(resolve(sections(folder, teacher_for(method), method, bank, **train)))
 
@@ -239,11 +261,18 @@ def as_latents(family: Family, x: Tensor) -> Tensor:
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:
     """Images (B, C, H, W) of a pipeline for the family's example conditions."""
     pipeline.set_progress_bar_config(disable=True)
-    asked = {
-        "prompt": lambda: {"prompt": family.example_prompts(range(count))},
-        "class_labels": lambda: {"class_labels": family.example_cond(range(count))["class_labels"].tolist()},
-        "none": lambda: {"batch_size": count},
-    }[family.conditioning]()
     torch.manual_seed(seed + 1)  # for pipelines that do not hand the generator to their scheduler
-    images = pipeline(**asked, generator=torch.Generator().manual_seed(seed), output_type="np", **options).images
+    asked, generator = asked_of(family, count), torch.Generator().manual_seed(seed)
+    images = pipeline(**asked, generator=generator, output_type="np", **options).images
     return torch.from_numpy(np.asarray(images)).movedim(-1, 1)
+
+
+def asked_of(family: Family, count: int) -> dict[str, Any]:
+    """The arguments of a pipeline's call that ask for the family's example conditions."""
+    match family.conditioning:
+        case "prompt":
+            return {"prompt": family.example_prompts(range(count))}
+        case "class_labels":
+            return {"class_labels": family.example_cond(range(count))["class_labels"].tolist()}
+        case _:
+            return {"batch_size": count}

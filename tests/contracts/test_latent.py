@@ -1,7 +1,7 @@
 """Latent teachers of the real classes, distilled end to end: what is exported is what stock diffusers samples.
 
-The representative set: every latent family with a deterministic or a re-noising method under both banks, the guidance
-input, and a data-free method on prompts alone. Every family x method x bank is ``pytest -m product``.
+The guidance input, a data-free method on prompts alone, and what is refused; a student of every family under both banks
+is in test_stock.py. Every family x method x bank is ``pytest -m product``.
 """
 
 import json
@@ -12,7 +12,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from contracts.cases import BANKS, PIXELS, case, pipeline_images, reference_images, refusal, save_teacher, sections
+from contracts.cases import (
+    BANKS,
+    HANDED,
+    PIXELS,
+    case,
+    family_of,
+    pipeline_images,
+    reference_images,
+    refusal,
+    save_teacher,
+    sections,
+    train_student,
+)
 from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
@@ -23,6 +35,7 @@ from stepdistill.families.base import Inputs, TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
 from stepdistill.families.latent import Latent, prompt_reader
+from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
 from stepdistill.methods import find_method, method_names
 from stepdistill.run import Run, resolve
@@ -30,23 +43,10 @@ from stepdistill.samples import class_count, sample_images
 from stepdistill.sampling import DDIM
 
 LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
-METHODS = {"dit": "progressive"}  # by default lcm
-GUIDED = {name for name in LATENT if name != "flux"}  # families whose unconditional prediction a method may ask for
-HANDED = {"sd", "sdxl", "pixart", "sana"}  # pipelines that hand their generator to the scheduler
-
-
-def train(folder, name, method, bank, *, options=None, data=None):
-    wanted = sections(folder, LATENT[name].tiny(), method, bank, steps=3 if not case(method).options else 4)
-    wanted["method"] |= options or {}
-    wanted["data"] |= data or {}
-    run = Run(resolve(wanted))
-    run.train()
-    return run
 
 
 def check_export(run):
-    handed = type(run.family).__module__.rpartition(".")[2] in HANDED
-    family, export = run.distiller.family, run.folder / "pipeline"
+    handed, family, export = family_of(run) in HANDED, run.distiller.family, run.folder / "pipeline"
     images = pipeline_images(load_pipeline(export), family, 3, seed=5)
     assert (images - reference_images(run, 3, seed=5, handed=handed)).abs().max() < 1e-5
     assert images.std() > 0.01
@@ -57,33 +57,19 @@ def check_export(run):
 
 
 def check_lora(run, images):
-    """On a fresh teacher the file gives the export's images; returns what the teacher gave without it."""
+    """On a fresh teacher the file gives the export's images."""
     export = run.folder / "pipeline"
     teacher = DiffusionPipeline.from_pretrained(run.config.teacher.path)
     teacher.scheduler = load_pipeline(export).scheduler
     call = json.loads((export / "stepdistill.json").read_text())["call"]
-    before = pipeline_images(teacher, run.family, 3, seed=5, **call)
     teacher.load_lora_weights(export / "lora")
     assert (pipeline_images(teacher, run.family, 3, seed=5, **call) - images).abs().max() < 1e-5
-    return before
-
-
-@pytest.mark.parametrize("bank", BANKS)
-@pytest.mark.parametrize("name", LATENT)
-def test_a_student_is_exported_as_it_samples(tmp_path, name, bank):
-    method = METHODS.get(name, "lcm")
-    run = train(tmp_path, name, method, bank, options={"guidance_scale": 3.0 if name in GUIDED else 1.0})
-    images = check_export(run)
-    if bank == "adapter" and LATENT[name].loads_lora:
-        assert (check_lora(run, images) - images).abs().max() > 1e-3
-    else:
-        assert not (run.folder / "pipeline/lora").exists()
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_the_guidance_input_survives_the_export(tmp_path, name):
     options = {"guidance_range": [1.0, 8.0], "guidance_scale": 4.0}
-    run = train(tmp_path, name, "lcm", "copy", options=options)
+    run = train_student(tmp_path, LATENT[name].tiny(), "lcm", "copy", options=options)
     check_export(run)
     pipeline = load_pipeline(run.folder / "pipeline")
     assert pipeline.unet.config.time_cond_proj_dim == 256
@@ -93,7 +79,8 @@ def test_the_guidance_input_survives_the_export(tmp_path, name):
 
 def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\nein Hündchen\n")
-    run = train(tmp_path, "sd", "dmd", "adapter", data={"name": "prompts", "path": str(tmp_path / "prompts.txt")})
+    data = {"name": "prompts", "path": str(tmp_path / "prompts.txt")}
+    run = train_student(tmp_path, SD.tiny(), "dmd", "adapter", data=data)
     assert run.dataset.captions == ["a cat", "ein Hündchen"] and len(run.family.prompts) == 2
     check_export(run)
 
@@ -105,7 +92,7 @@ def test_measured_samples_are_asked_for_with_every_caption():
 
 
 def test_a_student_may_begin_below_pure_noise(tmp_path):
-    run = train(tmp_path, "pixart", "dmd2", "adapter", options={"steps": 1, "first": 0.4})
+    run = train_student(tmp_path, PixArt.tiny(), "dmd2", "adapter", options={"steps": 1, "first": 0.4})
     check_export(run)
     call = load_pipeline(run.folder / "pipeline").contract_call
     assert call["timesteps"] == [399] and call["num_inference_steps"] == 1
@@ -127,7 +114,7 @@ def test_it_may_not_where_no_pipeline_is_asked_for_timesteps(make):
 def test_every_family_with_every_method(tmp_path, name, method, bank):
     if (reason := refused(method, LATENT[name].tiny())) is not None:
         pytest.skip(reason)
-    run = train(tmp_path, name, method, bank)
+    run = train_student(tmp_path, LATENT[name].tiny(), method, bank)
     images = check_export(run)
     if (run.folder / "pipeline/lora").exists():
         check_lora(run, images)

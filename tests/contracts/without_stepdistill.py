@@ -1,0 +1,51 @@
+"""What stock diffusers alone makes of exports, in a process of its own: ``python without_stepdistill.py jobs.json``.
+
+The jobs are those of :func:`contracts.stock.images_without_stepdistill`.
+"""
+
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+
+
+class Absent:
+    """Finds no stepdistill, however it is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "stepdistill":
+            raise ModuleNotFoundError(f"No module named {name!r}: this machine does not have it")
+
+
+def main(jobs):
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+
+    torch.set_num_threads(1)
+
+    def paint(pipeline, job, output):
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(job["seed"] + 1)  # for pipelines that do not hand the generator to their scheduler
+        generator = torch.Generator().manual_seed(job["seed"])
+        np.save(output, pipeline(**job["call"], generator=generator, output_type="np").images)
+
+    for job in jobs:
+        export, output = Path(job["export"]), job["output"]
+        student = DiffusionPipeline.from_pretrained(export, use_safetensors=True, trust_remote_code=job["own_code"])
+        paint(student, job, f"{output}.npy")
+        if job["teacher"] is not None:
+            teacher = DiffusionPipeline.from_pretrained(job["teacher"], scheduler=student.scheduler)
+            paint(teacher, job, f"{output}-without-lora.npy")
+            teacher.load_lora_weights(export / "lora")
+            paint(teacher, job, f"{output}-lora.npy")
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Absent())
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("stepdistill")
+        sys.exit("stepdistill can be imported: nothing is proved here")
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    assert "stepdistill" not in sys.modules
