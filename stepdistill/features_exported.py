@@ -10,7 +10,8 @@ The network returns a feature or a list of them, shallow to deep: maps (B, C, H,
 The mean of the last over its positions is the image's embedding.
 
 ``torch.export.load`` unpickles what it finds and evaluates text of the file as Python. A file is therefore looked
-through first: it may hold tensors, and a graph whose sizes are arithmetic.
+through first, and refused if it holds more than tensors and a graph whose sizes are arithmetic. This keeps pickles
+out and is no sandbox: take a program from those whose code you would run.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class ExportedFeatures(FeatureExtractor):
     def __init__(self, program: ExportedProgram, name: str) -> None:
         super().__init__()
         self.name = name
-        self.program = program
-        self.network = program.module().requires_grad_(False)
         self.device = torch.device("cpu")
-        sample = _sample(program, name)
+        self.program = move_to_device_pass(program, self.device)  # it may have been exported elsewhere
+        self.network = self.program.module().requires_grad_(False)
+        sample = _sample(self.program, name)
         self.in_channels = sample.shape[1]
         self.num_features = self._check_still(sample)[-1].shape[1]
 
@@ -74,13 +75,11 @@ class ExportedFeatures(FeatureExtractor):
             ValueError: no such file, or one that holds more than tensors and their graph.
         """
         try:
-            check_harmless(path)
+            check_contents(path)
         except OSError as error:
             raise ValueError(f"features {path!r}: {error.strerror or error}") from error
         except (zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(
-                f"features {path!r}: no program of torch.export.save (torch 2.9 or newer): {error}"
-            ) from error
+            raise ValueError(f"features {path!r}: no program of torch.export.save: {error}") from error
         return cls(torch.export.load(path), Path(path).name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -154,22 +153,24 @@ def _kinds(value: Any) -> str:
     return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in parts) or "nothing"
 
 
-def check_harmless(path: str) -> None:
-    """Raise ``ValueError`` if loading an exported program would run more than its graph.
+def check_contents(path: str) -> None:
+    """Raise ``ValueError`` if the file of an exported program holds more than tensors and a graph.
 
     That is: pickled objects, compiled libraries, and sizes and guards that are no arithmetic.
     """
     with zipfile.ZipFile(path) as file:
         members = {name.partition("/")[2]: name for name in file.namelist()}
-        strange = [name for name in members if not MEMBERS.fullmatch(name)]
+        strange = [name for inside, name in members.items() if not MEMBERS.fullmatch(inside)]
         if strange or len(members) < len(file.namelist()):
             first = strange[0] if strange else "two members of one name"
-            raise ValueError(f"features {path!r}: holds {first}; wanted tensors and a graph")
+            raise ValueError(
+                f"features {path!r}: holds {first}; wanted tensors and a graph, as a newer torch writes them"
+            )
         try:
             torch.load(io.BytesIO(file.read(members[SAMPLE])), weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"features {path!r}: holds pickled objects in {SAMPLE}; wanted tensors") from error
-        for config in CONFIGS:
+        for config in members.keys() & set(CONFIGS):
             if any(key == "use_pickle" and value for key, value in _facts(json.loads(file.read(members[config])))):
                 raise ValueError(f"features {path!r}: holds pickled tensors by {config}; wanted plain ones")
         for key, text in _facts(json.loads(file.read(members[GRAPH]))):

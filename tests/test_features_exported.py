@@ -173,5 +173,5 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"text\.pt2': no program of torch\.export\.save"):
         load_features(str(tmp_path / "text.pt2"))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt2")
-    with pytest.raises(ValueError, match=r"weights\.pt2': holds data\.pkl; wanted tensors and a graph"):
+    with pytest.raises(ValueError, match=r"weights\.pt2': holds weights/data\.pkl; wanted tensors and a graph"):
         load_features(str(tmp_path / "weights.pt2"))
