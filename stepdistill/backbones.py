@@ -1,8 +1,8 @@
 """Frozen networks that a critic sees images through: gradients pass to the image, parameters never move.
 
 Any network of :mod:`stepdistill.features` will do (a ``transformers`` vision model such as DINOv2 or CLIP, a small
-classifier of one's own) except one: *the network that judges never trains*. A student that was trained to please a
-network scores well with it and no better with people (Kynkaanniemi et al. 2022, arXiv 2203.06026).
+classifier, an exported program of one's own) except one: *the network that judges never trains*. A student that was
+trained to please a network scores well with it and no better with people (Kynkaanniemi et al. 2022, arXiv 2203.06026).
 
 Judges see bytes; a critic's images are real numbers that are not rounded, so that they have a gradient. The resizing
 and normalisation are those of the network's image processor.
@@ -19,11 +19,12 @@ from torch.nn.functional import interpolate
 
 from stepdistill.block_features import seen
 from stepdistill.features import FeatureExtractor, SmallConvNet, load_features
+from stepdistill.features_exported import ExportedFeatures
 from stepdistill.features_vision import InceptionFeatures, TransformersFeatures, _centre_crop, _output_size
 
 OTHERS = (
-    "'teacher' (its own features), a folder of a transformers vision model, or a small network of your own "
-    "(python scripts/train_features.py --seed 1)"
+    "'teacher' (its own features), a folder of a transformers vision model, or a network of your own "
+    "(exported to a .pt2, or by python scripts/train_features.py --seed 1)"
 )
 
 
@@ -31,7 +32,7 @@ class Backbone:
     """A frozen feature network as critics see it; a plain object, so that no checkpoint holds its weights.
 
     Args:
-        network: a small classifier or a transformers vision model.
+        network: a small classifier, a transformers vision model or an exported program.
         channels: of the images that it will see.
         size: height and width of those images.
 
@@ -61,6 +62,8 @@ class Backbone:
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Features, shallow to deep, of images (B, C, H, W) in [0, 1]."""
         x, network = self._place(images)
+        if isinstance(network, ExportedFeatures):
+            return network.maps(x * 2 - 1)
         names, body, call = _views(network)
         return seen(body, names, lambda: call(x))
 

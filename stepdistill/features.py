@@ -158,14 +158,17 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
 
     Args:
         spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"inception"`` or the path of its
-            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, or a folder or hub id of a
-            ``transformers`` vision model (DINOv2, CLIP, ...).
+            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, a network of one's own that
+            ``torch.export.save`` wrote (``.pt2``: images in [-1, 1] to maps (B, C, H, W), tokens (B, N, C) or vectors,
+            see :mod:`stepdistill.features_exported`), or a folder or hub id of a ``transformers`` vision model (DINOv2,
+            CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
     Raises:
         ValueError: nothing of that name, or something missing to load it; says what to do.
     """
+    from stepdistill.features_exported import ExportedFeatures
     from stepdistill.features_vision import InceptionFeatures, TransformersFeatures  # slow to import
 
     if spec == "inception" or spec.endswith(".pth"):
@@ -176,6 +179,8 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
         network = SmallConvNet.from_pretrained(ASSETS / "features")
         network.name = "embedded"
         return network
+    if spec.endswith(".pt2"):
+        return ExportedFeatures.from_file(spec)
     if _is_small_convnet(Path(spec)):
         return SmallConvNet.from_pretrained(spec)
     return TransformersFeatures.from_pretrained(spec)

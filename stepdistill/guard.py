@@ -77,11 +77,28 @@ ADVICE = {
 }
 
 
-class DivergenceGuard:
-    """Looks at what is logged, and stops a run in which the same sign has stood for ``patience`` logs in a row."""
+ROWS = 10
+"""Rows that a sign must stand for, however short the run: if one batch in ten deceives, ten in a row are 1e-10."""
 
-    def __init__(self, patience: int = 50) -> None:
-        self.patience = patience
+
+def patience_of(steps: int) -> int:
+    """For how many steps a run of ``steps`` may show a sign: a third of them, up to 500; it could have recovered."""
+    return min(500, steps // 3)
+
+
+class DivergenceGuard:
+    """Looks at what is logged, and stops a run in which a sign has stood long and been seen often.
+
+    Networks need steps to recover, so that a phase is told from an end by steps; a batch can deceive, so that a sign is
+    told from chance by rows of the log.
+
+    Args:
+        patience: steps over which the same sign has to stand, see :func:`patience_of`.
+        rows: of the log that have to show it, one after the other.
+    """
+
+    def __init__(self, patience: int, rows: int = ROWS) -> None:
+        self.patience, self.rows = patience, rows
         self.since: dict[str, list[int]] = {cause: [] for cause in ADVICE}
 
     @property
@@ -101,7 +118,7 @@ class DivergenceGuard:
             steps.append(step)
             if not standing:
                 steps.clear()
-            if len(steps) >= self.patience:
+            elif len(steps) >= self.rows and step - steps[0] >= self.patience:
                 raise DivergenceError(f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}")
 
     def signs(self, values: Mapping[str, float]) -> dict[str, bool]:

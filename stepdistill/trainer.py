@@ -37,7 +37,7 @@ from stepdistill.checkpoint import (
 from stepdistill.data import Dataset, loader
 from stepdistill.evaluate import student_images
 from stepdistill.families.base import Batch
-from stepdistill.guard import DivergenceError, DivergenceGuard, FiniteGuard
+from stepdistill.guard import DivergenceError, DivergenceGuard, FiniteGuard, patience_of
 from stepdistill.methods.base import EMA, STUDENT, Distiller, Stage, Turn
 from stepdistill.networks import TEACHER, enable_checkpointing
 from stepdistill.optimizer_state import optimizer_tensors, restore_optimizer
@@ -149,7 +149,7 @@ class Trainer:
         self.unwritten: dict[str, Tensor] = {}
         """The newest scalars of every turn that moved since the last row of the log, still on the device."""
         self.guard = FiniteGuard(self.device)
-        self.divergence = DivergenceGuard()
+        self.divergence = DivergenceGuard(patience_of(config.steps))
         self.best = BestStudent(self.folder, measured_on)
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
         several = self.accelerator.num_processes > 1 and not self.sharded

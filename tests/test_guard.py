@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepdistill.guard import ADVICE, DivergenceError, DivergenceGuard, FiniteGuard, NonFiniteError
+from stepdistill.guard import ADVICE, DivergenceError, DivergenceGuard, FiniteGuard, NonFiniteError, patience_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -93,7 +93,7 @@ SIGNS = {
 @pytest.mark.parametrize("cause", SIGNS)
 def test_a_standing_sign_stops_the_run_and_is_named(cause):
     bad, good = SIGNS[cause]
-    divergence = DivergenceGuard(patience=3)
+    divergence = DivergenceGuard(patience=2, rows=3)
     for step, values in enumerate([good, bad, bad, good, bad, bad]):  # never three in a row
         divergence.check(step, {"student/loss": 1.0, **values})
     with pytest.raises(DivergenceError, match=f"step 6: {cause}, since step 4") as stopped:
@@ -102,13 +102,13 @@ def test_a_standing_sign_stops_the_run_and_is_named(cause):
 
 
 def test_logs_without_diagnostics_say_nothing():
-    divergence = DivergenceGuard(patience=1)
+    divergence = DivergenceGuard(patience=0, rows=1)
     for step in range(5):
         divergence.check(step, {"student/loss": float(step)})
 
 
 def test_the_last_good_step_is_the_one_before_the_first_sign_that_stands():
-    divergence = DivergenceGuard(patience=100)
+    divergence = DivergenceGuard(patience=100, rows=3)
     assert divergence.good_until is None
     for step, lag in [(10, 0.9), (20, 2.0), (30, 2.0)]:
         divergence.check(step, {"student/lag": lag, "student/spread": 0.05 if step == 30 else 0.9})
@@ -117,3 +117,44 @@ def test_the_last_good_step_is_the_one_before_the_first_sign_that_stands():
     assert divergence.good_until == 29
     divergence.check(50, {"student/lag": 0.9, "student/spread": 0.9})
     assert divergence.good_until is None
+
+
+def stopped_at(steps, log_every, shows):
+    """The step at which a run is stopped whose rows show a collapse where ``shows`` says so; None if it ends."""
+    divergence = DivergenceGuard(patience_of(steps))
+    for step in range(log_every, steps + 1, log_every):
+        try:
+            divergence.check(step, {"student/spread": 0.02 if shows(step) else 0.7})
+        except DivergenceError:
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "wanted"),
+    [
+        (300, 10, 200),
+        (300, 1, 200),
+        (600, 10, 300),
+        (1500, 10, 600),
+        (40_000, 10, 600),
+        (5000, 100, 1000),
+        (90, 10, None),
+    ],
+)
+def test_a_run_that_collapsed_at_step_100_is_stopped_in_time(steps, log_every, wanted):
+    assert stopped_at(steps, log_every, lambda step: step >= min(100, steps // 2)) == wanted
+
+
+@pytest.mark.parametrize("steps", [300, 600, 1500, 40_000])
+def test_a_phase_that_passes_stops_no_run(steps):
+    first = patience_of(steps)
+    assert stopped_at(steps, 10, lambda step: first <= step < 2 * first) is None
+
+
+def test_rows_that_deceive_by_chance_stop_no_run():
+    """One row in ten at random, of 100,000: a thousand pairs, and no ten in a row."""
+    deceives = (torch.rand(100_001, generator=torch.Generator().manual_seed(0)) < 0.1).tolist()
+    divergence = DivergenceGuard(patience=0)
+    for step, deceived in enumerate(deceives):
+        divergence.check(step, {"student/spread": 0.02 if deceived else 0.7})

@@ -205,7 +205,7 @@ def collapsing(folder, monkeypatch, steps=12):
         return original(self, *args)
 
     monkeypatch.setattr(Trainer, "_step", step)
-    trainer.divergence = DivergenceGuard(patience=4)
+    trainer.divergence = DivergenceGuard(patience=3, rows=4)
     monkeypatch.setattr(run, "trainer", lambda: trainer)
     return run
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_diverges_where_it_would_have(tmp_path, monkeypatch):
 
 def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_path, monkeypatch):
     run = collapsing(tmp_path, monkeypatch)
-    run.trainer().divergence = DivergenceGuard(patience=2)
+    run.trainer().divergence = DivergenceGuard(patience=1, rows=2)
     monkeypatch.setattr("stepdistill.methods.ladd.spread_ratio", lambda x0, real: torch.zeros(()))
     with pytest.raises(DivergenceError, match="No checkpoint is as old as step 0; set aside: checkpoint-1.diverged"):
         run.train()
