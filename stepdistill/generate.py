@@ -3,8 +3,8 @@
 Image i of a call is a pure function of (pipeline, seed, i, its prompt), whatever the batch size. A single file carries
 what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
-``pipeline`` and, where there is one, ``negative_prompt``. A folder of them is data to train on, as ``metadata.jsonl`` says what each was asked for: a teacher's own
-samples are what LADD and others learn from where there are no images.
+``pipeline`` and, where there is one, ``negative_prompt``. A folder of them is data to train on, as ``metadata.jsonl``
+says what each was asked for: a teacher's own samples are what LADD and others learn from where there are no images.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str)
         raise ValueError(f"--negative_prompt: {path} ({type(pipeline).__name__}) takes none")
     # FLUX.1 has a guidance of its own for it, which no student is made for; its guidance_scale is an input, or nothing
     if "true_cfg_scale" in taken or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"--negative_prompt: {path}: guidance is an input of its network, if that; nothing would read it")
+        raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
     usual = getattr(pipeline, "contract_call", {}).get("guidance_scale", taken["guidance_scale"].default)
     scale = request.call.get("guidance_scale", usual)
     if scale <= 1:

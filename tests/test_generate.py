@@ -144,9 +144,9 @@ def test_pipelines_that_read_no_negative_prompt_say_so():
     embedded = SD.tiny()
     embedded.extend(Inputs(w=(0.0, 2.0)))
     for pipeline, message in [
-        (Flux.tiny().pipe, "guidance is an input of its network"),
-        (Flux.tiny(guidance_embeds=False).pipe, "guidance is an input of its network"),
-        (embedded.pipe, "guidance is an input of its network"),
+        (Flux.tiny().pipe, "guidance is at most an input of its network"),
+        (Flux.tiny(guidance_embeds=False).pipe, "guidance is at most an input of its network"),
+        (embedded.pipe, "guidance is at most an input of its network"),
         (DiT.tiny().pipe, r"it \(DiTPipeline\) takes none"),
     ]:
         with pytest.raises(ValueError, match=message):
