@@ -64,7 +64,7 @@ def encoders(family: Family) -> dict[str, str]:
 
 
 def files(dataset: Dataset, root: str) -> str:
-    """A hash of the samples: their names below ``root``, the sizes of the files they are in, captions and labels."""
+    """A hash of the samples: names below ``root``, sizes of their files, captions, labels; and of the version."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         name = dataset.name(index)
@@ -73,6 +73,7 @@ def files(dataset: Dataset, root: str) -> str:
         digest.update(json.dumps([os.path.relpath(name, root), size, *told]).encode())
     holding = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
     digest.update(str([file.stat().st_size for file in sorted(holding)]).encode())
+    digest.update((dataset.version or "").encode())
     return digest.hexdigest()[:16]
 
 

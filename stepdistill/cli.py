@@ -77,6 +77,7 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pipeline", required=True, help="exported directory")
     command.add_argument("--prompt", nargs="+", default=[], help="one or more, repeated as needed")
     command.add_argument("--prompt_file", help="more of them: a text file, one a line, a .jsonl, or - for stdin")
+    command.add_argument("--negative_prompt", help="what guidance leads away from; wants a guidance above 1")
     command.add_argument(
         "--class_labels", type=int, nargs="+", help="labels, repeated as needed; all in turn by default"
     )
@@ -167,12 +168,16 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """``stepdistill generate``."""
-    from stepdistill.generate import Request, beside_teacher, collect_prompts, open_pipeline, paint, save_images
+    from stepdistill.generate import Request, beside_teacher, collect_prompts, open_pipeline, paint, said, save_images
 
+    about = {"pipeline": args.pipeline}
+    if args.negative_prompt is not None:
+        about["negative_prompt"] = said(args.negative_prompt, "--negative_prompt")
     flags = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     request = Request(
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
-        seed=args.seed, batch_size=args.batch_size, call={key: flag for key, flag in flags.items() if flag is not None},
+        seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
+        call={key: flag for key, flag in flags.items() if flag is not None},
     )  # fmt: skip
     images = paint(open_pipeline(args.pipeline, request, trust_of(args)), request)
     cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image"
@@ -182,7 +187,7 @@ def generate(args: argparse.Namespace) -> None:
             trust_of(args),
         )  # fmt: skip
     for output in args.output:
-        save_images(images, output, seed=args.seed, about={"pipeline": args.pipeline})
+        save_images(images, output, seed=args.seed, about=about)
     print(f"{cost}: {', '.join(str(output) for output in args.output)}")
 
 

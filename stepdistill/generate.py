@@ -3,8 +3,8 @@
 Image i of a call is a pure function of (pipeline, seed, i, its prompt), whatever the batch size. A single file carries
 what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
-``pipeline``. A folder of them is data to train on, as ``metadata.jsonl`` says what each was asked for: a teacher's own
-samples are what LADD and others learn from where there are no images.
+``pipeline`` and, where there is one, ``negative_prompt``. A folder of them is data to train on, as ``metadata.jsonl``
+says what each was asked for: a teacher's own samples are what LADD and others learn from where there are no images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stepdistill.families.base import TeacherConfig
 from stepdistill.families.latent import prompt_reader
 from stepdistill.pictures import save_grid, to_pil
 from stepdistill.randomness import derive_seed
-from stepdistill.samples import Images, class_count, sample_images
+from stepdistill.samples import Images, class_count, network_of, sample_images
 from stepdistill.solvers import teacher_pipeline
 
 NUM_IMAGES = 16
@@ -43,6 +43,7 @@ class Request:
 
     Attributes:
         prompts: of a text-to-image pipeline; image i gets prompt i modulo their number.
+        negative_prompt: what guidance leads every image away from.
         labels: of a class-conditional one, likewise; all classes in turn where there are none.
         num_images: how many; None is one a prompt, or 16 where there is one prompt or none.
         seed: of the whole set.
@@ -51,6 +52,7 @@ class Request:
     """
 
     prompts: Sequence[str] = ()
+    negative_prompt: str | None = None
     labels: Sequence[int] | None = None
     num_images: int | None = None
     seed: int = 0
@@ -71,13 +73,18 @@ class Request:
         return len(self.prompts) if len(self.prompts) > 1 else NUM_IMAGES
 
 
+def said(text: str, flag: str) -> str:
+    """A text of the command line; raises ``ValueError`` with the flag's name if it is no UTF-8."""
+    return decode_text(os.fsencode(text), flag)
+
+
 def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line, then those of a file (``-``: standard input), one a line.
 
     Raises:
         ValueError: if the file is missing or holds none, or anything is no UTF-8 text; it names the line.
     """
-    given = [decode_text(os.fsencode(line), "--prompt") for line in lines]
+    given = [said(line, "--prompt") for line in lines]
     if file is None:
         return given
     if file != "-" and not Path(file).is_file():
@@ -92,7 +99,8 @@ def paint(pipeline: Any, request: Request) -> Images:
     """The images of a request by one pipeline."""
     return sample_images(
         pipeline, request.count, seed=request.seed, batch_size=request.batch_size, num_classes=class_count(pipeline),
-        labels=request.labels, captions=list(request.prompts) or None, call=request.call,
+        labels=request.labels, captions=list(request.prompts) or None,
+        negative_prompt=request.negative_prompt, call=request.call,
     )  # fmt: skip
 
 
@@ -105,7 +113,8 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
         trust: what of it may run, as :func:`stepdistill.load_pipeline` takes it.
 
     Raises:
-        ValueError: if there is none, or it wants prompts and has none, or the other way round.
+        ValueError: if there is none, or it wants prompts and has none, or the other way round, or it would not heed the
+            negative prompt.
     """
     pipeline = load_pipeline(path, **trust)
     takes_text = "prompt" in inspect.signature(type(pipeline).__call__).parameters
@@ -113,10 +122,39 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
         raise ValueError(f"{path} paints from text; give --prompt or --prompt_file")
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
+    check_negative_prompt(pipeline, path, request, "--guidance_scale")
     if takes_text:
         tokenizer, limit = prompt_reader(pipeline, getattr(pipeline, "contract_call", {}))
         warn_too_long(tokenizer, request.prompts, limit=limit, what="prompts")
+        if request.negative_prompt is not None:
+            warn_too_long(tokenizer, [request.negative_prompt], limit=limit, what="negative prompts")
     return pipeline
+
+
+def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str) -> None:
+    """Refuse a negative prompt that a call of the pipeline would ignore.
+
+    Args:
+        pipeline: what is called.
+        path: its folder.
+        request: what is asked for.
+        flag: what sets the guidance of the call.
+
+    Raises:
+        ValueError: saying why it would be ignored.
+    """
+    if request.negative_prompt is None:
+        return
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    if "negative_prompt" not in taken:
+        raise ValueError(f"--negative_prompt: {path} ({type(pipeline).__name__}) takes none")
+    # FLUX.1 has a guidance of its own for it, which no student is made for; its guidance_scale is an input, or nothing
+    if "true_cfg_scale" in taken or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
+        raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
+    usual = getattr(pipeline, "contract_call", {}).get("guidance_scale", taken["guidance_scale"].default)
+    scale = request.call.get("guidance_scale", usual)
+    if scale <= 1:
+        raise ValueError(f"--negative_prompt: {path} is called without guidance ({scale:g}); wanted {flag} above 1")
 
 
 def beside_teacher(
@@ -135,7 +173,8 @@ def beside_teacher(
         trust: what of the teacher may run, as the ``teacher`` section says it.
 
     Raises:
-        ValueError: if the contract names no teacher, or the two pipelines' images differ in size.
+        ValueError: if the contract names no teacher, it would not heed the negative prompt, or the two pipelines'
+            images differ in size.
     """
     contract = read_contract(Path(path))
     teacher = contract.get("teacher") if other == "teacher" else other
@@ -145,7 +184,9 @@ def beside_teacher(
     taken = inspect.signature(type(pipeline).__call__).parameters
     call = {name: value for name, value in contract.get("call", {}).items() if name in WHAT and name in taken}
     call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}
-    right = paint(pipeline, dataclasses.replace(request, call=call))
+    asked = dataclasses.replace(request, call=call)
+    check_negative_prompt(pipeline, teacher, asked, "--compare_guidance_scale")
+    right = paint(pipeline, asked)
     if right.pixels.shape != images.pixels.shape:
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")

@@ -32,7 +32,7 @@ from stepdistill.training_cost import TrainingCost
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
-    "data.num_workers", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
+    "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because no bit of the result depends on them."""
@@ -205,9 +205,10 @@ class Run:
         """What must agree for a run to be resumed."""
         flat = configuration.flatten(self.config.as_sections())
         free = {*FREE_KEYS, *(f"method.{name}" for name in self.method.sampling_options)}
-        return {key: value for key, value in flat.items() if key not in free} | {
-            "teacher (weights)": self.teacher_fingerprint
-        }
+        found = {"teacher (weights)": self.teacher_fingerprint}
+        if self.dataset.version is not None:
+            found["data (version)"] = self.dataset.version
+        return {key: value for key, value in flat.items() if key not in free} | found
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def sample_images(
     num_classes: int | None = None,
     labels: Sequence[int] | None = None,
     captions: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
     precision: str = "fp32",
     call: Mapping[str, Any] | None = None,
     first: int = 0,
@@ -78,6 +79,7 @@ def sample_images(
         num_classes: image i gets label i modulo this; None for a pipeline without labels.
         labels: image i gets label ``labels[i modulo their number]`` instead.
         captions: image i gets the prompt ``captions[i modulo their number]``.
+        negative_prompt: what every image is led away from, by a pipeline that takes it.
         precision: ``"bf16"`` runs the network under autocast.
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
@@ -99,6 +101,8 @@ def sample_images(
             condition = condition_of(
                 pipeline, indices, asked, prompts and prompts[start - first : indices.stop - first]
             )
+            if negative_prompt is not None:
+                condition["negative_prompt"] = [negative_prompt] * len(indices)
             began = time.perf_counter()
             output = pipeline(**condition, generator=generators, output_type="np", **(call or {})).images
             if device.type == "cuda":

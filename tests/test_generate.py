@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 
 import numpy as np
@@ -14,11 +15,12 @@ from stepdistill.cli import main
 from stepdistill.data import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.export import export_pipeline
-from stepdistill.families.base import TeacherConfig
+from stepdistill.families.base import Inputs, TeacherConfig
+from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.generate import collect_prompts
+from stepdistill.generate import Request, check_negative_prompt, collect_prompts
 from stepdistill.sampling import DDIM
 from stepdistill.solvers import teacher_pipeline
 
@@ -94,6 +96,62 @@ def test_a_teacher_under_a_solver_paints_at_its_sections_size_whatever_its_preci
     config = TeacherConfig(path=teacher, resolution=32, dtype="bfloat16")
     images = teacher_pipeline(config, "UniPC")("a cat", num_inference_steps=1, output_type="np").images
     assert images.shape == (1, 32, 32, 3) and images.std() > 0.01
+
+
+def test_guidance_leads_away_from_the_negative_prompt_on_both_sides(tmp_path, student, teacher):
+    common = ("--pipeline", student, "--prompt", "a cat", "a dog", "--guidance_scale", 3.0, "--batch_size", 1)
+    compare = ("--compare", "teacher", "--compare_steps", 2)
+    for name, more in [("plain", compare), ("mud", (*compare, "--negative_prompt", "mud"))]:
+        generate(*common, *more, "--output", tmp_path / name)
+    plain, mud = (np.asarray(Image.open(tmp_path / name / "000001.png")).astype(int) for name in ("plain", "mud"))
+    half = plain.shape[1] // 2
+    assert all((plain[:, side] != mud[:, side]).any() for side in (slice(half), slice(half, None)))
+    text = Image.open(tmp_path / "mud/000001.png").text
+    assert (text["prompt"], text["negative_prompt"]) == ("a dog", "mud")
+    assert "negative_prompt" not in Image.open(tmp_path / "plain/000001.png").text
+
+    pipeline = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline(
+        "a dog", negative_prompt="mud", num_inference_steps=2, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(int(text["generator_seed"])),
+    ).images[0]  # fmt: skip
+    for side in (slice(half), slice(half, None)):  # the student is the teacher, at DDIM's grid
+        assert abs(np.asarray(again).astype(int) - mud[:, side]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), r"is called without guidance \(1\); wanted --guidance_scale above 1"),
+        (
+            ("--guidance_scale", 3, "--compare", "teacher", "--compare_guidance_scale", 1),
+            r"teacher.*is called without guidance \(1\); wanted --compare_guidance_scale above 1",
+        ),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_refused(tmp_path, student, more, message, capsys):
+    with pytest.raises(SystemExit):
+        generate(
+            "--pipeline", student, "--prompt", "a cat", "--num_images", 1, "--negative_prompt", "mud", *more,
+            "--output", tmp_path / "x.png",
+        )  # fmt: skip
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "x.png").exists()
+
+
+def test_pipelines_that_read_no_negative_prompt_say_so():
+    request = Request(prompts=["a cat"], negative_prompt="mud", call={"guidance_scale": 3.0})
+    embedded = SD.tiny()
+    embedded.extend(Inputs(w=(0.0, 2.0)))
+    for pipeline, message in [
+        (Flux.tiny().pipe, "guidance is at most an input of its network"),
+        (Flux.tiny(guidance_embeds=False).pipe, "guidance is at most an input of its network"),
+        (embedded.pipe, "guidance is at most an input of its network"),
+        (DiT.tiny().pipe, r"it \(DiTPipeline\) takes none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_negative_prompt(pipeline, "it", request, "--guidance_scale")
+    check_negative_prompt(SD.tiny().pipe, "it", request, "--guidance_scale")
 
 
 def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidance(tmp_path):

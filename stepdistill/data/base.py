@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,6 +15,8 @@ Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"embedded": ASSETS / "fashion/train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
 """Data that travels with the package, by what ``data.path`` calls it."""
+TABLE_KEYS = ("split", "subset", "revision")
+"""Keys that say which of a Hugging Face dataset's tables is meant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +47,14 @@ class DataConfig:
     Attributes:
         name: ``images`` (see ``path``); for methods that need no images, ``noise``, or ``prompts`` of a text teacher;
             ``cache`` is either one's latents and embeddings, a folder that ``scripts/cache.py`` wrote.
-        path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset saved on disk; ``embedded``
+        path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset: saved on disk, a folder of
+            parquet files, or its id on the hub, ``owner/name``, where there is no folder ``owner``; ``embedded``
             (fashion) or ``emoji`` (with names), which travel with the package; of ``prompts`` a ``.txt`` (one a line)
             or a ``.jsonl`` (an object a line, see ``caption_column``).
+        split: of a Hugging Face dataset; ``train`` where it has splits.
+        subset: of a Hugging Face dataset that has several: what ``load_dataset`` takes as its ``name``.
+        revision: the commit of a dataset on the hub, 40 hex digits; the newest where none is given. A run that goes on
+            wants the one that it began with.
         resolution: if given, the teacher's short side in pixels; allows an ``.npz`` of another size, which is resized.
         channels: if given, the teacher's channels; allows an ``.npz`` with other channels (1 or 3), which is converted.
         fit: how an image of other proportions becomes square: ``crop`` resizes its short side and cuts the rest off at
@@ -64,6 +72,9 @@ class DataConfig:
 
     name: Literal["images", "noise", "prompts", "cache"]
     path: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
     resolution: int | None = None
     channels: int | None = None
     fit: Fit = "crop"
@@ -79,7 +90,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.name == "images" and not self.path:
-            raise ValueError("path: missing; expected a folder of images, an .npz or a saved Hugging Face dataset")
+            raise ValueError("path: missing; expected a folder of images, an .npz or a Hugging Face dataset")
         if self.name == "prompts" and not self.path:
             raise ValueError("path: missing; expected a .txt with a prompt a line, or a .jsonl")
         if self.name == "cache" and not self.path:
@@ -88,6 +99,11 @@ class DataConfig:
             raise ValueError(f"caption_dropout: found {self.caption_dropout}, expected 0 to 1")
         if self.name == "noise" and self.path:
             raise ValueError(f"path: found {self.path!r}, but 'noise' reads no data; did you mean name: images?")
+        for key in TABLE_KEYS if self.name in ("noise", "prompts") else ():  # a cache was made of such a dataset
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key}: found {value!r}, but {self.name!r} reads no dataset")
+        if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
+            raise ValueError(f"revision: found {self.revision!r}, expected a commit of 40 hex digits")
         for key in ("resolution", "channels", "batch_size", "max_samples"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -112,6 +128,7 @@ class Dataset(abc.ABC):
         caption_dropout: the share of captions that it leaves empty.
         captions: every sample's text, by its index; None where the teacher takes none.
         labels: every sample's class likewise, where they come from files.
+        version: which content the path had, where the path alone does not say: a dataset of the hub, or parquet files.
     """
 
     size: tuple[int, int, int]
@@ -120,6 +137,7 @@ class Dataset(abc.ABC):
     caption_dropout: float = 0.0
     captions: Sequence[str] | None = None
     labels: Sequence[int] | None = None
+    version: str | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -5,14 +5,17 @@ path                                 samples
 ===================================  ===============================================================================
 ``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and if present ``labels`` int (N,),
                                      ``captions`` str (N,)
-Hugging Face dataset saved on disk   its ``image`` column, and if present ``label``, ``text``
+Hugging Face dataset                 its ``image`` column, and if present ``label``, ``text``; see
+                                     :mod:`stepdistill.data.arrow`
 folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
 ``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.tars`
 folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
 ===================================  ===============================================================================
 
-Nothing is unpickled. Hidden folders and files that are not images are passed over.
+A folder of parquet files is a Hugging Face dataset if they are named as on the hub (``train-00000-of-00002.parquet``),
+or no images lie beside them; a ``metadata.jsonl`` or a tar in it goes before both. Nothing is unpickled. Hidden folders
+and files that are not images are passed over.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ import difflib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from stepdistill.config import nearest
-from stepdistill.data.base import DataConfig
+from stepdistill.data.arrow import is_hub_id, is_saved, open_table, refuse_keys
+from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.data.tars import TarMember, read_tars
 from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
 
@@ -46,6 +50,7 @@ class Listing:
     labels: np.ndarray | None = None
     captions: Sequence[str | None] | np.ndarray | None = None
     num_folders: int | None = None  # classes, where labels only number the sub-folders
+    version: str | None = None  # which content the path had, where the path alone does not say
 
 
 def sample_name(images: Any, row: int, path: str | Path | None) -> str:
@@ -60,17 +65,15 @@ def list_samples(config: DataConfig) -> Listing:
         ValueError: if it has none of them, or breaks its rules; it names the file.
     """
     path = Path(str(config.path))
+    if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
+        return _table(path, config)
+    refuse_keys(config, TABLE_KEYS, f"{path} is no Hugging Face dataset")
     if path.is_file() and path.suffix == ".npz":
         return _npz(path)
     if path.is_file() and path.suffix == ".tar":
         return _tars([path], config)
     if not path.is_dir():
         raise ValueError(f"data.path: {path}: {_why_not(path)}")
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise ValueError(f"data.path: {path} holds several splits, expected one of {[str(path / s) for s in splits]}")
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return _saved_dataset(path, config)
     if (path / "metadata.jsonl").is_file():
         return _metadata(path / "metadata.jsonl", config)
     if tars := sorted(path.glob("*.tar")):
@@ -119,7 +122,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _folder(folder: Path) -> Listing:
-    files = _image_files(folder)
+    files = sorted(_image_files(folder))
     inside = [file[len(str(folder)) + 1 :] for file in files]
     tops = [name.split(os.sep)[0] if os.sep in name else None for name in inside]
     classes = sorted({top for top in tops if top is not None})
@@ -149,12 +152,10 @@ def list_prompts(config: DataConfig) -> list[str]:
     return read_prompts(path, config.caption_column or "text")
 
 
-def _image_files(folder: Path) -> list[str]:
-    found: list[str] = []
+def _image_files(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(root, name) for name in names if _is_image(name)]
-    return sorted(found)
+        yield from (os.path.join(root, name) for name in names if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
@@ -199,10 +200,17 @@ def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
 # ----------------------------------------------------------------------------------- Hugging Face datasets
 
 
-def _saved_dataset(path: Path, config: DataConfig) -> Listing:
+def _holds_parquet(path: Path) -> bool:
+    if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
+        return False
+    names = [file.name for file in path.rglob("*.parquet")]
+    return any("-of-" in name for name in names) or (bool(names) and not any(_image_files(path)))
+
+
+def _table(path: Path, config: DataConfig) -> Listing:
     import datasets
 
-    table = datasets.load_from_disk(str(path))
+    table, version = open_table(path, config)
     image = _column(config.image_column, "image", table.column_names, str(path))
     label = _column(config.label_column, "label", table.column_names, str(path))
     caption = _column(config.caption_column, "text", table.column_names, str(path))
@@ -211,6 +219,5 @@ def _saved_dataset(path: Path, config: DataConfig) -> Listing:
     labels = np.asarray(table.with_format("numpy")[label][:]) if label else None
     if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
         raise ValueError(f"{path}: column {label!r} is {table.features[label]}, expected whole numbers, none missing")
-    return Listing(
-        table.cast_column(image, datasets.Image(decode=False))[image], labels, table[caption] if caption else None
-    )
+    undecoded = table.cast_column(image, datasets.Image(decode=False))[image]
+    return Listing(undecoded, labels, table[caption] if caption else None, version=version)

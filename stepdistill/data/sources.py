@@ -115,7 +115,7 @@ class ImageData(Dataset):
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
         self._rows, self._fit = _subset(len(listing.images), config.max_samples), config.fit
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
-        self.caption_dropout = config.caption_dropout
+        self.caption_dropout, self.version = config.caption_dropout, listing.version
         if listing.captions is not None:
             self.captions = [listing.captions[int(row)] or "" for row in self._rows]
         if num_classes is not None:
