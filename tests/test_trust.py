@@ -128,7 +128,8 @@ def cache(folder, out, trust):
 
 
 def make_pairs(folder, out, trust):
-    pairs = {"output_dir": str(out / "pairs"), "count": 1, "steps": 1}
+    (out / "prompts.txt").write_text("a cat")
+    pairs = {"output_dir": str(out / "pairs"), "prompts": str(out / "prompts.txt"), "count": 1, "steps": 1}
     script("make_pairs.py", out, {"teacher": teacher_section(folder, trust), "pairs": pairs})
 
 
