@@ -51,9 +51,10 @@ def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     return (fake - real) / scale.reshape(-1, *[1] * (x0.ndim - 1))
 
 
-def matching_loss(x0: Tensor, gradient: Tensor) -> Tensor:
-    """A loss (B,) whose mean has the gradient ``gradient / numel`` at ``x0``, and half its mean square as value."""
-    shifted = x0 - x0.detach() + gradient.detach()  # exact, where x0 - (x0 - gradient) would round
+def matching_loss(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """A loss (B,) whose mean has the gradient ``g / numel`` at ``x0``, ``g`` being :func:`matching_gradient`."""
+    gradient = matching_gradient(x0.detach(), real, fake).detach()
+    shifted = x0 - x0.detach() + gradient  # exact, where x0 - (x0 - gradient) would round
     return 0.5 * shifted.square().flatten(1).mean(1)
 
 
@@ -94,6 +95,11 @@ def lag(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """
     errors = [(seen.detach().float() - x0.detach().float()).square().mean() for seen in (fake, real)]
     return errors[0] / errors[1].clamp(min=SMALLEST_DIVISOR)
+
+
+def diagnostics(x0: Tensor, real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """What the log shows of a student's images (B, ...) and both denoisings of them at times (B,)."""
+    return {**gaps(real, fake, t), "lag": lag(x0, real, fake)}
 
 
 @contextlib.contextmanager

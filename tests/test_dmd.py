@@ -42,8 +42,9 @@ def images(seed=0, count=4):
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 def test_the_losss_gradient_is_the_gradient_by_numel_whatever_the_scale_of_the_images(scale):
     x0 = (scale * images()).float().requires_grad_()
-    gradient = images(1).float()
-    loss = matching_loss(x0, gradient).mean()
+    real, fake = (scale * images(seed).float() for seed in (1, 2))
+    gradient = matching_gradient(x0.detach(), real, fake)
+    loss = matching_loss(x0, real, fake).mean()
     loss.backward()
     torch.testing.assert_close(x0.grad, gradient / x0.numel(), rtol=1e-6, atol=0)
     assert loss.item() == pytest.approx(0.5 * gradient.square().mean().item())

@@ -22,16 +22,7 @@ from torch import Tensor
 from stepdistill.adversarial import check_first_step, spread_ratio
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import (
-    MATCHED,
-    both_scores,
-    denoising_loss,
-    gaps,
-    lag,
-    levels,
-    matching_gradient,
-    matching_loss,
-)
+from stepdistill.matching import MATCHED, both_scores, denoising_loss, diagnostics, levels, matching_loss
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.pairs import Pairs
 from stepdistill.perceptual import Resemblance, check_resemblance, open_resemblance
@@ -100,8 +91,8 @@ class DMD(Distiller):
         x0 = self.answer(draws.normal(*self.family.sample_shape), batch.cond)
         t = levels(self.schedule, draws, *MATCHED)
         real, fake = self.scores(x0.detach(), draws.normal_like(x0), t, batch.cond)
-        terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
-        metrics = {**gaps(real, fake, t), "lag": lag(x0, real, fake)}
+        terms = {"matching": matching_loss(x0, real, fake).mean()}
+        metrics = diagnostics(x0, real, fake, t)
         if self.pairs is not None:
             terms["regression"] = self.config.regression_weight * self.regression(self.pairs, draws)
         if batch.images is not None:

@@ -38,17 +38,7 @@ from stepdistill.discriminator import (
     generator_loss,
 )
 from stepdistill.families.base import Batch, Family
-from stepdistill.matching import (
-    MATCHED,
-    both_scores,
-    denoising_loss,
-    gaps,
-    lag,
-    levels,
-    matching_gradient,
-    matching_loss,
-    resting,
-)
+from stepdistill.matching import MATCHED, both_scores, denoising_loss, diagnostics, levels, matching_loss, resting
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 from stepdistill.sampling import Renoise, Sampler
@@ -134,12 +124,12 @@ class DMD2(Distiller):
         x0 = self.answer(batch, draws)
         t = levels(self.schedule, draws, *MATCHED)
         real, fake = self.scores(x0.detach(), draws.normal_like(x0), t, batch.cond)
-        terms = {"matching": matching_loss(x0, matching_gradient(x0.detach(), real, fake)).mean()}
+        terms = {"matching": matching_loss(x0, real, fake).mean()}
         if self.config.gan_weight:
             with resting(self.fake):
                 (logits,) = self.critic([x0], batch.cond, draws)
             terms["gan"] = self.config.gan_weight * generator_loss(logits, "softplus")
-        return Losses(terms, {**gaps(real, fake, t), "lag": lag(x0, real, fake), "spread": spread_ratio(x0, batch.x0)})
+        return Losses(terms, diagnostics(x0, real, fake, t) | {"spread": spread_ratio(x0, batch.x0)})
 
     def scores(self, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The clean images (B, ...) that the real and the fake score see in ``x0``, noised to times (B,)."""
