@@ -9,11 +9,12 @@ import argparse
 import torch
 from tqdm.auto import tqdm
 
-from stepdistill.cache import CacheConfig, make_cache
 from stepdistill.config import build, read_config
-from stepdistill.data import DataConfig, locate_data, open_data
-from stepdistill.families import load_teacher
-from stepdistill.families.base import TeacherConfig
+from stepdistill.data.base import DataConfig, locate_data
+from stepdistill.data.datasets import open_data
+from stepdistill.data.latent_cache import CacheConfig, make_cache
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from stepdistill.features import load_features
-from stepdistill.metrics import Moments, ReferenceStatistics
+from stepdistill.evaluation.metrics.frechet import Moments
+from stepdistill.evaluation.reference import ReferenceStatistics
+from stepdistill.features.loading import load_features
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.pretrain_features import read_labelled_images
+from stepdistill.pretraining.classifier import read_labelled_images
 
 
 def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 from tqdm.auto import tqdm
 
 from stepdistill.config import ConfigError, build, read_config
-from stepdistill.families import load_teacher
-from stepdistill.families.base import TeacherConfig
-from stepdistill.pairs import PairsConfig, make_pairs
+from stepdistill.data.ode_pairs import PairsConfig, make_pairs
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher
 
 
 def main() -> None:

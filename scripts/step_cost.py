@@ -10,7 +10,7 @@ held (weights, gradients, optimisers) from sizes alone, and --tiny tries the ste
 import argparse
 from pathlib import Path
 
-from stepdistill.step_cost import plan, step_cost_table
+from stepdistill.benchmark.step_cost import plan, step_cost_table
 
 CONFIGS = ("sd_lcm_lora", "sd_dmd2", "sdxl_lcm_lora", "sdxl_dmd2_lora")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from stepdistill.features import SmallConvNet
-from stepdistill.pretrain_features import accuracy, read_labelled_images, train_classifier
+from stepdistill.features.classifier import SmallConvNet
+from stepdistill.pretraining.classifier import accuracy, read_labelled_images, train_classifier
 
 
 def main() -> None:

@@ -6,8 +6,8 @@
 import argparse
 
 from stepdistill.config import build, read_config
-from stepdistill.pretrain import PretrainConfig, train_teacher
-from stepdistill.pretrain_text import TextTeacherConfig, train_text_teacher
+from stepdistill.pretraining.pixel import PretrainConfig, train_teacher
+from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
 
 
 def main() -> None:

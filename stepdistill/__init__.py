@@ -14,13 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepdistill.export import load_pipeline
-    from stepdistill.run import distill
+    from stepdistill.export.pipeline import load_pipeline
+    from stepdistill.training.run import distill
 
 __version__ = "0.1.0"
 __all__ = ["distill", "load_pipeline"]
 
-_HOMES = {"distill": "stepdistill.run", "load_pipeline": "stepdistill.export"}
+_HOMES = {"distill": "stepdistill.training.run", "load_pipeline": "stepdistill.export.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -150,10 +150,11 @@ def add(commands: argparse._SubParsersAction, name: str, function: object, text:
 def train(args: argparse.Namespace) -> None:
     """``stepdistill train``."""
     from stepdistill.config import read_config
-    from stepdistill.export import read_contract
-    from stepdistill.run import Run, resolve
-    from stepdistill.sharding import is_main
-    from stepdistill.training_cost import TrainingCost
+    from stepdistill.export.pipeline import read_contract
+    from stepdistill.networks.sharding import is_main
+    from stepdistill.training.config import resolve
+    from stepdistill.training.cost import TrainingCost
+    from stepdistill.training.run import Run
 
     run = Run(resolve(read_config(args.config, args.overrides)))
     if args.dry_run:
@@ -168,7 +169,15 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """``stepdistill generate``."""
-    from stepdistill.generate import Request, beside_teacher, collect_prompts, open_pipeline, paint, said, save_images
+    from stepdistill.inference.generate import (
+        Request,
+        beside_teacher,
+        collect_prompts,
+        open_pipeline,
+        paint,
+        said,
+        save_images,
+    )
 
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
@@ -198,11 +207,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from stepdistill.config import build
-    from stepdistill.evaluate import run_protocol
-    from stepdistill.export import load_pipeline
-    from stepdistill.families.base import TeacherConfig
-    from stepdistill.protocols import read_protocol
-    from stepdistill.solvers import teacher_pipeline
+    from stepdistill.evaluation.evaluate import run_protocol
+    from stepdistill.evaluation.protocol import read_protocol
+    from stepdistill.export.pipeline import load_pipeline
+    from stepdistill.families.config import TeacherConfig
+    from stepdistill.inference.solvers import teacher_pipeline
 
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
@@ -225,7 +234,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """``stepdistill compare``."""
-    from stepdistill.compare import compare, read_results
+    from stepdistill.evaluation.compare import compare, read_results
 
     print(compare(read_results(args.results)))
 
@@ -233,14 +242,15 @@ def compare(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """``stepdistill export``."""
     from stepdistill.config import read_config
-    from stepdistill.run import Run, resolve
+    from stepdistill.training.config import resolve
+    from stepdistill.training.run import Run
 
     print(Run(resolve(read_config(args.config, args.overrides))).export_checkpoint(Path(args.output)))
 
 
 def benchmark(args: argparse.Namespace) -> None:
     """``stepdistill benchmark``."""
-    from stepdistill.benchmark import BenchmarkConfig, benchmark
+    from stepdistill.benchmark.benchmark import BenchmarkConfig, benchmark
     from stepdistill.config import build, read_config
 
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
@@ -250,7 +260,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """``stepdistill report``."""
-    from stepdistill.report import write_report
+    from stepdistill.benchmark.report import write_report
 
     print(write_report([Path(path) for path in args.results], Path(args.output)))
 
@@ -258,14 +268,14 @@ def report(args: argparse.Namespace) -> None:
 def write_page(output: str | None, result: Path) -> None:
     """What ``--report`` asks for."""
     if output is not None:
-        from stepdistill.report import write_report
+        from stepdistill.benchmark.report import write_report
 
         print(write_report([result], Path(output)))
 
 
 def demo(args: argparse.Namespace) -> None:
     """``stepdistill demo``."""
-    from stepdistill.demo import demo
+    from stepdistill.benchmark.demo import demo
 
     picture = demo(args.config, args.overrides)
     write_page(args.report, picture.with_name("result.json"))

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mixtures import batch_of, draw, make
 from oracles import CENTRES, Oracle, PointNet, teacher_denoiser
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from training import batch_of, draw, make
 
-from stepdistill.families.base import Batch
-from stepdistill.methods.base import STUDENT, Distiller
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import DDIM, sample
+from stepdistill.methods.base import Distiller
+from stepdistill.networks.bank import STUDENT
+from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws, derive_seed
-from stepdistill.sampling import DDIM, bind, sample
 
 
 def taught_by(method: type[Distiller], oracle: Oracle, num_classes: int | None = None, **options: Any) -> Distiller:

@@ -22,12 +22,15 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from stepdistill.data import RawBatch
-from stepdistill.denoiser import Cond, Denoiser, edm_scalings, from_x0
-from stepdistill.families.base import Batch, Family, TeacherConfig, read_schedule
-from stepdistill.networks import CopyBank
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
+from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.prediction import edm_scalings, from_x0
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
+from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.families.base import Family
+from stepdistill.families.config import TeacherConfig
+from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.denoiser import Denoiser
 
 VP_PROCESSES = {
     "linear": {"beta_schedule": "linear"},

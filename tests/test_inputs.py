@@ -12,14 +12,15 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet
 from oracles import OracleFamily
 
 from stepdistill import load_pipeline
-from stepdistill.denoiser import Denoiser
-from stepdistill.export import export_pipeline
-from stepdistill.families.base import Inputs, TeacherConfig
+from stepdistill.diffusion.samplers import DDIM, DoubleStep, sample
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.base import Inputs
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel, apart
-from stepdistill.networks import AdapterBank, CopyBank
+from stepdistill.loading import is_our_code
+from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.denoiser import Denoiser, bind
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
-from stepdistill.sampling import DDIM, DoubleStep, bind, sample
-from stepdistill.trust import is_our_code
 
 BOTH = Inputs(w=(0.0, 3.0), s=True)
 LABELS = {"class_labels": torch.tensor([0, 1, 2, 3])}

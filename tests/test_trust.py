@@ -12,18 +12,19 @@ from contracts.cases import pipeline_images, reference_images, save_images, save
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-import stepdistill.evaluate
+import stepdistill.evaluation.evaluate
 from stepdistill import load_pipeline
-from stepdistill.benchmark import Benchmark, BenchmarkConfig
+from stepdistill.benchmark.benchmark import Benchmark, BenchmarkConfig
 from stepdistill.cli import main
 from stepdistill.config import build, to_yaml
-from stepdistill.export import export_pipeline
-from stepdistill.families import load_teacher, locate
-from stepdistill.families.base import TeacherConfig
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher, locate
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.run import Run, resolve
-from stepdistill.sampling import DDIM
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -153,7 +154,7 @@ def generate_from(folder, out, trust):
 
 def evaluate(subject, folder, out, trust):
     with pytest.MonkeyPatch.context() as patch:  # what follows once all is open is tested elsewhere
-        patch.setattr(stepdistill.evaluate, "run_protocol", lambda *args, **kwargs: {})
+        patch.setattr(stepdistill.evaluation.evaluate, "run_protocol", lambda *args, **kwargs: {})
         main(["evaluate", subject, str(folder / "teacher"), "--output", str(out / "a.json"), *flags(trust)])
 
 

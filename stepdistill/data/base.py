@@ -6,38 +6,16 @@ import abc
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TypeAlias
 
-from torch import Tensor
+from stepdistill.assets import EMBEDDED
+from stepdistill.batch import RawBatch
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
-ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = {"embedded": ASSETS / "fashion/train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
-"""Data that travels with the package, by what ``data.path`` calls it."""
+
+
 TABLE_KEYS = ("split", "subset", "revision")
 """Keys that say which of a Hugging Face dataset's tables is meant."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RawBatch:
-    """What a data source yields: before any family has encoded it.
-
-    Attributes:
-        images: (B, C, H, W) float32 in [-1, 1]; None where a method needs no data.
-        labels: (B,) int64 in [0, num_classes); None for a teacher without classes.
-        captions: B texts, as written (possibly empty); None where the data has none.
-        indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
-        mirrored: (B,) bool, which samples are to be mirrored, where ``images`` is None and a cache has them.
-        unreadable: ``"name: reason"`` of every file that was skipped on the way to these B samples.
-    """
-
-    images: Tensor | None
-    labels: Tensor | None
-    captions: tuple[str, ...] | None
-    indices: tuple[int, ...]
-    mirrored: Tensor | None = None
-    unreadable: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +102,7 @@ class Dataset(abc.ABC):
     Attributes:
         size: (C, H, W) of an image.
         num_classes: labels are in [0, num_classes); None if there are no labels.
-        flip: whether :func:`~stepdistill.data.order.loader` mirrors half of the images.
+        flip: whether :func:`~stepdistill.data.loader.loader` mirrors half of the images.
         caption_dropout: the share of captions that it leaves empty.
         captions: every sample's text, by its index; None where the teacher takes none.
         labels: every sample's class likewise, where they come from files.

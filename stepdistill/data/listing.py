@@ -6,9 +6,9 @@ path                                 samples
 ``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and if present ``labels`` int (N,),
                                      ``captions`` str (N,)
 Hugging Face dataset                 its ``image`` column, and if present ``label``, ``text``; see
-                                     :mod:`stepdistill.data.arrow`
+                                     :mod:`stepdistill.data.hf_datasets`
 folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
-``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.tars`
+``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.webdataset`
 folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
 ===================================  ===============================================================================
@@ -32,19 +32,23 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stepdistill.config import nearest
-from stepdistill.data.arrow import is_hub_id, is_saved, open_table, refuse_keys
 from stepdistill.data.base import TABLE_KEYS, DataConfig
-from stepdistill.data.tars import TarMember, read_tars
+from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
 from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
+from stepdistill.data.webdataset import TarMember, read_tars
 
 T = TypeVar("T")
+
+
 STRAY = -1  # label of an image that lies beside the class folders
+
+
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The samples of a path: ``images`` in a form that :func:`~stepdistill.data.pixels.read_pixels` takes."""
+    """The samples of a path: ``images`` in a form that :func:`~stepdistill.data.decoding.read_pixels` takes."""
 
     images: Sequence[Any] | np.ndarray
     labels: np.ndarray | None = None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,21 +87,3 @@ def row_value(row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
     if type(row[key]) is not kind:  # not isinstance: true is no label
         raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {'text' if kind is str else 'a whole number'}")
     return row[key]
-
-
-def warn_too_long(tokenizer: Any, texts: Sequence[str], *, limit: int, what: str = "captions") -> None:
-    """Count the texts that are longer than the encoder reads, and warn if there are any.
-
-    Args:
-        tokenizer: of the text encoder.
-        texts: captions or prompts.
-        limit: tokens that it reads.
-        what: they are called.
-    """
-    too_long = [text for text in texts if len(tokenizer(text).input_ids) > limit]
-    if too_long:
-        warnings.warn(
-            f"{len(too_long)} of {len(texts)} {what} are longer than the text encoder's {limit} tokens; their "
-            f"ends are cut. The first: {too_long[0][:60]!r}...",
-            stacklevel=3,
-        )

@@ -14,63 +14,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.data import RawBatch
-from stepdistill.denoiser import Cond
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow
-from stepdistill.trust import how
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The ``teacher`` section."""
-
-    path: str
-    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a hub id, or ``embedded``."""
-    revision: str | None = None
-    """Commit or tag of a hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen teacher's weights; students always train in float32."""
-    family: str | None = None
-    """Overrides the detection: the name of a file in ``stepdistill/families``."""
-    null_class: int | None = None
-    """The class label that means "no class", where the teacher was trained with one."""
-    resolution: int | None = None
-    """Side in pixels of the (square) images, where not the one that the teacher samples at when nobody says."""
-    guidance_scale: float | None = None
-    """What a teacher that takes guidance as an input (FLUX.1-dev) is asked with; others are guided by the method."""
-    trust_remote_code: bool = False
-    """Whether Python files that lie in the teacher's folder may run; its student's export then brings them along."""
-    trust_pickles: bool = False
-    """Whether weights may be read that are there as pickles (``.bin``) only; what is exported is safetensors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What methods see: clean images in the network's space (B, C, H, W) and their conditions."""
-
-    images: Tensor | None
-    """None for data-free training."""
-    cond: Cond
-    size: int
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        images = None if self.images is None else self.images.to(device, non_blocking=True)
-        return Batch(
-            images, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size
-        )
-
-    @property
-    def x0(self) -> Tensor:
-        """The clean images, for methods that train on them."""
-        assert self.images is not None, "this method trains on images; Run checks that the data has some"
-        return self.images
+from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.families.config import TeacherConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,37 +197,9 @@ class Family(abc.ABC):
         """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
 
 
-def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
-    """What to raise where diffusers raises ``error`` at a teacher's folder."""
-    fetched = not (config.trust_pickles or Path(config.path).exists())
-    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {how('trust_pickles')}"
-    return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
-
-
-def read_schedule(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """The noise schedule and prediction type that a diffusers scheduler config stands for.
-
-    Raises:
-        ValueError: for a scheduler whose process is unknown here, or an epsilon-network asked to see pure noise.
-    """
-    name = config.get("_class_name", "DDPMScheduler")
-    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
-        shift = config.get("shift", config.get("flow_shift", 1.0)) or 1.0
-        return RectifiedFlow(shift, config.get("num_train_timesteps", 1000)), "flow"
-    if name.startswith("EDM"):
-        keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
-        return Karras(**{key: config[key] for key in keys if key in config}), "edm"
-    if name == "CMStochasticIterativeScheduler":
-        keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
-        return Karras(**{key: config[key] for key in keys if key in config}, noise_scale=1000.0), "edm"
-    if "beta_schedule" not in config and "trained_betas" not in config:
-        raise ValueError(f"scheduler: cannot read the noise process of {name!r}: it has no betas and is no flow")
-    schedule = DiscreteVP.from_config(config)
-    prediction_type = config.get("prediction_type", "epsilon")
-    alpha_1, _ = schedule(torch.ones(1))
-    if prediction_type == "epsilon" and alpha_1.item() == 0:
-        raise ValueError(
-            "scheduler: prediction_type 'epsilon' at zero terminal SNR (alpha_T = 0) cannot tell the clean image; "
-            "wanted 'v_prediction' or 'sample', or rescale_betas_zero_snr: false"
-        )
-    return schedule, prediction_type
+def check_guidance(guidance_scale: float, family: Family) -> None:
+    """Raise ``ValueError`` for a scale below 1, or any other than 1 where the teacher has no "none" condition."""
+    if guidance_scale < 1:
+        raise ValueError(f"method.guidance_scale: found {guidance_scale}, wanted at least 1 (1 is no guidance)")
+    if guidance_scale != 1:
+        family.null_cond(family.example_cond([0]))

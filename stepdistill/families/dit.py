@@ -9,8 +9,7 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from stepdistill.data import RawBatch
-from stepdistill.denoiser import Cond
+from stepdistill.batch import Cond, RawBatch
 from stepdistill.families.latent import Unsteered
 
 NULL_CLASS = 1000  # written into DiTPipeline
@@ -39,7 +38,7 @@ class DiT(Unsteered):
     def tiny(cls, seed: int = 0) -> DiT:
         from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-        from stepdistill.families.sd import tiny_vae
+        from stepdistill.families.tiny import tiny_vae
 
         torch.manual_seed(seed)
         transformer = DiTTransformer2DModel(

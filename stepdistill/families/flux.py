@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from stepdistill.denoiser import Cond
+from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.families.latent import Text, Unsteered
-from stepdistill.schedule import RectifiedFlow
 
 GUIDANCE_SCALE = 3.5  # what FluxPipeline asks with when nobody says
 
@@ -64,8 +64,7 @@ class Flux(Unsteered, Text):
     def tiny(cls, seed: int = 0, *, guidance_embeds: bool = True) -> Flux:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        from stepdistill.families.sd import tiny_clip, tiny_vae
-        from stepdistill.families.sd3 import tiny_t5
+        from stepdistill.families.tiny import tiny_clip, tiny_t5, tiny_vae
 
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_clip()

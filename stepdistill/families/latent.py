@@ -12,29 +12,19 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.data import RawBatch
-from stepdistill.data.text import warn_too_long
-from stepdistill.denoiser import Cond
-from stepdistill.families.base import Batch, Family, TeacherConfig, cannot_open, read_schedule
-from stepdistill.sampling import Sampler
-from stepdistill.trust import open_folder, read_code
-
-EXAMPLE_PROMPTS = (
-    "a red apple on a wooden table",
-    "a watercolour of a lighthouse at dawn",
-    "a photo of a cat asleep on a bookshelf",
-    "a street in the rain at night, neon signs",
-    "an astronaut riding a horse",
-    "a bowl of ramen, seen from above",
-    "a mountain lake in autumn",
-    "a portrait of an old fisherman, oil on canvas",
-)
+from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.families.base import Family
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import open_pipeline
+from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_too_long
+from stepdistill.loading import read_code
 
 
 class Latent(Family):
@@ -186,27 +176,6 @@ class Text(Latent):
         warn_too_long(tokenizer, captions, limit=limit)
 
 
-def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
-    """Of (prompt, its mask, negative prompt, its mask), as an ``encode_prompt`` returns them, the condition."""
-    prompt, mask = embedded[2:] if null else embedded[:2]
-    return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
-
-
-def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
-    """The tokenizer that reads most of a prompt in a call of the pipeline (its last), and how many tokens it reads."""
-    names = ("tokenizer_3", "tokenizer_2", "tokenizer")
-    tokenizer = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
-    length = call.get("max_sequence_length")
-    if length is None and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
-        length = default_of(pipe, "max_sequence_length")
-    return tokenizer, min(length or tokenizer.model_max_length, tokenizer.model_max_length)
-
-
-def default_of(pipe: Any, name: str) -> Any:
-    """What a call of the pipeline takes for an argument that is not given."""
-    return inspect.signature(type(pipe).__call__).parameters[name].default
-
-
 def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
     """Raise ``ValueError`` unless the pipeline samples square images of this side."""
     if native != (resolution, resolution) and "height" not in inspect.signature(type(pipe).__call__).parameters:
@@ -229,22 +198,3 @@ def rebuild(pipe: Any, **parts: Any) -> Any:
     parts = {**pipe.components, **parts}
     options = {name: value for name, value in pipe.config.items() if name in wanted and name not in parts}
     return type(pipe)(**parts, **options)
-
-
-def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
-    """A teacher's pipeline, its network in the wanted precision and all beside it in float32, as the student will be.
-
-    Raises:
-        ValueError: if it is incomplete, or would run what is not trusted.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"teacher.path: {folder}: no model_index.json; wanted a whole pipeline (VAE, text encoder, ...)"
-        )
-    dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
-    try:
-        return open_folder(
-            folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
-        )
-    except (OSError, KeyError, TypeError, UnpicklingError) as error:
-        raise cannot_open(folder, config, error) from error

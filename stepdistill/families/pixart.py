@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text, Unsteered, default_of, masked
+from stepdistill.batch import Cond
+from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.prompts import default_of, masked
 
 
 class PixArt(Unsteered, Text):
@@ -40,8 +41,7 @@ class PixArt(Unsteered, Text):
             PixArtTransformer2DModel,
         )
 
-        from stepdistill.families.sd import tiny_vae
-        from stepdistill.families.sd3 import tiny_t5
+        from stepdistill.families.tiny import tiny_t5, tiny_vae
 
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_t5(width=32)

@@ -25,14 +25,17 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from stepdistill.data import RawBatch
-from stepdistill.denoiser import Cond, edm_scalings
-from stepdistill.families.base import Batch, Family, Inputs, TeacherConfig, cannot_open, read_schedule
+from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.prediction import edm_scalings
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import expand
+from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.families.base import Family, Inputs
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import cannot_open
+from stepdistill.loading import refuse_pickles, wants_safetensors
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pipelines.condition_embedding import ConditionEmbedding
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import expand
-from stepdistill.trust import refuse_pickles, wants_safetensors
 
 
 class Pixel(Family):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond
-from stepdistill.families.latent import Text, Unsteered, default_of, masked
+from stepdistill.batch import Cond
+from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.prompts import default_of, masked
+from stepdistill.families.tiny import tiny_gemma
 
 
 class Sana(Unsteered, Text):
@@ -65,18 +66,3 @@ class Sana(Unsteered, Text):
             timestep=self.schedule.timestep(t).float() * self.pipe.transformer.config.timestep_scale,
         ).sample
         return output[:, : x_t.shape[1]]  # the rest, where there is one, is a variance
-
-
-def tiny_gemma(width: int) -> tuple[Any, Any]:
-    """A tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
-    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
-
-    pairs = list(itertools.product("abcdefghijklmnopqrstuvwxyz\u2581", repeat=2))
-    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.'"]
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in pairs)]
-    tokenizer = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, pairs)
-    config = Gemma2Config(
-        vocab_size=len(pieces), hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    return tokenizer, Gemma2Model(config)

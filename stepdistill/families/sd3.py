@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond
+from stepdistill.batch import Cond
 from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.tiny import tiny_t5
 
 
 class SD3(Unsteered, Text):
@@ -29,7 +29,7 @@ class SD3(Unsteered, Text):
     def tiny(cls, seed: int = 0) -> SD3:
         from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-        from stepdistill.families.sd import tiny_clip, tiny_vae
+        from stepdistill.families.tiny import tiny_clip, tiny_vae
 
         torch.manual_seed(seed)
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = (tiny_clip(projection=True) for _ in range(2))
@@ -61,15 +61,3 @@ class SD3(Unsteered, Text):
             timestep=self.schedule.timestep(t).float(),
             **{name: value.to(x_t.dtype) for name, value in cond.items()},
         ).sample
-
-
-def tiny_t5(width: int) -> tuple[Any, Any]:
-    """A tokenizer of letters, made in memory, and a random T5 encoder for it."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.'"]
-    tokenizer = T5Tokenizer([(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
-    config = T5Config(
-        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    return tokenizer, T5EncoderModel(config)

@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond
+from stepdistill.batch import Cond
 from stepdistill.families.base import Inputs
 from stepdistill.families.latent import Text
-from stepdistill.families.sd import (
-    UNET_LORA_TARGETS,
-    check_unet,
-    extend_unet,
-    guidance_features,
-    tiny_clip,
-    tiny_unet,
-    tiny_vae,
-)
+from stepdistill.families.tiny import tiny_clip, tiny_unet, tiny_vae
+from stepdistill.families.unet import UNET_LORA_TARGETS, check_unet, extend_unet, guidance_features
 
 
 class SDXL(Text):

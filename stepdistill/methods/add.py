@@ -27,27 +27,29 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import CleanCritic, Conditioning, check_first_step, open_eyes, spread_ratio, student_input
-from stepdistill.denoiser import Cond
-from stepdistill.discriminator import (
-    AdversarialLoss,
-    check_classes,
-    critic_loss,
-    critic_metrics,
-    generator_loss,
-)
-from stepdistill.families.base import Batch, Family
-from stepdistill.features import FeatureExtractor
-from stepdistill.losses import mean_square, weighted
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.discriminators.conditioning import check_classes
+from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_eyes
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.features.base import FeatureExtractor
+from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.regression import mean_square, weighted
+from stepdistill.losses.student_inputs import check_first_step, spread_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.denoiser import lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler
-from stepdistill.schedule import Karras, NoiseSchedule, expand
-from stepdistill.trajectory import check_guidance, lead
 
 DistillationWeight = Literal["exponential", "sds", "nfsd"]
+
+
 NFSD_SCALE = 7.5
+
+
 NFSD_LATE = 0.2
+
+
 MIN_TIME = 1e-3
 
 

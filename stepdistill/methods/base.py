@@ -2,8 +2,8 @@
 
 A *turn* is one optimiser's move, stated once: whose parameters, which loss, on which steps. Most methods have one; a
 method with a critic or a fake score has two. A *stage* is a stretch of training with its own learning-rate schedule and
-fresh optimisers; progressive distillation has one a halving. The loop over both is :mod:`stepdistill.trainer`; a method
-is only its algorithm box.
+fresh optimisers; progressive distillation has one a halving. The loop over both is
+:mod:`stepdistill.training.trainer`; a method is only its algorithm box.
 """
 
 from __future__ import annotations
@@ -11,19 +11,32 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Denoiser
-from stepdistill.families.base import Batch, Family, Inputs
-from stepdistill.features import FeatureExtractor
-from stepdistill.networks import NetworkBank
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.families.base import Family, Inputs
+from stepdistill.features.base import FeatureExtractor
+from stepdistill.networks.bank import EMA, STUDENT, NetworkBank
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Sampler
 
-STUDENT, EMA = "student", "ema"
+
+def share_out(steps: int, shares: Mapping[str, tuple[int, float]]) -> list[Stage]:
+    """Stages of ``steps`` training steps in all.
+
+    Args:
+        steps: what there is to spend.
+        shares: by a stage's name, its ``value`` and what part of the steps it gets, in any unit.
+    """
+    unit = steps / sum(share for _, share in shares.values())
+    ends = [round(unit * end) for end in accumulate((share for _, share in shares.values()), initial=0.0)]
+    spans = [end - begin for begin, end in pairwise(ends)]
+    return [Stage(name, span, value) for (name, (value, _)), span in zip(shares.items(), spans, strict=True)]
 
 
 class Losses(NamedTuple):
@@ -74,7 +87,7 @@ class Distiller(nn.Module, abc.ABC):
     Config: ClassVar[type]
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
     optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
-    """By turn, what the paper's optimiser has other than :class:`~stepdistill.optimizers.OptimConfig`."""
+    """By turn, what the paper's optimiser has other than :class:`~stepdistill.training.optimizers.OptimConfig`."""
     sampling_options: ClassVar[frozenset[str]] = frozenset()
     """Options that the sampler alone reads: one training serves all their values, on resuming and at export."""
     needs_images: ClassVar[bool] = True

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from stepdistill.denoiser import Denoiser
-from stepdistill.families.base import Batch, Family
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.families.base import Family
+from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, edges, same_dropout
+from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.perceptual import ConsistencyDistance, check_resemblance, open_distance
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Sampler
-from stepdistill.trajectory import check_intervals, consistency, consistency_sampler, edges, same_dropout
 
 
 def num_points(step: int, steps: int, first: int, last: int) -> int:

@@ -1,11 +1,12 @@
 r"""Distribution matching distillation (Yin et al. 2023, arXiv 2311.18828).
 
 A student makes an image of noise in one call. It is trained by the difference of two scores at its own noised images
-(:mod:`stepdistill.matching`): the teacher's, guided or not, and a fake score's, which learns to denoise the student's
-images in a turn of its own. Where the images agree in distribution, the scores agree and the gradient is zero.
+(:mod:`stepdistill.losses.distribution_matching`): the teacher's, guided or not, and a fake score's, which learns to
+denoise the student's images in a turn of its own. Where the images agree in distribution, the scores agree and the
+gradient is zero.
 
 Such a gradient prefers modes that the student has to those it lacks. What keeps all of them is regression: on pairs of
-noise and the image that the teacher's own deterministic sampler makes of it (:mod:`stepdistill.pairs`),
+noise and the image that the teacher's own deterministic sampler makes of it (:mod:`stepdistill.data.ode_pairs`),
 
 .. math:: L = \tfrac12 \| x - \mathrm{sg}(x - g) \|^2 + \lambda\, d(G(z_{ref}), y_{ref}).
 """
@@ -19,16 +20,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import check_first_step, spread_ratio
-from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, both_scores, denoising_loss, diagnostics, levels, matching_loss
+from stepdistill.batch import Batch, Cond
+from stepdistill.data.ode_pairs import Pairs
+from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.losses.distribution_matching import (
+    MATCHED,
+    both_scores,
+    denoising_loss,
+    diagnostics,
+    levels,
+    matching_loss,
+)
+from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
+from stepdistill.losses.student_inputs import check_first_step, spread_ratio
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.pairs import Pairs
-from stepdistill.perceptual import Resemblance, check_resemblance, open_resemblance
+from stepdistill.networks.denoiser import Denoiser, lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler
-from stepdistill.trajectory import check_guidance, lead
 
 
 class DMD(Distiller):

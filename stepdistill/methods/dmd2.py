@@ -26,24 +26,27 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import check_first_step, own_rollout, spread_ratio
-from stepdistill.block_features import BlockFeatures
-from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.discriminator import (
-    BottleneckHead,
-    Logits,
-    check_classes,
-    critic_loss,
-    critic_metrics,
-    generator_loss,
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.discriminators.conditioning import check_classes
+from stepdistill.discriminators.heads import BottleneckHead
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.distribution_matching import (
+    MATCHED,
+    both_scores,
+    denoising_loss,
+    diagnostics,
+    levels,
+    matching_loss,
+    resting,
 )
-from stepdistill.families.base import Batch, Family
-from stepdistill.matching import MATCHED, both_scores, denoising_loss, diagnostics, levels, matching_loss, resting
+from stepdistill.losses.student_inputs import check_first_step, own_rollout, spread_ratio
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.features import BlockFeatures
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler
-from stepdistill.schedule import NoiseSchedule
-from stepdistill.trajectory import check_guidance, lead
 
 
 class DMD2(Distiller):

@@ -21,13 +21,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.families.base import Batch, Family
-from stepdistill.losses import pseudo_huber, weighted
-from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import expand
+from stepdistill.families.base import Family
+from stepdistill.losses.consistency import check_intervals, consistency_sampler, noise_to_signal, same_dropout
+from stepdistill.losses.regression import pseudo_huber, weighted
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.bank import STUDENT
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import expand
-from stepdistill.trajectory import check_intervals, consistency_sampler, noise_to_signal, same_dropout
 
 SAMPLING_GRID = 40
 """Sampling times are every n-th of so many intervals; training knows no grid."""

@@ -10,9 +10,9 @@ distillation with w carried along: drawn afresh for every sample, the same in th
 student's.
 Both stages see the times of the finest grid, which are all the times that any student is ever asked about.
 
-The stochastic sampler (:class:`stepdistill.sampling.DoubleStep`) jumps two points of the student's grid down and noises
-one back up. Its student is trained, in one more stage, for exactly these jumps from every point of the grid, and for
-the last edge, a single step to clean data.
+The stochastic sampler (:class:`~stepdistill.diffusion.samplers.DoubleStep`) jumps two points of the student's grid down
+and noises one back up. Its student is trained, in one more stage, for exactly these jumps from every point of the grid,
+and for the last edge, a single step to clean data.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Cond, Denoiser, Prediction, guided
-from stepdistill.families.base import Batch, Family, Inputs
-from stepdistill.halving import halvings, nested_grid, share_out, two_step_target
-from stepdistill.losses import Weighting, mean_square, weighted, x0_weight
-from stepdistill.methods.base import Distiller, Losses, Stage, Turn
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.prediction import Denoise, Prediction
+from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
+from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.families.base import Family, Inputs
+from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
+from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
+from stepdistill.methods.base import Distiller, Losses, Stage, Turn, share_out
+from stepdistill.networks.denoiser import Denoiser, guided
 from stepdistill.randomness import Draws
-from stepdistill.sampling import DDIM, Denoise, DoubleStep, Sampler
-from stepdistill.schedule import NoiseSchedule, expand
 
 MATCH, STOCHASTIC = "match", "stochastic"
 

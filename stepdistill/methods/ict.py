@@ -20,12 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.families.base import Batch, Family
-from stepdistill.losses import pseudo_huber, weighted
-from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
-from stepdistill.randomness import Draws
-from stepdistill.sampling import Sampler
-from stepdistill.trajectory import (
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.families.base import Family
+from stepdistill.losses.consistency import (
     check_intervals,
     consistency,
     consistency_sampler,
@@ -33,6 +31,10 @@ from stepdistill.trajectory import (
     noise_to_signal,
     same_dropout,
 )
+from stepdistill.losses.regression import pseudo_huber, weighted
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.bank import STUDENT
+from stepdistill.randomness import Draws
 
 
 def num_intervals(step: int, steps: int, first: int, last: int) -> int:

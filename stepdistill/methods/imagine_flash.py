@@ -14,7 +14,8 @@ g < 1 leaves the teacher something of ``x`` to reconstruct at t = 1, where the t
 ``reconstruction: plain`` is backward distillation alone: the teacher walks from what the student was shown.
 
 *Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Networks that predict a velocity or the clean
-image at zero terminal SNR, and flows, say so of themselves; others go by :class:`~stepdistill.sampling.NoiseCorrected`.
+image at zero terminal SNR, and flows, say so of themselves; others go by
+:class:`~stepdistill.diffusion.samplers.NoiseCorrected`.
 
 The critic, of which the paper's text tells little, is LADD's, heads on the teacher's features of re-noised images, or
 ADD's, heads on what a feature network sees in clean ones (``features``).
@@ -29,24 +30,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import (
-    CleanCritic,
-    RenoisedCritic,
-    check_first_step,
-    open_eyes,
-    own_rollout,
-    spread_ratio,
-)
-from stepdistill.denoiser import Cond
-from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
-from stepdistill.families.base import Batch, Family
-from stepdistill.features import FeatureExtractor
-from stepdistill.losses import mean_square
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.ode import ode_step
+from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
+from stepdistill.diffusion.schedule import DiscreteVP
+from stepdistill.discriminators.conditioning import check_classes
+from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, open_eyes
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.features.base import FeatureExtractor
+from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.regression import mean_square
+from stepdistill.losses.student_inputs import check_first_step, own_rollout, spread_ratio
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.denoiser import lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import DDIM, NoiseCorrected, Sampler, ode_step
-from stepdistill.schedule import DiscreteVP
-from stepdistill.trajectory import check_guidance, lead
 
 NO_SIGNAL = 1e-3
 """An alpha_T below it: what networks of velocities or clean images take for the noise in pure noise is that itself."""

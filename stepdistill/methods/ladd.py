@@ -21,12 +21,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import RenoisedCritic, check_first_step, spread_ratio, student_input
-from stepdistill.discriminator import AdversarialLoss, check_classes, critic_loss, critic_metrics, generator_loss
-from stepdistill.families.base import Batch, Family
+from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.discriminators.conditioning import check_classes
+from stepdistill.discriminators.critics import RenoisedCritic
+from stepdistill.families.base import Family
+from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.student_inputs import check_first_step, spread_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler
 
 
 class LADD(Distiller):

@@ -17,22 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from stepdistill.denoiser import Denoiser
-from stepdistill.families.base import Batch, Family, Inputs
-from stepdistill.losses import Distance, distance
+from stepdistill.batch import Batch
+from stepdistill.diffusion.ode import solver_step
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.families.base import Family, Inputs, check_guidance
+from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, edges, same_dropout
+from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.denoiser import Denoiser, lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Sampler
-from stepdistill.trajectory import (
-    check_guidance,
-    check_intervals,
-    consistency,
-    consistency_sampler,
-    edges,
-    lead,
-    same_dropout,
-    solver_step,
-)
 
 
 class LCM(Distiller):

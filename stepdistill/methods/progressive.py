@@ -22,13 +22,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Cond, Denoiser, Prediction, guided
-from stepdistill.families.base import Batch, Family
-from stepdistill.halving import halvings, nested_grid, share_out, two_step_target
-from stepdistill.losses import Weighting, mean_square, weighted, x0_weight
-from stepdistill.methods.base import Distiller, Losses, Stage, Turn
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.prediction import Denoise, Prediction
+from stepdistill.diffusion.samplers import DDIM, Sampler
+from stepdistill.families.base import Family
+from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
+from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
+from stepdistill.methods.base import Distiller, Losses, Stage, Turn, share_out
+from stepdistill.networks.denoiser import Denoiser, bind, guided
 from stepdistill.randomness import Draws
-from stepdistill.sampling import DDIM, Denoise, Sampler, bind
 
 CONVERT = "convert"
 

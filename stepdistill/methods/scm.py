@@ -33,14 +33,17 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond, Denoiser, Prediction
-from stepdistill.families.base import Batch, Family
-from stepdistill.methods.base import STUDENT, Distiller, Losses, Turn
-from stepdistill.networks import CopyBank
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.ode import ode_step
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.losses.consistency import same_dropout
+from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.bank import STUDENT, CopyBank
+from stepdistill.networks.denoiser import Denoiser, lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import Renoise, Sampler, ode_step
-from stepdistill.schedule import Karras, NoiseSchedule, Trig, expand
-from stepdistill.trajectory import check_guidance, lead, same_dropout
 
 
 class Point(NamedTuple):

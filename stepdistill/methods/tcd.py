@@ -12,8 +12,8 @@ one DDIM step of the guided teacher leads from ``x_t`` to a next state, and both
 any s from there down. Errors stay small because a jump need no longer go all the way. A *two-time* student (the paper's
 S+) is told s, and its clean image is then the mean over the jump instead of the one at its start.
 
-Sampling is strategic stochastic (:class:`stepdistill.sampling.TCD`): jump below the next time by the fraction gamma,
-then noise back up to it.
+Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.TCD`): jump below the next time by the
+fraction gamma, then noise back up to it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Cond, Denoiser, Prediction
-from stepdistill.families.base import Batch, Family, Inputs
-from stepdistill.losses import Distance, distance
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.ode import ode_step, solver_step
+from stepdistill.diffusion.prediction import Denoise, Prediction
+from stepdistill.diffusion.samplers import TCD as SSS
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.families.base import Family, Inputs, check_guidance
+from stepdistill.losses.consistency import check_intervals, edges, same_dropout, skip_grid
+from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.networks.denoiser import Denoiser, lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import TCD as SSS
-from stepdistill.sampling import Denoise, Sampler, ode_step
-from stepdistill.schedule import NoiseSchedule, expand
-from stepdistill.trajectory import (
-    check_guidance,
-    check_intervals,
-    edges,
-    lead,
-    same_dropout,
-    skip_grid,
-    solver_step,
-)
 
 HALF_WAY_RANGE = 10.0
 """Log-SNRs are cut to +- this where a half-way point is sought: at clean data and at pure noise they are infinite."""

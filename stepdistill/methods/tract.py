@@ -25,14 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.families.base import Batch, Family
-from stepdistill.losses import mean_square, weighted
-from stepdistill.methods.base import STUDENT, Distiller, Losses, Stage, Turn
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.ode import Solver, invert_step, ode_step, solver_step
+from stepdistill.diffusion.prediction import Denoise
+from stepdistill.diffusion.samplers import DDIM, Sampler
+from stepdistill.diffusion.schedule import Karras, expand
+from stepdistill.families.base import Family, check_guidance
+from stepdistill.losses.consistency import check_intervals
+from stepdistill.losses.regression import mean_square, weighted
+from stepdistill.methods.base import Distiller, Losses, Stage, Turn
+from stepdistill.networks.bank import STUDENT
+from stepdistill.networks.denoiser import Denoiser, bind, lead
 from stepdistill.randomness import Draws
-from stepdistill.sampling import DDIM, Sampler, bind, invert_step, ode_step
-from stepdistill.schedule import Karras, expand
-from stepdistill.trajectory import Denoise, Solver, check_guidance, check_intervals, lead, solver_step
 
 CONVERT = "convert"
 

@@ -21,15 +21,17 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor
 
 from stepdistill.config import build
-from stepdistill.export import save_pipeline
+from stepdistill.diffusion.samplers import DDIM, sample
+from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux, pack, unpack
 from stepdistill.families.latent import Latent
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods import find_method
-from stepdistill.run import Run, resolve
-from stepdistill.sampling import DDIM, bind, sample
-from stepdistill.trainer import Trainer
+from stepdistill.networks.denoiser import bind
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+from stepdistill.training.trainer import Trainer
 
 BANKS = ("copy", "adapter")
 STEPS = 4

@@ -15,7 +15,7 @@ import torch
 from contracts.cases import asked_of
 from torch import Tensor
 
-from stepdistill.export import read_contract
+from stepdistill.export.pipeline import read_contract
 from stepdistill.families.base import Family
 
 PROGRAM = Path(__file__).with_name("without_stepdistill.py")

@@ -8,17 +8,17 @@ from contracts.cases import PIXELS, as_latents, pipeline_images, save_teacher, t
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
-from stepdistill.data import RawBatch
-from stepdistill.denoiser import Denoiser, guided
-from stepdistill.export import call_arguments
-from stepdistill.families import families, load_teacher
-from stepdistill.families.base import TeacherConfig
+from stepdistill.batch import RawBatch
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
+from stepdistill.export.pipeline import call_arguments
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux
+from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
-from stepdistill.networks import CopyBank
-from stepdistill.sampling import DDIM
-from stepdistill.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
+from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.denoiser import Denoiser, guided
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {

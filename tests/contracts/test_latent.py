@@ -29,18 +29,21 @@ from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
 from stepdistill.config import build, read_config
-from stepdistill.export import export_pipeline
-from stepdistill.families import families, load_teacher
-from stepdistill.families.base import Inputs, TeacherConfig
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.base import Inputs
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
-from stepdistill.families.latent import Latent, prompt_reader
+from stepdistill.families.latent import Latent
+from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
+from stepdistill.families.prompts import prompt_reader
 from stepdistill.families.sd import SD
+from stepdistill.inference.sampling import class_count, sample_images
 from stepdistill.methods import find_method, method_names
-from stepdistill.run import Run, resolve
-from stepdistill.samples import class_count, sample_images
-from stepdistill.sampling import DDIM
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
 
 LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
 

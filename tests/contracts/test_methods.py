@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 
 from stepdistill import load_pipeline
 from stepdistill.config import to_yaml
-from stepdistill.export import read_contract
+from stepdistill.export.pipeline import read_contract
 from stepdistill.families.sd import SD
 from stepdistill.methods import method_names
-from stepdistill.optimizers import OptimConfig
 from stepdistill.randomness import Draws
-from stepdistill.run import Run, resolve
+from stepdistill.training.config import resolve
+from stepdistill.training.optimizers import OptimConfig
+from stepdistill.training.run import Run
 
 EVERY = [(method, bank) for method in method_names() for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)

@@ -5,7 +5,7 @@ from contracts.cases import BANKS, HANDED, family_of, pipeline_images, reference
 from contracts.stock import images_without_stepdistill, job, read_images
 
 from stepdistill import load_pipeline
-from stepdistill.families import families
+from stepdistill.families.loading import families
 
 FAMILIES = families()
 METHODS = {"dit": "progressive"}  # by default lcm

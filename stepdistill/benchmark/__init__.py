@@ -1,0 +1,1 @@
+"""Every student beside every solver: tables, plots, one page."""

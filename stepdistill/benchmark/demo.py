@@ -1,0 +1,111 @@
+"""The demo: distil the embedded teacher, measure it beside everything else, and draw the picture.
+
+Writes ``report.png`` (to look at), ``result.json`` (to read) and ``pipeline/`` (to use) into the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from stepdistill.benchmark.benchmark import SHOWN, Benchmark, BenchmarkConfig
+from stepdistill.benchmark.tables import Row, best_solver, cell, compared, text
+from stepdistill.config import build, read_config
+from stepdistill.inference.grids import make_grid
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+
+
+def demo(path: str, overrides: Sequence[str] = ()) -> Path:
+    """Run the demo of a configuration file, whose ``demo`` section says what to measure.
+
+    Returns:
+        The picture.
+    """
+    began = time.perf_counter()
+    mapping = read_config(path, overrides)
+    measured = mapping.pop("demo")
+    run = Run(resolve(mapping))
+    print(f"distilling {mapping['teacher']['path']!r} to {mapping['method']['steps']} steps ...")
+    final = run.train()
+    trained = time.perf_counter() - began
+    students = {
+        "student, 4 steps": final.with_name("pipeline-4-steps"),
+        f"student, {mapping['method']['steps']} steps": final,
+    }
+    output = run.folder / "result.json"
+    output.unlink(missing_ok=True)
+    config = {
+        "teacher": mapping["teacher"],
+        "output": str(output),
+        "students": {k: str(v) for k, v in students.items()},
+    }
+    bench = Benchmark(build(BenchmarkConfig, config | measured, "demo"))
+    rows = compared(bench.run(), bench.metric)
+    result = json.loads(output.read_text())
+    seconds = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
+    output.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
+    picture = draw_report(bench, rows, run.folder / "report.png", seconds)
+    print_table(rows, bench.metric)
+    print(f"\n{seconds['all']:.0f} s, of which {seconds['training']:.0f} s training.  Look at {picture}")
+    return picture
+
+
+def pictures(bench: Benchmark, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Rows of images (N, C, H, W) in [0, 1]: the same seeds and classes above each other."""
+    shown = [row for row in rows if row["kind"] in ("floor", "teacher")]
+    for student in (row for row in rows if row["kind"] == "student"):
+        solver = best_solver(rows, student["calls"], bench.metric)
+        shown += [solver, student] if solver else [student]
+    return {f"{row['name']}\n{bench.metric} {cell(row[bench.metric])}": bench.images(row) for row in shown}
+
+
+def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapping[str, float]) -> Path:
+    """The picture: images above, the table below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = pictures(bench, rows)
+    figure, axes = pyplot.subplots(
+        len(shown) + 1, 1, figsize=(12, 0.75 * len(shown) + 0.26 * len(rows) + 1.2),
+        height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],
+    )  # fmt: skip
+    for axis, (name, images) in zip(axes[:-1], shown.items(), strict=True):
+        axis.imshow(make_grid(images, columns=SHOWN, scale=2), cmap="gray", vmin=0, vmax=255)
+        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+        axis.set_axis_off()
+    columns = ["calls", bench.metric, "recall", "guidance_scale", "seconds_per_image"]
+    table = [[row["name"], *(text(row, column, bench.metric) for column in columns)] for row in rows]
+    drawn = axes[-1].table(
+        table, colLabels=["", *columns], loc="center", cellLoc="center", colWidths=[0.25] + [0.15] * 5
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    for (line, _), box in drawn.get_celld().items():
+        box.set_linewidth(0.3)
+        if line and rows[line - 1]["kind"] == "student":
+            box.set_facecolor("#e4f3e4")
+    axes[-1].set_axis_off()
+    figure.subplots_adjust(top=0.95, bottom=0.02, hspace=0.12)
+    figure.suptitle(
+        f"Same seeds, same classes.  {bench.metric}: Fréchet distance on {bench.config.num_samples} images, lower is "
+        f"better.  Training took {seconds['training']:.0f} s.",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
+    pyplot.close(figure)
+    return path
+
+
+def print_table(rows: Sequence[Row], metric: str) -> None:
+    """The table, for a terminal."""
+    print(f"\n{'':36s} {'calls':>6s} {metric:>8s} {'s/image':>9s}")
+    for row in rows:
+        seconds = cell(row.get("seconds_per_image"))
+        print(f"{row['name']:36s} {text(row, 'calls', metric):>6s} {cell(row[metric]):>8s} {seconds:>9s}")

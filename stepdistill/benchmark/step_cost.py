@@ -1,0 +1,224 @@
+"""What a training step costs on this machine: seconds and peak memory of a shipped configuration, by memory policy.
+
+Both depend on the sizes of networks and not on their values: the teacher has the architecture of Stable Diffusion 1.5
+or XL and random weights, latents and embeddings are random, and nothing is downloaded. VAE and text encoders are
+miniatures, as if the data came from a cache. What is timed is the trainer's own step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stepdistill.batch import Batch
+from stepdistill.config import nearest, read_config
+from stepdistill.data.datasets import NoiseData
+from stepdistill.evaluation.cost import peak_memory
+from stepdistill.families.base import Family
+from stepdistill.families.latent import rebuild
+from stepdistill.families.sd import SD
+from stepdistill.families.sdxl import SDXL
+from stepdistill.families.tiny import tiny_clip
+from stepdistill.methods import find_method
+from stepdistill.methods.base import Distiller
+from stepdistill.training.config import RunConfig, resolve
+from stepdistill.training.memory import memory_plan
+from stepdistill.training.run import make_bank
+from stepdistill.training.trainer import Trainer
+
+WARMUP = 2
+"""Steps before the clock starts: kernels are chosen and optimisers allocate their states."""
+
+
+CPU = torch.device("cpu")
+
+
+HEADER = ("config", "bank", "batch", "teacher's parameters", "all roles", "s a step", "peak memory MB")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What steps of one configuration cost under one memory policy.
+
+    Attributes:
+        config: the configuration's name.
+        bank: the memory policy.
+        batch_size: images of a step.
+        parameters: of the teacher's network.
+        held: parameters of all roles, the teacher among them, in units of ``parameters``.
+        seconds: of a step, the mean; None where the device's memory does not suffice.
+        peak_memory_mb: the most in use: the GPU allocator's, on a CPU the process's.
+    """
+
+    config: str
+    bank: str
+    batch_size: int
+    parameters: int
+    held: float
+    seconds: float | None
+    peak_memory_mb: float
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table, under :data:`HEADER`."""
+        seconds = "out of memory" if self.seconds is None else f"{self.seconds:.3g}"
+        sizes = (str(self.batch_size), f"{self.parameters:,}", f"{self.held:.2f}x")
+        return (self.config, self.bank, *sizes, seconds, f"{self.peak_memory_mb:,.0f}")
+
+
+def step_cost_table(
+    configs: Sequence[Path], banks: Sequence[str], overrides: Sequence[str], steps: int, tiny: bool
+) -> str:
+    """A Markdown table with a row for every configuration and memory policy.
+
+    Args:
+        configs: files ``<family>_<method>.yaml``.
+        banks: memory policies, ``copy`` or ``adapter``.
+        overrides: further ``section.key=value`` for all of them.
+        steps: that are timed; a multiple of the method's ``every``, or turns do not have their share.
+        tiny: take miniatures of the networks.
+
+    Raises:
+        ValueError: for networks of full size where there is no GPU.
+    """
+    if not tiny and not torch.accelerator.is_available():
+        raise ValueError(
+            "no GPU here, which networks of full size want; --plan tells what they hold, --tiny takes miniatures"
+        )
+    cases = [(path, [*overrides, f"bank.name={bank}"]) for path in configs for bank in banks]
+    lines = [HEADER, ("---",) * len(HEADER)]
+    for path, wanted in cases:
+        # a process of its own, or the peak would be that of the most expensive so far
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            lines.append(process.submit(measure, path, wanted, steps, tiny).result().cells())
+    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ["", machine()])
+
+
+def measure(path: Path, overrides: Sequence[str], steps: int, tiny: bool) -> StepCost:
+    """Train a few steps of a configuration, on random networks of its family's size."""
+    config = resolve(read_config(path, overrides))
+    family = make_family(path.stem.partition("_")[0], tiny, CPU)
+    nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
+    parameters = sum(parameter.numel() for parameter in family.network.parameters())
+    distiller = make_distiller(config, family, CPU)
+    try:
+        seconds = time_steps(make_trainer(config, distiller), config.data.batch_size, steps)
+    except torch.OutOfMemoryError:
+        seconds = None
+    networks, device = distiller.bank.distinct_networks(), torch.accelerator.current_accelerator() or CPU
+    held = sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return StepCost(
+        config=path.stem, bank=config.bank.name, batch_size=config.data.batch_size, parameters=parameters,
+        held=held / parameters, seconds=seconds, peak_memory_mb=peak_memory(device)["peak_memory_mb"],
+    )  # fmt: skip
+
+
+def plan(path: Path, overrides: Sequence[str]) -> str:
+    """The memory plan of a configuration at full size; nothing is allocated."""
+    config, nowhere = resolve(read_config(path, overrides)), torch.device("meta")
+    family = make_family(path.stem.partition("_")[0], False, nowhere)
+    family.to(nowhere)
+    nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
+    distiller = make_distiller(config, family, nowhere)
+    family.frozen = ()  # miniatures
+    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
+
+
+def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:
+    """The method of a configuration around an opened teacher; what it makes is made on ``place``."""
+    method = find_method(config.method_name)
+    method.check(config.method, family)
+    family.extend(method.extra_inputs(config.method))
+    with place:
+        return method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
+
+
+def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
+    """The loop of a configuration; it reads no data and writes no file."""
+    data = NoiseData(None, size=distiller.family.image_shape, num_classes=None)
+    return Trainer(
+        distiller, data, batch_size=config.data.batch_size,
+        config=dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir()),
+        optim=config.optim, identity={},
+    )  # fmt: skip
+
+
+def time_steps(trainer: Trainer, batch_size: int, steps: int) -> float:
+    """Seconds of a step, the mean of ``steps``."""
+    family, device = trainer.distiller.family, trainer.device
+    images = torch.randn(batch_size, *family.sample_shape)
+    batch = Batch(images, family.example_cond(range(batch_size)), batch_size).to(device)
+    trainer.distiller.stage = trainer.distiller.stages(trainer.config.steps)[0]
+    trainer._begin_stage()
+    start = 0.0
+    for step in range(WARMUP + steps):
+        if step == WARMUP:
+            start = now()
+        trainer._step(step, [batch])
+        trainer.step += 1
+    seconds = (now() - start) / steps
+    trainer.guard.raise_if_tripped()
+    return seconds
+
+
+def now() -> float:
+    """The clock, when all that was asked of the device is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    return f"{device}, torch {torch.__version__}, {platform.system()}"
+
+
+# ------------------------------------------------------------------------------------------------ random teachers
+
+
+def make_family(name: str, tiny: bool, device: torch.device) -> Family:
+    """A teacher of random weights, of full size or a miniature."""
+    if name not in TEACHERS:
+        raise ValueError(f"--config: found a configuration of the family {name!r}{nearest(name, TEACHERS)}")
+    miniature, full = TEACHERS[name]
+    return miniature() if tiny else full(device)
+
+
+def full_sd(device: torch.device) -> SD:
+    """The network of Stable Diffusion 1.5, and a text encoder of the width it wants."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    return SD(rebuild(SD.tiny().pipe, unet=unet, text_encoder=tiny_clip(width=768)[1]))
+
+
+def full_sdxl(device: torch.device) -> SDXL:
+    """The network of Stable Diffusion XL, and text encoders of the widths it wants."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    encoders = {"text_encoder": tiny_clip(width=768)[1], "text_encoder_2": tiny_clip(projection=True, width=1280)[1]}
+    return SDXL(rebuild(SDXL.tiny().pipe, unet=unet, **encoders))
+
+
+TEACHERS: dict[str, tuple[Callable[[], Family], Callable[[torch.device], Family]]] = {
+    "sd": (SD.tiny, full_sd),
+    "sdxl": (SDXL.tiny, full_sdxl),
+}

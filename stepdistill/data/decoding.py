@@ -1,0 +1,144 @@
+"""One image file as 8-bit pixels of the teacher's shape.
+
+The rules, in the order in which they apply:
+
+1. An image of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels is rejected by its header, before it is decoded.
+2. The first frame is taken, turned upright by its EXIF orientation. Colour profiles are not applied.
+3. 16-bit greys are scaled, ``round(v / 257)``, not clipped. 32-bit integers are read as such where they fit in 16 bits,
+   and rejected where they do not; floating-point pixels have no defined range and are rejected.
+4. Transparency (an alpha channel, a palette's or a ``tRNS`` colour) is composited on white.
+5. Palettes, CMYK and the rest become RGB; RGB becomes grey by the ITU-R 601-2 luma where the teacher is grey.
+6. The short side is resized to fit (bicubic, antialiased), larger or smaller, and the rest is cropped at the centre; on
+   demand, the long side is, and the rest filled with white, or both are, whatever becomes of the proportions.
+
+An array of the teacher's shape passes as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from stepdistill.data.base import Fit
+from stepdistill.data.webdataset import TarMember
+
+Source: TypeAlias = str | Mapping | TarMember | np.ndarray | None
+
+
+# What Pillow raises on damaged files, found by cutting short and altering files of every common format.
+_DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+_GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+_ORIENTATION = 0x0112  # EXIF; 5 to 8 swap height and width
+
+
+class UnreadableImageError(ValueError):
+    """A file that is not an image, is damaged or too large, or whose pixels have no defined meaning."""
+
+
+def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit = "crop") -> np.ndarray:
+    """Pixels (C, H, W) uint8 of an image, by the rules of this module.
+
+    Args:
+        source: a path, a file in a tar, an undecoded ``datasets.Image`` value (``bytes`` or ``path``), or an array
+            (H, W, C) uint8.
+        channels: C, 1 or 3 unless the source is an array of that shape.
+        size: (H, W).
+        fit: how an image of other proportions is made to fit.
+
+    Raises:
+        UnreadableImageError: saying why, but not which.
+    """
+    if isinstance(source, np.ndarray) and source.shape == (*size, channels):
+        return source.transpose(2, 0, 1)
+    try:
+        with _open(source) as image:
+            return _fit(image, channels, size, fit)
+    except _DECODE_ERRORS as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def read_shape(source: Source) -> tuple[int, int, int]:
+    """(C, H, W) that an image has by itself, from its header: 1 channel where it is grey, else 3; an array's own.
+
+    Raises:
+        UnreadableImageError: saying why, but not which.
+    """
+    if isinstance(source, np.ndarray):
+        height, width, channels = source.shape
+        return channels, height, width
+    try:
+        with _open(source) as image:
+            knows = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to look for it
+            turned = knows and image.getexif().get(_ORIENTATION, 1) >= 5
+            upright = image.size if turned else image.size[::-1]
+            return 1 if image.mode in _GREY_MODES else 3, *upright
+    except _DECODE_ERRORS as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _open(source: Source) -> Image.Image:
+    if source is None:
+        raise ValueError("no image in this row")
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source.squeeze(2) if source.shape[2] == 1 else source)
+    if isinstance(source, Mapping):
+        file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+    else:
+        file = io.BytesIO(source.read()) if isinstance(source, TarMember) else source
+    with warnings.catch_warnings():  # Pillow itself only raises at twice its limit
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _fit(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> np.ndarray:
+    height, width = size
+    image = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
+    image = image.convert("RGB" if channels == 3 else "L")
+    match fit:
+        case "crop":
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        case "pad":
+            white = "white" if channels == 3 else 255
+            image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=white)
+        case "stretch":
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey values {values.min()} to {values.max()}, expected 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image if image.mode == "L" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

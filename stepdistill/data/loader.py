@@ -1,0 +1,162 @@
+"""Which sample comes when.
+
+Samples have a *global position* 0, 1, 2, ... that runs on through all epochs. The sample at a position, and whether it
+is mirrored, follow from (seed, position) alone:
+
+    epoch, offset = divmod(position, length);    index = permutation(seed, epoch)[offset]
+
+Micro-batch m of rank r takes the ``batch_size`` positions from (m * world + r) * batch_size on. So the data's whole
+state is m: a resumed run and any number of workers see the same samples in the same order, and so does another number
+of processes, if it goes on from the same position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from stepdistill.batch import RawBatch
+from stepdistill.data.base import Dataset
+
+TOLERATED = 10  # unreadable samples that are never too many ...
+
+
+TOLERATED_SHARE = 0.01  # ... and the share of the samples read that is
+
+
+def sample_indices(position: int, count: int, length: int, seed: int) -> list[int]:
+    """The samples at ``count`` global positions from ``position`` on, in a data set of ``length`` samples.
+
+    Every epoch, the positions from a multiple of ``length`` to the next, holds every sample once.
+
+    >>> sample_indices(0, 3, 3, seed=0) == sample_indices(0, 1, 3, seed=0) + sample_indices(1, 2, 3, seed=0)
+    True
+    """
+    at = range(position, position + count)
+    return [int(_epoch(seed, p // length, length)[0][p % length]) for p in at]
+
+
+def mirrored(position: int, count: int, length: int, seed: int) -> torch.Tensor:
+    """Whether the sample at each of ``count`` positions is mirrored: (count,) bool, true for half of them."""
+    at = range(position, position + count)
+    return torch.tensor([bool(_epoch(seed, p // length, length)[1][p % length]) for p in at])
+
+
+def dropped(position: int, count: int, length: int, seed: int, share: float) -> list[bool]:
+    """Whether the caption of the sample at each of ``count`` positions is left empty: true for ``share`` of them."""
+    at = range(position, position + count)
+    return [bool(_epoch(seed, p // length, length)[2][p % length] < share) for p in at]
+
+
+@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    generator = np.random.default_rng((seed, epoch))
+    return generator.permutation(length), generator.random(length) < 0.5, generator.random(length)
+
+
+def loader(
+    dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1, num_workers: int = 0
+) -> Iterator[RawBatch]:
+    """Micro-batches of one process, without end, from micro-batch ``start`` on.
+
+    Warns of every sample that was skipped because it is unreadable, once, by name.
+
+    Args:
+        dataset: what to load from.
+        batch_size: samples per micro-batch and process.
+        seed: seed of the order, the same on every rank; at least 0.
+        start: number of micro-batches that were taken before (on each rank).
+        rank: this process, in [0, world).
+        world: number of processes.
+        num_workers: loading processes; 0 loads in this process. The batches do not depend on it.
+
+    Raises:
+        ValueError: from the iterator, if a sample is unreadable and may not be skipped, or at least 10 samples and more
+            than 1% of those read are unreadable.
+    """
+    assert batch_size >= 1 and start >= 0 and 0 <= rank < world
+    batches = DataLoader(
+        _MicroBatches(dataset, batch_size, seed, rank, world),
+        batch_size=None,
+        sampler=itertools.count(start),
+        num_workers=num_workers,
+        generator=torch.Generator(),  # else starting the loader would draw from the global generator
+    )
+    return _counted(batches, Unreadable(len(dataset)))
+
+
+def _counted(batches: Iterable[RawBatch | ValueError], unreadable: Unreadable) -> Iterator[RawBatch]:
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        unreadable.count(batch)
+        yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _MicroBatches(TorchDataset):
+    """Micro-batch m as item m, so that a DataLoader's workers can share the work and keep the order.
+
+    An error is an item too: raised in a worker, it would arrive wrapped in that worker's traceback and delay the exit.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    seed: int
+    rank: int
+    world: int
+
+    def __getitem__(self, micro_batch: int) -> RawBatch | ValueError:
+        try:
+            return self._load(micro_batch)
+        except ValueError as error:
+            return error
+
+    def _load(self, micro_batch: int) -> RawBatch:
+        position = (micro_batch * self.world + self.rank) * self.batch_size
+        where = (position, self.batch_size, len(self.dataset), self.seed)
+        batch = self.dataset.load(sample_indices(*where))
+        if batch.captions is not None and self.dataset.caption_dropout:
+            kept = zip(batch.captions, dropped(*where, self.dataset.caption_dropout), strict=True)
+            batch = dataclasses.replace(batch, captions=tuple("" if drop else caption for caption, drop in kept))
+        if not self.dataset.flip:
+            return batch
+        turned = mirrored(*where)
+        if batch.images is None:
+            return dataclasses.replace(batch, mirrored=turned)
+        images = torch.where(turned[:, None, None, None], batch.images.flip(3), batch.images)
+        return dataclasses.replace(batch, images=images)
+
+
+class Unreadable:
+    """Counts the distinct samples that were skipped, warns of each, and stops when they are too many."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._read = 0
+        self._seen: set[str] = set()
+
+    def count(self, batch: RawBatch) -> None:
+        """Take note of a batch.
+
+        Raises:
+            ValueError: if at least 10 samples, and more than 1% of those read, are unreadable.
+        """
+        self._read = min(self._length, self._read + len(batch.indices) + len(batch.unreadable))
+        for problem in batch.unreadable:
+            if problem not in self._seen:
+                self._seen.add(problem)
+                warnings.warn(f"skipped unreadable image {problem} ({len(self._seen)} so far)", stacklevel=3)
+        if len(self._seen) >= TOLERATED and len(self._seen) > TOLERATED_SHARE * self._read:
+            raise ValueError(
+                f"{len(self._seen)} of {self._read} images read are unreadable, more than {TOLERATED_SHARE:.0%};"
+                f" the last is {batch.unreadable[-1]}"
+            )

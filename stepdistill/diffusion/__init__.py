@@ -1,0 +1,1 @@
+"""Noise schedules, predictions, samplers: the mathematics, without networks."""

@@ -1,0 +1,35 @@
+"""Metrics of a classifier's logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepdistill.evaluation.metrics.frechet import checked
+from stepdistill.evaluation.metrics.kernel import Estimate, _estimate
+
+# ----------------------------------------------------------------------------------------- classifier metrics
+
+
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estimate:
+    """Exponential of the mean KL(p(y|x) || p(y)), in [1, classes]; mean and deviation over random splits.
+
+    Salimans et al. 2016 (arXiv 1606.03498), section 4. The images are shuffled first, since ours come sorted by class.
+
+    Args:
+        logits: (N, classes).
+        splits: parts into which the N images fall.
+        seed: of the shuffle.
+    """
+    x = checked(logits, least=splits)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    scores = []
+    for log_p in x[order].log_softmax(1).chunk(splits):
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(0).log())).nansum(1).mean().exp())
+    return _estimate(torch.stack(scores))
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share in [0, 1] of images whose likeliest class by ``logits`` (N, classes) is ``labels`` (N,)."""
+    return (checked(logits, least=1).argmax(1) == labels).double().mean().item()

@@ -1,0 +1,91 @@
+"""Protocols: what has to be fixed before two labs' numbers mean the same thing, as small files with names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from stepdistill.assets import ASSETS
+from stepdistill.config import build, nearest, read_config
+from stepdistill.inference.sampling import ROWS
+
+PRESETS = ASSETS / "protocols"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a pipeline is measured.
+
+    Attributes:
+        num_samples: images that are judged.
+        seed: of the set.
+        features: what embeds them, see :func:`stepdistill.features.loading.load_features`.
+        resize: how Inception's input is made: ``adm``, ``torch-fidelity``, ``torchmetrics``, ``clean``.
+        clip: a CLIP for the metrics ``clip`` and ``cmmd``.
+        reference: what they are compared with, see :meth:`stepdistill.evaluation.suite.Judge.open`.
+        reference_images: how many of the reference's images metrics beyond the Fréchet distance use, at most.
+        size: samples and reference images are resized (short side) and cropped to a square of this side.
+        captions: prompts: a text file, one a line, or a folder with ``metadata.jsonl``.
+        guidance_scale: of the calls; None takes the pipeline's own.
+        num_inference_steps: of the calls; None takes the pipeline's own.
+        rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last
+            bits depend on.
+        precision: ``bf16`` runs the network under autocast.
+        metrics: which.
+        needs: what a user has to give, in words, by key.
+    """
+
+    num_samples: int = 5000
+    seed: int = 0
+    features: str = "embedded"
+    resize: str | None = None
+    clip: str | None = None
+    reference: str | None = None
+    reference_images: int = 10_000
+    size: int | None = None
+    captions: str | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    rows: int = ROWS
+    precision: Literal["fp32", "bf16"] = "fp32"
+    metrics: tuple[str, ...] = ("fd",)
+    needs: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2 or self.rows < 1:
+            raise ValueError(f"wanted num_samples >= 2 and rows >= 1; found {self.num_samples} and {self.rows}")
+
+
+def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[str, Any]]:
+    """A protocol with a user's flags on top, and what they say about it for the result.
+
+    Args:
+        name: a preset's name, or a YAML file of one's own.
+        flags: values by key; None leaves the protocol's.
+
+    Returns:
+        The protocol, and ``{"name": ..., "overridden": {key: [the protocol's value, the flag's]}}``.
+
+    Raises:
+        ValueError: no such protocol, or something that it needs is not given; says what.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"protocol: {name!r} is unknown{nearest(name, [file.stem for file in PRESETS.glob('*.yaml')])}"
+        )
+    content = read_config(path)
+    given = {key: value for key, value in flags.items() if value is not None}
+    protocol = build(Protocol, content | given, "protocol")
+    for key, what in protocol.needs.items():
+        if getattr(protocol, key) is None:
+            raise ValueError(f"protocol {name!r}: give --{key}: {what}")
+    if protocol.reference is None:
+        raise ValueError(f"protocol {name!r}: give --reference: images or statistics to compare with")
+    plain = build(Protocol, content, "protocol")
+    changed = {key: [getattr(plain, key), getattr(protocol, key)] for key in given if key not in protocol.needs}
+    overridden = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    return protocol, {"name": name, "overridden": json.loads(json.dumps(overridden))}

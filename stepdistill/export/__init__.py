@@ -1,0 +1,1 @@
+"""A student as a plain diffusers directory, and back."""

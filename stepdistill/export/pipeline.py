@@ -1,0 +1,293 @@
+"""A student as a plain diffusers directory, and back.
+
+The export is what stock diffusers loads: stock pipeline and scheduler wherever they can express the student, else one
+self-contained file of ``stepdistill.pipelines`` beside the weights. ``stepdistill.json`` is the *sampling contract*:
+everything a caller must know to sample as trained. :func:`load_pipeline` applies it, so that a bare call is right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
+from stepdistill.families.base import Family
+from stepdistill.loading import open_folder
+
+CONTRACT = "stepdistill.json"
+
+
+CUSTOM_FILE = "pipeline.py"
+
+
+GRIDS = ("sigmas", "timesteps")
+"""Arguments of a call that name its grid."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The ``export`` section."""
+
+    frozen: Literal["copy", "link"] = "copy"
+    """Whether the export holds what was not trained (VAE, text encoders, tokenizers), or links to the teacher's."""
+
+
+def export_pipeline(
+    family: Family,
+    network: nn.Module,
+    sampler: Sampler,
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    guidance_scale: float = 1.0,
+    lora: Mapping[str, Tensor] | None = None,
+    links: Mapping[str, Path] = NO_LINKS,
+) -> Path:
+    """Write ``network`` as a pipeline directory that samples like ``sampler``.
+
+    The directory appears whole or not at all: it is written beside and renamed.
+
+    Args:
+        family: the student's family.
+        network: a plain diffusers model.
+        sampler: the rule and grid it was trained for.
+        folder: where to write; an older export there is replaced.
+        about: what else belongs into the contract: method, teacher, config hash, measured numbers.
+        guidance_scale: diffusers' scale of a bare call; 1 is none.
+        lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
+        links: parts that are not written but linked to, see :func:`stepdistill.export.links.frozen_folders`.
+
+    Raises:
+        ValueError: if no scheduler can express the sampler, or the file system takes no links.
+    """
+    pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
+    contract = describe(family, pipeline, sampler, guidance_scale) | dict(about)
+    if links:
+        contract["linked"] = {name: str(target) for name, target in links.items()}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_pipeline(pipeline, partial, links, family.code)
+        if lora is not None:
+            pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
+        (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # of links, this removes the links
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS,
+    code: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """``save_pretrained``, and the files of classes that are not diffusers' in it, where diffusers looks for them.
+
+    Args:
+        pipeline: what is saved.
+        folder: where.
+        links: parts that are linked to.
+        code: files that the teacher brought, by their place.
+    """
+    if links:
+        save_parts(pipeline, folder, links)
+    else:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    index = folder / "model_index.json"
+    entries = json.loads(index.read_text())
+    if is_our_class(pipeline):
+        shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
+        entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
+    for name, component in pipeline.components.items():
+        if is_our_class(component):
+            file = Path(inspect.getfile(type(component)))
+            shutil.copy(file, folder / name / file.name)
+            entries[name] = [file.stem, type(component).__name__]
+    for place, content in code.items():
+        if Path(place).parts[0] not in links:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(content)
+    index.write_text(json.dumps(entries | brought_classes(pipeline), indent=2) + "\n")
+
+
+def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:
+    """As ``save_pretrained`` does, but for the parts that are linked."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if name in links:
+            link(folder / name, links[name])
+        elif part is not None:
+            part.save_pretrained(folder / name)
+
+
+def is_our_class(thing: object) -> bool:
+    """Whether the class of ``thing`` is one of ``stepdistill.pipelines``."""
+    return type(thing).__module__.startswith("stepdistill.pipelines")
+
+
+def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
+    """What ``model_index.json`` has to say of classes that diffusers read from a model's folder: module and name."""
+    things = {"_class_name": pipeline, **pipeline.components}
+    homes = {name: (type(thing).__module__, type(thing).__name__) for name, thing in things.items()}
+    return {
+        name: [module.rpartition(".")[2], cls]
+        for name, (module, cls) in homes.items()
+        if module.startswith("diffusers_modules.")
+    }
+
+
+def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
+    """The sampling contract."""
+    call = call_arguments(family, pipeline, sampler, guidance_scale)
+    return {
+        "format": 1,
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())) or bool(family.code),
+        **sampler.contract(),
+        "guidance_scale": call.get("guidance_scale", guidance_scale),
+        "guidance_convention": family.guidance_convention,
+        "prediction_type": family.prediction_type,
+        "conditioning": family.conditioning,
+        "num_classes": family.num_classes,
+        "sample_shape": list(family.sample_shape),
+        "call": call,
+        "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
+    }
+
+
+def call_arguments(
+    family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float
+) -> dict[str, Any]:
+    """The keyword arguments that make a call of the pipeline sample as trained."""
+    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.call_options}
+    wanted |= family.call_options
+    if isinstance(sampler.schedule, RectifiedFlow):  # the exported scheduler has no shift: the grid is the caller's
+        wanted["sigmas"] = sampler.times[:-1].tolist()
+    return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """The contract of an exported pipeline; empty for a directory that was not made here."""
+    path = folder / CONTRACT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_pipeline(
+    path: str | Path, *, trust_remote_code: bool = False, trust_pickles: bool = False, **options: Any
+) -> DiffusionPipeline:
+    """Load a pipeline directory with its contract applied: a bare call samples as trained.
+
+    Code in the directory runs only if it is, byte for byte, a file of this package, or if ``trust_remote_code`` is set.
+
+    Args:
+        path: an exported directory, or any diffusers pipeline directory.
+        trust_remote_code: run other Python files that lie in the directory.
+        trust_pickles: read weights that are there as pickles only; an export has none.
+        options: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype``.
+
+    Raises:
+        ValueError: if the directory is missing, is no pipeline, would run what is not trusted, or links to what is
+            gone.
+    """
+    folder = Path(path)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
+    refuse_broken_links(folder)
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    return apply_contract(pipeline, read_contract(folder))
+
+
+def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:
+    """Make the contract's arguments the defaults of a call of this one pipeline object."""
+    defaults = contract.get("call", {})
+    if not defaults:
+        return pipeline
+    original = type(pipeline)
+    taken = inspect.signature(original.__call__).parameters
+
+    @functools.wraps(original.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original.__call__).bind_partial(self, *args, **kwargs).arguments
+        own = {name: value for name, value in defaults.items() if name not in bound}
+        if bound.get("num_inference_steps", defaults.get("num_inference_steps")) != defaults.get("num_inference_steps"):
+            own = {name: value for name, value in own.items() if name not in GRIDS}  # of another number of steps
+        if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
+            own["batch_size"] = len(bound["class_labels"])  # else all images would share one noise
+        return original.__call__(self, *args, **(own | kwargs))
+
+    # a call looks its method up on the class; the name stays, since save_pretrained writes it
+    pipeline.__class__ = type(
+        original.__name__,
+        (original,),
+        {
+            "__call__": call,
+            "__module__": original.__module__,
+            "contract_call": dict(defaults),
+            "contract_classes": contract.get("num_classes"),
+            "contract_critic": contract.get("critic", {}),
+        },
+    )
+    return pipeline
+
+
+def model_card(contract: Mapping[str, Any]) -> str:
+    """The README of an export: what it is, how to call it, what it was measured at."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", contract.get("method", "")])
+    custom = ", trust_remote_code=True" if contract["own_code"] else ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
+    asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
+    if contract["pipeline"] == "ConsistencyModelPipeline":  # it does not count the labels
+        asked["class_labels"] += ", batch_size=3"
+    linked = ", ".join(f"`{name}`" for name in contract.get("linked", {}))
+    results = contract.get("results", {})
+    table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
+    return f"""---
+{data.to_yaml()}
+---
+# A {contract["steps"]}-step student
+
+Distilled by **{contract.get("method", "?")}** with stepdistill from `{contract.get("teacher", "?")}`.
+
+![samples](samples.png)
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
+images = pipe({asked[contract["conditioning"]]}, {arguments}).images
+```
+
+Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts give worse images.
+{linked + " are links into the teacher's folder: `cp -rL` makes a copy that is whole." if linked else ""}
+{"| measured | value |" + chr(10) + "|---|---|" + chr(10) + table if table else ""}"""
+
+
+def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Silence a pipeline's progress bar, for use inside other loops."""
+    pipeline.set_progress_bar_config(disable=True, file=sys.stderr)
+    return pipeline

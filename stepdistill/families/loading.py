@@ -1,0 +1,123 @@
+"""Teacher families: everything that is peculiar to one kind of diffusers model, one file each.
+
+There is no registry: a family's file is found because it lies here, and the classes of networks it names are what
+:func:`load_teacher` recognises a teacher by.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+import stepdistill.families as package
+from stepdistill.assets import FASHION
+from stepdistill.config import nearest
+from stepdistill.families.base import Family
+from stepdistill.families.config import TeacherConfig
+from stepdistill.loading import how, open_folder, own_class, read_index, refuse_code, stock_base
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family, by the name of its file."""
+    found: dict[str, type[Family]] = {}
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{module_info.name}")
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ == module.__name__ and issubclass(cls, Family) and not inspect.isabstract(cls):
+                found[module_info.name] = cls
+    return found
+
+
+def load_teacher(config: TeacherConfig) -> Family:
+    """Open a teacher: a diffusers pipeline directory, a bare ``unet/`` or ``transformer/`` folder, or a hub id.
+
+    Raises:
+        ValueError: if there is no such folder, its network's class belongs to no family, or it would run what is not
+            trusted.
+    """
+    known = families()
+    if config.family is not None and config.family not in known:
+        raise ValueError(f"teacher.family: {config.family!r} is not a family{nearest(config.family, known)}")
+    folder = locate(config)
+    if config.family is not None:
+        return known[config.family].load(folder, config)
+    pipeline = pipeline_class(folder, config.trust_remote_code)
+    for cls in known.values():
+        if network_class(folder, cls.component) in cls.network_classes and cls.serves(pipeline):
+            return cls.load(folder, config)
+    if own_class(folder) is not None and not config.trust_remote_code:
+        refuse_code(folder)
+    found = network_class(folder, "unet") or network_class(folder, "transformer")
+    supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))
+    raise ValueError(
+        f"teacher.path: {config.path}: no family knows the network {found!r} in the pipeline {pipeline!r}; "
+        f"known: {', '.join(supported)}. "
+        "A new family is one file in stepdistill/families/, see CONTRIBUTING.md."
+    )
+
+
+def locate(config: TeacherConfig) -> Path:
+    """The local folder of ``config.path``: the folder itself, the embedded teacher's, or a downloaded snapshot."""
+    if config.path == "embedded":
+        return FASHION / "teacher"
+    folder = Path(config.path)
+    if folder.is_dir():
+        return folder
+    if config.path.count("/") != 1 or folder.is_absolute() or config.path.startswith("."):
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ValueError(f"teacher.path: no folder {config.path!r}{nearest(folder.name, siblings)}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns += ["*.bin"] * config.trust_pickles + ["*.py"] * config.trust_remote_code
+    return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+
+
+def network_class(folder: Path, component: str) -> str | None:
+    """The class name in ``<component>/config.json``, or None where there is no such component."""
+    path = folder / component / "config.json"
+    return json.loads(path.read_text())["_class_name"] if path.is_file() else None
+
+
+def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
+    """The diffusers class of the pipeline in a folder, or the one that the folder's own class derives from.
+
+    None where there is no ``model_index.json``, or the code that would tell must not run.
+    """
+    own = own_class(folder)
+    if own is None:
+        return read_index(folder).get("_class_name")
+    return stock_base(folder, *own) if trust_remote_code else None
+
+
+def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
+    """What to raise where diffusers raises ``error`` at a teacher's folder."""
+    fetched = not (config.trust_pickles or Path(config.path).exists())
+    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {how('trust_pickles')}"
+    return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
+
+
+def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
+    """A teacher's pipeline, its network in the wanted precision and all beside it in float32, as the student will be.
+
+    Raises:
+        ValueError: if it is incomplete, or would run what is not trusted.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"teacher.path: {folder}: no model_index.json; wanted a whole pipeline (VAE, text encoder, ...)"
+        )
+    dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
+    try:
+        return open_folder(
+            folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
+        )
+    except (OSError, KeyError, TypeError, UnpicklingError) as error:
+        raise cannot_open(folder, config, error) from error

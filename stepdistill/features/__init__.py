@@ -1,0 +1,1 @@
+"""Feature networks: images in, one vector each out."""

@@ -1,0 +1,49 @@
+"""Open a feature network by name, file, folder or hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stepdistill.assets import FASHION
+from stepdistill.features.base import FeatureExtractor
+from stepdistill.features.classifier import SmallConvNet
+
+
+def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
+    """The feature network that ``spec`` names, frozen and on the CPU.
+
+    Args:
+        spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"inception"`` or the path of its
+            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, a network of one's own that
+            ``torch.export.save`` wrote (``.pt2``: images in [-1, 1] to maps (B, C, H, W), tokens (B, N, C) or vectors,
+            see :mod:`stepdistill.features.exported`), or a folder or hub id of a ``transformers`` vision model (DINOv2,
+            CLIP, ...).
+        resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
+            ``"torchmetrics"`` or ``"clean"``.
+
+    Raises:
+        ValueError: nothing of that name, or something missing to load it; says what to do.
+    """
+    from stepdistill.features.exported import ExportedFeatures
+    from stepdistill.features.inception import InceptionFeatures  # slow to import
+    from stepdistill.features.transformers import TransformersFeatures  # slow to import
+
+    if spec == "inception" or spec.endswith(".pth"):
+        return InceptionFeatures.from_pretrained(None if spec == "inception" else spec, resize or "torch-fidelity")
+    if resize is not None:
+        raise ValueError(f"resize: {resize!r} belongs to Inception; features {spec!r} bring their own preprocessing")
+    if spec == "embedded":
+        network = SmallConvNet.from_pretrained(FASHION / "features")
+        network.name = "embedded"
+        return network
+    if spec.endswith(".pt2"):
+        return ExportedFeatures.from_file(spec)
+    if _is_small_convnet(Path(spec)):
+        return SmallConvNet.from_pretrained(spec)
+    return TransformersFeatures.from_pretrained(spec)
+
+
+def _is_small_convnet(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("_class_name") == SmallConvNet.__name__

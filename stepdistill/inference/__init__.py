@@ -1,0 +1,1 @@
+"""Images on request: of pipelines, of running students, of training-free solvers."""

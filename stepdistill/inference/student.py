@@ -1,0 +1,53 @@
+"""Samples of the student of a running distillation."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.samplers import sample
+from stepdistill.inference.grids import to_uint8
+from stepdistill.inference.sampling import Images
+from stepdistill.networks.denoiser import bind
+from stepdistill.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from stepdistill.methods.base import Distiller
+
+
+@torch.no_grad()
+def student_images(
+    distiller: Distiller, count: int, *, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu"
+) -> Images:
+    """What the student of a running distillation samples: the images its export will give for the same seeds."""
+    family = distiller.family
+    distiller.bank.eval()
+    began, pixels, labels = time.perf_counter(), [], []
+    with family.visiting(device):
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            images, cond = _student_batch(distiller, indices, seed, device)
+            pixels.append(to_uint8(images).cpu())
+            labels.append(cond.get("class_labels", torch.zeros(0)).cpu())
+    asked = torch.cat(labels) if family.num_classes else None
+    return Images(torch.cat(pixels), asked, distiller.sampler().steps, (time.perf_counter() - began) / count)
+
+
+def _student_batch(
+    distiller: Distiller, indices: range, seed: int, device: torch.device | str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The images (B, C, H, W) of these indices, in [0, 1], and what they were asked for with."""
+    family = distiller.family
+    generators = [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
+    cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
+
+    def fresh(x: Tensor) -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+
+    noise = fresh(torch.empty(len(indices), *family.sample_shape, device=device))
+    start = distiller.schedule.initial_noise(noise)
+    x0 = sample(bind(distiller.result, cond), distiller.sampler(), start, fresh)
+    return family.decode(x0.float()), cond

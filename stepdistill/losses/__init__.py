@@ -1,0 +1,1 @@
+"""Loss functions, grouped by the idea they serve."""

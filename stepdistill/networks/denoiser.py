@@ -1,0 +1,147 @@
+"""A network in a role, called through its family and read through its schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stepdistill.batch import Cond
+from stepdistill.diffusion.prediction import Denoise, Prediction, to_prediction
+from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.families.base import Family
+from stepdistill.networks.bank import NetworkBank
+
+if TYPE_CHECKING:
+    from stepdistill.families.base import Family
+    from stepdistill.networks.bank import NetworkBank
+
+
+class Denoiser:
+    """The network that plays ``role`` in a bank, called through its family and its schedule.
+
+    Args:
+        family: how its networks are called.
+        bank: the networks.
+        role: which of them this is.
+        w: the guidance weight of a call that names none, for networks that take one.
+    """
+
+    def __init__(self, family: Family, bank: NetworkBank, role: str, *, w: float | None = None) -> None:
+        self.family = family
+        self.bank = bank
+        self.role = role
+        self.w = w
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The schedule of the family's networks."""
+        return self.family.schedule
+
+    def raw(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """The network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,)."""
+        if w is None and self.w is not None:
+            w = torch.full((len(x_t),), self.w, device=x_t.device)
+        with self.bank.using(self.role) as network:
+            return self.family.call(network, x_t, t, cond, w=w, s=s)
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
+    ) -> Prediction:
+        """What the network sees in ``x_t``.
+
+        Args:
+            x_t: noisy images (B, ...) of the family's schedule.
+            t: times (B,) in (0, 1].
+            cond: conditioning of the batch.
+            w: guidance weights (B,), for networks that take them as an input.
+            s: target times (B,), for networks that take a second time.
+        """
+        return to_prediction(self.raw(x_t, t, cond, w=w, s=s), x_t, t, self.schedule, self.family.prediction_type)
+
+    @torch.no_grad()
+    def jvp(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
+    ) -> tuple[Prediction, Prediction]:
+        """The prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
+
+        Args:
+            x_t: noisy images (B, ...).
+            t: times (B,).
+            cond: conditioning of the batch.
+            dx: the direction of the images, (B, ...).
+            dt: the direction of the times, (B,).
+
+        Raises:
+            NotImplementedError, RuntimeError: torch's own, for a network with an operation that has no forward
+                derivative, for example a fused attention kernel that was chosen by hand.
+        """
+        with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
+            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
+            return prediction, derivative
+
+
+@contextlib.contextmanager
+def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Make ``network`` differentiable forward for a while: full precision, plain attention, contiguous norm inputs.
+
+    Torch's fused attention kernels have no forward derivative (pytorch#128971, #165530), and its group norm cannot
+    view the tangent of a transposed input, which diffusers' attention blocks give it.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    del module
+    return tuple(tensor.contiguous() for tensor in inputs)
+
+
+def guided(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    w: Tensor | float,
+) -> Prediction:
+    """Classifier-free guidance ``(1 + w) conditional - w unconditional``, both halves in one batched call.
+
+    Args:
+        denoiser: any conditional denoiser.
+        x_t: noisy images (B, ...).
+        t: times (B,).
+        cond: conditioning of the batch.
+        null: the conditioning that means "none", same shapes.
+        w: guidance weights (B,) or one number; 0 is the conditional prediction, -1 the unconditional one.
+    """
+    both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+    x0, eps = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    w = expand(torch.as_tensor(w, dtype=torch.float64).expand(len(x_t)), x_t)
+    (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
+    return Prediction(torch.lerp(x0_null, x0_cond, 1 + w), torch.lerp(eps_null, eps_cond, 1 + w))
+
+
+def bind(denoiser: Denoiser, cond: Mapping[str, Tensor], w: Tensor | None = None) -> Denoise:
+    """A denoiser with its conditioning fixed, as :func:`sample` and :func:`rollout` want it."""
+    return lambda x_t, t, s=None: denoiser(x_t, t, cond, w=w, s=s)
+
+
+def lead(family: Family, teacher: Denoiser, cond: Cond, w: Tensor | float) -> Denoise:
+    """The teacher under guidance weight ``w`` (0: none, and then half the cost), its conditioning bound."""
+    if not isinstance(w, Tensor) and w == 0:
+        return bind(teacher, cond)
+    null = family.null_cond(cond)
+    return lambda x_t, t: guided(teacher, x_t, t, cond, null, w)

@@ -1,0 +1,1 @@
+"""Small teachers, feature networks and a CLIP, trained from nothing."""

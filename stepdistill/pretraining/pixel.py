@@ -1,0 +1,57 @@
+"""Train a small pixel-space teacher from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(FitConfig):
+    """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
+
+    scheduler: dict[str, Any]
+    data: str
+    output_dir: str
+    label_dropout: float = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not Path(self.data).is_file():
+            raise ValueError(f"data: no such file {self.data!r}; expected an .npz with 'images' and 'labels'")
+
+
+def train_teacher(config: PretrainConfig) -> Path:
+    """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
+    cpu = not torch.accelerator.is_available()  # or processes on CPUs would not find each other
+    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
+    torch.manual_seed(config.seed)
+    archive = np.load(config.data)
+    images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
+    null_class = config.model.get("num_class_embeds", 0) - 1
+    scheduler = DDIMScheduler(**config.scheduler)
+    folder = Path(config.output_dir)
+
+    def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        x0 = images[index].float().div(127.5).sub(1).reshape(len(index), -1, *images.shape[1:3]).to(accelerator.device)
+        dropped = torch.rand(len(index), generator=generator) < config.label_dropout
+        label = labels[index].masked_fill(dropped, null_class).to(accelerator.device) if null_class > 0 else None
+        return denoising_loss(network, scheduler, x0, class_labels=label)
+
+    fit(
+        UNet2DModel(**config.model), loss, count=len(images), config=config, accelerator=accelerator,
+        log=folder / "metrics.jsonl", save=lambda average: average.save_pretrained(folder / "unet"),
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        scheduler.save_pretrained(folder / "scheduler")
+    return folder

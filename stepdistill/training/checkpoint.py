@@ -1,0 +1,283 @@
+"""Checkpoints of a training run: all of one, or none of it.
+
+A run has no random state to save (see :mod:`stepdistill.randomness`), so a checkpoint is named groups of tensors and a
+small JSON state. Three rules make it survive a kill or a full disk at any instant:
+
+1. It is written under another name, flushed, then renamed. A folder called ``checkpoint-<step>`` is therefore complete.
+2. ``manifest.json`` is written last, with the size and the SHA-256 of every file and of itself. safetensors notices a
+   truncated file but not a flipped bit, and a run must not go on from weights that were never trained.
+3. Older checkpoints go only after the newer one is on the disk.
+
+``output_dir/checkpoint-500/``: ``<group>.safetensors`` ..., ``state.json``, ``manifest.json``. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.config import nearest
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, found, believed or restored; the message names the file or the entry."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have all been verified; its tensors are read on demand."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group, on the CPU, with the dtypes and values they were saved with.
+
+        Raises:
+            CheckpointError: if there is no such group, or its file cannot be read.
+        """
+        path = self.path / f"{group}.safetensors"
+        if not path.is_file():
+            groups = [file.stem for file in self.path.glob("*.safetensors")]
+            raise CheckpointError(f"{path}: no such group{nearest(group, groups)}")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    spare: int | None = None,
+) -> Path:
+    """Write ``output_dir/checkpoint-<step>`` and then remove the oldest ones. Only the main process may call this.
+
+    Args:
+        output_dir: the run's folder, made if needed.
+        step: optimizer steps done; above that of every checkpoint in the folder.
+        groups: file name (letters, digits, ``_ - .``) -> tensors. Any device, layout or sharing of memory; tensors that
+            share memory are stored once each.
+        state: JSON values with text keys; tuples come back as lists.
+        keep: how many checkpoints stay, at least 1; with 2, a damaged newest one costs an interval and not the run.
+        spare: the newest checkpoint of this step or an earlier one stays too.
+
+    Raises:
+        CheckpointError: if it cannot be written. Earlier ones are then untouched, nothing half-written remains.
+    """
+    output_dir = Path(output_dir)
+    final = output_dir / f"checkpoint-{step}"
+    if keep < 1:
+        raise CheckpointError(f"keep = {keep}: at least 1 checkpoint has to stay")
+    for newer in _checkpoints(output_dir)[-1:]:
+        if _step(newer) >= step:  # two histories in one folder: rotation could not tell which is old
+            raise CheckpointError(f"{final}: {newer.name} is there already; move it away or use another output_dir")
+    temporary = _temporary(final)
+    try:
+        _write(temporary, step, groups, state)
+        os.rename(temporary, final)
+        _fsync(output_dir)
+    except (OSError, SafetensorError) as error:
+        mebibytes = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()) / 2**20
+        raise CheckpointError(f"{final}: cannot be written ({mebibytes:.1f} MiB needed): {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _prune(output_dir, keep, spare)
+    return final
+
+
+def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    for group, tensors in groups.items():
+        assert re.fullmatch(r"[\w.-]+", group), f"{group!r} is not a file name"
+        save_file(_storable(tensors), folder / f"{group}.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = sorted(folder.iterdir())
+    for path in files:
+        _fsync(path)
+    manifest = {
+        "step": step,
+        "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
+    }
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    _fsync(folder / "manifest.json")
+    _fsync(folder)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them: on the CPU, contiguous, no two in the same memory."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return stored
+
+
+def _prune(output_dir: Path, keep: int, spare: int | None) -> None:
+    spared = [path for path in _checkpoints(output_dir) if spare is not None and _step(path) <= spare][-1:]
+    for path in _checkpoints(output_dir)[:-keep]:
+        if path in spared:
+            continue
+        os.rename(path, _temporary(path))  # so that a half-removed checkpoint never bears a checkpoint's name
+    for path in output_dir.glob("checkpoint-*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; 1000 comes after 500."""
+    return sorted((p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
+    """The newest valid checkpoint of a run, or None if the run never completed one.
+
+    An invalid one is renamed to ``*.corrupt`` with a warning that names the file at fault, and the next older one is
+    tried. In a distributed run the main process calls this and the others :func:`load_checkpoint` with its ``path``.
+
+    Raises:
+        CheckpointError: if there were checkpoints and none is valid. Starting afresh is for the user to decide.
+    """
+    output_dir = Path(output_dir)
+    problems = []
+    for path in reversed(_checkpoints(output_dir)):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            aside = _set_aside(path, "corrupt")
+            warnings.warn(f"{error}; renamed to {aside.name}, trying the next older checkpoint", stacklevel=2)
+    beside = [path for why in ("corrupt", "diverged") for path in sorted(output_dir.glob(f"checkpoint-*.{why}"))]
+    problems = problems or [str(path) for path in beside]
+    if problems:
+        wanted = "restore one, or remove the *.corrupt and *.diverged folders to start afresh"
+        raise CheckpointError(f"{output_dir}: no valid checkpoint is left; {wanted}:\n  " + "\n  ".join(problems))
+    return None
+
+
+def set_aside_later(output_dir: Path, step: int) -> str:
+    """Rename the checkpoints of later steps than ``step`` to ``*.diverged``; says in a sentence what is left."""
+    later = [path for path in _checkpoints(output_dir) if _step(path) > step]
+    names = ", ".join(_set_aside(path, "diverged").name for path in later)
+    left = _checkpoints(output_dir)
+    kept = f"{left[-1].name} is the last good checkpoint" if left else f"No checkpoint is as old as step {step}"
+    return f"{kept}; set aside: {names}" if names else kept
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Verify the checkpoint at ``path``, every byte of it, and return it.
+
+    Raises:
+        CheckpointError: if it is missing or invalid, naming the first file at fault. There is no fallback.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "is a file, a checkpoint is a folder" if path.exists() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {found}{nearest(path.name, (p.name for p in _checkpoints(path.parent)))}")
+    manifest = _read_manifest(path / "manifest.json")
+    for name, recorded in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if (size := file.stat().st_size) != recorded["size"]:
+            raise CheckpointError(f"{file}: {size} bytes, but {recorded['size']} were written")
+        if _sha256(file) != recorded["sha256"]:
+            raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path, manifest["step"], state)
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        checkpoint: its state has a ``config``, flat ``{"section.key": value}``.
+        identity: what that must be.
+        defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
+
+    Raises:
+        CheckpointError: naming every key that differs, with both values.
+    """
+    before, now = {**defaults, **checkpoint.state["config"]}, json.loads(json.dumps(identity))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
+        raise CheckpointError(
+            f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
+            "train.output_dir:\n  - " + "\n  - ".join(lines)
+        )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        intact = manifest.pop("sha256") == _digest(manifest)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path}: not a complete manifest (its own SHA-256 does not match)")
+    return manifest
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    aside = path.with_name(f"{path.name}.{why}")
+    if aside.exists():
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{why}")
+    return path.rename(aside)

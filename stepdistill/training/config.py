@@ -1,0 +1,175 @@
+"""The configuration of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from stepdistill import config as configuration
+from stepdistill.config import ConfigError, build, nearest
+from stepdistill.data.base import DataConfig
+from stepdistill.export.pipeline import ExportConfig
+from stepdistill.families.config import TeacherConfig
+from stepdistill.methods import find_method
+from stepdistill.methods.base import Distiller
+from stepdistill.training.optimizers import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The ``train`` section."""
+
+    steps: int
+    """Training steps of the whole run, over all stages."""
+    output_dir: str
+    accumulation: int = 1
+    """Micro-batches a turn takes before its optimiser moves."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What networks compute in; weights, optimisers and losses stay in float32."""
+    ema: float = 0.0
+    """Decay of the student's average, which is then what is evaluated and exported; 0 is none."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    sample_every: int = 500
+    save_every: int = 500
+    keep: int = 2
+    """How many checkpoints stay."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "sample_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: found {self.ema}, wanted 0 <= ema < 1")
+
+
+FREE_KEYS = (
+    "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
+    "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
+    "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
+)  # fmt: skip
+"""Keys that may change between a run and its resumption, because no bit of the result depends on them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """The ``bank`` section: a full copy of the network per role, or one network with an adapter per role."""
+
+    name: Literal["copy", "adapter"] = "copy"
+    rank: int = 64
+    """Rank of the adapters."""
+    start: str | None = None
+    """A finished student, a pipeline folder, to start from instead of the teacher; of adapters, as far as their rank
+    goes."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: found {self.rank}, wanted at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The ``eval`` section: what is measured while training, on the role that will be exported, with fixed seeds."""
+
+    every: int = 0
+    """Training steps between two measurements; 0 is never."""
+    metrics: tuple[str, ...] = ("fd",)
+    num_samples: int = 1000
+    seed: int = 1
+    """Of the samples; a table's are of seed 0, and none that it measures has chosen a student."""
+    features: str = "embedded"
+    reference: str = "embedded"
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.num_samples < 2:
+            raise ValueError(f"wanted every >= 0 and num_samples >= 2; found {self.every} and {self.num_samples}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole configuration, every section resolved."""
+
+    teacher: TeacherConfig
+    method: Any
+    method_name: str
+    bank: BankConfig
+    data: DataConfig
+    optim: dict[str, OptimConfig]
+    train: TrainConfig
+    eval: EvalConfig
+    export: ExportConfig
+
+    def as_sections(self) -> dict[str, Any]:
+        """The configuration as it would be written in YAML."""
+        tree = configuration.to_dict(self)
+        tree["method"] = {"name": tree.pop("method_name"), **tree["method"]}
+        return tree
+
+
+PLAIN_SECTIONS = {
+    "teacher": TeacherConfig, "bank": BankConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig,
+    "export": ExportConfig,
+}  # fmt: skip
+"""Sections that are the same for every method."""
+
+
+SECTIONS = ("method", "optim", *PLAIN_SECTIONS)
+
+
+def resolve(mapping: Mapping[str, Any]) -> RunConfig:
+    """Check a configuration and fill in its defaults.
+
+    Raises:
+        ConfigError: listing every problem of every section.
+    """
+    problems = [f"{name}: unknown section{nearest(str(name), SECTIONS)}" for name in mapping if name not in SECTIONS]
+    resolved: dict[str, Any] = {}
+    for name, cls in PLAIN_SECTIONS.items():
+        problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
+    problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
+    if "method" in resolved:
+        resolved["method_name"], distiller, resolved["method"] = resolved["method"]
+        problems += _collect(resolved, "optim", lambda: _build_optim(mapping.get("optim"), distiller))
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**resolved)
+
+
+def _collect(resolved: dict[str, Any], name: str, make: Any) -> list[str]:
+    try:
+        resolved[name] = make()
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ConfigError(["method.name: missing (the name of a file in stepdistill/methods is required)"])
+    distiller = find_method(section["name"])
+    options = {key: value for key, value in section.items() if key != "name"}
+    return section["name"], distiller, build(distiller.Config, options, "method")
+
+
+def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimConfig]:
+    section = section or {}
+    turns = distiller.turn_names
+    problems = [
+        f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns
+    ]
+    resolved: dict[str, Any] = {}
+    for turn in turns:
+        problems += _collect(resolved, turn, lambda turn=turn: _build_turn(section, distiller, turn))
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _build_turn(section: Mapping[str, Any], distiller: type[Distiller], turn: str) -> OptimConfig:
+    given = section.get(turn) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError([f"optim.{turn}: expected a section of keys, found {given!r}"])
+    return build(OptimConfig, {**distiller.optim_defaults.get(turn, {}), **given}, f"optim.{turn}")

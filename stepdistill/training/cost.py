@@ -1,0 +1,80 @@
+"""What a training cost, in units that compare across machines and methods: images that passed through a network.
+
+A hook on every network of the bank counts them, whatever its role: an image counts once in a forward alone and three
+times where a derivative is taken too (a backward costs about two forwards). One unit is a *teacher forward*, since all
+roles are networks of the teacher's size. Sampling, measuring and saving beside the training are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.autograd.forward_ad import unpack_dual
+
+from stepdistill.networks.bank import NetworkBank
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingCost:
+    """Totals of a run over all its processes and all its resumptions; steps that a kill undid are in none of them."""
+
+    steps: int = 0
+    images: int = 0
+    """Images that were read, each as often as it was read."""
+    teacher_forwards: int = 0
+    """Images that passed through a network: 1 for a forward, 3 for a forward with its backward."""
+    cpu_minutes: float = 0.0
+    """Of the training processes with all their threads; data workers are not in it."""
+    wall_minutes: float = 0.0
+
+    def __add__(self, other: TrainingCost) -> TrainingCost:
+        """Both together: a student that started from another cost what that one did as well."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return TrainingCost(**dict(zip(dataclasses.asdict(self), map(sum, pairs), strict=True)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps:,} steps, {self.images:,} images, {self.teacher_forwards:,} teacher forwards, "
+            f"{self.cpu_minutes:.1f} CPU minutes, {self.wall_minutes:.1f} minutes"
+        )
+
+
+@contextlib.contextmanager
+def counted(bank: NetworkBank, cost: TrainingCost) -> Iterator[None]:
+    """Add what happens in the context to ``cost``: the images through the bank's networks, and the minutes."""
+    hook = functools.partial(_count, cost)
+    handles = [network.register_forward_pre_hook(hook, with_kwargs=True) for network in bank.distinct_networks()]
+    cpu, wall = time.process_time(), time.perf_counter()
+    try:
+        yield
+    finally:
+        cost.cpu_minutes += (time.process_time() - cpu) / 60
+        cost.wall_minutes += (time.perf_counter() - wall) / 60
+        for handle in handles:
+            handle.remove()
+
+
+def over_processes(cost: TrainingCost, accelerator: Accelerator) -> TrainingCost:
+    """The sum of all processes' shares, which take their steps together; all of them call it at the same time."""
+    shares = [cost.images, cost.teacher_forwards, cost.cpu_minutes]
+    total = accelerator.reduce(torch.tensor(shares, dtype=torch.float64, device=accelerator.device), reduction="sum")
+    images, teacher_forwards, cpu_minutes = total.tolist()
+    return dataclasses.replace(
+        cost, images=int(images), teacher_forwards=int(teacher_forwards), cpu_minutes=cpu_minutes
+    )
+
+
+def _count(cost: TrainingCost, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward, since one that is asked for inner features alone ends early (and counts as a whole one)."""
+    images = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *network.parameters()))
+    forward_mode = unpack_dual(images).tangent is not None
+    cost.teacher_forwards += len(images) * (3 if backward or forward_mode else 1)

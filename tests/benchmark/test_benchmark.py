@@ -1,0 +1,386 @@
+"""The benchmark: fair rows, made once, never mixed; and its tables, plots and page."""
+
+import dataclasses
+import functools
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from contracts.cases import pipeline_images, save_images, save_teacher, sections
+from PIL import Image
+from transformers import CLIPModel
+
+from stepdistill.benchmark.benchmark import (
+    Benchmark,
+    BenchmarkConfig,
+    benchmark,
+    export_missing,
+    insert,
+    solver_rows,
+    train_missing,
+)
+from stepdistill.benchmark.plots import pareto_front
+from stepdistill.benchmark.report import write_report
+from stepdistill.benchmark.tables import best_solver, compared, markdown, paper_ratio, paper_source, text
+from stepdistill.config import build, read_config, to_yaml
+from stepdistill.evaluation.suite import Judge
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within
+from stepdistill.methods import method_names
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
+from stepdistill.pretraining.clip import clip_config, image_processor, train_tokenizer
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+
+SETTING = {
+    "solvers": {"UniPC": [1, 2, 4], "Heun": [1, 2, 3]}, "guidance_scales": [1.5, 3.0], "search_samples": 6,
+    "teacher_steps": 4, "num_samples": 20, "batch_size": 20, "metrics": ["fd", "spread", "accuracy"],
+}  # fmt: skip
+
+
+def config_of(folder, **changed):
+    teacher = save_teacher(Pixel.tiny(size=28, num_classes=10), folder / "teacher")
+    fixed = {"teacher": {"path": str(teacher)}, "output": str(folder / "result/bench.json")}
+    return build(BenchmarkConfig, {**fixed, **SETTING, **changed})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_judge():
+    """Opened once: it embeds thousands of real images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "open", functools.cache(Judge.open))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole benchmark of a random teacher and a student of two training steps."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    family = Pixel.tiny(size=28, num_classes=10)
+    student = Run(resolve(sections(folder / "training", family, "progressive", steps=2))).train()
+    config = config_of(folder, students={"ours, 2 steps": str(student)})
+    benchmark(config)
+    return folder, config
+
+
+def rows_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "result/bench.json").read_text())["rows"]}
+
+
+# ------------------------------------------------------------------------------------------------- the rows
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_row_takes_no_more_calls_than_its_name_says_and_no_fewer_than_it_could(solver, guided):
+    scheduler = make_solver(solver, Pixel.tiny().scheduler_config)
+    for calls in (1, 2, 4, 8, 16):
+        steps = steps_within(solver, calls, guided=guided)
+        for n, fits in ((steps, True), (steps + 1, False)):
+            if n:
+                scheduler.set_timesteps(n)
+                assert (len(scheduler.timesteps) * (1 + guided) <= calls) is fits
+
+
+@pytest.mark.parametrize(
+    ("steps", "same"), [(1, SOLVERS), (2, ("DDIM", "Euler", "UniPC", "DPM-Solver++ 2M")), (4, ("DDIM", "Euler"))]
+)
+def test_solvers_that_the_shipped_benchmark_measures_once_are_the_same(steps, same):
+    family = Pixel.tiny()
+    images = {}
+    for solver in SOLVERS:
+        pipeline = ClassConditionalPipeline(family.network, make_solver(solver, family.scheduler_config), null_class=3)
+        images[solver] = pipeline_images(pipeline, family, 3, seed=1, num_inference_steps=steps, guidance_scale=1.0)
+    # Euler and Heun start from noise of standard deviation 20,000, of which float32 keeps 7 digits; images are halved
+    rounding = 3 * 20_291 * torch.finfo(torch.float32).eps / 2
+    apart = {solver for solver in SOLVERS if (images[solver] - images["DDIM"]).abs().max() > rounding}
+    assert apart == set(SOLVERS) - set(same)
+
+
+def test_counted_calls_are_within_the_budget_and_guidance_is_on_the_grid(finished):
+    rows = rows_of(finished[0])
+    solvers = {name: row for name, row in rows.items() if row["kind"] == "solver"}
+    names = {"UniPC, 1 call", "UniPC, 2 calls", "UniPC, 4 calls", "UniPC, 2 calls, guided", "UniPC, 4 calls, guided",
+             "Heun, 1 call", "Heun, 3 calls", "Heun, 2 calls, guided"}  # fmt: skip
+    assert solvers.keys() == names
+    for name, row in solvers.items():
+        assert row["calls"] == int(name.split(", ")[1].split()[0])
+        guided = name.endswith("guided")
+        assert row["guidance_scale"] in ([1.5, 3.0] if guided else [1.0])
+        if guided:
+            assert row["tried"][f"{row['guidance_scale']:g}"] == min(row["tried"].values())
+    assert rows["teacher, 4 steps"]["calls"] == 4 and rows["ours, 2 steps"]["calls"] == 2
+
+
+def test_the_scale_is_chosen_on_other_seeds(finished):
+    row = rows_of(finished[0])["UniPC, 4 calls, guided"]
+    assert all(value != row["fd"] for value in row["tried"].values())
+
+
+def test_a_student_row_says_what_it_is_and_what_it_cost(finished):
+    row = rows_of(finished[0])["ours, 2 steps"]
+    assert (row["method"], row["steps"], row["training"]["images"]) == ("progressive", 2, 2 * 4)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIP."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = train_tokenizer(["a word"], 560, 12)
+    half = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**half, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    config = clip_config({"projection_dim": 8, "text_config": half, "vision_config": vision}, tokenizer)
+    for part in (CLIPModel(config), tokenizer, image_processor(16)):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_teacher_that_takes_text_is_asked_with_captions(tmp_path, clip_folder):
+    family = SD.tiny()
+    teacher, images = save_teacher(family, tmp_path / "teacher"), save_images(family, tmp_path / "images.npz", 20)
+    options = {
+        "teacher": {"path": str(teacher)}, "output": str(tmp_path / "result/bench.json"), "solvers": {"DDIM": [2]},
+        "features": clip_folder, "reference": str(images), "metrics": ["fd", "clip"], "num_samples": 5,
+        "guidance_scales": [2.0], "teacher_steps": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"captions: missing; .* takes text"):
+        Benchmark(build(BenchmarkConfig, {**SETTING, **options, "clip": clip_folder}))
+    with pytest.raises(ValueError, match="'clip' needs a CLIP"):
+        Benchmark(build(BenchmarkConfig, {**SETTING, **options, "captions": str(images)}))
+    config = build(BenchmarkConfig, {**SETTING, **options, "captions": str(images), "clip": clip_folder})
+    bench = Benchmark(config)
+    rows = {row["name"]: row for row in bench.run()}
+    assert rows.keys() == {"real images", "teacher, 2 steps", "DDIM, 2 calls", "DDIM, 2 calls, guided"}
+    assert rows["DDIM, 2 calls, guided"]["calls"] == 2 and all("clip_score" in row for row in rows.values())
+    assert "| CLIP score |" in markdown(compared(bench.rows, "fd"), "fd")
+    real = np.load(images)["images"]  # the picture's real images are those of the captions, in their order
+    shown = (bench.images(rows["real images"], 5) * 255).round().permute(0, 2, 3, 1)
+    assert np.array_equal(shown.numpy(), real[:5])
+
+
+def test_an_unconditional_teacher_has_no_guided_rows():
+    assert all(not guided for *_, guided in solver_rows({"DDIM": [1, 2, 4]}, guided=False))
+
+
+# ---------------------------------------------------------------------------------------- resuming, refusing
+
+
+def test_rows_are_made_once_and_resumed(finished, monkeypatch):
+    folder, config = finished
+    before = rows_of(folder)
+    monkeypatch.setattr(Benchmark, "_measure", lambda *args, **options: pytest.fail("measured again"))
+    bench = Benchmark(config)
+    bench.run()
+    assert {row["name"]: row for row in bench.rows} == before
+
+
+def test_seconds_of_all_rows_are_taken_again_in_one_run_and_nothing_else_changes(finished, monkeypatch):
+    folder, config = finished
+    before, written = rows_of(folder), []
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda path, result: written.append(result))
+    bench = Benchmark(config)
+    bench.time()
+    assert len(written) == 1 and len(bench.rows) == len(before)
+    for row in bench.rows:
+        old = before[row["name"]]
+        assert {**row, "seconds_per_image": 0} == {**old, "seconds_per_image": 0}
+        assert row["kind"] == "floor" or row["seconds_per_image"] != old["seconds_per_image"]
+
+
+def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatch):
+    folder, config = finished
+    measured = []
+    bench = Benchmark(config)
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint", lambda folder: "other")
+    monkeypatch.setattr(Benchmark, "student", lambda self, name, folder: measured.append(name) or {"name": name})
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda *args: None)
+    bench.run()
+    assert measured == ["ours, 2 steps"]
+    assert [row["name"] for row in bench.rows].count("ours, 2 steps") == 1
+
+
+def test_rows_of_a_version_without_a_key_go_on_while_the_key_says_nothing(finished, tmp_path):
+    folder, config = finished
+    result = json.loads((folder / "result/bench.json").read_text())
+    del result["setting"]["teacher"]["resolution"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(result))
+    assert Benchmark(dataclasses.replace(config, output=str(older))).rows == result["rows"]
+    result["setting"]["teacher"]["resolution"] = 64
+    older.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"another teacher\.resolution: 64, now None"):
+        Benchmark(dataclasses.replace(config, output=str(older)))
+
+
+@pytest.mark.parametrize("change", [{"num_samples": 21}, {"seed": 1}, {"guidance_scales": [1.5]}])
+def test_two_settings_are_never_mixed(finished, change):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=f"another {next(iter(change))}"):
+        Benchmark(config_of(folder, **change))
+    more_rows = config_of(folder, solvers={"DDIM": [1]})
+    assert Benchmark(more_rows).rows
+
+
+def test_a_missing_student_is_named_before_anything_is_measured(tmp_path):
+    (tmp_path / "run/pipeline-2-steps").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"students\.ours: no pipeline in .*pipeline-2-step; did you mean"):
+        Benchmark(config_of(tmp_path, students={"ours": str(tmp_path / "run/pipeline-2-step")}))
+
+
+def test_a_flow_teacher_has_no_such_solvers():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        make_solver("UniPC", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+
+
+@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_emoji"])
+def test_shipped_configurations_are_valid(name):
+    config = build(BenchmarkConfig, read_config(f"configs/{name}.yaml"))
+    assert set(config.solvers) <= set(SOLVERS)
+
+
+def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Run, "train", lambda run: trained.append(run.folder))
+    mapping = sections(finished[0] / "training", Pixel.tiny(size=28, num_classes=10), "progressive", steps=2)
+    there, missing = tmp_path / "there.yaml", tmp_path / "missing.yaml"
+    there.write_text(to_yaml(mapping))
+    mapping["train"]["output_dir"] = str(tmp_path / "run")
+    missing.write_text(to_yaml(mapping))
+    train_missing([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"])
+    assert trained == [tmp_path / "run", tmp_path / "other"]
+
+
+def test_a_student_of_other_calls_is_exported_from_its_run(tmp_path, monkeypatch):
+    mapping = sections(tmp_path, Pixel.tiny(), "lcm")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(mapping))
+    exported = []
+    monkeypatch.setattr(
+        Run, "export_checkpoint", lambda run, folder: exported.append((run.config.method.steps, folder))
+    )
+    names = ("pipeline", "pipeline-1-step", "pipeline-4-steps", "another")
+    export_missing({name: str(run / name) for name in names})
+    assert exported == [(1, run / "pipeline-1-step"), (4, run / "pipeline-4-steps")]
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_document_shows_the_table_between_its_marks(tmp_path):
+    document = tmp_path / "RESULTS.md"
+    document.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
+    for _ in range(2):
+        insert("| new |\n", document)
+    assert document.read_text() == "before\n<!-- benchmark -->\n| new |\n<!-- /benchmark -->\nafter\n"
+    document.write_text("<!-- benchmark -->")
+    with pytest.raises(ValueError, match=r"RESULTS\.md has no lines"):
+        insert("| new |\n", document)
+
+
+def made_up(name, kind, calls, fd, **more):
+    seconds = {"seconds_per_image": calls / 100}
+    return {
+        "name": name,
+        "kind": kind,
+        "calls": calls,
+        "fd": fd,
+        "fd_low": fd - 0.1,
+        "fd_high": fd + 0.1,
+        **seconds,
+        **more,
+    }
+
+
+MADE_UP = [
+    made_up("UniPC, 4 calls", "solver", 4, 0.95, solver="UniPC"),
+    made_up("UniPC, 2 calls", "solver", 2, 2.0, solver="UniPC"),
+    made_up("ours, 4 steps", "student", 4, 0.9, method="progressive", steps=4),
+    made_up("ours, 2 steps", "student", 2, 1.0, method="progressive", steps=2,
+            training={"teacher_forwards": 2_500_000, "cpu_minutes": 12.4}),
+    made_up("teacher", "teacher", 50, 0.5, solver="DDIM"),
+    made_up("real images", "floor", 0, 0.1),
+]  # fmt: skip
+
+
+def test_rows_are_compared_with_the_teacher_the_paper_and_the_best_solver():
+    rows = {row["name"]: row for row in compared(MADE_UP, "fd")}
+    assert list(rows) == [
+        "real images",
+        "teacher",
+        "ours, 2 steps",
+        "UniPC, 2 calls",
+        "ours, 4 steps",
+        "UniPC, 4 calls",
+    ]
+    assert rows["ours, 2 steps"]["ratio"] == 2.0 and rows["ours, 2 steps"]["paper"] == 1.8
+    assert rows["ours, 2 steps"]["against_solver"] == "0.50 of UniPC, 2 calls"
+    assert rows["ours, 4 steps"]["against_solver"] == "not distinguishable: UniPC, 4 calls"
+    assert text(rows["ours, 2 steps"], "teacher_forwards", "fd") == "2.50"
+    assert best_solver(MADE_UP, 1, "fd") is None and best_solver(MADE_UP, 3, "fd")["calls"] == 2
+
+
+def test_the_markdown_table_is_rectangular():
+    lines = markdown(compared(MADE_UP, "fd"), "fd").splitlines()
+    assert len(lines) == len(MADE_UP) + 2 and len({line.count("|") for line in lines}) == 1
+    assert "**ours, 2 steps**" in lines[4]
+
+
+def test_papers_are_those_of_our_methods():
+    known = [method for method in method_names() if paper_source(method)]
+    assert len(known) >= 12 and paper_ratio("dmd2", 1) == 0.55 and paper_ratio("nothing", 1) is None
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    assert [row["name"] for row in pareto_front(MADE_UP[:5], "fd")] == ["ours, 2 steps", "ours, 4 steps", "teacher"]
+
+
+def test_plots_and_grid_are_pictures(finished):
+    for what in ("calls", "pareto", "grid"):
+        with Image.open(finished[0] / f"result/bench-{what}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5 and min(picture.size) > 100
+
+
+class Page(HTMLParser):
+    """What a page would load, and the cells it shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.open, self.rows = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append(0)
+        self.rows[-1:] = [count + (tag in ("td", "th")) for count in self.rows[-1:]]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(finished, tmp_path):
+    single = {"name": "<a & b>", "calls": 4.0, "fd": 0.5, "setting": {"seed": 0, "versions": {"torch": "2"}}}
+    (tmp_path / "single.json").write_text(json.dumps(single))
+    output = write_report([finished[0] / "result/bench.json", tmp_path / "single.json"], tmp_path / "page.html")
+    html = output.read_text()
+    page = Page()
+    page.feed(html)
+    assert not page.open
+    assert len(page.sources) == 3 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not re.search(r"url\(|@import|<script|<link", html)
+    assert "&lt;a &amp; b&gt;" in html and "ours, 2 steps" in html and "versions.torch" in html
+
+
+def test_a_report_of_something_else_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json: no result"):
+        write_report([tmp_path / "other.json"], tmp_path / "page.html")
+    with pytest.raises(ValueError, match=r"missing\.json: no such file"):
+        write_report([tmp_path / "missing.json"], tmp_path / "page.html")

@@ -1,0 +1,221 @@
+"""Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
+
+import io
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from stepdistill.cli import main
+from stepdistill.data.base import DataConfig
+from stepdistill.data.listing import list_samples
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.base import Inputs
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.dit import DiT
+from stepdistill.families.flux import Flux
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
+from stepdistill.inference.solvers import teacher_pipeline
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "sd"
+    SD.tiny().pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teacher):
+    """The teacher itself, exported as a student of two steps."""
+    family = SD.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    about = {"method": "progressive", "teacher": teacher, "guidance_distilled": 3.0}
+    return str(export_pipeline(family, family.network, sampler, tmp_path_factory.mktemp("s") / "pipeline", about=about))
+
+
+def generate(*arguments):
+    main(["generate", *map(str, arguments)])
+
+
+def test_single_files_carry_what_repeats_them(tmp_path, student):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a crème brûlée\n\na 日本 map\n", encoding="utf-8")
+    generate(
+        "--pipeline", student, "--prompt", "a cat", "--prompt_file", prompts, "--seed", 3, "--batch_size", 2,
+        "--output", tmp_path / "all", tmp_path / "all.png",
+    )  # fmt: skip
+    files = sorted((tmp_path / "all").glob("*.png"))
+    found = [Image.open(file) for file in files]
+    assert [image.text["prompt"] for image in found] == ["a cat", "a crème brûlée", "a 日本 map"]
+    assert {image.text["seed"] for image in found} == {"3"} and found[1].text["index"] == "1"
+    assert Image.open(tmp_path / "all.png").width > 3 * found[0].width
+
+    generator = torch.Generator().manual_seed(int(found[1].text["generator_seed"]))
+    pipeline = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline("a crème brûlée", num_inference_steps=2, guidance_scale=1.0, generator=generator).images[0]
+    assert max(abs(a - b) for a, b in zip(again.tobytes(), found[1].tobytes(), strict=True)) <= 1
+
+
+def test_a_folder_of_samples_is_data_with_what_they_were_asked_for(tmp_path, student):
+    generate("--pipeline", student, "--prompt", "a crème brûlée", "a dog", "--output", tmp_path / "text")
+    listing = list_samples(DataConfig(name="images", path=str(tmp_path / "text")))
+    assert listing.captions == ["a crème brûlée", "a dog"] and listing.labels is None
+    family = Pixel.tiny()
+    folder = export_pipeline(
+        family, family.network, DDIM(family.schedule, family.schedule.grid(1)), tmp_path / "p", about={}
+    )
+    generate("--pipeline", folder, "--num_images", 4, "--output", tmp_path / "classes")
+    listing = list_samples(DataConfig(name="images", path=str(tmp_path / "classes")))
+    assert listing.labels.tolist() == [0, 1, 2, 0] and len(listing.images) == 4
+
+
+def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path, student, teacher):
+    common, scale = ("--prompt", "a cat", "--num_images", 2), "--compare_guidance_scale"
+    compare = ("--compare", "teacher", "--compare_steps", 3)
+    for name, more in [("same", ()), ("explicit", (scale, 3.0)), ("other", (scale, 1.0))]:
+        generate("--pipeline", student, *common, *compare, *more, "--output", tmp_path / name)
+    generate("--pipeline", student, *common, "--output", tmp_path / "alone")
+    alone, same, explicit, other = (
+        Image.open(tmp_path / name / "000001.png") for name in ("alone", "same", "explicit", "other")
+    )
+    left, right = (0, 0, *alone.size), (alone.width, 0, 2 * alone.width, alone.height)
+    assert same.size == (2 * alone.width, alone.height) and same.crop(left).tobytes() == alone.tobytes()
+    assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_a_teacher_under_a_solver_paints_at_its_sections_size_whatever_its_precision(teacher):
+    config = TeacherConfig(path=teacher, resolution=32, dtype="bfloat16")
+    images = teacher_pipeline(config, "UniPC")("a cat", num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and images.std() > 0.01
+
+
+def test_guidance_leads_away_from_the_negative_prompt_on_both_sides(tmp_path, student, teacher):
+    common = ("--pipeline", student, "--prompt", "a cat", "a dog", "--guidance_scale", 3.0, "--batch_size", 1)
+    compare = ("--compare", "teacher", "--compare_steps", 2)
+    for name, more in [("plain", compare), ("mud", (*compare, "--negative_prompt", "mud"))]:
+        generate(*common, *more, "--output", tmp_path / name)
+    plain, mud = (np.asarray(Image.open(tmp_path / name / "000001.png")).astype(int) for name in ("plain", "mud"))
+    half = plain.shape[1] // 2
+    assert all((plain[:, side] != mud[:, side]).any() for side in (slice(half), slice(half, None)))
+    text = Image.open(tmp_path / "mud/000001.png").text
+    assert (text["prompt"], text["negative_prompt"]) == ("a dog", "mud")
+    assert "negative_prompt" not in Image.open(tmp_path / "plain/000001.png").text
+
+    pipeline = StableDiffusionPipeline.from_pretrained(student, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline(
+        "a dog", negative_prompt="mud", num_inference_steps=2, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(int(text["generator_seed"])),
+    ).images[0]  # fmt: skip
+    for side in (slice(half), slice(half, None)):  # the student is the teacher, at DDIM's grid
+        assert abs(np.asarray(again).astype(int) - mud[:, side]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), r"is called without guidance \(1\); wanted --guidance_scale above 1"),
+        (
+            ("--guidance_scale", 3, "--compare", "teacher", "--compare_guidance_scale", 1),
+            r"teacher.*is called without guidance \(1\); wanted --compare_guidance_scale above 1",
+        ),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_refused(tmp_path, student, more, message, capsys):
+    with pytest.raises(SystemExit):
+        generate(
+            "--pipeline", student, "--prompt", "a cat", "--num_images", 1, "--negative_prompt", "mud", *more,
+            "--output", tmp_path / "x.png",
+        )  # fmt: skip
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "x.png").exists()
+
+
+def test_pipelines_that_read_no_negative_prompt_say_so():
+    request = Request(prompts=["a cat"], negative_prompt="mud", call={"guidance_scale": 3.0})
+    embedded = SD.tiny()
+    embedded.extend(Inputs(w=(0.0, 2.0)))
+    for pipeline, message in [
+        (Flux.tiny().pipe, "guidance is at most an input of its network"),
+        (Flux.tiny(guidance_embeds=False).pipe, "guidance is at most an input of its network"),
+        (embedded.pipe, "guidance is at most an input of its network"),
+        (DiT.tiny().pipe, r"it \(DiTPipeline\) takes none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_negative_prompt(pipeline, "it", request, "--guidance_scale")
+    check_negative_prompt(SD.tiny().pipe, "it", request, "--guidance_scale")
+
+
+def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidance(tmp_path):
+    """FluxPipeline's own grid of two steps is the student's, which is the teacher here: both sides are one image."""
+    family = Flux.tiny()  # of 16 pixels, where its pipeline paints 256 unless told; asked with a guidance of 3.5
+    family.pipe.save_pretrained(tmp_path / "teacher")
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    about = {"teacher": str(tmp_path / "teacher"), "guidance_distilled": 1.0}
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student", about=about)
+    generate(
+        "--pipeline", student, "--prompt", "a cat", "--num_images", 1, "--compare", "teacher", "--compare_steps", 2,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    both = np.asarray(Image.open(tmp_path / "out/000000.png")).astype(int)
+    assert both.shape == (16, 32, 3) and both.std() > 1
+    assert abs(both[:, :16] - both[:, 16:]).max() <= 1
+
+
+def test_prompts_come_from_standard_input(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO("\ufeffone\r\n  two \n\n".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert collect_prompts(["zero"], "-") == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\nna\xefve\n", r"p\.txt:2: not UTF-8 \(byte 0xef\)"),
+        ("a\nb".encode("utf-16"), r"p\.txt:1: not UTF-8 \(byte 0xff\)"),
+        ("a\nb".encode("utf-16-le"), r"p\.txt:1: control character U\+0000"),
+        (b"a\nred \x1b[31m\n", r"p\.txt:2: control character U\+001B"),
+        (b"\n \n", r"p\.txt: no prompts in it"),
+    ],
+)
+def test_odd_prompt_files_are_named_with_the_line(tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        collect_prompts([], str(tmp_path / "p.txt"))
+
+
+def test_odd_bytes_of_the_command_line_are_named():
+    assert collect_prompts(["crème brûlée"], None) == ["crème brûlée"]
+    with pytest.raises(ValueError, match=r"--prompt:1: not UTF-8 \(byte 0xff\)"):
+        collect_prompts(["a cat", os.fsdecode(b"a \xff cat")], None)
+
+
+def test_long_prompts_are_counted(tmp_path, student):
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the text encoder's 77 tokens"):
+        generate("--pipeline", student, "--prompt", "x" * 90, "ok", "--output", tmp_path / "a.png")
+
+
+def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
+    family = Pixel.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(1))
+    pixel = export_pipeline(family, family.network, sampler, tmp_path / "pixel", about={})
+    for arguments, message in [
+        (("--pipeline", student), "paints from text; give --prompt or --prompt_file"),
+        (("--pipeline", pixel, "--prompt", "a cat"), "takes no text; give --class_labels"),
+        (("--pipeline", pixel, "--compare", "teacher"), "does not say what its teacher was"),
+        (("--pipeline", student, "--prompt_file", tmp_path / "none.txt"), "--prompt_file: no such file"),
+        (("--pipeline", pixel, "--num_images", 0), "--num_images: found 0, wanted at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            generate(*arguments, "--output", tmp_path / "x.png")
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()

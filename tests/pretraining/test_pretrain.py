@@ -1,0 +1,105 @@
+"""Teachers trained here: the parts of a text-to-image one, and the pipeline they make."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from stepdistill.assets import EMBEDDED
+from stepdistill.config import ConfigError, build, read_config
+from stepdistill.data.base import DataConfig, locate_data
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher
+from stepdistill.families.sd import SD
+from stepdistill.features.clip import Clip
+from stepdistill.pretraining.clip import SHIFT, shifted, train_tokenizer
+from stepdistill.pretraining.fit import FitConfig, fit
+from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
+from stepdistill.pretraining.vae import encode, whiten
+
+CONFIG = "configs/teacher_emoji.yaml"
+
+
+def test_whitened_latents_have_unit_variance_and_images_come_back_as_before():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**read_config(CONFIG)["vae"]["model"]).eval()
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(images).latent_dist
+        back = vae.decode(before.mean).sample
+        whiten(vae, encode(vae, images, torch.device("cpu")))
+        after = vae.encode(images).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, back, atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4, rtol=0)
+    scale = before.mean.std((0, 2, 3)).view(1, -1, 1, 1)
+    torch.testing.assert_close(after.std * scale, before.std, atol=1e-4, rtol=1e-4)  # the posterior's width, too
+
+
+def test_the_tokenizer_joins_frequent_words_and_reads_any_text():
+    tokenizer = train_tokenizer(["flat red apple", "3d red apple", "flat red car"] * 5, 560, 16)
+    assert tokenizer.tokenize("red apple") == ["red</w>", "apple</w>"]
+    for text in ("pineapple", "crème 日本"):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    assert len(tokenizer("red " * 30, truncation=True).input_ids) == 16
+
+
+def test_shifted_images_keep_what_is_inside_and_are_white_outside():
+    images = -torch.ones(64, 1, 8, 8)
+    moved = shifted(images, torch.Generator().manual_seed(0))
+    white = (moved == 1).sum((1, 2, 3))
+    assert moved.shape == images.shape and set(moved.unique().tolist()) == {-1.0, 1.0}
+    assert white.max() <= 64 - (8 - SHIFT) ** 2 and white.unique().numel() > 4
+
+
+def test_fit_finds_a_least_squares_solution(tmp_path):
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+    config = FitConfig(model={}, steps=600, batch_size=32, lr=0.03, ema=0.95, log_every=300)
+    torch.manual_seed(0)
+    network = fit(
+        torch.nn.Linear(3, 1), lambda net, index, _: (net(x[index]) - y[index]).square().mean(), count=64,
+        config=config, accelerator=Accelerator(cpu=True), log=tmp_path / "log.jsonl",
+    )  # fmt: skip
+    assert (network(x) - y).abs().max() < 0.02
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [300, 600]
+
+
+def test_held_out_pairs_are_kept_from_training():
+    train, held_out = (np.load(EMBEDDED["emoji"].with_name(name)) for name in ("train.npz", "held_out.npz"))
+    seen, unseen = set(train["captions"]), set(held_out["captions"])
+    other = {"3d": "flat", "flat": "3d"}
+    assert not seen & unseen and len(unseen) > 40
+    for caption in unseen:  # what is known of them is their name, in the other style
+        style, _, name = caption.partition(" ")
+        assert f"{other[style]} {name}" in seen
+    assert train["images"].shape[1:] == (32, 32, 3) and locate_data(DataConfig(name="images", path="emoji")).path
+
+
+def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
+    small = [f"{part}.{key}" for part in ("vae", "clip", "unet") for key in ("steps=2", "batch_size=4", "log_every=1")]
+    overrides = [*small, f"output_dir={tmp_path}", "data.max_samples=8"]
+    config = build(TextTeacherConfig, read_config(CONFIG, overrides))
+    folder = train_text_teacher(config)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    assert size < 20e6  # of the shipped configuration's architecture
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("3d red apple", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+    family = load_teacher(TeacherConfig(path=str(folder)))
+    assert isinstance(family, SD) and family.image_shape == (3, 32, 32) and family.prediction_type == "v_prediction"
+    clip, judge = (Clip.open(str(tmp_path / name)) for name in ("clip", "judge"))
+    assert not torch.equal(clip.embed_captions(["3d red apple"])[0], judge.embed_captions(["3d red apple"])[0])
+
+    kept = (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    train_text_teacher(config)
+    assert (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
+
+
+def test_the_judge_is_of_another_seed():
+    with pytest.raises(ConfigError, match="judge_seed: found 0, clip.seed too"):
+        build(TextTeacherConfig, read_config(CONFIG, ["judge_seed=0"]))

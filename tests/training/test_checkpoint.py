@@ -1,0 +1,541 @@
+"""Checkpoints: what is saved comes back bit for bit, and every fault that can be staged is survived or named."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stepdistill.training import checkpoint
+from stepdistill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
+from stepdistill.training.optimizers import OptimConfig
+from stepdistill.training.run_lock import RunLock
+
+FILES = ["fake.safetensors", "manifest.json", "state.json", "student.safetensors"]
+
+
+def groups(step: int) -> dict[str, dict[str, Tensor]]:
+    return {name: {"weight": torch.full((5,), float(step)), "bias": torch.arange(3)} for name in ("student", "fake")}
+
+
+def save(folder: Path, step: int, keep: int = 9, spare: int | None = None) -> Path:
+    return save_checkpoint(folder, step, groups(step), {"stage": "only"}, keep=keep, spare=spare)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------- round trips
+
+
+def test_every_dtype_comes_back_bit_for_bit(tmp_path):
+    whole = torch.arange(-3, 9).reshape(3, 4)
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    tensors = {str(dtype): (whole / 7).to(dtype) for dtype in dtypes}
+    tensors["special"] = torch.tensor([torch.inf, -torch.inf, -0.0, 1e-45])
+    state = {"stage": 2, "name": "é", "turns": {"fake": 7}, "rate": 0.1, "nothing": None}
+    save_checkpoint(tmp_path / "run", 3, {"student": tensors, "nothing": {}}, state, keep=1)
+    loaded = latest_checkpoint(tmp_path / "run")
+    assert (loaded.step, loaded.state, loaded.path) == (3, state, tmp_path / "run" / "checkpoint-3")
+    read = loaded.tensors("student")
+    assert read.keys() == tensors.keys() and all(identical(read[key], tensors[key]) for key in tensors)
+    assert loaded.tensors("nothing") == {}
+
+
+def test_shared_strided_and_empty_tensors_can_be_saved(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "whole": base,
+        "tied": base,
+        "part": base[1:],
+        "transposed": base.t(),
+        "expanded": torch.ones(1).expand(4),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "empty": torch.empty(0),
+        "empty_too": torch.empty(0, 3),
+        "scalar": torch.tensor(5),
+    }
+    read = load_checkpoint(save_checkpoint(tmp_path, 1, {"all": tensors}, {}, keep=1)).tensors("all")
+    assert read.keys() == tensors.keys() and all(identical(read[key], tensors[key]) for key in tensors)
+
+
+def test_the_same_content_makes_the_same_files(tmp_path):
+    first, second = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
+
+
+def test_an_unknown_group_is_named_with_the_nearest(tmp_path):
+    with pytest.raises(CheckpointError, match="studnet.safetensors: no such group; did you mean 'student'"):
+        load_checkpoint(save(tmp_path, 1)).tensors("studnet")
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path / "absent") is None
+    (tmp_path / "checkpoint-5.tmp-0a1b").mkdir()  # killed inside the first save
+    (tmp_path / "checkpoint-best").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------------- rotation
+
+
+def test_rotation_spares_the_newest_good_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=1, spare=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_rotation_keeps_the_newest_by_number(tmp_path):
+    (tmp_path / "checkpoint-5.tmp-0a1b").mkdir()
+    (tmp_path / "checkpoint-7.corrupt").mkdir()
+    for step in (8, 9, 10, 100):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-7.corrupt"]
+    assert latest_checkpoint(tmp_path).step == 100
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_second_history_in_one_folder_is_refused(tmp_path, step):
+    save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=f"checkpoint-{step}: checkpoint-10 is there already"):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["checkpoint-10"]
+
+
+def test_keep_must_leave_one(tmp_path):
+    with pytest.raises(CheckpointError, match="keep = 0"):
+        save(tmp_path, 1, keep=0)
+    assert names(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------- faults while it is written
+
+
+class FailAt:
+    """Wraps a function and does something else at its k-th call."""
+
+    def __init__(self, function, k, fault):
+        self.function, self.left, self.fault = function, k, fault
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.fault()
+        return self.function(*args, **kwargs)
+
+
+def disk_full():
+    raise OSError(28, "No space left on device")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+# With two groups the flushes are of two files, state.json, manifest.json, the folder; after the rename, of its parent.
+POINTS = [("save_file", 1), ("save_file", 2), ("_sha256", 1), *(("_fsync", k) for k in range(1, 6)), ("os.rename", 1)]
+
+
+@pytest.mark.parametrize(("name", "k"), POINTS)
+@pytest.mark.parametrize("fault", [disk_full, interrupt])
+def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch, name, k, fault):
+    save(tmp_path, 10, keep=1)
+    original = os.rename if name == "os.rename" else getattr(checkpoint, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"stepdistill.training.checkpoint.{name}", FailAt(original, k, fault))
+        with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
+            save(tmp_path, 20, keep=1)
+    if fault is disk_full:
+        assert "checkpoint-20: cannot be written (0.0 MiB needed)" in str(caught.value)
+        assert "No space left" in str(caught.value)
+    assert names(tmp_path) == ["checkpoint-10"]
+    assert identical(latest_checkpoint(tmp_path).tensors("student")["weight"], groups(10)["student"]["weight"])
+    save(tmp_path, 20, keep=1)
+    assert names(tmp_path) == ["checkpoint-20"]
+
+
+def test_a_short_write_by_the_kernel_is_an_error_with_the_path(tmp_path):
+    save(tmp_path, 10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-20: cannot be written \(4\.0 MiB needed\)"):
+            save_checkpoint(tmp_path, 20, {"student": {"weight": torch.zeros(2**20)}}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["checkpoint-10"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_kill_9_at_every_point_of_a_save(tmp_path, monkeypatch):
+    """A child process kills itself at the k-th flush, rename or removal, until a save gets through."""
+    survived = []
+    for k in range(1, 20):
+        folder = tmp_path / str(k)
+        save(folder, 10)
+        status = _save_in_a_child_killed_at(k, folder)
+        loaded = latest_checkpoint(folder)
+        survived.append(loaded.step)
+        weight = groups(loaded.step)["student"]["weight"]
+        assert all(identical(loaded.tensors(group)["weight"], weight) for group in ("student", "fake"))
+        save(folder, 30, keep=1)  # the next save sweeps what the kill left
+        assert names(folder) == ["checkpoint-30"]
+        if status == 0:
+            break
+    # Five flushes and a rename make it a checkpoint; a flush of the parent, a rename and a removal to prune follow.
+    assert survived == [10] * 6 + [20] * 4
+
+
+def _save_in_a_child_killed_at(k: int, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        killer = FailAt(lambda: None, k, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        fsync, rename, rmtree = os.fsync, os.rename, shutil.rmtree
+        os.fsync = lambda descriptor: (killer(), fsync(descriptor))
+        os.rename = lambda *paths: (killer(), rename(*paths))
+        # The clean-up after a failure removes with ignore_errors, and finds nothing here.
+        shutil.rmtree = lambda path, **ignore: (ignore or killer(), rmtree(path, **ignore))
+        save(folder, 20, keep=1)
+        os._exit(0)
+    finally:
+        os._exit(1)  # the child must never go on as a second pytest
+
+
+def test_state_must_be_json(tmp_path):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, 1, groups(1), {"tensor": torch.ones(1)}, keep=1)
+    assert names(tmp_path) == []
+
+
+# -------------------------------------------------------------------------------- faults after it is written
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"}")
+
+
+DAMAGES = [truncate, flip_a_bit, empty, grow, Path.unlink]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(tmp_path, file, damage):
+    save(tmp_path, 10)
+    damaged = save(tmp_path, 20) / file
+    damage(damaged)
+    with pytest.raises(CheckpointError, match=file):
+        load_checkpoint(damaged.parent)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"]  # explicit: no fallback, no renaming
+    with pytest.warns(UserWarning, match=f"checkpoint-20/{file}: .*renamed to checkpoint-20.corrupt"):
+        assert latest_checkpoint(tmp_path).step == 10
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20.corrupt"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_anywhere_is_found(tmp_path, file):
+    path = save(tmp_path, 10) / file
+    intact = path.read_bytes()
+    for position in range(0, len(intact), 3):
+        flipped = bytearray(intact)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=file):
+            load_checkpoint(path.parent)
+    path.write_bytes(intact)
+    load_checkpoint(path.parent)
+
+
+def test_all_corrupt_is_an_error_and_stays_one(tmp_path):
+    for step, file in ((10, "state.json"), (20, "student.safetensors")):
+        empty(save(tmp_path, step) / file)
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"(?s)student.safetensors.*state.json"):
+        latest_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no valid checkpoint is left.*\n.*checkpoint-10.corrupt"):
+        latest_checkpoint(tmp_path)  # the same command again: still never a silent fresh start
+    shutil.rmtree(tmp_path / "checkpoint-10.corrupt")
+    shutil.rmtree(tmp_path / "checkpoint-20.corrupt")
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_same_step_can_go_bad_twice(tmp_path):
+    save(tmp_path, 10)
+    for _ in range(2):
+        empty(save(tmp_path, 20) / "state.json")
+        with pytest.warns(UserWarning, match="state.json"):
+            assert latest_checkpoint(tmp_path).step == 10
+    assert len(list(tmp_path.glob("checkpoint-20*.corrupt"))) == 2
+
+
+def test_an_explicit_path_must_be_right(tmp_path):
+    path = save(tmp_path, 500)
+    with pytest.raises(CheckpointError, match="checkpoint-5000: no such checkpoint; did you mean 'checkpoint-500'"):
+        load_checkpoint(tmp_path / "checkpoint-5000")
+    with pytest.raises(CheckpointError, match="state.json: is a file, a checkpoint is a folder"):
+        load_checkpoint(path / "state.json")
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", "{}", '{"sha256": 3}', "\xff"])
+def test_a_foreign_manifest_is_refused(tmp_path, manifest):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text(manifest, encoding="latin-1")
+    with pytest.raises(CheckpointError, match="manifest.json: not a complete manifest"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_changes_after_verification_is_named(tmp_path):
+    loaded = load_checkpoint(save(tmp_path, 1))
+    truncate(loaded.path / "student.safetensors")
+    with pytest.raises(CheckpointError, match="student.safetensors: cannot be read"):
+        loaded.tensors("student")
+
+
+# -------------------------------------------------------------------------------------------- optimizers
+
+
+class Numbered(torch.optim.Optimizer):
+    """Keeps Python numbers in its state, as some third-party optimizers do."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self):
+        for parameter in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+            state = self.state[parameter] or {"count": 0, "scale": 1 / 3, "flag": True}
+            assert [type(state[name]) for name in ("count", "scale", "flag")] == [int, float, bool]
+            state["count"] += 1
+            state["scale"] /= 3
+            self.state[parameter].update(state)
+            parameter.data -= self.param_groups[0]["lr"] * state["scale"] * parameter.grad / state["count"]
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adamw amsgrad foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, foreach=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "sgd momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "radam": lambda p: OptimConfig(name="radam", lr=1e-2).make([list(p)]),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "numbered": Numbered,
+}
+
+
+class Net(nn.Module):
+    """A channels_last convolution, a bfloat16 weight, and a parameter that no gradient reaches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.gain = nn.Parameter(torch.randn(4, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x).mean((2, 3)) * self.gain
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        net(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_training_continues_bit_for_bit(tmp_path, name, steps):
+    net = Net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    train(net, optimizer, range(steps))
+    content = {"net": net.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    path = save_checkpoint(tmp_path, steps, content, {}, keep=1)
+    train(net, optimizer, range(steps, 6))
+
+    resumed = Net()
+    resumed_optimizer = OPTIMIZERS[name](resumed.parameters())
+    loaded = load_checkpoint(path)
+    resumed.load_state_dict(loaded.tensors("net"))
+    restore_optimizer(resumed_optimizer, loaded.tensors("optimizer"))
+    train(resumed, resumed_optimizer, range(steps, 6))
+    assert all(identical(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
+    before, after = optimizer_tensors(optimizer), optimizer_tensors(resumed_optimizer)
+    assert before.keys() == after.keys() and all(identical(before[key], after[key]) for key in before)
+
+
+def test_a_restored_optimizer_owns_its_state():
+    net = Net()
+    optimizer, other = (torch.optim.AdamW(net.parameters()) for _ in range(2))
+    train(net, optimizer, range(2))
+    tensors = optimizer_tensors(optimizer)
+    copies = {key: value.clone() for key, value in tensors.items()}
+    restore_optimizer(other, tensors)
+    train(net, other, range(2))
+    assert all(identical(tensors[key], copies[key]) for key in tensors)
+
+
+def test_the_learning_rate_is_the_configs():
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    train(net, optimizer, range(1))
+    other = torch.optim.AdamW(net.parameters(), lr=5e-4)
+    restore_optimizer(other, optimizer_tensors(optimizer))
+    assert other.param_groups[0]["lr"] == 5e-4
+
+
+def stepped_tensors() -> dict[str, Tensor]:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    train(net, optimizer, range(1))
+    return optimizer_tensors(optimizer)
+
+
+def test_optimizer_entries_are_named_by_index():
+    tensors = stepped_tensors()
+    order = [name for name, _ in Net().named_parameters()]
+    stepped = [str(index) for index, name in enumerate(order) if name != "unused"]
+    expected = {f"{index}.{name}" for index in stepped for name in ("step", "exp_avg", "exp_avg_sq")}
+    assert tensors.keys() == expected | {"stateless"}
+    assert tensors["stateless"].tolist() == [order.index("unused")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("2.exp_avg"), r"'2.exp_avg' is missing \(its parameter has shape \(4, 3, 3, 3\)\)"),
+        (lambda t: [t.pop(key) for key in list(t) if key.startswith("3.")], "'3.exp_avg' is missing"),
+        (lambda t: t.pop("stateless"), "'0.exp_avg' is missing"),
+        (lambda t: t.update({"3.exp_avg": torch.ones(5)}), r"'3.exp_avg' has shape \(5,\), its parameter \(4,\)"),
+        (lambda t: t.update({"4.exp_avg": torch.ones(5)}), "'4.exp_avg' belongs to none of the 4 parameters"),
+        (lambda t: t.update({"momentum": torch.ones(5)}), "is missing"),
+        (lambda t: t.clear(), r"'0.\*' is missing"),
+    ],
+)
+def test_entries_that_do_not_fit_are_named(change, message):
+    tensors = stepped_tensors()
+    change(tensors)
+    optimizer = torch.optim.AdamW(Net().parameters())
+    with pytest.raises(CheckpointError, match=message):
+        restore_optimizer(optimizer, tensors)
+    assert not optimizer.state
+
+
+def test_an_optimizer_that_could_not_be_restored_is_refused_when_saved():
+    net = nn.Linear(3, 4)
+    optimizer = torch.optim.Adafactor(net.parameters())  # one factor per row, one per column
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="has shape|is missing"):
+        optimizer_tensors(optimizer)
+
+
+# -------------------------------------------------------------------------------------------------- lock
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_later_one_is_not(tmp_path):
+    with RunLock(tmp_path / "run"):
+        for _ in range(2):  # a refused run does not free the lock
+            with pytest.raises(CheckpointError, match=f"run: in use by another run .pid {os.getpid()} on "):
+                RunLock(tmp_path / "run").__enter__()
+    with RunLock(tmp_path / "run"):
+        pass
+    with pytest.raises(ZeroDivisionError), RunLock(tmp_path / "run"):
+        _ = 1 / 0
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+HOLDER = """
+import os, sys, time
+from stepdistill.training.run_lock import RunLock
+lock = RunLock(sys.argv[1]).__enter__()
+worker = os.fork()  # like a data worker, which lives on for seconds when its parent is killed
+if not worker:
+    print(os.getpid(), flush=True)  # from the worker, whose side of the fork is then over
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path):
+    root = str(Path(checkpoint.__file__).parents[1])
+    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
+    with holder:
+        worker = int(holder.stdout.readline())
+        try:
+            with pytest.raises(CheckpointError, match=f"pid {holder.pid} on "):
+                RunLock(tmp_path).__enter__()
+            holder.kill()
+            holder.wait()
+            os.kill(worker, 0)  # still there
+            assert f"pid {holder.pid} on " in (tmp_path / ".lock").read_text()
+            with RunLock(tmp_path):
+                assert f"pid {os.getpid()} on " in (tmp_path / ".lock").read_text()
+        finally:
+            holder.kill()
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_another_hosts_lock_is_left_to_the_user(tmp_path):
+    (tmp_path / ".lock").write_text("pid 1 on elsewhere")
+    with pytest.raises(CheckpointError, match=r"pid 1 on elsewhere\); if it has ended, remove .*\.lock"):
+        RunLock(tmp_path).__enter__()
+    assert (tmp_path / ".lock").read_text() == "pid 1 on elsewhere"
+
+
+def test_an_unusable_output_dir_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: cannot be used as output_dir"):
+        RunLock(tmp_path / "file").__enter__()
+
+
+# ---------------------------------------------------------------------------------------- on the disk
+
+
+def test_the_manifest_lists_everything_else(tmp_path):
+    path = save(tmp_path, 7)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert sorted([*manifest["files"], "manifest.json"]) == names(path) == FILES
+    assert manifest["step"] == 7 and manifest["versions"]["torch"] == torch.__version__
+
+
+def test_a_hostile_safetensors_header_is_our_error(tmp_path):
+    loaded = load_checkpoint(save(tmp_path, 1))
+    path = loaded.path / "student.safetensors"
+    save_file({"weight": torch.ones(4)}, path)
+    header = path.read_bytes()
+    for content in (b"abcd", header + b"junk", (2**60).to_bytes(8, "little") + header[8:]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="student.safetensors: cannot be read"):
+            loaded.tensors("student")

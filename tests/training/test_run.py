@@ -1,0 +1,214 @@
+"""From a configuration to a student: the one path, and everything that is refused before its first step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, sections
+from safetensors.torch import load_file
+
+import stepdistill
+from stepdistill.config import ConfigError, parse_yaml, read_config
+from stepdistill.export.pipeline import read_contract
+from stepdistill.families.pixel import Pixel
+from stepdistill.training.checkpoint import Checkpoint, check_identity
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+
+
+@pytest.fixture
+def mapping(tmp_path):
+    return sections(tmp_path, Pixel.tiny(), "progressive")
+
+
+def test_every_problem_of_every_section_is_reported_at_once(mapping):
+    mapping["train"] = {"steps": 0, "output_dri": "run"}
+    mapping["optim"] = {"studnt": {}}
+    mapping["bank"] = {"name": "adaptor"}
+    mapping["metod"] = {}
+    with pytest.raises(ConfigError) as error:
+        resolve(mapping)
+    text = str(error.value)
+    for part in ("train.output_dri", "output_dir", "optim.studnt", "student", "bank.name", "metod", "method"):
+        assert part in text
+    assert len(error.value.problems) >= 4
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({}, "method.name: missing"),
+        ({"name": "progresive"}, "progressive"),
+        ({"name": "progressive", "stpes": 4}, "method.stpes"),
+        ({"name": "progressive", "steps": 3, "start": 8}, "start must be steps times"),
+    ],
+)
+def test_a_wrong_method_section_names_what_is_wrong(mapping, method, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(mapping | {"method": method})
+
+
+def test_a_turn_has_the_methods_defaults_under_what_is_given(mapping):
+    from stepdistill.methods.progressive import Progressive
+    from stepdistill.training.optimizers import OptimConfig
+
+    mapping["optim"] = {"student": {"lr": 0.5}}
+    given = {**Progressive.optim_defaults["student"], "lr": 0.5}
+    assert resolve(mapping).optim["student"] == OptimConfig(**given)
+
+
+def test_a_resolved_configuration_written_and_read_is_itself(mapping):
+    from stepdistill.config import to_yaml
+
+    config = resolve(mapping)
+    assert resolve(parse_yaml(to_yaml(config.as_sections()))) == config
+
+
+# ---------------------------------------------------------------------------- refused before the first step
+
+
+def refused(mapping, message):
+    with pytest.raises(ValueError, match=message):
+        Run(resolve(mapping))
+
+
+def test_a_teacher_that_is_not_there(mapping, tmp_path):
+    refused(mapping | {"teacher": {"path": str(tmp_path / "teachr")}}, "teacher.path: no folder.*teacher")
+
+
+def test_a_teacher_without_a_scheduler(mapping, tmp_path):
+    (tmp_path / "teacher/scheduler/scheduler_config.json").unlink()
+    refused(mapping, "scheduler_config.json is missing")
+
+
+def test_guidance_without_a_null_class(mapping, tmp_path):
+    save_teacher(Pixel.tiny(num_classes=None), tmp_path / "bare")
+    mapping["teacher"] = {"path": str(tmp_path / "bare")}
+    mapping["method"]["guidance_scale"] = 2.0
+    refused(mapping, "null_class")
+
+
+def test_a_step_count_that_no_scheduler_has(mapping):
+    mapping["method"] = {"name": "progressive", "steps": 3, "start": 12}
+    refused(mapping, "steps must divide")
+
+
+def test_epsilon_at_zero_terminal_snr(mapping, tmp_path):
+    family = Pixel.tiny()
+    family.scheduler_config |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
+    mapping["teacher"] = {"path": str(save_teacher(family, tmp_path / "impossible"))}
+    refused(mapping, "epsilon.*zero terminal SNR")
+
+
+def test_data_of_another_size(mapping, tmp_path):
+    mapping["data"]["path"] = str(save_images(Pixel.tiny(size=12), tmp_path / "larger.npz"))
+    refused(mapping, "12, 12, 1")
+
+
+def test_labels_that_the_teacher_does_not_have(mapping, tmp_path):
+    mapping["data"]["path"] = str(save_images(Pixel.tiny(num_classes=7), tmp_path / "classes.npz"))
+    refused(mapping, "expected 0 to 2")
+
+
+def test_training_on_images_without_images(mapping):
+    refused(mapping | {"data": {"name": "noise"}}, "trains on images")
+
+
+def test_an_output_that_is_a_file(mapping, tmp_path):
+    (tmp_path / "run").write_text("")
+    refused(mapping, "is a file, wanted a folder")
+
+
+# -------------------------------------------------------------------------------------------- plan and distill
+
+
+def test_the_plan_counts_what_a_role_holds(mapping):
+    copy = Run(resolve(mapping))
+    count = sum(parameter.numel() for parameter in copy.family.network.parameters())
+    plan = copy.plan()
+    assert parse_yaml(plan.partition("memory, ")[0])["train"]["steps"] == STEPS
+    table = {row.split()[0]: row.split()[1:] for row in plan.partition("counted:\n")[2].splitlines()}
+    assert table["teacher"][:2] == [f"{count:,}", "False"] and table["student"][:2] == [f"{count:,}", "True"]
+    assert table["mentor"][-1] == "0.0"
+    assert plan.splitlines()[-1].endswith("as full copies 3.00x")
+    assert not copy.folder.exists()
+
+
+def test_dmd2_under_adapters_holds_little_more_than_its_teacher_and_the_plan_says_so(mapping):
+    """Student, fake score and average of rank 1; at the embedded teacher's size, rank 3 is below 1.15."""
+    mapping |= {"method": {"name": "dmd2", "gan_weight": 0.0}, "bank": {"name": "adapter", "rank": 1}, "optim": {}}
+    run = Run(resolve(mapping))
+    base = sum(p.numel() for name, p in run.distiller.bank.named_parameters() if "lora_" not in name)
+    held = sum(p.numel() for p in run.distiller.bank.parameters())
+    last = run.plan().splitlines()[-1]
+    roles = len(run.distiller.bank.roles)
+    assert last == f"networks: {held / base:.2f}x the teacher's parameters; as full copies {roles}.00x"
+
+
+def test_the_shipped_config_of_adapters_holds_at_most_1_15_networks():
+    mapping = read_config(Path(__file__).parents[2] / "configs/pixel_dmd2_lora.yaml")
+    del mapping["bank"]["start"]
+    run = Run(resolve(mapping))
+    held = sum(p.numel() for name, p in run.distiller.named_parameters())
+    base = sum(p.numel() for p in run.distiller.bank.params("teacher"))
+    assert held <= 1.15 * base and run.distiller.bank.roles == ("teacher", "student", "fake")
+
+
+def test_an_adapter_bank_trains_less_than_a_copy(mapping):
+    mapping["bank"] = {"name": "adapter", "rank": 2}
+    run = Run(resolve(mapping))
+    adapters = sum(parameter.numel() for parameter in run.distiller.bank.params("student"))
+    base = sum(p.numel() for name, p in run.family.network.named_parameters() if "lora_" not in name)
+    assert 0 < adapters < base
+    assert f"{adapters:,}" in run.plan()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_distill_returns_a_pipeline_that_samples(tmp_path, channels):
+    family = Pixel.tiny(size=12, channels=channels, num_classes=None)
+    teacher = save_teacher(family, tmp_path / "teacher")
+    images = save_images(family, tmp_path / "images.npz")
+    method = {"name": "progressive", "steps": 1, "start": 2}
+    data = {"name": "images", "path": str(images), "batch_size": 2}
+    folder = stepdistill.distill(
+        teacher=teacher, method=method, data=data, output_dir=tmp_path / "run", train={"steps": 2}
+    )
+    assert folder == tmp_path / "run/pipeline"
+    pipeline = stepdistill.load_pipeline(folder)
+    shown = pipeline_images(pipeline, family, 2, seed=0)
+    assert shown.shape == (2, channels, 12, 12) and torch.isfinite(shown).all()
+    assert (folder / "samples.png").is_file() and (tmp_path / "run/config.yaml").is_file()
+
+
+def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
+    first = Run(resolve(mapping)).train()
+    weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
+    sections = mapping | {"method": {"name": "dmd2", "steps": 1}, "optim": {}, "bank": {"start": str(first)}}
+    sections["train"] = {**mapping["train"], "output_dir": str(tmp_path / "second"), "ema": 0.9}
+    run = Run(resolve(sections))
+    bank, name = run.distiller.bank, "conv_in.weight"
+    for role in ("student", "ema"):
+        assert torch.equal(bank.state(role)[name], weights[name])
+    assert torch.equal(bank.state("fake")[name], bank.state("teacher")[name])
+    assert not torch.equal(bank.state("teacher")[name], weights[name])
+    contract, before = read_contract(run.train()), read_contract(first)
+    assert contract["start"] == {"path": str(first), "training": before["training"]}
+    assert contract["training"]["steps"] == 2 * before["training"]["steps"]
+
+
+def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
+    refused(mapping | {"bank": {"start": str(tmp_path / "studnt")}}, "^bank.start: no folder")
+    other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
+    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .* predicts epsilon, the teacher v_prediction")
+    other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
+    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .*class_embedding.weight: found \\(6, ")
+
+
+def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
+    run = Run(resolve(mapping))
+    before = {key: value for key, value in run.identity.items() if key not in ("bank.start", "train.precision")}
+    checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
+    check_identity(checkpoint, run.identity, run.defaults)
+    checkpoint.state["config"] |= {"bank.start": "a student"}
+    with pytest.raises(ValueError, match="bank.start: was 'a student', is None"):
+        check_identity(checkpoint, run.identity, run.defaults)

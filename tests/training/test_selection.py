@@ -1,0 +1,81 @@
+"""The best student by the evaluation metric: kept when it is better, per stage, exported, and said in the contract."""
+
+import json
+import math
+
+import numpy as np
+import torch
+from contracts.cases import sections, teacher_for
+from safetensors.torch import load_file
+
+from stepdistill.features.loading import load_features
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+from stepdistill.training.selection import FILE, BestStudent
+
+
+def weights(value):
+    return {"a": torch.full((2, 3), value), "b": torch.tensor(value)}
+
+
+def test_only_a_better_measurement_replaces_what_is_kept(tmp_path):
+    best = BestStudent(tmp_path, {"seed": 1})
+    assert best.record("train") is None
+    for step, distance in enumerate([3.0, 1.0, 2.0, 1.0, math.nan]):
+        best.offer("train", step, {"fd": distance, "fd_low": 0.0}, weights(float(step)))
+    assert best.record("train") == {"stage": "train", "step": 1, "metric": "fd", "value": 1.0, "seed": 1}
+    into = weights(9.0)
+    best.restore(into)
+    assert all((tensor == 1).all() for tensor in into.values())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_later_stage_starts_anew_and_another_run_forgets(tmp_path):
+    best = BestStudent(tmp_path)
+    best.offer("8", 1, {"fd": 1.0}, weights(1.0))
+    best.offer("4", 2, {"fd": 5.0}, weights(2.0))
+    assert best.record("8") is None and best.record("4")["value"] == 5.0
+    best.forget()
+    assert best.record("4") is None
+
+
+def test_what_was_measured_on_something_else_is_not_compared(tmp_path):
+    BestStudent(tmp_path, {"features": "a"}).offer("train", 1, {"fd": 1.0}, weights(1.0))
+    BestStudent(tmp_path, {"features": "a"}).offer("train", 2, {"fd": 2.0}, weights(2.0))
+    assert BestStudent(tmp_path).record("train")["step"] == 1
+    BestStudent(tmp_path, {"features": "b"}).offer("train", 3, {"fd": 3.0}, weights(3.0))
+    assert BestStudent(tmp_path).record("train")["features"] == "b"
+    BestStudent(tmp_path, {"features": "b"}).offer("train", 4, {"fid": 4.0}, weights(4.0))
+    assert BestStudent(tmp_path).record("train")["metric"] == "fid"
+
+
+def test_without_a_distance_nothing_is_chosen(tmp_path):
+    BestStudent(tmp_path).offer("train", 1, {"accuracy": 0.9}, weights(1.0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_export_is_the_best_student_and_its_contract_says_on_what_it_was_chosen(tmp_path, monkeypatch):
+    np.savez(tmp_path / "judged.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
+    mapping = sections(tmp_path, teacher_for("dmd2"), "dmd2")
+    mapping["eval"] = {"every": 1, "num_samples": 5, "seed": 3, "reference": str(tmp_path / "judged.npz")}
+    run = Run(resolve(mapping))
+    trainer = run.trainer()
+    distances = iter([2.0, 1.0] + [3.0] * 100)
+    students = []
+
+    def measure():
+        students.append({name: tensor.clone() for name, tensor in trainer.result_weights().items()})
+        return {"fd": next(distances)}
+
+    trainer.measure = measure
+    monkeypatch.setattr(run, "trainer", lambda: trainer)
+    folder = run.train()
+    selected = json.loads((folder / "stepdistill.json").read_text())["selected"]
+    assert (selected["metric"], selected["value"], selected["step"]) == ("fd", 1.0, 2)
+    assert (selected["features"], selected["num_samples"], selected["seed"]) == ("embedded", 5, 3)
+    assert selected["features_sha256"] == load_features("embedded").sha256
+    assert selected["reference"]["sha256"] == run.judge.describe_reference()["sha256"]
+    exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert len(students) > 2 and set(exported) == set(students[1])
+    assert all(torch.equal(exported[name], students[1][name]) for name in exported)
+    assert not all(torch.equal(students[-1][name], students[1][name]) for name in exported)
