@@ -173,22 +173,22 @@ def generate(args: argparse.Namespace) -> None:
         Request,
         beside_teacher,
         collect_prompts,
+        decode_flag,
+        generate_images,
         open_pipeline,
-        paint,
-        said,
         save_images,
     )
 
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
-        about["negative_prompt"] = said(args.negative_prompt, "--negative_prompt")
+        about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
     flags = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     request = Request(
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
         seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
         call={key: flag for key, flag in flags.items() if flag is not None},
     )  # fmt: skip
-    images = paint(open_pipeline(args.pipeline, request, trust_of(args)), request)
+    images = generate_images(open_pipeline(args.pipeline, request, trust_of(args)), request)
     cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image"
     if args.compare is not None:
         images = beside_teacher(

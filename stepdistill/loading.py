@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def how(key: str) -> str:
+def permission_hint(key: str) -> str:
     """How a user allows what is refused."""
     return f"allow it with teacher.{key}=true, --{key} (generate, evaluate) or {key}=True (load_pipeline)"
 
@@ -75,7 +75,7 @@ def refuse_pickles(part: Path) -> None:
     if (pickle := only_pickle(part)) is not None:
         raise ValueError(
             f"{pickle} is a pickle, which can run code when it is read; wanted .safetensors. If you trust who made it, "
-            f"{how('trust_pickles')}"
+            f"{permission_hint('trust_pickles')}"
         )
 
 
@@ -102,7 +102,9 @@ def refuse_code(folder: Path) -> None:
     """Raise ``ValueError`` if a Python file in the directory is none of this package's."""
     if not is_our_code(folder):
         files = ", ".join(str(file.relative_to(folder)) for file in code_files(folder)) or "whose file is missing"
-        raise ValueError(f"{folder}: brings its own code ({files}); read it, then {how('trust_remote_code')}")
+        raise ValueError(
+            f"{folder}: brings its own code ({files}); read it, then {permission_hint('trust_remote_code')}"
+        )
 
 
 def is_our_code(folder: Path) -> bool:

@@ -14,7 +14,6 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.methods.base import Distiller
 from stepdistill.networks.bank import STUDENT
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws, derive_seed
 
 
@@ -53,7 +52,7 @@ def train_adversarially(
     }
     trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
     for step in range(moves):
-        distiller.done = step
+        distiller.step_in_stage = step
         batch = batch_of(oracle, size)
         batch = Batch(batch.x0.float(), batch.cond, batch.size)
         for name, turn in distiller.turns.items():
@@ -76,7 +75,7 @@ def imitate_ends(distiller: Distiller, oracle: Oracle, moves: int = 100, lr: flo
     schedule = oracle.schedule
     noise = schedule.initial_noise(torch.randn(2048, 2, 1, 1))
     with torch.no_grad():
-        ends = sample(bind(teacher_denoiser(oracle), {}), DDIM(schedule, schedule.grid(24)), noise)
+        ends = sample(teacher_denoiser(oracle).conditioned({}), DDIM(schedule, schedule.grid(24)), noise)
     params = distiller.bank.params(STUDENT)
     optimizer = torch.optim.Adam(params, lr=lr)
     for move in range(moves):

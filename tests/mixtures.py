@@ -18,7 +18,7 @@ from stepdistill.diffusion.samplers import Sampler, sample
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks.bank import EMA, STUDENT, CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
 
 
@@ -112,7 +112,7 @@ def train(
         distiller.begin_stage()
         optimizer = torch.optim.Adam(turn.params, lr=lr, betas=(0.9, 0.99))
         for step in range(stage.steps):
-            distiller.done = step
+            distiller.step_in_stage = step
             batch = batch_of(oracle, 256, num_classes)
             batch = Batch(batch.x0.float(), batch.cond, batch.size)
             optimizer.zero_grad()
@@ -134,7 +134,7 @@ def draw(distiller: Distiller, size: int) -> Tensor:
 def draw_from(denoiser: Denoiser, sampler: Sampler, size: int) -> Tensor:
     """Samples (size, 2, 1, 1) of an unconditional network."""
     x = sampler.schedule.initial_noise(turned(size))
-    return sample(bind(denoiser, {}), sampler, x, lambda x: turned(len(x)))
+    return sample(denoiser.conditioned({}), sampler, x, lambda x: turned(len(x)))
 
 
 def turned(size: int) -> Tensor:

@@ -119,7 +119,7 @@ class Oracle(nn.Module):
         """Precision of the answers."""
         return self.means.dtype
 
-    def see(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The expectation of ``x_0`` given ``x_t`` (B, C, 1, 1), computed in float64."""
         x = x_t.double().flatten(1)
         alpha, sigma = (coefficient.double()[:, None] for coefficient in self.schedule(t))
@@ -143,7 +143,7 @@ class Oracle(nn.Module):
         if self.prediction_type == "edm":  # the network sees c_in x_t
             _, sigma = self.schedule(t)
             x_t = x_t / edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2]
-        output = from_x0(self.see(x_t, t, class_labels), x_t, t, self.schedule, self.prediction_type)
+        output = from_x0(self.predict(x_t, t, class_labels), x_t, t, self.schedule, self.prediction_type)
         return SimpleNamespace(sample=output.to(sample.dtype))
 
     def draw(self, size: int, class_labels: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel, apart
 from stepdistill.loading import is_our_code
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
 BOTH = Inputs(w=(0.0, 3.0), s=True)
@@ -34,7 +34,7 @@ def states(family, size=4):
 
 def extended(inputs=BOTH, **options):
     family = Pixel.tiny(**options)
-    family.extend(inputs)
+    family.add_inputs(inputs)
     return family
 
 
@@ -61,7 +61,7 @@ def test_an_extended_network_is_the_teacher_bit_for_bit_for_every_w_and_s(kind):
     x, plain = states(family), Pixel.tiny(prediction_type=kind)
     with torch.no_grad():
         expected = plain.call(before, x, T, LABELS)
-        family.extend(BOTH)
+        family.add_inputs(BOTH)
         for w in (None, W, -W, 100 * W):
             for s in (None, 0.5 * T, 0 * T):
                 assert torch.equal(family.call(family.network, x, T, LABELS, w=w, s=s), expected)
@@ -80,7 +80,7 @@ def test_the_branches_are_the_same_in_every_process_and_leave_the_random_state_a
     state = torch.get_rng_state()
     family = Pixel.tiny()
     after_loading = torch.get_rng_state()
-    family.extend(BOTH)
+    family.add_inputs(BOTH)
     assert torch.equal(torch.get_rng_state(), after_loading) and not torch.equal(state, after_loading)
     torch.manual_seed(5)
     other = extended()
@@ -90,7 +90,7 @@ def test_the_branches_are_the_same_in_every_process_and_leave_the_random_state_a
 
 def test_nothing_is_changed_when_nothing_is_asked_for():
     family = Pixel.tiny()
-    family.extend(Inputs())
+    family.add_inputs(Inputs())
     assert family.network.config.class_embed_type is None and "condition_embedding" not in family.network._modules
 
 
@@ -167,7 +167,7 @@ def student_of(kind, inputs):
 class Aimed(DDIM):
     """DDIM for a network that is told where it goes."""
 
-    def aim(self, s):
+    def target_time(self, s):
         return s
 
 
@@ -188,7 +188,7 @@ def expected_images(kind, make, inputs, g):
     denoiser = Denoiser(family, bank, "student", w=g - 1)
     sampler = make(family.schedule, family.schedule.grid(4))
     start = noise(torch.empty(3, *family.sample_shape))
-    return family.decode(sample(bind(denoiser, family.example_cond(range(3))), sampler, start, noise))
+    return family.decode(sample(denoiser.conditioned(family.example_cond(range(3))), sampler, start, noise))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_a_pipeline_tells_a_two_time_network_where_tcds_jump_lands(eta):
 
 def test_a_family_that_cannot_take_inputs_says_so():
     with pytest.raises(ValueError, match="OracleFamily take no inputs"):
-        OracleFamily.tiny().extend(BOTH)
+        OracleFamily.tiny().add_inputs(BOTH)
 
 
 def test_an_unextended_network_takes_no_w():

@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 from pathlib import Path
 
 import pytest

@@ -47,7 +47,7 @@ FORBIDDEN = {
     "catch everything": (is_bare_except, (), "try: pass\nexcept: pass"),
     "run remote code": (
         passes("trust_remote_code", True),
-        ("stepdistill/trust.py",),
+        ("stepdistill/loading.py",),
         "load(path, trust_remote_code=True)",
     ),
 }

@@ -60,7 +60,7 @@ def test_a_teacher_of_pickles_is_opened_when_it_is_asked_for_and_is_the_same(tmp
     with pytest.raises(ValueError, match=r"model\.bin is a pickle.*can run code.*teacher\.trust_pickles=true"):
         load_teacher(TeacherConfig(path=path))
     opened = load_teacher(TeacherConfig(path=path, trust_pickles=True))
-    modules = zip((plain.network, *plain.frozen), (opened.network, *opened.frozen), strict=True)
+    modules = zip((plain.network, *plain.frozen_modules), (opened.network, *opened.frozen_modules), strict=True)
     for one, other in modules:
         torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
 

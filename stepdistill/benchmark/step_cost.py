@@ -128,7 +128,7 @@ def plan(path: Path, overrides: Sequence[str]) -> str:
     family.to(nowhere)
     nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
     distiller = make_distiller(config, family, nowhere)
-    family.frozen = ()  # miniatures
+    family.frozen_modules = ()  # miniatures
     return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
 
 
@@ -136,7 +136,7 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
     """The method of a configuration around an opened teacher; what it makes is made on ``place``."""
     method = find_method(config.method_name)
     method.check(config.method, family)
-    family.extend(method.extra_inputs(config.method))
+    family.add_inputs(method.extra_inputs(config.method))
     with place:
         return method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
 

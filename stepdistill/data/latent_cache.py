@@ -26,7 +26,7 @@ from stepdistill.config import fingerprint
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.shards import Kind, Shards, agree, write_shards
 from stepdistill.families.base import Family
-from stepdistill.families.latent import Latent, latent_statistics
+from stepdistill.families.latent import LatentFamily, latent_statistics
 from stepdistill.networks.fingerprint import fingerprint_weights
 
 KIND = Kind(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
@@ -54,12 +54,12 @@ def encoders(family: Family) -> dict[str, str]:
     Raises:
         ValueError: for a teacher of pixels, which encodes nothing.
     """
-    if not isinstance(family, Latent):
+    if not isinstance(family, LatentFamily):
         raise ValueError("cache: the teacher paints pixels and has no encoder; there is nothing to cache")
     shift, scale = latent_statistics(family.pipe.vae.config, torch.zeros(1))
     found = {"latent scale": fingerprint([shift.flatten().tolist(), scale.flatten().tolist()])}
     for name, part in sorted(family.pipe.components.items()):
-        if isinstance(part, nn.Module) and any(part is encoder for encoder in family.frozen):
+        if isinstance(part, nn.Module) and any(part is encoder for encoder in family.frozen_modules):
             found[name] = fingerprint([fingerprint_weights(part), str(next(part.parameters()).dtype)])
         elif hasattr(part, "get_vocab"):
             found[name] = fingerprint([sorted(part.get_vocab().items()), part.model_max_length])

@@ -23,7 +23,7 @@ from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.randomness import derive_seed
 
@@ -108,7 +108,7 @@ def _sample(family: Family, config: PairsConfig, indices: Sequence[int]) -> dict
     noise = torch.stack([torch.randn(family.sample_shape, generator=g) for g in generators]).half()
     cond = family.example_cond(indices)
     on_device = {name: value.to(device) for name, value in cond.items()}
-    teacher = lead(family, _denoiser(family), on_device, config.guidance_scale - 1)
+    teacher = _denoiser(family).guided(on_device, config.guidance_scale - 1)
     x = family.schedule.initial_noise(noise.float().to(device))
     times = family.schedule.grid(config.steps).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,13 +36,16 @@ class Sampler(abc.ABC):
         ValueError: if the times do not descend, or do not end at 0.
     """
 
+    name: ClassVar[str]
+    """What a sampling contract calls the rule; it stays when the class is renamed."""
+
     def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
         times = times.double().cpu()
         if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[-1] != 0:
             raise ValueError(f"sampler times must strictly descend to 0; found {times.tolist()}")
         self.schedule = schedule
         self.times = times
-        self.call_options: dict[str, Any] = {}
+        self.pipeline_kwargs: dict[str, Any] = {}
         """What the twin's ``step``, and so a call of its pipeline, must be given besides the number of steps."""
 
     @property
@@ -50,7 +53,7 @@ class Sampler(abc.ABC):
         """How many network calls a sample takes."""
         return len(self.times) - 1
 
-    def aim(self, s: Tensor) -> Tensor | None:
+    def target_time(self, s: Tensor) -> Tensor | None:
         """What a network that takes a second time is told on a step to ``s`` (B,); None for all other networks."""
         del s
         return None
@@ -73,11 +76,13 @@ class Sampler(abc.ABC):
     def contract(self) -> dict[str, Any]:
         """What a caller must know to sample as trained: JSON values."""
         timesteps = self.schedule.timestep(self.times[:-1])
-        return {"sampler": type(self).__name__, "steps": self.steps, "timesteps": timesteps.tolist()}
+        return {"sampler": self.name, "steps": self.steps, "timesteps": timesteps.tolist()}
 
 
 class DDIM(Sampler):
     """The deterministic step ``x_s = alpha_s x_0 + sigma_s eps``: DDIM, and Euler for flows and EDM."""
+
+    name = "DDIM"
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t, noise
@@ -103,11 +108,13 @@ class DDIM(Sampler):
         )
 
 
-class Renoise(Sampler):
+class ConsistencySampler(Sampler):
     """Predict the clean image, then noise it afresh: multistep consistency sampling, and DMD2's and ADD's.
 
     A discrete grid may begin below pure noise, at whole timesteps: no scheduler would by itself, so calls name them.
     """
+
+    name = "Renoise"
 
     def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
         super().__init__(schedule, times)
@@ -115,7 +122,7 @@ class Renoise(Sampler):
             timesteps = schedule.timestep(self.times[:-1])
             if (timesteps - timesteps.round()).abs().max() > 1e-6:
                 raise ValueError(f"sampler times must be whole timesteps; found the timesteps {timesteps.tolist()}")
-            self.call_options = {"timesteps": timesteps.round().long().tolist()}
+            self.pipeline_kwargs = {"timesteps": timesteps.round().long().tolist()}
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t
@@ -154,6 +161,8 @@ class ConsistencyKarras(Sampler):
         points: noise levels of Karras' grid from sigma_max to sigma_min, of which every (points // steps)-th is used.
     """
 
+    name = "ConsistencyKarras"
+
     def __init__(self, schedule: Karras, steps: int, points: int) -> None:
         grid, stride = schedule.grid(points), points // steps
         super().__init__(schedule, torch.cat([grid[: stride * steps : stride], grid[-1:]]))
@@ -177,7 +186,7 @@ class ConsistencyKarras(Sampler):
         return rule(num_train_timesteps=self.points, clip_denoised=False, **edm_process(self.karras))
 
 
-class TCD(Sampler):
+class StrategicStochasticSampler(Sampler):
     """Strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159): jump to (1 - gamma) s, then noise up to s.
 
     Like ``TCDScheduler``, a discrete process ends at timestep 0 and counts gamma's fraction in whole timesteps.
@@ -189,11 +198,13 @@ class TCD(Sampler):
         two_time: whether the network is told where it jumps to.
     """
 
+    name = "TCD"
+
     def __init__(self, schedule: NoiseSchedule, times: Tensor, gamma: float, *, two_time: bool = False) -> None:
         super().__init__(schedule, times)
         self.gamma = gamma
         self.two_time = two_time
-        self.call_options = {"eta": gamma}
+        self.pipeline_kwargs = {"eta": gamma}
 
     def targets(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Where a step to ``s`` jumps to, and where it ends, each of the shape of ``s``."""
@@ -204,7 +215,7 @@ class TCD(Sampler):
         below = torch.floor((1 - self.gamma) * timestep.float()).double()
         return (below + 1) / self.schedule.num_timesteps, (timestep + 1) / self.schedule.num_timesteps
 
-    def aim(self, s: Tensor) -> Tensor | None:
+    def target_time(self, s: Tensor) -> Tensor | None:
         return self.targets(s)[0] if self.two_time else None
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
@@ -235,6 +246,8 @@ class DoubleStep(Sampler):
     goes straight to clean data, a jump of one point: :meth:`landing` says which jumps a student must be trained for.
     """
 
+    name = "DoubleStep"
+
     def landing(self, s: Tensor) -> Tensor:
         """Where the call whose step ends at grid times ``s`` (B,) jumps to: one grid point below, or ``s`` = 0."""
         times = self.times.to(s.device)
@@ -263,6 +276,8 @@ class NoiseCorrected(Sampler):
     A network that predicts noise errs at pure noise, where its answer is divided by almost nothing; the noise in that
     state is known. Where a network says so of itself (velocity, clean image at zero terminal SNR; flow), this is DDIM.
     """
+
+    name = "NoiseCorrected"
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del noise
@@ -344,7 +359,7 @@ def rollout(denoise: Denoise, sampler: Sampler, x: Tensor, steps: int, noise: No
     """
     for t, s in zip(sampler.times[:steps], sampler.times[1 : steps + 1], strict=True):
         t_batch, s_batch = t.expand(len(x)).to(x.device), s.expand(len(x)).to(x.device)
-        aim = sampler.aim(s_batch)
+        aim = sampler.target_time(s_batch)
         prediction = denoise(x, t_batch) if aim is None else denoise(x, t_batch, aim)
         x = sampler.step(prediction, t_batch, s_batch, noise)
     return x

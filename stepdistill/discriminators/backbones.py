@@ -24,7 +24,7 @@ from stepdistill.features.identity import OTHERS, refuse_judge
 from stepdistill.features.inception import InceptionFeatures
 from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures, _centre_crop, _output_size
-from stepdistill.networks.hooks import seen
+from stepdistill.networks.hooks import capture_outputs
 
 
 class Backbone:
@@ -64,7 +64,7 @@ class Backbone:
         if isinstance(network, ExportedFeatures):
             return network.maps(x * 2 - 1)
         names, body, call = _views(network)
-        return seen(body, names, lambda: call(x))
+        return capture_outputs(body, names, lambda: call(x))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

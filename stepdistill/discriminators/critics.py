@@ -42,7 +42,7 @@ MIN_TIME = 1e-3
 TIME_WAVES = 4
 
 
-class Eyes(abc.ABC):
+class FeatureSource(abc.ABC):
     """What a critic sees of clean images; a plain object, so that no checkpoint holds its weights."""
 
     shapes: Sequence[Sequence[int]]
@@ -51,7 +51,7 @@ class Eyes(abc.ABC):
     """Length of an image's embedding."""
 
     @abc.abstractmethod
-    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         """Features of clean images (B, ...) of the network's space."""
 
     @abc.abstractmethod
@@ -63,7 +63,7 @@ class Eyes(abc.ABC):
         return {}
 
 
-class ImageEyes(Eyes):
+class ImageFeatureSource(FeatureSource):
     """A feature network on decoded images, real and fake augmented alike."""
 
     def __init__(self, family: Family, backbone: Backbone, *, augment: bool) -> None:
@@ -72,7 +72,7 @@ class ImageEyes(Eyes):
         self.augment = augment
         self.shapes, self.num_embedded = backbone.shapes, backbone.num_features
 
-    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del cond
         images = self.family.decode(x0)
         return self.backbone(diff_augment(images, draws) if self.augment else images)
@@ -85,7 +85,7 @@ class ImageEyes(Eyes):
         return {"method.features": self.backbone.network}
 
 
-class TeacherEyes(Eyes):
+class TeacherFeatureSource(FeatureSource):
     """The teacher's own blocks on clean images."""
 
     def __init__(self, teacher: Denoiser) -> None:
@@ -93,7 +93,7 @@ class TeacherEyes(Eyes):
         self.shapes = self.blocks.shapes()
         self.num_embedded = self.shapes[-1][0]
 
-    def see(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del draws
         return self.blocks.clean(x0, cond)
 
@@ -102,18 +102,18 @@ class TeacherEyes(Eyes):
         return self.blocks.clean(x0, cond)[-1].flatten(2).mean(2)
 
 
-def open_eyes(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> Eyes:
+def open_feature_source(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> FeatureSource:
     """What ``method.features`` names: ``"teacher"``, or a feature network.
 
     Raises:
         ValueError: if it is a judge, or cannot see the teacher's images.
     """
     if features == "teacher":
-        return TeacherEyes(teacher)
+        return TeacherFeatureSource(teacher)
     device = next(family.network.parameters()).device
     with torch.no_grad():
         channels, height, width = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]
-    return ImageEyes(family, open_backbone(features, channels, (height, width)), augment=augment)
+    return ImageFeatureSource(family, open_backbone(features, channels, (height, width)), augment=augment)
 
 
 class CleanCritic(nn.Module):
@@ -125,7 +125,7 @@ class CleanCritic(nn.Module):
         conditioning: what is projected: nothing, the condition, or also the embedding of the image that was noised.
     """
 
-    def __init__(self, family: Family, eyes: Eyes, conditioning: Conditioning) -> None:
+    def __init__(self, family: Family, eyes: FeatureSource, conditioning: Conditioning) -> None:
         super().__init__()
         self.eyes = eyes
         self.conditioning = conditioning
@@ -156,12 +156,12 @@ class CleanCritic(nn.Module):
 
     def forward(self, x0: Tensor, cond: Cond, vector: Tensor, draws: Draws) -> Logits:
         """Logits of clean images (B, ...); ``vector`` is of :meth:`condition`."""
-        return self.heads(self.eyes.see(x0, cond, draws), vector)
+        return self.heads(self.eyes.extract(x0, cond, draws), vector)
 
     def r1(self, x0: Tensor, cond: Cond, vector: Tensor, draws: Draws) -> Tensor:
         """:func:`~stepdistill.losses.adversarial.r1_penalty` of the heads at real images."""
         with torch.no_grad():
-            features = self.eyes.see(x0, cond, draws)
+            features = self.eyes.extract(x0, cond, draws)
         return r1_penalty(lambda leaves: self.heads(leaves, vector), features)
 
 
@@ -183,15 +183,15 @@ class RenoisedCritic(nn.Module):
         example = condition_vector(teacher.family.example_cond([0]), 1, self.num_classes)
         self.heads = Heads(self.blocks.shapes(), example.shape[1] + TIME_WAVES)
 
-    def levels(self, draws: Draws) -> Tensor:
+    def sample_times(self, draws: Draws) -> Tensor:
         """Times (B,) of the schedule at which signal and noise are to each other as in a flow of logit-normal time."""
         u = self.location + self.scale * draws.normal().double()
         return self.schedule.inverse(-2 * u).clamp(MIN_TIME, 1.0)
 
     def view(self, batch: Batch, draws: Draws) -> Tensor:
-        """The :meth:`levels`."""
+        """The :meth:`sample_times`."""
         del batch
-        return self.levels(draws)
+        return self.sample_times(draws)
 
     def forward(self, x0: Tensor, cond: Cond, t: Tensor, draws: Draws) -> Logits:
         """Logits of clean images (B, ...) noised to times (B,) with fresh noise."""

@@ -84,8 +84,8 @@ class ImageFiles:
         for shape, name in zip(self._shapes, self._names, strict=True):
             if shape != self._shapes[0]:
                 raise ValueError(
-                    f"{self.path}: images differ in size or mode: {self._names[0]} is {spell(self._shapes[0])}, "
-                    f"{name} is {spell(shape)}; give a size to resize and crop to, or make them alike"
+                    f"{self.path}: images differ in size or mode: {self._names[0]} is {format_shape(self._shapes[0])}, "
+                    f"{name} is {format_shape(shape)}; give a size to resize and crop to, or make them alike"
                 )
 
 
@@ -95,7 +95,7 @@ def _refuse(broken: list[str], what: str) -> None:
         raise ValueError(f"{len(broken)} images {what}: {', '.join(broken[:3])}{more}")
 
 
-def spell(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     """``"28x28 grey"``."""
     channels, height, width = shape
     return f"{height}x{width} " + {1: "grey", 3: "colour"}.get(channels, f"with {channels} channels")

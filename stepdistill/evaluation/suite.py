@@ -14,12 +14,12 @@ from torch import Tensor
 from stepdistill.assets import EMBEDDED
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.config import nearest
-from stepdistill.evaluation.image_set import Fingerprint, ImageFiles, spell
+from stepdistill.evaluation.image_set import Fingerprint, ImageFiles, format_shape
 from stepdistill.evaluation.metrics.bootstrap import Interval, mean_interval
 from stepdistill.evaluation.metrics.classifier import inception_score
 from stepdistill.evaluation.metrics.diversity import authentic, nearest_distance, within_class_deviations
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
-from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_pull, kernel_distance, kernel_pull
+from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_influence, kernel_distance, kernel_influence
 from stepdistill.evaluation.metrics.manifold import ball_counts, manifold_hits
 from stepdistill.evaluation.metrics.names import METRICS, PUBLISHED, reported_name
 from stepdistill.evaluation.reference import ReferenceStatistics
@@ -154,8 +154,8 @@ class Judge:
         wanted = self.about.get("shape")
         if wanted is not None and list(shape) != list(wanted):
             raise ValueError(
-                f"images are {spell(shape)}, the reference's are {spell(wanted)}: give --size to make both alike "
-                "(grey and colour cannot be compared), or another reference"
+                f"images are {format_shape(shape)}, the reference's are {format_shape(wanted)}: give --size to make "
+                "both alike (grey and colour cannot be compared), or another reference"
             )
 
     def score(self, images: Images, wanted: Sequence[str] = ("fd",)) -> dict[str, float]:
@@ -206,7 +206,7 @@ class Judge:
     def _kd(self, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
         real, name = self._real(), self._named("kd")
         estimate = kernel_distance(real, fake, subset_size=min(1000, len(fake), len(real)))
-        pull = kernel_pull(real, fake)
+        pull = kernel_influence(real, fake)
         interval = mean_interval(pull - pull.mean() + estimate.mean, labels=labels)
         return spread_out(name, estimate.mean, interval) | {f"{name}_std": estimate.std}
 
@@ -221,7 +221,7 @@ class Judge:
         return of_mean("density", counts / 5, labels) | of_mean("coverage", covered)
 
     def _cmmd(self, fake: Tensor, labels: Tensor | None) -> dict[str, float]:
-        real, pull = self._real(), cmmd_pull(self._real(), fake)
+        real, pull = self._real(), cmmd_influence(self._real(), fake)
         value = cmmd(real, fake)
         return spread_out(self._named("cmmd"), value, mean_interval(pull - pull.mean() + value, labels=labels))
 

@@ -43,7 +43,7 @@ def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
         ValueError: if the teacher is a network alone, or one of its folders is missing or holds pickles, which no
             export does.
     """
-    if not family.frozen:
+    if not family.frozen_modules:
         raise ValueError(f"export.frozen: {teacher} has nothing beside its network to link to; wanted copy")
     frozen = [name for name in parts(teacher) if name not in (family.component, "scheduler")]
     folders = {name: (teacher / name).resolve() for name in frozen}

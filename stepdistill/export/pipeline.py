@@ -177,8 +177,8 @@ def call_arguments(
     family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float
 ) -> dict[str, Any]:
     """The keyword arguments that make a call of the pipeline sample as trained."""
-    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.call_options}
-    wanted |= family.call_options
+    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.pipeline_kwargs}
+    wanted |= family.pipeline_kwargs
     if isinstance(sampler.schedule, RectifiedFlow):  # the exported scheduler has no shift: the grid is the caller's
         wanted["sigmas"] = sampler.times[:-1].tolist()
     return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}

@@ -61,17 +61,17 @@ class Family(abc.ABC):
     """(C, H, W) of what the network sees."""
     image_shape: tuple[int, int, int]
     """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` gives."""
-    frozen: tuple[nn.Module, ...] = ()
+    frozen_modules: tuple[nn.Module, ...] = ()
     """What encodes and decodes, beside the network: it is never trained, and no checkpoint holds it."""
     prompts: Sequence[str] = ()
     """Of a family that takes text: what :meth:`example_cond` asks for, in turn."""
     num_classes: int | None
     """How many classes a label may name, None for an unconditional teacher."""
     inputs: Inputs = Inputs()
-    """What the network takes besides state, time and condition; see :meth:`extend`."""
+    """What the network takes besides state, time and condition; see :meth:`add_inputs`."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
-    call_options: Mapping[str, Any] = MappingProxyType({})
+    pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
     """What a call of the pipeline must be given, where it takes it, to sample as this family calls its networks."""
     code: Mapping[str, bytes] = MappingProxyType({})
     """Python files that the pipeline needs, by their place in its folder: of teachers that bring their own."""
@@ -87,7 +87,7 @@ class Family(abc.ABC):
         """A random miniature of the real classes, so that contract tests need no download."""
 
     @classmethod
-    def serves(cls, pipeline: str | None) -> bool:
+    def accepts_pipeline(cls, pipeline: str | None) -> bool:
         """Whether a teacher in a diffusers pipeline of this class (None: in none, or in one of its own) may be ours."""
         return not cls.pipeline_names or pipeline in cls.pipeline_names
 
@@ -100,25 +100,27 @@ class Family(abc.ABC):
 
     def to(self, device: torch.device) -> None:
         """Move what encodes and decodes; the networks belong to the bank."""
-        for module in self.frozen:
+        for module in self.frozen_modules:
             module.to(device)
 
     @contextlib.contextmanager
-    def visiting(self, device: torch.device | str) -> Iterator[None]:
+    def on_device(self, device: torch.device | str) -> Iterator[None]:
         """What encodes and decodes is on ``device`` for a while, and then back where it was."""
-        places = [next(module.parameters()).device for module in self.frozen]
+        places = [next(module.parameters()).device for module in self.frozen_modules]
         self.to(torch.device(device))
         try:
             yield
         finally:
-            for module, place in zip(self.frozen, places, strict=True):
+            for module, place in zip(self.frozen_modules, places, strict=True):
                 module.to(place)
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
         sampler.scheduler(self.scheduler_config)
-        if "timesteps" in sampler.call_options:
-            raise ValueError("method.first: no pipeline of this teacher's is asked for timesteps; wanted first: 1")
+        if "timesteps" in sampler.pipeline_kwargs:
+            raise ValueError(
+                "method.first_time: no pipeline of this teacher's is asked for timesteps; expected first_time: 1"
+            )
 
     def use_captions(self, captions: Sequence[str]) -> None:
         """Take note of the training's captions: examples come from them, and those that are too long are counted."""
@@ -131,7 +133,7 @@ class Family(abc.ABC):
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
         return other
 
-    def extend(self, inputs: Inputs) -> None:
+    def add_inputs(self, inputs: Inputs) -> None:
         """Give the opened network further inputs, in place, before any role is forked from it.
 
         The new branches end in zeros: whatever their inputs, the network still is the teacher, bit for bit. A
@@ -159,7 +161,7 @@ class Family(abc.ABC):
         """The raw output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it.
 
         Args:
-            network: a network of this family; extended if :meth:`extend` was called.
+            network: a network of this family; extended if :meth:`add_inputs` was called.
             x_t: noisy images.
             t: times in (0, 1].
             cond: conditioning of the batch.

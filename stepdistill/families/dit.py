@@ -10,12 +10,12 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond, RawBatch
-from stepdistill.families.latent import Unsteered
+from stepdistill.families.latent import PlainLatentFamily
 
 NULL_CLASS = 1000  # written into DiTPipeline
 
 
-class DiT(Unsteered):
+class DiT(PlainLatentFamily):
     """An opened ``DiTPipeline``."""
 
     component = "transformer"
@@ -65,6 +65,6 @@ class DiT(Unsteered):
         assert self.num_classes is not None
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(x_t, timestep=self.schedule.timestep(t).float(), class_labels=cond["class_labels"]).sample
         return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance

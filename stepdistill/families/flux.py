@@ -16,12 +16,12 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
-from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 
 GUIDANCE_SCALE = 3.5  # what FluxPipeline asks with when nobody says
 
 
-class Flux(Unsteered, Text):
+class Flux(PlainLatentFamily, TextToImageFamily):
     """An opened ``FluxPipeline``."""
 
     component = "transformer"
@@ -45,11 +45,11 @@ class Flux(Unsteered, Text):
         _, height, width = self.sample_shape
         if height % 2 or width % 2:
             raise ValueError(f"teacher.resolution: {resolution} is no multiple of {2 * self.spatial_factor()}")
-        self.call_options = {**self.call_options, "max_sequence_length": self.sequence_length}
+        self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
         self.guidance_scale = None
         if pipe.transformer.config.guidance_embeds:
             self.guidance_scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-            self.call_options = {**self.call_options, "guidance_scale": self.guidance_scale}
+            self.pipeline_kwargs = {**self.pipeline_kwargs, "guidance_scale": self.guidance_scale}
             self.guidance_convention = "an input of the network, as FLUX.1-dev takes it"
         if self.scheduler_config.get("use_dynamic_shifting"):
             shift = dynamic_shift(self.scheduler_config, height * width // 4)
@@ -94,7 +94,7 @@ class Flux(Unsteered, Text):
             "FLUX.1-dev teacher.guidance_scale"
         )
 
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         _, _, height, width = x_t.shape
         places = torch.cartesian_prod(*(torch.arange(n // 2, device=x_t.device) for n in (height, width)))
         text = cond["encoder_hidden_states"]

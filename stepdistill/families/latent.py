@@ -27,7 +27,7 @@ from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_to
 from stepdistill.loading import read_code
 
 
-class Latent(Family):
+class LatentFamily(Family):
     """An opened latent diffusion pipeline.
 
     Args:
@@ -52,14 +52,16 @@ class Latent(Family):
             height = width = resolution
         self.sample_shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
         self.image_shape = (pipe.vae.config.in_channels, height, width)
-        self.call_options = {"height": height, "width": width, "use_resolution_binning": False}
+        self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
         # a safety checker looks at what a call of the pipeline painted: training has no use for its gigabyte
         parts = {name: part for name, part in pipe.components.items() if name not in (self.component, "safety_checker")}
-        self.frozen = tuple(part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module))
+        self.frozen_modules = tuple(
+            part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module)
+        )
 
     @classmethod
-    def load(cls, folder: Path, config: TeacherConfig) -> Latent:
+    def load(cls, folder: Path, config: TeacherConfig) -> LatentFamily:
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.__name__} knows its own")
         pipe = open_pipeline(folder, cls.component, config)
@@ -105,7 +107,7 @@ class Latent(Family):
     def check_sampler(self, sampler: Sampler) -> None:
         step, call = sampler.scheduler(self.scheduler_config).step, type(self.pipe).__call__
         taken = {*inspect.signature(step).parameters, "timesteps"}
-        needed = {name for name in sampler.call_options if name in taken}
+        needed = {name for name in sampler.pipeline_kwargs if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
                 f"method: a call of {type(self.pipe).__name__} passes no {', '.join(missing)} on to its scheduler, "
@@ -120,7 +122,7 @@ class Latent(Family):
         return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})
 
 
-class Unsteered(Latent):
+class PlainLatentFamily(LatentFamily):
     """Latent families whose networks take state, time and condition alone."""
 
     def call(
@@ -134,14 +136,14 @@ class Unsteered(Latent):
         s: Tensor | None = None,
     ) -> Tensor:
         assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        return self.ask(network, x_t.to(next(network.parameters()).dtype), t, cond)
+        return self.forward(network, x_t.to(next(network.parameters()).dtype), t, cond)
 
     @abc.abstractmethod
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """:meth:`call` at states that have the network's precision."""
 
 
-class Text(Latent):
+class TextToImageFamily(LatentFamily):
     """A latent diffusion pipeline that is asked with prompts."""
 
     takes_text = True
@@ -172,7 +174,7 @@ class Text(Latent):
 
     def use_captions(self, captions: Sequence[str]) -> None:
         self.prompts = tuple(captions)  # all of them: a Fréchet distance to the data's images wants the data's names
-        tokenizer, limit = prompt_reader(self.pipe, self.call_options)
+        tokenizer, limit = prompt_reader(self.pipe, self.pipeline_kwargs)
         warn_too_long(tokenizer, captions, limit=limit)
 
 

@@ -21,7 +21,7 @@ from stepdistill.assets import FASHION
 from stepdistill.config import nearest
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
-from stepdistill.loading import how, open_folder, own_class, read_index, refuse_code, stock_base
+from stepdistill.loading import open_folder, own_class, permission_hint, read_index, refuse_code, stock_base
 
 
 def families() -> dict[str, type[Family]]:
@@ -50,7 +50,7 @@ def load_teacher(config: TeacherConfig) -> Family:
         return known[config.family].load(folder, config)
     pipeline = pipeline_class(folder, config.trust_remote_code)
     for cls in known.values():
-        if network_class(folder, cls.component) in cls.network_classes and cls.serves(pipeline):
+        if network_class(folder, cls.component) in cls.network_classes and cls.accepts_pipeline(pipeline):
             return cls.load(folder, config)
     if own_class(folder) is not None and not config.trust_remote_code:
         refuse_code(folder)
@@ -100,7 +100,7 @@ def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
 def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
     """What to raise where diffusers raises ``error`` at a teacher's folder."""
     fetched = not (config.trust_pickles or Path(config.path).exists())
-    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {how('trust_pickles')}"
+    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {permission_hint('trust_pickles')}"
     return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
-from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, masked
 
 
-class PixArt(Unsteered, Text):
+class PixArt(PlainLatentFamily, TextToImageFamily):
     """An opened ``PixArtAlphaPipeline`` or ``PixArtSigmaPipeline``."""
 
     component = "transformer"
@@ -29,7 +29,7 @@ class PixArt(Unsteered, Text):
         super().__init__(pipe, **options)
         length = default_of(pipe, "max_sequence_length")
         # captions as they are: cleaning needs packages that a caller may not have, who would see other images
-        self.call_options = {**self.call_options, "clean_caption": False, "max_sequence_length": length}
+        self.pipeline_kwargs = {**self.pipeline_kwargs, "clean_caption": False, "max_sequence_length": length}
 
     @classmethod
     def tiny(cls, seed: int = 0, *, sigma: bool = False) -> PixArt:
@@ -56,7 +56,7 @@ class PixArt(Unsteered, Text):
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
         return masked(self.pipe.encode_prompt(list(prompts), null, device=self.pipe.text_encoder.device), null)
 
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
             x_t,
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),

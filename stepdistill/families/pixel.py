@@ -141,7 +141,7 @@ class Pixel(Family):
             assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
         return network(x_t.to(next(network.parameters()).dtype), timestep, class_labels=labels).sample
 
-    def extend(self, inputs: Inputs) -> None:
+    def add_inputs(self, inputs: Inputs) -> None:
         """Move the label embedding into a :class:`ConditionEmbedding`, whose vector a stock ``UNet2DModel`` adds.
 
         It is a child of the network, so that every role has its own (or its own adapters), and a component of its own
@@ -209,7 +209,7 @@ class Pixel(Family):
             guidance_scale=guidance_scale,
             sigmas=sigmas,
             noise_scale=self.schedule.initial_noise(torch.ones(1)).item(),
-            eta=sampler.call_options.get("eta"),
+            eta=sampler.pipeline_kwargs.get("eta"),
             condition_embedding=embedding,
         )
 

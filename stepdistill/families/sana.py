@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
-from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, masked
 from stepdistill.families.tiny import tiny_gemma
 
 
-class Sana(Unsteered, Text):
+class Sana(PlainLatentFamily, TextToImageFamily):
     """An opened ``SanaPipeline``."""
 
     component = "transformer"
@@ -29,7 +29,7 @@ class Sana(Unsteered, Text):
         if any(side % 32 for side in self.image_shape[1:]):
             raise ValueError(f"teacher.resolution: found {self.image_shape[1:]}, SanaPipeline wants multiples of 32")
         length = default_of(pipe, "max_sequence_length")
-        self.call_options = {**self.call_options, "max_sequence_length": length}
+        self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": length}
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Sana:
@@ -58,7 +58,7 @@ class Sana(Unsteered, Text):
         embedded = self.pipe.encode_prompt(list(prompts), null, device=device, complex_human_instruction=instruction)
         return masked(embedded, null)
 
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
             x_t,
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),

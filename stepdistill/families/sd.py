@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Cond
 from stepdistill.families.base import Inputs
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import TextToImageFamily
 from stepdistill.families.tiny import tiny_clip, tiny_unet, tiny_vae
 from stepdistill.families.unet import UNET_LORA_TARGETS, check_unet, extend_unet, guidance_features
 
 
-class SD(Text):
+class SD(TextToImageFamily):
     """An opened ``StableDiffusionPipeline``."""
 
     component = "unet"
@@ -69,6 +69,6 @@ class SD(Text):
             timestep_cond=guidance_features(self.pipe, w, dtype),
         ).sample
 
-    def extend(self, inputs: Inputs) -> None:
+    def add_inputs(self, inputs: Inputs) -> None:
         extend_unet(self.network, inputs)
         self.inputs = inputs

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
-from stepdistill.families.latent import Text, Unsteered
+from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.tiny import tiny_t5
 
 
-class SD3(Unsteered, Text):
+class SD3(PlainLatentFamily, TextToImageFamily):
     """An opened ``StableDiffusion3Pipeline``."""
 
     component = "transformer"
@@ -55,7 +55,7 @@ class SD3(Unsteered, Text):
             prompt, pooled = negative, negative_pooled
         return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
 
-    def ask(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return network(
             hidden_states=x_t,
             timestep=self.schedule.timestep(t).float(),

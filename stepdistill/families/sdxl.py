@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Cond
 from stepdistill.families.base import Inputs
-from stepdistill.families.latent import Text
+from stepdistill.families.latent import TextToImageFamily
 from stepdistill.families.tiny import tiny_clip, tiny_unet, tiny_vae
 from stepdistill.families.unet import UNET_LORA_TARGETS, check_unet, extend_unet, guidance_features
 
 
-class SDXL(Text):
+class SDXL(TextToImageFamily):
     """An opened ``StableDiffusionXLPipeline``."""
 
     component = "unet"
@@ -79,6 +79,6 @@ class SDXL(Text):
             added_cond_kwargs={"text_embeds": cond["text_embeds"].to(dtype), "time_ids": time_ids.expand(len(x_t), -1)},
         ).sample
 
-    def extend(self, inputs: Inputs) -> None:
+    def add_inputs(self, inputs: Inputs) -> None:
         extend_unet(self.network, inputs)
         self.inputs = inputs

@@ -75,7 +75,7 @@ class Request:
         return len(self.prompts) if len(self.prompts) > 1 else NUM_IMAGES
 
 
-def said(text: str, flag: str) -> str:
+def decode_flag(text: str, flag: str) -> str:
     """A text of the command line; raises ``ValueError`` with the flag's name if it is no UTF-8."""
     return decode_text(os.fsencode(text), flag)
 
@@ -86,7 +86,7 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
     Raises:
         ValueError: if the file is missing or holds none, or anything is no UTF-8 text; it names the line.
     """
-    given = [said(line, "--prompt") for line in lines]
+    given = [decode_flag(line, "--prompt") for line in lines]
     if file is None:
         return given
     if file != "-" and not Path(file).is_file():
@@ -97,7 +97,7 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
     return [*given, *more]
 
 
-def paint(pipeline: Any, request: Request) -> Images:
+def generate_images(pipeline: Any, request: Request) -> Images:
     """The images of a request by one pipeline."""
     return sample_images(
         pipeline, request.count, seed=request.seed, batch_size=request.batch_size, num_classes=class_count(pipeline),
@@ -188,7 +188,7 @@ def beside_teacher(
     call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}
     asked = dataclasses.replace(request, call=call)
     check_negative_prompt(pipeline, teacher, asked, "--compare_guidance_scale")
-    right = paint(pipeline, asked)
+    right = generate_images(pipeline, asked)
     if right.pixels.shape != images.pixels.shape:
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")

@@ -17,7 +17,7 @@ from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow, noise_proc
 from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.export.pipeline import apply_contract, read_contract
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import LatentFamily
 from stepdistill.families.loading import load_teacher, locate
 from stepdistill.families.pixel import Pixel
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
@@ -92,9 +92,9 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     if isinstance(family, Pixel):
         scheduler = make_solver(solver, family.scheduler_config)
         return ClassConditionalPipeline(family.network, scheduler, null_class=family.null_class)
-    assert isinstance(family, Latent), "the families are pixel and latent"
+    assert isinstance(family, LatentFamily), "the families are pixel and latent"
     taken = inspect.signature(type(family.pipe).__call__).parameters
-    call = {name: value for name, value in family.call_options.items() if name in taken}
+    call = {name: value for name, value in family.pipeline_kwargs.items() if name in taken}
     pipeline = apply_contract(family.pipe, {"call": call} | read_contract(locate(config)))
     flows = isinstance(read_schedule(json.loads(pipeline.scheduler.to_json_string()))[0], RectifiedFlow)
     if not (flows and solver == "DDIM"):

@@ -11,7 +11,6 @@ from torch import Tensor
 from stepdistill.diffusion.samplers import sample
 from stepdistill.inference.grids import to_uint8
 from stepdistill.inference.sampling import Images
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def student_images(
     family = distiller.family
     distiller.bank.eval()
     began, pixels, labels = time.perf_counter(), [], []
-    with family.visiting(device):
+    with family.on_device(device):
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             images, cond = _student_batch(distiller, indices, seed, device)
@@ -49,5 +48,5 @@ def _student_batch(
 
     noise = fresh(torch.empty(len(indices), *family.sample_shape, device=device))
     start = distiller.schedule.initial_noise(noise)
-    x0 = sample(bind(distiller.result, cond), distiller.sampler(), start, fresh)
+    x0 = sample(distiller.result.conditioned(cond), distiller.sampler(), start, fresh)
     return family.decode(x0.float()), cond

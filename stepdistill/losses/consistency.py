@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.prediction import end_point
-from stepdistill.diffusion.samplers import ConsistencyKarras, Renoise, Sampler
+from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
 from stepdistill.networks.bank import STUDENT, NetworkBank
 from stepdistill.networks.denoiser import Denoiser
@@ -37,7 +37,7 @@ def consistency(
     return end_point(denoiser(x_t, t, cond, w=w), x_t, t, denoiser.schedule)
 
 
-def edges(schedule: NoiseSchedule, intervals: int) -> Tensor:
+def time_grid(schedule: NoiseSchedule, intervals: int) -> Tensor:
     """``intervals + 1`` descending times from 1 to the end of the trajectory (``sigma_min`` for EDM, else 0)."""
     return schedule.grid(intervals + 1)[:-1] if isinstance(schedule, Karras) else schedule.grid(intervals)
 
@@ -58,7 +58,7 @@ def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int) -> 
     """Multistep consistency sampling (Song et al. 2023, Algorithm 1) at times out of ``intervals``."""
     if isinstance(schedule, Karras):
         return ConsistencyKarras(schedule, steps, points=intervals + 1)
-    return Renoise(schedule, skip_grid(schedule, steps, intervals))
+    return ConsistencySampler(schedule, skip_grid(schedule, steps, intervals))
 
 
 def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, name: str) -> None:
@@ -76,7 +76,7 @@ def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def same_dropout(bank: NetworkBank, role: str, x: Tensor) -> Iterator[None]:
+def shared_dropout(bank: NetworkBank, role: str, x: Tensor) -> Iterator[None]:
     """``role``, called inside, drops the units that the student drops next: the passes shall differ in time alone.
 
     Song et al. 2023 and Geng et al. 2024 do so in their code. Without dropout in the student there is none in ``role``.

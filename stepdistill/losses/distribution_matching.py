@@ -46,7 +46,7 @@ def both_scores(
 ) -> tuple[Tensor, Tensor]:
     """The clean images (B, ...) that the teacher and the fake score see in ``x0``, noised to times (B,)."""
     x_t = fake.schedule.add_noise(x0, noise, t)
-    with resting(fake):
+    with eval_mode(fake):
         seen = fake(x_t, t, cond).x0
     return teacher(x_t, t).x0, seen
 
@@ -72,7 +72,7 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, con
     return mean_square(denoiser.raw(x_t, t, cond), target)
 
 
-def levels(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
+def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Times (B,), uniform between the shares ``low`` and ``high`` of those at which networks are trained."""
     match schedule:
         case DiscreteVP():
@@ -84,7 +84,7 @@ def levels(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float 
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 
-def gaps(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
+def score_gap(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Mean absolute difference of the two denoisings by third of the times; 0 where no time of the batch fell.
 
     It shrinks as the student's images become the teacher's. One that grows at high noise is a fake score that lags.
@@ -92,10 +92,10 @@ def gaps(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
     difference = (fake - real).detach().float().abs().flatten(1).mean(1)
     bands = (t * len(NOISE_BANDS)).long().clamp(max=len(NOISE_BANDS) - 1)
     means = [(difference * (bands == i)).sum() / (bands == i).sum().clamp(min=1) for i in range(len(NOISE_BANDS))]
-    return {f"gap_{name}": mean for name, mean in zip(NOISE_BANDS, means, strict=True)}
+    return {f"score_gap_{name}": mean for name, mean in zip(NOISE_BANDS, means, strict=True)}
 
 
-def lag(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+def fake_score_error_ratio(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Squared error of the fake score's denoising of a student's images over that of the real one's.
 
     The fake score is trained to denoise these images, the real one was not: 1 at the start, at most 1 where it follows.
@@ -106,11 +106,11 @@ def lag(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 def diagnostics(x0: Tensor, real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
     """What the log shows of a student's images (B, ...) and both denoisings of them at times (B,)."""
-    return {**gaps(real, fake, t), "lag": lag(x0, real, fake)}
+    return {**score_gap(real, fake, t), "fake_score_error_ratio": fake_score_error_ratio(x0, real, fake)}
 
 
 @contextlib.contextmanager
-def resting(denoiser: Denoiser) -> Iterator[None]:
+def eval_mode(denoiser: Denoiser) -> Iterator[None]:
     """The network in evaluation mode, without dropout, while another one's turn asks it."""
     with denoiser.bank.using(denoiser.role) as network:
         training = network.training

@@ -88,7 +88,7 @@ def _lpips(teacher: Denoiser) -> Compare:
 
     def view(x0: Tensor) -> Tensor:
         # pixels as they are: decoding clamps, and one beyond white would feel no pull
-        images = teacher.family.decode(x0).float() * 2 - 1 if teacher.family.frozen else x0.float()
+        images = teacher.family.decode(x0).float() * 2 - 1 if teacher.family.frozen_modules else x0.float()
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         return interpolate(colour, LPIPS_SIZE, mode="bilinear")
 

@@ -28,17 +28,16 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch, Cond
-from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.discriminators.conditioning import check_classes
-from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_eyes
+from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_feature_source
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.regression import mean_square, weighted
-from stepdistill.losses.student_inputs import check_first_step, spread_ratio, student_input
+from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import lead
 from stepdistill.randomness import Draws
 
 DistillationWeight = Literal["exponential", "sds", "nfsd"]
@@ -111,11 +110,11 @@ class ADD(Distiller):
             family.null_cond(family.example_cond([0]))
         if config.negative_prompt and not family.takes_text:
             raise ValueError(f"method.negative_prompt: found {config.negative_prompt!r}, but the teacher takes no text")
-        Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+        ConsistencySampler(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         config = self.config
-        eyes = open_eyes(config.features, self.family, self.teacher, augment=config.augment)
+        eyes = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
         self.critic = CleanCritic(self.family, eyes, config.conditioning)
         self.negative = self.family.embed([config.negative_prompt]) if config.negative_prompt else None
         return [
@@ -127,27 +126,27 @@ class ADD(Distiller):
         return self.critic.eyes.networks()
 
     def sampler(self) -> Sampler:
-        return Renoise(self.schedule, self.schedule.grid(self.config.steps))
+        return ConsistencySampler(self.schedule, self.schedule.grid(self.config.steps))
 
-    def answer(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """The student's clean images (B, ...), and the times (B,) it was asked at."""
         t = self.sampler().times.to(batch.x0.device)[draws.integers(0, self.config.steps)]
         x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
         return self.student(x_t, t, batch.cond).x0, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0, t = self.answer(batch, draws)
+        x0, t = self.generate(batch, draws)
         vector = self.critic.condition(batch.cond, batch.x0, t)
         adversarial = generator_loss(self.critic(x0, batch.cond, vector, draws), self.config.adversarial)
         distillation = self.config.distillation * self.distillation_loss(x0, batch.cond, draws)
-        spread = {"spread": spread_ratio(x0, batch.x0)}
+        spread = {"diversity_ratio": diversity_ratio(x0, batch.x0)}
         return Losses({"adversarial": adversarial, "distillation": distillation}, spread)
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
-        if self.done == 0 and self.config.conditioning != "none":
+        if self.step_in_stage == 0 and self.config.conditioning != "none":
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0, t = self.answer(batch, draws)
+            x0, t = self.generate(batch, draws)
         vector = self.critic.condition(batch.cond, batch.x0, t)
         real = self.critic(batch.x0, batch.cond, vector, draws)
         fake = self.critic(x0, batch.cond, vector, draws)
@@ -171,7 +170,7 @@ class ADD(Distiller):
         """What the answer is pulled to, (B, ...)."""
         x_t = self.schedule.add_noise(x0, noise, t)
         if self.config.weighting != "nfsd":
-            return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t).x0
+            return self.teacher.guided(cond, self.config.guidance_scale - 1)(x_t, t).x0
         conditional = self.teacher(x_t, t, cond).eps
         unconditional = self.teacher(x_t, t, self.family.null_cond(cond)).eps
         unwanted = unconditional if self.negative is None else self.teacher(x_t, t, self.negative_cond(cond)).eps

@@ -103,12 +103,12 @@ class Distiller(nn.Module, abc.ABC):
         self.config = config
         self.schedule = family.schedule
         self.stage = Stage("train", 0)
-        self.done = 0
+        self.step_in_stage = 0
         """Training steps of the stage that were made before the present one; the trainer keeps it, also on resuming."""
         self.teacher = Denoiser(family, bank, "teacher")
         bank.fork(STUDENT)
         if start is not None:
-            bank.imitate(STUDENT, start)
+            bank.load_or_project(STUDENT, start)
         self.student = Denoiser(family, bank, STUDENT)
         self.turns = {turn.name: turn for turn in self.build()}
         assert tuple(self.turns) == self.turn_names

@@ -21,10 +21,10 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, check_guidance
-from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, edges, same_dropout
+from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 
@@ -73,14 +73,14 @@ class CD(Distiller):
         return consistency_sampler(self.schedule, self.config.steps, self.config.intervals)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        grid = edges(self.schedule, self.config.intervals).to(batch.x0.device)
+        grid = time_grid(self.schedule, self.config.intervals).to(batch.x0.device)
         i = draws.integers(0, self.config.intervals)
         t, s = grid[i], grid[i + 1]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         with torch.no_grad():
-            teacher = lead(self.family, self.teacher, batch.cond, self.config.guidance_scale - 1)
+            teacher = self.teacher.guided(batch.cond, self.config.guidance_scale - 1)
             x_s = solver_step(teacher, x_t, t, s, self.schedule, self.config.solver)
-            with same_dropout(self.bank, "target", x_s):
+            with shared_dropout(self.bank, "target", x_s):
                 target = consistency(self.target, x_s, s, batch.cond)
         error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})

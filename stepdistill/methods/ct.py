@@ -23,7 +23,7 @@ import torch
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, edges, same_dropout
+from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.networks.denoiser import Denoiser
@@ -95,15 +95,15 @@ class CT(Distiller):
     @property
     def points(self) -> int:
         """N(k) of the present step."""
-        return num_points(self.done, self.stage.steps, self.config.first_points, self.config.last_points)
+        return num_points(self.step_in_stage, self.stage.steps, self.config.first_points, self.config.last_points)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        grid = edges(self.schedule, self.points - 1).to(batch.x0.device)
+        grid = time_grid(self.schedule, self.points - 1).to(batch.x0.device)
         i = draws.integers(0, self.points - 1)
         t, s = grid[i], grid[i + 1]
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), same_dropout(self.bank, "target", x_s):
+        with torch.no_grad(), shared_dropout(self.bank, "target", x_s):
             target = consistency(self.target, x_s, s, batch.cond)
         error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})

@@ -22,20 +22,20 @@ from torch import Tensor
 
 from stepdistill.batch import Batch, Cond
 from stepdistill.data.ode_pairs import Pairs
-from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.losses.distribution_matching import (
     MATCHED,
     both_scores,
     denoising_loss,
     diagnostics,
-    levels,
     matching_loss,
+    sample_times,
 )
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
-from stepdistill.losses.student_inputs import check_first_step, spread_ratio
+from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 
@@ -73,7 +73,7 @@ class DMD(Distiller):
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
         check_guidance(config.guidance_scale, family)
-        Renoise(family.schedule, family.schedule.grid(1)).scheduler(family.scheduler_config)
+        ConsistencySampler(family.schedule, family.schedule.grid(1)).scheduler(family.scheduler_config)
         if config.pairs is not None:
             check_resemblance(config.distance)
             Pairs(config.pairs).check_teacher(family)
@@ -89,36 +89,36 @@ class DMD(Distiller):
         ]
 
     def sampler(self) -> Sampler:
-        return Renoise(self.schedule, self.schedule.grid(1))
+        return ConsistencySampler(self.schedule, self.schedule.grid(1))
 
-    def answer(self, noise: Tensor, cond: Cond) -> Tensor:
+    def generate(self, noise: Tensor, cond: Cond) -> Tensor:
         """The student's images (B, ...) of unit noise (B, ...)."""
         return self.student(self.schedule.initial_noise(noise), torch.ones(len(noise), device=noise.device), cond).x0
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0 = self.answer(draws.normal(*self.family.sample_shape), batch.cond)
-        t = levels(self.schedule, draws, *MATCHED)
+        x0 = self.generate(draws.normal(*self.family.sample_shape), batch.cond)
+        t = sample_times(self.schedule, draws, *MATCHED)
         real, fake = self.scores(x0.detach(), draws.normal_like(x0), t, batch.cond)
         terms = {"matching": matching_loss(x0, real, fake).mean()}
         metrics = diagnostics(x0, real, fake, t)
         if self.pairs is not None:
             terms["regression"] = self.config.regression_weight * self.regression(self.pairs, draws)
         if batch.images is not None:
-            metrics["spread"] = spread_ratio(x0, batch.images)
+            metrics["diversity_ratio"] = diversity_ratio(x0, batch.images)
         return Losses(terms, metrics)
 
     def scores(self, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """The clean images (B, ...) that the real and the fake score see in ``x0``, noised to times (B,)."""
-        teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
+        teacher = self.teacher.guided(cond, self.config.guidance_scale - 1)
         return both_scores(teacher, self.fake, x0, noise, t, cond)
 
     def regression(self, pairs: Pairs, draws: Draws) -> Tensor:
         """The mean distance between the student's images and the teacher's, of the same noise."""
         noise, images, cond = pairs.rows(draws.rows_of(len(pairs)), draws.device)
-        return self.resemblance(self.answer(noise, cond), images, cond).mean()
+        return self.resemblance(self.generate(noise, cond), images, cond).mean()
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0 = self.answer(draws.normal(*self.family.sample_shape), batch.cond)
-        t = levels(self.schedule, draws)
+            x0 = self.generate(draws.normal(*self.family.sample_shape), batch.cond)
+        t = sample_times(self.schedule, draws)
         return Losses({"denoising": denoising_loss(self.fake, x0, draws.normal_like(x0), t, batch.cond).mean()})

@@ -25,7 +25,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
-from stepdistill.losses.consistency import check_intervals, consistency_sampler, noise_to_signal, same_dropout
+from stepdistill.losses.consistency import check_intervals, consistency_sampler, noise_to_signal, shared_dropout
 from stepdistill.losses.regression import pseudo_huber, weighted
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.networks.bank import STUDENT
@@ -84,19 +84,19 @@ class ECT(Distiller):
         return consistency_sampler(self.schedule, self.config.steps, SAMPLING_GRID)
 
     @property
-    def closeness(self) -> int:
+    def stage_index(self) -> int:
         """The stage j of the present step."""
-        return self.done * self.config.num_stages // max(1, self.stage.steps)
+        return self.step_in_stage * self.config.num_stages // max(1, self.stage.steps)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         config = self.config
         largest = noise_to_signal(self.schedule, torch.ones(1, dtype=torch.float64)).to(batch.x0.device)
         sigma = (config.noise_mean + config.noise_std * draws.normal().double()).exp().minimum(largest)
-        r = neighbour(sigma, self.closeness, config.q)
+        r = neighbour(sigma, self.stage_index, config.q)
         t, s = (self.schedule.inverse(-2 * level.log()) for level in (sigma, r))
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), same_dropout(self.bank, STUDENT, x_s):
+        with torch.no_grad(), shared_dropout(self.bank, STUDENT, x_s):
             target = self.student(x_s, s, batch.cond).x0
         target = torch.where(expand(r == 0, target) > 0, batch.x0, target)
         error = pseudo_huber(self.student(x_t, t, batch.cond).x0, target, config.huber * math.sqrt(batch.x0[0].numel()))

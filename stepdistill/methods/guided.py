@@ -32,7 +32,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, Turn, share_out
-from stepdistill.networks.denoiser import Denoiser, guided
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 MATCH, STOCHASTIC = "match", "stochastic"
@@ -120,9 +120,9 @@ class Guided(Distiller):
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         with torch.no_grad():
             if self.stage.name == MATCH:
-                target = guided(self.teacher, x_t, t, batch.cond, self.family.null_cond(batch.cond), w).x0
+                target = self.teacher.guided(batch.cond, w)(x_t, t).x0
             else:
-                target = two_step_target(self.lead(batch.cond, w), x_t, t, t_mid, s, self.schedule)
+                target = two_step_target(self.stage_teacher(batch.cond, w), x_t, t, t_mid, s, self.schedule)
         error = mean_square(self.student(x_t, t, batch.cond, w=w).x0, target)
         return Losses({"loss": weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), error)})
 
@@ -138,7 +138,7 @@ class Guided(Distiller):
         i = stride * draws.integers(0, self.stage.value).cpu()
         return grid[i], grid[i + 1], grid[(i + 2).clamp(max=points)]
 
-    def lead(self, cond: Cond, w: Tensor) -> Denoise:
+    def stage_teacher(self, cond: Cond, w: Tensor) -> Denoise:
         """The mentor under w; in clean data it sees the image itself and no noise."""
 
         def see(x_t: Tensor, t: Tensor) -> Prediction:

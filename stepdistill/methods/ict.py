@@ -27,9 +27,9 @@ from stepdistill.losses.consistency import (
     check_intervals,
     consistency,
     consistency_sampler,
-    edges,
     noise_to_signal,
-    same_dropout,
+    shared_dropout,
+    time_grid,
 )
 from stepdistill.losses.regression import pseudo_huber, weighted
 from stepdistill.methods.base import Distiller, Losses, Turn
@@ -100,17 +100,19 @@ class ICT(Distiller):
     @property
     def intervals(self) -> int:
         """N(k) - 1 of the present step."""
-        return num_intervals(self.done, self.stage.steps, self.config.first_intervals, self.config.last_intervals)
+        return num_intervals(
+            self.step_in_stage, self.stage.steps, self.config.first_intervals, self.config.last_intervals
+        )
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        grid = edges(self.schedule, self.intervals).to(batch.x0.device)
+        grid = time_grid(self.schedule, self.intervals).to(batch.x0.device)
         sigma = noise_to_signal(self.schedule, grid)
         shares = lognormal_shares(sigma, self.config.noise_mean, self.config.noise_std)
         i = torch.searchsorted(shares.cumsum(0), draws.uniform()).clamp(max=self.intervals - 1)
         t, s = grid[i], grid[i + 1]
         noise = draws.normal_like(batch.x0)
         x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), same_dropout(self.bank, STUDENT, x_s):
+        with torch.no_grad(), shared_dropout(self.bank, STUDENT, x_s):
             target = consistency(self.student, x_s, s, batch.cond)
         c = self.config.huber * math.sqrt(batch.x0[0].numel())
         error = pseudo_huber(consistency(self.student, x_t, t, batch.cond), target, c)

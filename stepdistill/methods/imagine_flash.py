@@ -35,14 +35,13 @@ from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.discriminators.conditioning import check_classes
-from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, open_eyes
+from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, open_feature_source
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.regression import mean_square
-from stepdistill.losses.student_inputs import check_first_step, own_rollout, spread_ratio
+from stepdistill.losses.student_inputs import backward_simulation, check_first_step, diversity_ratio
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import lead
 from stepdistill.randomness import Draws
 
 NO_SIGNAL = 1e-3
@@ -112,7 +111,7 @@ class ImagineFlash(Distiller):
         """Heads on what ``features`` names; a student of noise alone has no image that a critic could be told of."""
         if self.config.features == "teacher":
             return RenoisedCritic(self.teacher, self.config.location, self.config.scale)
-        eyes = open_eyes(self.config.features, self.family, self.teacher, augment=self.config.augment)
+        eyes = open_feature_source(self.config.features, self.family, self.teacher, augment=self.config.augment)
         return CleanCritic(self.family, eyes, "condition")
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
@@ -121,13 +120,13 @@ class ImagineFlash(Distiller):
     def sampler(self) -> Sampler:
         return own_sampler(self.family, self.config.steps)
 
-    def answer(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Backward distillation: the student's clean images (B, ...) of states (B, ...) of its own, at times (B,)."""
-        x_t, t = own_rollout(self.student, self.sampler(), batch, draws)
+        x_t, t = backward_simulation(self.student, self.sampler(), batch, draws)
         return self.student(x_t, t, batch.cond).x0, x_t, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0, x_t, t = self.answer(batch, draws)
+        x0, x_t, t = self.generate(batch, draws)
         with torch.no_grad():
             target = self.target(*self.start(x0.detach(), x_t, t, draws.normal_like(x0)), batch.cond)
         logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
@@ -135,13 +134,13 @@ class ImagineFlash(Distiller):
             "reconstruction": mean_square(x0, target).mean(),
             "adversarial": self.config.adversarial_weight * generator_loss(logits, self.config.adversarial),
         }
-        return Losses(terms, {"spread": spread_ratio(x0, batch.x0)})
+        return Losses(terms, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
-        if self.done == 0:
+        if self.step_in_stage == 0:
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0, *_ = self.answer(batch, draws)
+            x0, *_ = self.generate(batch, draws)
         view = self.critic.view(batch, draws)
         real, fake = (self.critic(x, batch.cond, view, draws) for x in (batch.x0, x0))
         return Losses({"loss": critic_loss(real, fake, self.config.adversarial)}, critic_metrics(real, fake))
@@ -159,7 +158,7 @@ class ImagineFlash(Distiller):
 
     def target(self, x: Tensor, start: Tensor, cond: Cond) -> Tensor:
         """The clean image (B, ...) that k steps of the teacher make of states (B, ...) at times (B,)."""
-        teacher = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
+        teacher = self.teacher.guided(cond, self.config.guidance_scale - 1)
         k = self.config.teacher_steps
         for i in range(k, 1, -1):
             x = ode_step(teacher(x, start * i / k), self.schedule, start * (i - 1) / k)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
-from stepdistill.losses.student_inputs import check_first_step, spread_ratio, student_input
+from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.randomness import Draws
 
@@ -57,12 +57,14 @@ class LADD(Distiller):
         """Weight of the approximate R1; FastGen takes 0.1 to 1000."""
         r1_distance: float = 0.1
         """How far, in standard deviations of noise on a real image, R1's finite difference reaches."""
-        every: int = 1
-        """The student moves on every ``every``-th step, the critic on all."""
+        student_update_interval: int = 1
+        """The student is updated on every n-th step, the critic on each."""
 
         def __post_init__(self) -> None:
-            if min(self.steps, self.every) < 1:
-                raise ValueError(f"wanted steps, every >= 1; found {self.steps}, {self.every}")
+            if min(self.steps, self.student_update_interval) < 1:
+                raise ValueError(
+                    f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
+                )
             if not 0 < self.first_share <= 1:
                 raise ValueError(f"first_share: found {self.first_share}, wanted 0 < first_share <= 1")
             if not (self.scale > 0 and self.r1_distance > 0 and self.r1 >= 0):
@@ -71,17 +73,22 @@ class LADD(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
-        Renoise(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+        ConsistencySampler(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)
         return [
-            Turn("student", self.bank.params("student"), self.student_loss, lambda step: step % self.config.every == 0),
+            Turn(
+                "student",
+                self.bank.params("student"),
+                self.student_loss,
+                lambda step: step % self.config.student_update_interval == 0,
+            ),
             Turn("critic", list(self.critic.parameters()), self.critic_loss),
         ]
 
     def sampler(self) -> Sampler:
-        return Renoise(self.schedule, self.schedule.grid(self.config.steps))
+        return ConsistencySampler(self.schedule, self.schedule.grid(self.config.steps))
 
     def shares(self) -> Tensor:
         """How often each of the student's times is asked for, (steps,), at the present training step."""
@@ -91,9 +98,9 @@ class LADD(Distiller):
         shares = torch.full((steps,), (1 - self.config.first_share) / (steps - 1), dtype=torch.float64)
         shares[0] = self.config.first_share
         late = torch.arange(steps) >= steps // 2
-        return late / late.sum().double() if self.done < self.config.warmup else shares
+        return late / late.sum().double() if self.step_in_stage < self.config.warmup else shares
 
-    def answer(self, batch: Batch, draws: Draws) -> Tensor:
+    def generate(self, batch: Batch, draws: Draws) -> Tensor:
         """The student's clean images (B, ...)."""
         edges = self.shares().cumsum(0).to(batch.x0.device)[:-1]
         t = self.sampler().times.to(batch.x0.device)[torch.searchsorted(edges, draws.uniform(), right=True)]
@@ -101,16 +108,16 @@ class LADD(Distiller):
         return self.student(x_t, t, batch.cond).x0
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0 = self.answer(batch, draws)
+        x0 = self.generate(batch, draws)
         logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
         loss = generator_loss(logits, self.config.adversarial)
-        return Losses({"loss": loss}, {"spread": spread_ratio(x0, batch.x0)})
+        return Losses({"loss": loss}, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
-        if self.done == 0:
+        if self.step_in_stage == 0:
             check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0 = self.answer(batch, draws)
+            x0 = self.generate(batch, draws)
         t = self.critic.view(batch, draws)
         real, fake = (self.critic(x, batch.cond, t, draws) for x in (batch.x0, x0))
         terms = {"loss": critic_loss(real, fake, self.config.adversarial)}

@@ -21,10 +21,10 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, Inputs, check_guidance
-from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, edges, same_dropout
+from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 
@@ -83,16 +83,16 @@ class LCM(Distiller):
         return consistency_sampler(self.schedule, self.config.steps, self.config.solver_steps)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        grid = edges(self.schedule, self.config.solver_steps).to(batch.x0.device)
+        grid = time_grid(self.schedule, self.config.solver_steps).to(batch.x0.device)
         i = draws.integers(0, self.config.solver_steps)
         t, s = grid[i], grid[i + 1]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         w = draws.uniform(*(scale - 1 for scale in self.config.guidance_range)) if self.config.guidance_range else None
         with torch.no_grad():
             weight = self.config.guidance_scale - 1 if w is None else w
-            teacher = lead(self.family, self.teacher, batch.cond, weight)
+            teacher = self.teacher.guided(batch.cond, weight)
             x_s = solver_step(teacher, x_t, t, s, self.schedule)
-            with same_dropout(self.bank, "target", x_s):
+            with shared_dropout(self.bank, "target", x_s):
                 target = consistency(self.target, x_s, s, batch.cond, w)
         error = distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
         return Losses({"loss": error.mean()})

@@ -29,7 +29,7 @@ from stepdistill.families.base import Family
 from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, Turn, share_out
-from stepdistill.networks.denoiser import Denoiser, bind, guided
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 CONVERT = "convert"
@@ -100,17 +100,17 @@ class Progressive(Distiller):
                 target = self.guided_teacher(x_t, t, batch.cond).x0
             else:
                 t_mid = nested_grid(self.schedule, start, 2 * steps).to(t.device)[2 * i + 1]
-                target = two_step_target(self.lead(batch.cond), x_t, t, t_mid, s, self.schedule)
+                target = two_step_target(self.stage_teacher(batch.cond), x_t, t, t_mid, s, self.schedule)
         error = mean_square(self.student(x_t, t, batch.cond).x0, target)
         return Losses({"loss": weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), error)})
 
-    def lead(self, cond: Cond) -> Denoise:
+    def stage_teacher(self, cond: Cond) -> Denoise:
         """The mentor of this stage: the (guided) teacher on the first halving, then the last student."""
         first = not self.converts and self.stage.value == self.config.start // 2
-        return (lambda x_t, t: self.guided_teacher(x_t, t, cond)) if first else bind(self.mentor, cond)
+        return (lambda x_t, t: self.guided_teacher(x_t, t, cond)) if first else self.mentor.conditioned(cond)
 
     def guided_teacher(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """The teacher under the guidance that is baked in."""
         if self.config.guidance_scale == 1:
             return self.teacher(x_t, t, cond)
-        return guided(self.teacher, x_t, t, cond, self.family.null_cond(cond), self.config.guidance_scale - 1)
+        return self.teacher.guided(cond, self.config.guidance_scale - 1)(x_t, t)

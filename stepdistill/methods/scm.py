@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.samplers import Renoise, Sampler
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
 from stepdistill.families.base import Family, check_guidance
-from stepdistill.losses.consistency import same_dropout
+from stepdistill.losses.consistency import shared_dropout
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.networks.bank import STUDENT, CopyBank
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 
@@ -126,7 +126,7 @@ class Scm(Distiller):
         x_t = self.schedule.add_noise(batch.x0, noise, point.t)
         with torch.no_grad():
             path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
-            with same_dropout(self.bank, STUDENT, x_t):
+            with shared_dropout(self.bank, STUDENT, x_t):
                 tangent = self.tangent(x_t, point, path, batch.cond)
             norm = tangent.flatten(1).norm(dim=1)
             # the root of the number of pixels only moves the learned weight: a pixel's error is then near 1
@@ -155,7 +155,7 @@ class Scm(Distiller):
         """The (x_0, eps) that the ODE's path through ``x_t`` heads for, float32 at least."""
         if self.config.path == "data":
             return data
-        x_0, eps = lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)(x_t, t)
+        x_0, eps = self.teacher.guided(cond, self.config.guidance_scale - 1)(x_t, t)
         return Prediction(x_0.to(x_t.dtype), eps.to(x_t.dtype))
 
     def velocity(self, prediction: Prediction, point: Point) -> Tensor:
@@ -168,13 +168,13 @@ class Scm(Distiller):
             return self.tangent_by_difference(x_t, point, path, cond)
         student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond)
         turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
-        return -(point.cos**2) * self.apart(student, path, point) - self.warmth() * turn
+        return -(point.cos**2) * self.residual(student, path, point) - self.tangent_warmup() * turn
 
-    def warmth(self) -> float:
+    def tangent_warmup(self) -> float:
         """How much the student's derivative counts: r, from 0 to 1."""
-        return min(1.0, self.done / self.config.warmup) if self.config.warmup else 1.0
+        return min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
 
-    def apart(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
+    def residual(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
         """``sigma_d F - dx/dtheta``."""
         return self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
 
@@ -202,7 +202,9 @@ class Scm(Distiller):
             x_0, eps = self.student(x_both, torch.cat([point.t, near.t]), both)
         (x_0, x_0_near), (eps, _) = x_0.chunk(2), eps.chunk(2)
         change = (x_0 - x_0_near) / expand(((theta - theta_near) * (math.pi / 2)).sin(), x_t)
-        return point.cos * torch.lerp(-near.cos * self.apart(Prediction(x_0, eps), path, point), change, self.warmth())
+        return point.cos * torch.lerp(
+            -near.cos * self.residual(Prediction(x_0, eps), path, point), change, self.tangent_warmup()
+        )
 
 
 class TimeWeight(nn.Module):
@@ -224,11 +226,11 @@ class TimeWeight(nn.Module):
 def make_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
     """Re-noising, on the schedule's grid, or for EDM on even angles: its rho-grid would spend a call on no noise."""
     if not isinstance(schedule, Karras):
-        return Renoise(schedule, schedule.grid(steps))
+        return ConsistencySampler(schedule, schedule.grid(steps))
     trig = Trig(schedule.sigma_data)
     top = trig.inverse(schedule.log_snr(torch.ones(1, dtype=torch.float64)))
     between = schedule.inverse(trig.log_snr(top * trig.grid(steps)[1:-1]))
-    return Renoise(schedule, torch.cat([torch.ones(1), between, torch.zeros(1)]))
+    return ConsistencySampler(schedule, torch.cat([torch.ones(1), between, torch.zeros(1)]))
 
 
 def check_forward_mode(family: Family) -> None:

@@ -12,8 +12,8 @@ one DDIM step of the guided teacher leads from ``x_t`` to a next state, and both
 any s from there down. Errors stay small because a jump need no longer go all the way. A *two-time* student (the paper's
 S+) is told s, and its clean image is then the mean over the jump instead of the one at its start.
 
-Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.TCD`): jump below the next time by the
-fraction gamma, then noise back up to it.
+Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.StrategicStochasticSampler`): jump
+below the next time by the fraction gamma, then noise back up to it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step, solver_step
 from stepdistill.diffusion.prediction import Denoise, Prediction
-from stepdistill.diffusion.samplers import TCD as SSS
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.samplers import StrategicStochasticSampler as SSS
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
 from stepdistill.families.base import Family, Inputs, check_guidance
-from stepdistill.losses.consistency import check_intervals, edges, same_dropout, skip_grid
+from stepdistill.losses.consistency import check_intervals, shared_dropout, skip_grid, time_grid
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import Denoiser, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
-HALF_WAY_RANGE = 10.0
+MIDPOINT_RANGE = 10.0
 """Log-SNRs are cut to +- this where a half-way point is sought: at clean data and at pure noise they are infinite."""
 
 
-def half_way(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
+def midpoint(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The times (B,) whose log-SNR lies in the middle between those of ``t`` and ``s``."""
-    t_end, s_end = (schedule.log_snr(time).clamp(-HALF_WAY_RANGE, HALF_WAY_RANGE) for time in (t, s))
+    t_end, s_end = (schedule.log_snr(time).clamp(-MIDPOINT_RANGE, MIDPOINT_RANGE) for time in (t, s))
     return schedule.inverse((t_end + s_end) / 2).clamp(s, t)
 
 
@@ -52,7 +52,7 @@ def jump(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSch
     """``f(x_t, t -> s)`` for times ``s <= t``, both (B,); where they are equal, ``x_t`` itself."""
     prediction = denoise(x_t, t)
     if order == 2:
-        u = half_way(t, s, schedule)
+        u = midpoint(t, s, schedule)
         x0 = denoise(ode_step(prediction, schedule, u), u).x0
         alpha_t, sigma_t = (expand(coefficient, x_t) for coefficient in schedule(t))
         prediction = Prediction(x0, (x_t - alpha_t * x0) / sigma_t)
@@ -114,15 +114,15 @@ class TCD(Distiller):
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         steps = self.config.solver_steps
-        grid = edges(self.schedule, steps).to(batch.x0.device)
+        grid = time_grid(self.schedule, steps).to(batch.x0.device)
         i = draws.integers(0, steps)
         j = i + 1 + (draws.uniform() * (steps - i)).long()  # anywhere below t, up to the end
         t, t_next, s = grid[i], grid[i + 1], grid[j]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         with torch.no_grad():
-            teacher = lead(self.family, self.teacher, batch.cond, self.config.guidance_scale - 1)
+            teacher = self.teacher.guided(batch.cond, self.config.guidance_scale - 1)
             x_next = solver_step(teacher, x_t, t, t_next, self.schedule)
-            with same_dropout(self.bank, "target", x_next):
+            with shared_dropout(self.bank, "target", x_next):
                 target = self.land(self.target, x_next, t_next, s, batch.cond)
         landed = self.land(self.student, x_t, t, s, batch.cond)
         return Losses({"loss": distance(landed, target, self.config.distance).mean()})

@@ -35,7 +35,7 @@ from stepdistill.losses.consistency import check_intervals
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, Turn
 from stepdistill.networks.bank import STUDENT
-from stepdistill.networks.denoiser import Denoiser, bind, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 CONVERT = "convert"
@@ -109,7 +109,7 @@ class Tract(Distiller):
     def after_step(self) -> None:
         """Move the self-teacher: a phase's n-th student enters with weight ``(1 - m) / (1 - m^n)``."""
         decay = self.config.self_ema
-        self.bank.blend("self_teacher", STUDENT, keep=1 - (1 - decay) / (1 - decay ** (self.done + 1)))
+        self.bank.blend("self_teacher", STUDENT, keep=1 - (1 - decay) / (1 - decay ** (self.step_in_stage + 1)))
 
     def sampler(self) -> Sampler:
         return DDIM(self.schedule, self.grid(self.stage.value))
@@ -126,7 +126,7 @@ class Tract(Distiller):
         x_t = self.schedule.add_noise(x_0, draws.normal_like(x_0), t)
         with torch.no_grad():
             if self.stage.name == CONVERT:
-                target = self.lead(batch.cond)(x_t, t).x0
+                target = self.stage_teacher(batch.cond)(x_t, t).x0
             else:
                 target = self.target(x_t, t, t_next, t_end, batch.cond)
         error = mean_square(self.student(x_t, t, batch.cond).x0, target)
@@ -145,18 +145,18 @@ class Tract(Distiller):
     def target(self, x_t: Tensor, t: Tensor, t_next: Tensor, t_end: Tensor, cond: Cond) -> Tensor:
         """One step of the mentor, one jump of the self-teacher, as the clean image of one step; float64."""
         solver: Solver = "heun" if self.is_first and isinstance(self.schedule, Karras) else "euler"
-        x_next = solver_step(self.lead(cond), x_t, t, t_next, self.schedule, solver)
+        x_next = solver_step(self.stage_teacher(cond), x_t, t, t_next, self.schedule, solver)
         last = t_next == t_end
         # where nothing is left to jump the answer is not used, and the network not asked about clean data
         jump = ode_step(self.self_teacher(x_next, torch.where(last, t, t_next), cond), self.schedule, t_end)
         x_end = torch.where(expand(last, x_t) > 0, x_next, jump)
         return invert_step(x_t, x_end, t, t_end, self.schedule)
 
-    def lead(self, cond: Cond) -> Denoise:
+    def stage_teacher(self, cond: Cond) -> Denoise:
         """The mentor of this phase: the (guided) teacher, then the last phase's student."""
         if self.is_first or self.stage.name == CONVERT:
-            return lead(self.family, self.teacher, cond, self.config.guidance_scale - 1)
-        return bind(self.mentor, cond)
+            return self.teacher.guided(cond, self.config.guidance_scale - 1)
+        return self.mentor.conditioned(cond)
 
     @property
     def mentor_steps(self) -> int:

@@ -80,7 +80,7 @@ class NetworkBank(nn.Module, abc.ABC):
             write(tensor, weights[name])
 
     @abc.abstractmethod
-    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+    def load_or_project(self, role: str, weights: Mapping[str, Tensor]) -> None:
         """Make ``role`` the network of these weights, named as a plain network names them, as nearly as it can be."""
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class CopyBank(NetworkBank):
     def extract(self, role: str) -> nn.Module:
         return without_checkpointing(self._copy(self.networks[role])).requires_grad_(True)
 
-    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+    def load_or_project(self, role: str, weights: Mapping[str, Tensor]) -> None:
         self.load(role, weights)
 
     def train(self, mode: bool = True) -> CopyBank:
@@ -239,7 +239,7 @@ class AdapterBank(NetworkBank):
         return network.requires_grad_(True)
 
     @torch.no_grad()
-    def imitate(self, role: str, weights: Mapping[str, Tensor]) -> None:
+    def load_or_project(self, role: str, weights: Mapping[str, Tensor]) -> None:
         """Of every adapted layer's difference to the teacher, the best of the adapters' rank (Eckart and Young 1936).
 
         What differs in other layers stays the teacher's: a student that had such adapters itself is imitated wholly.
@@ -258,7 +258,7 @@ class AdapterBank(NetworkBank):
             held, wanted = held + s[:rank].square().sum().item(), wanted + s.square().sum().item()
         if held < 0.99 * wanted:
             warnings.warn(
-                f"bank.start: adapters of rank {self.rank} hold {held / wanted:.0%} of what the student's layers "
+                f"bank.init_from: adapters of rank {self.rank} hold {held / wanted:.0%} of what the student's layers "
                 "differ by from the teacher's (squared); a larger bank.rank holds more",
                 stacklevel=2,
             )

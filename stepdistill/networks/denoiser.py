@@ -65,6 +65,17 @@ class Denoiser:
         """
         return to_prediction(self.raw(x_t, t, cond, w=w, s=s), x_t, t, self.schedule, self.family.prediction_type)
 
+    def conditioned(self, cond: Mapping[str, Tensor], w: Tensor | None = None) -> Denoise:
+        """Return the denoiser with its conditioning (and guidance input ``w``) fixed."""
+        return lambda x_t, t, s=None: self(x_t, t, cond, w=w, s=s)
+
+    def guided(self, cond: Cond, w: Tensor | float) -> Denoise:
+        """Return the denoiser under guidance weight ``w``, its conditioning fixed; 0 is none, at half the cost."""
+        if not isinstance(w, Tensor) and w == 0:
+            return self.conditioned(cond)
+        null = self.family.null_cond(cond)
+        return lambda x_t, t: classifier_free_guidance(self, x_t, t, cond, null, w)
+
     @torch.no_grad()
     def jvp(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
@@ -109,7 +120,7 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
-def guided(
+def classifier_free_guidance(
     denoiser: Denoiser,
     x_t: Tensor,
     t: Tensor,
@@ -132,16 +143,3 @@ def guided(
     w = expand(torch.as_tensor(w, dtype=torch.float64).expand(len(x_t)), x_t)
     (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
     return Prediction(torch.lerp(x0_null, x0_cond, 1 + w), torch.lerp(eps_null, eps_cond, 1 + w))
-
-
-def bind(denoiser: Denoiser, cond: Mapping[str, Tensor], w: Tensor | None = None) -> Denoise:
-    """A denoiser with its conditioning fixed, as :func:`sample` and :func:`rollout` want it."""
-    return lambda x_t, t, s=None: denoiser(x_t, t, cond, w=w, s=s)
-
-
-def lead(family: Family, teacher: Denoiser, cond: Cond, w: Tensor | float) -> Denoise:
-    """The teacher under guidance weight ``w`` (0: none, and then half the cost), its conditioning bound."""
-    if not isinstance(w, Tensor) and w == 0:
-        return bind(teacher, cond)
-    null = family.null_cond(cond)
-    return lambda x_t, t: guided(teacher, x_t, t, cond, null, w)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.hooks import seen
+from stepdistill.networks.hooks import capture_outputs
 
 CLEAN = 0.02
 """The time a network is told that looks at clean images: below it, its features grow empty."""
@@ -36,7 +36,7 @@ class BlockFeatures:
         Only the part of the network below the last of them is run.
         """
         with self.denoiser.bank.using(self.denoiser.role) as network:
-            features = seen(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
+            features = capture_outputs(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
         return [feature.float() for feature in features]
 
     def clean(self, x0: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:

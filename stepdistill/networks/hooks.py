@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 from stepdistill.networks.sharding import is_share
 
 
-class _Seen(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not wanted
+class _AllCaptured(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not wanted
     """The last feature has been seen."""
 
 
-def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -> list[Tensor]:
+def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -> list[Tensor]:
     """What the sub-modules ``names`` of ``network`` return while ``call`` runs it, as far as the last of them.
 
     Args:
@@ -36,7 +36,7 @@ def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -
             parts = output if isinstance(output, tuple) else (output,)
             found[index] = as_map([part for part in parts if isinstance(part, Tensor)][-1])
             if len(found) == len(modules) and not sharded:
-                raise _Seen
+                raise _AllCaptured
 
         return hook
 
@@ -45,7 +45,7 @@ def seen(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -
         handles += returned_beside(network, found)
     try:
         call()
-    except _Seen:
+    except _AllCaptured:
         pass
     finally:
         for handle in handles:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -242,18 +243,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], state)
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_identity(
+    checkpoint: Checkpoint,
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Refuse a checkpoint of another run.
 
     Args:
         checkpoint: its state has a ``config``, flat ``{"section.key": value}``.
         identity: what that must be.
         defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
+        renamed: former names of keys, and their present ones.
 
     Raises:
         CheckpointError: naming every key that differs, with both values.
     """
-    before, now = {**defaults, **checkpoint.state["config"]}, json.loads(json.dumps(identity))
+    stored = {renamed.get(key, key): value for key, value in checkpoint.state["config"].items()}
+    before, now = {**defaults, **stored}, json.loads(json.dumps(identity))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class BankConfig:
     name: Literal["copy", "adapter"] = "copy"
     rank: int = 64
     """Rank of the adapters."""
-    start: str | None = None
+    init_from: str | None = None
     """A finished student, a pipeline folder, to start from instead of the teacher; of adapters, as far as their rank
     goes."""
 
@@ -118,13 +119,41 @@ PLAIN_SECTIONS = {
 
 SECTIONS = ("method", "optim", *PLAIN_SECTIONS)
 
+RENAMED = {
+    "bank.start": "bank.init_from",
+    "method.every": "method.student_update_interval",
+    "method.turns": "method.fake_update",
+    "method.first": "method.first_time",
+}
+"""Keys of older configurations and checkpoints, and what they are called now."""
+
+
+def with_current_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with its renamed keys under their present names, warning once for each.
+
+    Raises:
+        ConfigError: if a key is given under both names.
+    """
+    current = dict(mapping)
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        keys = current.get(section)
+        if not isinstance(keys, Mapping) or old_key not in keys:
+            continue
+        if new_key in keys:
+            raise ConfigError([f"{old}: the former name of {new}, which is also given"])
+        warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=3)
+        current[section] = {new_key if key == old_key else key: value for key, value in keys.items()}
+    return current
+
 
 def resolve(mapping: Mapping[str, Any]) -> RunConfig:
-    """Check a configuration and fill in its defaults.
+    """Check a configuration and fill in its defaults; keys of older configurations are read with a warning.
 
     Raises:
         ConfigError: listing every problem of every section.
     """
+    mapping = with_current_keys(mapping)
     problems = [f"{name}: unknown section{nearest(str(name), SECTIONS)}" for name in mapping if name not in SECTIONS]
     resolved: dict[str, Any] = {}
     for name, cls in PLAIN_SECTIONS.items():

@@ -69,12 +69,22 @@ class DivergenceError(ValueError):
 
 ADVICE = {
     "the fake score lags": "it denoises the student's images worse than the teacher does, so their difference is no "
-    "gradient: raise every, or optim.fake.lr, or lower optim.student.lr",
-    "the spread collapsed": "the student's images are almost all alike: raise the distillation or regression weight, "
-    "or lower optim.student.lr",
+    "gradient: raise student_update_interval, or optim.fake.lr, or lower optim.student.lr",
+    "the diversity collapsed": "the student's images are almost all alike: raise the distillation or regression "
+    "weight, or lower optim.student.lr",
     "the critic is saturated": "it tells every image right, so the student learns nothing from it: lower its learning "
     "rate, raise r1, or give the student's turn more steps",
 }
+
+
+RENAMED = {"spread": "diversity_ratio", "lag": "fake_score_error_ratio"}
+"""Scalars of older logs, and what they are called now."""
+
+
+def with_current_names(values: Mapping[str, float]) -> dict[str, float]:
+    """Return logged scalars without their turn, those of older logs under their present names."""
+    found = {name.rpartition("/")[2]: value for name, value in values.items()}
+    return {RENAMED.get(name, name): value for name, value in found.items()}
 
 
 ROWS = 10
@@ -113,7 +123,7 @@ class DivergenceGuard:
         Raises:
             DivergenceError: naming the cause, since when it stands, and what helps.
         """
-        for cause, standing in self.signs({name.rpartition("/")[2]: value for name, value in values.items()}).items():
+        for cause, standing in self.signs(with_current_names(values)).items():
             steps = self.since[cause]
             steps.append(step)
             if not standing:
@@ -124,10 +134,10 @@ class DivergenceGuard:
     def signs(self, values: Mapping[str, float]) -> dict[str, bool]:
         """Which causes can be seen in the values, and whether they are."""
         seen = {}
-        if "spread" in values:
-            seen["the spread collapsed"] = values["spread"] < 0.1
+        if "diversity_ratio" in values:
+            seen["the diversity collapsed"] = values["diversity_ratio"] < 0.1
         if {"accuracy_real", "accuracy_fake"} <= values.keys():
             seen["the critic is saturated"] = min(values["accuracy_real"], values["accuracy_fake"]) > 0.995
-        if "lag" in values:
-            seen["the fake score lags"] = values["lag"] > 1.25
+        if "fake_score_error_ratio" in values:
+            seen["the fake score lags"] = values["fake_score_error_ratio"] > 1.25
         return seen

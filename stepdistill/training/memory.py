@@ -24,7 +24,9 @@ def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:
     if own := [p for name, p in distiller.named_parameters() if not name.startswith("bank.")]:
         held["(critic)"] = own
     rows = [_row(role, params, bank.trainable.get(role, True)) for role, params in held.items()]
-    beside = [_row(f"({type(module).__name__})", module.parameters(), False) for module in distiller.family.frozen]
+    beside = [
+        _row(f"({type(module).__name__})", module.parameters(), False) for module in distiller.family.frozen_modules
+    ]
     total = sum(megabytes for _, megabytes in rows) + (0.0 if encoded else sum(megabytes for _, megabytes in beside))
     lines = _aligned([HEADER, *(row for row, _ in rows), *(row for row, _ in beside)])
     if encoded and beside:

@@ -68,9 +68,11 @@ class Run:
             self.family.use_captions(self.dataset.captions)
         self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
-        self.family.extend(self.method.extra_inputs(config.method))
+        self.family.add_inputs(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
-        start = None if config.bank.start is None else read_student(config.bank.start, config.teacher, self.family)
+        start = (
+            None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
+        )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
@@ -136,7 +138,7 @@ class Run:
                     check_links(self.folder)
                 (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
             cost = trainer.run(first, done)
-            if trainer.takes_part:
+            if trainer.participates:
                 self.choose(trainer)
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
@@ -182,7 +184,7 @@ class Run:
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the student as it is now, and what it cost."""
-        start = self.config.bank.start
+        start = self.config.bank.init_from
         earlier = {} if start is None else read_contract(Path(start)).get("training", {})
         cost += TrainingCost(**earlier)
         critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
@@ -274,15 +276,15 @@ def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[st
             TeacherConfig(path=folder, family=teacher.family, trust_remote_code=teacher.trust_remote_code)
         )
     except ValueError as error:
-        raise ValueError(f"bank.start: {str(error).removeprefix('teacher.path: ')}") from error
+        raise ValueError(f"bank.init_from: {str(error).removeprefix('teacher.path: ')}") from error
     if student.prediction_type != family.prediction_type:
         raise ValueError(
-            f"bank.start: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "
+            f"bank.init_from: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "
             "wanted a student of this teacher"
         )
     weights, own = student.network.state_dict(), family.network.state_dict()
     for name in sorted({*own, *weights}):
         found, wanted = (tuple(side[name].shape) if name in side else None for side in (weights, own))
         if found != wanted:
-            raise ValueError(f"bank.start: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
+            raise ValueError(f"bank.init_from: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
     return weights

@@ -42,7 +42,7 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
     set_aside_later,
 )
-from stepdistill.training.config import TrainConfig
+from stepdistill.training.config import RENAMED, TrainConfig
 from stepdistill.training.cost import TrainingCost, counted, over_processes
 from stepdistill.training.fsdp import agree, by_kind, clip_gradients, is_wanted, shard_bank
 from stepdistill.training.guards import DivergenceError, DivergenceGuard, FiniteGuard, patience_of
@@ -99,7 +99,7 @@ class Trainer:
         self.sharded = is_wanted(self.accelerator)
         if self.sharded:
             shard_bank(distiller, self.accelerator)
-        self.takes_part = self.sharded or self.accelerator.is_main_process
+        self.participates = self.sharded or self.accelerator.is_main_process
         """Whether this process samples and exports with the main one: it must, where each has a share of a network."""
         self.distiller = distiller.to(self.device)
         if not isinstance(dataset, CacheData):  # else what encodes is on the device to sample only
@@ -164,7 +164,7 @@ class Trainer:
     def _step(self, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
         """One step: every turn that is due moves once; returns what to log, still on the device."""
         logs: dict[str, Tensor] = {}
-        self.distiller.done = step_in_stage
+        self.distiller.step_in_stage = step_in_stage
         self.distiller.bank.train()  # dropout, where the networks have it; sampling switches it off
         for turn in self.distiller.turns.values():
             if turn.when(self.step):
@@ -290,7 +290,7 @@ class Trainer:
 
     def _measure(self, stage: Stage) -> None:
         main = self.accelerator.is_main_process
-        values = self.measure() if self.takes_part else {}
+        values = self.measure() if self.participates else {}
         self._write_row(stage, {f"eval/{name}": value for name, value in values.items()})
         weights = gathered(self.result_weights(), keep=main)
         if main:
@@ -299,7 +299,7 @@ class Trainer:
 
     def _sample(self, count: int = 32) -> None:
         """A grid of the result role's samples: fixed noise, fixed conditions."""
-        if not self.takes_part:
+        if not self.participates:
             return
         with self.accelerator.autocast():
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
@@ -308,7 +308,7 @@ class Trainer:
 
     def _end_stage(self, stage: Stage) -> None:
         cost = self.total_cost()
-        if self.on_stage_end is not None and self.takes_part:
+        if self.on_stage_end is not None and self.participates:
             self.on_stage_end(stage, cost)
         self.accelerator.wait_for_everyone()
 
@@ -372,7 +372,7 @@ class Trainer:
         checkpoint = self._newest_checkpoint()
         if checkpoint is None:
             return 0, 0
-        check_identity(checkpoint, self.identity, self.defaults)
+        check_identity(checkpoint, self.identity, self.defaults, renamed=RENAMED)
         index, done = checkpoint.state["stage"], checkpoint.state["done"]
         self.distiller.stage = self.distiller.stages(self.config.steps)[index]
         self._load_weights(checkpoint.tensors("weights"))

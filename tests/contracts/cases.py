@@ -25,10 +25,9 @@ from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux, pack, unpack
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import LatentFamily
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods import find_method
-from stepdistill.networks.denoiser import bind
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 from stepdistill.training.trainer import Trainer
@@ -56,7 +55,7 @@ CASES = {
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
     "ect": Case({"num_stages": 2}),
     "dmd": Case(overfits="fake"),
-    "dmd2": Case({"every": 2}, overfits="fake"),
+    "dmd2": Case({"student_update_interval": 2}, overfits="fake"),
     "add": Case({"steps": 2}, overfits="critic"),
     "ladd": Case({"warmup": 2}, overfits="critic"),
     "imagine_flash": Case({"steps": 2, "teacher_steps": 2}, overfits="critic"),
@@ -126,7 +125,7 @@ def save_teacher(family: Family, folder: Path) -> Path:
 def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
     """The ``teacher`` section that opens what :func:`save_teacher` wrote at the size of the miniature."""
     size = family.image_shape[1:]
-    if not isinstance(family, Latent) or size == family.native_size():
+    if not isinstance(family, LatentFamily) or size == family.native_size():
         return {"path": str(folder)}
     return {"path": str(folder), "resolution": size[0]}
 
@@ -242,7 +241,7 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
     return family.decode(
         sample(
-            bind(distiller.result, family.example_cond(range(count))),
+            distiller.result.conditioned(family.example_cond(range(count))),
             distiller.sampler(),
             start,
             noise if handed else lambda x: as_latents(family, torch.randn(as_seen(family, x).shape)),

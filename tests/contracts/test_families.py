@@ -18,7 +18,7 @@ from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, guided
+from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
@@ -141,7 +141,7 @@ def can_be_guided(family):
 
 
 def guide(denoiser, x_t, t, cond, scale):
-    return guided(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
+    return classifier_free_guidance(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -171,7 +171,7 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
 def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
     pipeline = load_pipeline(save_teacher(family, tmp_path / "teacher"))
     taken = inspect.signature(pipeline.__call__).parameters
-    size = {name: value for name, value in family.call_options.items() if name in taken}
+    size = {name: value for name, value in family.pipeline_kwargs.items() if name in taken}
     assert pipeline_images(pipeline, family, 2, seed=1, num_inference_steps=2, **size).shape[0] == 2
 
 

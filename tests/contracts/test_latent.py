@@ -1,4 +1,4 @@
-"""Latent teachers of the real classes, distilled end to end: what is exported is what stock diffusers samples.
+"""LatentFamily teachers of the real classes, distilled end to end: what is exported is what stock diffusers samples.
 
 The guidance input, a data-free method on prompts alone, and what is refused; a student of every family under both banks
 is in test_stock.py. Every family x method x bank is ``pytest -m product``.
@@ -35,7 +35,7 @@ from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import LatentFamily
 from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.prompts import prompt_reader
@@ -45,7 +45,7 @@ from stepdistill.methods import find_method, method_names
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
-LATENT = {name: cls for name, cls in families().items() if issubclass(cls, Latent)}
+LATENT = {name: cls for name, cls in families().items() if issubclass(cls, LatentFamily)}
 
 
 def check_export(run):
@@ -95,7 +95,7 @@ def test_measured_samples_are_asked_for_with_every_caption():
 
 
 def test_a_student_may_begin_below_pure_noise(tmp_path):
-    run = train_student(tmp_path, PixArt.tiny(), "dmd2", "adapter", options={"steps": 1, "first": 0.4})
+    run = train_student(tmp_path, PixArt.tiny(), "dmd2", "adapter", options={"steps": 1, "first_time": 0.4})
     check_export(run)
     call = load_pipeline(run.folder / "pipeline").contract_call
     assert call["timesteps"] == [399] and call["num_inference_steps"] == 1
@@ -105,9 +105,9 @@ def test_a_student_may_begin_below_pure_noise(tmp_path):
 def test_it_may_not_where_no_pipeline_is_asked_for_timesteps(make):
     method = find_method("dmd2")
     with pytest.raises(ValueError, match="timesteps"):
-        method.check(method.Config(steps=1, first=0.4), make())
+        method.check(method.Config(steps=1, first_time=0.4), make())
     with pytest.raises(ValueError, match="whole timesteps"):
-        method.check(method.Config(steps=1, first=0.4004), make())
+        method.check(method.Config(steps=1, first_time=0.4004), make())
 
 
 @pytest.mark.product
@@ -131,7 +131,7 @@ def refused(method, family):
         return reason
     distiller = find_method(method)
     try:
-        family.extend(distiller.extra_inputs(build(distiller.Config, case(method).options, "method")))
+        family.add_inputs(distiller.extra_inputs(build(distiller.Config, case(method).options, "method")))
     except ValueError as reason:
         return str(reason)
     return None
@@ -262,7 +262,7 @@ def test_long_captions_are_counted(teacher, tmp_path):
 def test_tokens_are_counted_where_most_of_a_prompt_is_read(name, tokens):
     """What the pipelines' documentation says they read; CLIP's 77 do not bound what T5 reads beside it."""
     family = LATENT[name].tiny()
-    assert prompt_reader(family.pipe, family.call_options)[1] == prompt_reader(family.pipe, {})[1] == tokens
+    assert prompt_reader(family.pipe, family.pipeline_kwargs)[1] == prompt_reader(family.pipe, {})[1] == tokens
 
 
 def config(teacher, folder, data):

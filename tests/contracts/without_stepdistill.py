@@ -25,7 +25,7 @@ def main(jobs):
 
     torch.set_num_threads(1)
 
-    def paint(pipeline, job, output):
+    def generate_images(pipeline, job, output):
         pipeline.set_progress_bar_config(disable=True)
         torch.manual_seed(job["seed"] + 1)  # for pipelines that do not hand the generator to their scheduler
         generator = torch.Generator().manual_seed(job["seed"])
@@ -34,12 +34,12 @@ def main(jobs):
     for job in jobs:
         export, output = Path(job["export"]), job["output"]
         student = DiffusionPipeline.from_pretrained(export, use_safetensors=True, trust_remote_code=job["own_code"])
-        paint(student, job, f"{output}.npy")
+        generate_images(student, job, f"{output}.npy")
         if job["teacher"] is not None:
             teacher = DiffusionPipeline.from_pretrained(job["teacher"], scheduler=student.scheduler)
-            paint(teacher, job, f"{output}-without-lora.npy")
+            generate_images(teacher, job, f"{output}-without-lora.npy")
             teacher.load_lora_weights(export / "lora")
-            paint(teacher, job, f"{output}-lora.npy")
+            generate_images(teacher, job, f"{output}-lora.npy")
 
 
 if __name__ == "__main__":

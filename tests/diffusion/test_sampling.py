@@ -7,9 +7,8 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_den
 
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import to_prediction
-from stepdistill.diffusion.samplers import DDIM, TCD, Renoise, rollout, sample
+from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, rollout, sample
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, expand
-from stepdistill.networks.denoiser import bind
 
 vp_teachers = pytest.mark.parametrize(
     ("process", "prediction_type"),
@@ -56,7 +55,7 @@ def rounding(sampler, prediction_type, x, t, s):
 
 @vp_teachers
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 50])
-@pytest.mark.parametrize("rule", [DDIM, Renoise])
+@pytest.mark.parametrize("rule", [DDIM, ConsistencySampler])
 def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type, steps):
     # a teacher's own way of sampling must not leak into the student's
     teacher = DDIMScheduler(**process, prediction_type=prediction_type, clip_sample=True, set_alpha_to_one=False)
@@ -67,7 +66,7 @@ def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type,
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
-@pytest.mark.parametrize("rule", [DDIM, Renoise])
+@pytest.mark.parametrize("rule", [DDIM, ConsistencySampler])
 def test_flow_samplers_equal_their_diffusers_twins(rule, shift, steps):
     schedule = RectifiedFlow(shift)
     sampler = rule(schedule, schedule.grid(steps))
@@ -83,14 +82,15 @@ def test_edm_sampler_equals_its_diffusers_twin(steps):
 @pytest.mark.parametrize("times", [[0.4, 0.0], [0.9, 0.5, 0.25, 0.0]])
 def test_renoising_from_below_pure_noise_equals_its_twin_at_named_timesteps(times):
     schedule = SCHEDULES["linear"]
-    sampler = Renoise(schedule, torch.tensor(times, dtype=torch.float64))
-    assert sampler.call_options == {"timesteps": [round(1000 * t) - 1 for t in times[:-1]]}
+    sampler = ConsistencySampler(schedule, torch.tensor(times, dtype=torch.float64))
+    assert sampler.pipeline_kwargs == {"timesteps": [round(1000 * t) - 1 for t in times[:-1]]}
     scheduler = sampler.scheduler({**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
-    assert_twins(sampler, scheduler, "v_prediction", **sampler.call_options)
+    assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
 
 
 @pytest.mark.parametrize(
-    ("rule", "times"), [(DDIM, [1.0, 0.7, 0.0]), (Renoise, [1.0, 0.7, 0.0]), (DDIM, [0.9, 0.0]), (DDIM, None)]
+    ("rule", "times"),
+    [(DDIM, [1.0, 0.7, 0.0]), (ConsistencySampler, [1.0, 0.7, 0.0]), (DDIM, [0.9, 0.0]), (DDIM, None)],
 )
 def test_a_grid_that_no_stock_scheduler_samples_is_refused(rule, times):
     schedule = SCHEDULES["linear"]
@@ -134,7 +134,7 @@ def test_ddim_multiplies_by_the_product_of_gains(schedule, steps):
     gain = torch.ones(1, dtype=torch.float64)
     for t, s in zip(sampler.times[:-1], sampler.times[1:], strict=True):
         gain = gain * oracle.gain(t, s)
-    found = sample(bind(teacher_denoiser(oracle), {}), sampler, x)
+    found = sample(teacher_denoiser(oracle).conditioned({}), sampler, x)
     centred = x - oracle.centre(x, sampler.times[:1])
     torch.testing.assert_close(found, MEAN[:, None, None] + gain * centred, atol=1e-10, rtol=0)
 
@@ -159,8 +159,8 @@ def test_ddim_is_a_solver_of_first_order(schedule):
 def test_a_point_is_reached_in_one_step(name):
     schedule = SCHEDULES[name]
     denoiser = teacher_denoiser(Gaussian(MEAN, 0.0, schedule, "sample"))
-    for rule in (DDIM, Renoise):
-        found = sample(bind(denoiser, {}), rule(schedule, schedule.grid(1)), start(schedule))
+    for rule in (DDIM, ConsistencySampler):
+        found = sample(denoiser.conditioned({}), rule(schedule, schedule.grid(1)), start(schedule))
         torch.testing.assert_close(found, MEAN[:, None, None].expand_as(found))
 
 
@@ -168,17 +168,17 @@ def test_renoise_is_exact_for_what_it_forgets():
     """Each step starts from fresh noise, so its state is alpha x_0 + sigma noise with the seen x_0."""
     schedule = SCHEDULES["cosine"]
     oracle = Gaussian(MEAN, 0.0, schedule, "sample")
-    sampler, x = Renoise(schedule, schedule.grid(4)), start(schedule, 20_000)
-    state = rollout(bind(teacher_denoiser(oracle), {}), sampler, x, 2, torch.randn_like)
+    sampler, x = ConsistencySampler(schedule, schedule.grid(4)), start(schedule, 20_000)
+    state = rollout(teacher_denoiser(oracle).conditioned({}), sampler, x, 2, torch.randn_like)
     alpha, sigma = schedule(sampler.times[2:3])
     torch.testing.assert_close(state.mean(0).flatten(), alpha * MEAN, atol=0.03, rtol=0)
     torch.testing.assert_close(state.std(0).flatten(), sigma.expand(2), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("rule", [DDIM, Renoise])
+@pytest.mark.parametrize("rule", [DDIM, ConsistencySampler])
 def test_a_rollout_is_the_beginning_of_a_sample(rule):
     schedule = SCHEDULES["cosine"]
-    denoise = bind(teacher_denoiser(three_clusters(schedule, "v_prediction")), {})
+    denoise = teacher_denoiser(three_clusters(schedule, "v_prediction")).conditioned({})
     sampler, x = rule(schedule, schedule.grid(4)), start(schedule).float()
     assert torch.equal(rollout(denoise, sampler, x, 0, fresh_noise(0)), x)
     noise = fresh_noise(0)
@@ -219,7 +219,7 @@ def test_what_a_schedulers_config_leaves_out_is_the_same_for_schedule_and_twins(
     alpha, _ = schedule(torch.arange(1, 1001) / 1000)
     for sampler in (
         DDIM(schedule, schedule.grid(4)),
-        Renoise(schedule, schedule.grid(4)),
-        TCD(schedule, schedule.grid(4), 0.3),
+        ConsistencySampler(schedule, schedule.grid(4)),
+        StrategicStochasticSampler(schedule, schedule.grid(4), 0.3),
     ):
         torch.testing.assert_close(sampler.scheduler(config).alphas_cumprod.double(), alpha**2, atol=1e-6, rtol=1e-6)

@@ -185,7 +185,7 @@ def test_perfect_networks_agree_on_a_state_that_travelled(source, target):
     x_t = source.add_noise(*torch.randn(2, len(INSIDE), 2, 1, 1, dtype=torch.float64), INSIDE)
     x, t = transfer(x_t, INSIDE, source, target)
     here, there = three_clusters(source, "sample"), three_clusters(target, "sample")
-    torch.testing.assert_close(there.see(x, t), here.see(x_t, INSIDE), atol=1e-7, rtol=0)
+    torch.testing.assert_close(there.predict(x, t), here.predict(x_t, INSIDE), atol=1e-7, rtol=0)
 
 
 @pairs

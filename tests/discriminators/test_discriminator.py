@@ -14,7 +14,7 @@ from stepdistill.assets import FASHION as ASSETS
 from stepdistill.discriminators.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.discriminators.backbones import Backbone, open_backbone, smooth_pixels
 from stepdistill.discriminators.conditioning import check_classes, condition_vector
-from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, TeacherEyes, open_eyes
+from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, TeacherFeatureSource, open_feature_source
 from stepdistill.discriminators.heads import BottleneckHead, Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.panel import Panel
@@ -25,11 +25,11 @@ from stepdistill.features.identity import refuse_judge
 from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 from stepdistill.losses.adversarial import approximate_r1, critic_loss, critic_metrics, generator_loss, r1_penalty
-from stepdistill.losses.student_inputs import check_first_step, spread_ratio
+from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
 from stepdistill.networks.bank import AdapterBank, CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
-from stepdistill.networks.hooks import seen
+from stepdistill.networks.hooks import capture_outputs
 from stepdistill.randomness import Draws
 
 SHAPES = {"tokens": (6, 12), "one position": (6, 1), "map": (6, 5, 4), "pixel": (6, 1, 1)}
@@ -165,7 +165,7 @@ def test_a_batch_of_one_class_is_refused_unless_it_may_be_chance():
 def test_hooks_see_what_the_modules_return_and_leave_nothing_behind():
     network = nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"a": nn.Linear(4, 5)})["a"], nn.Linear(5, 6))
     x = torch.randn(2, 3)
-    first, second = seen(network, ["0", "1"], lambda: network(x))
+    first, second = capture_outputs(network, ["0", "1"], lambda: network(x))
     assert torch.equal(first[..., 0], network[0](x)) and torch.equal(second[..., 0], network[1](network[0](x)))
     assert not any(module._forward_hooks for module in network.modules())
 
@@ -174,7 +174,7 @@ def test_the_forward_ends_at_the_last_feature():
     ran = []
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     network[1].register_forward_pre_hook(lambda module, args: ran.append(1))
-    seen(network, ["0"], lambda: network(torch.zeros(1, 2)))
+    capture_outputs(network, ["0"], lambda: network(torch.zeros(1, 2)))
     assert not ran
 
 
@@ -380,16 +380,16 @@ def test_cutout_removes_one_rectangle():
 def test_eyes_are_the_teachers_or_those_of_a_network(small):
     family = Pixel.tiny(size=16)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
-    assert isinstance(open_eyes("teacher", family, teacher, augment=True), TeacherEyes)
-    eyes = open_eyes(str(small), family, teacher, augment=True)
+    assert isinstance(open_feature_source("teacher", family, teacher, augment=True), TeacherFeatureSource)
+    eyes = open_feature_source(str(small), family, teacher, augment=True)
     assert [network.name for network in eyes.networks().values()] == ["small"]
     assert eyes.num_embedded == 6
     x0 = torch.randn(3, 1, 16, 16, requires_grad=True)
     images = family.decode(x0)
-    plain = open_eyes(str(small), family, teacher, augment=False)
+    plain = open_feature_source(str(small), family, teacher, augment=False)
     for found, seen_images in (
-        (eyes.see(x0, {}, Draws(0, 3)), diff_augment(images, Draws(0, 3))),
-        (plain.see(x0, {}, Draws(0, 3)), images),
+        (eyes.extract(x0, {}, Draws(0, 3)), diff_augment(images, Draws(0, 3))),
+        (plain.extract(x0, {}, Draws(0, 3)), images),
     ):
         assert all(map(torch.equal, found, eyes.backbone(seen_images)))
         (gradient,) = torch.autograd.grad(found[-1].sum(), x0, retain_graph=True)
@@ -400,7 +400,7 @@ def test_eyes_are_the_teachers_or_those_of_a_network(small):
 def test_what_a_critic_is_told(small, conditioning, extra):
     family = Pixel.tiny(size=16)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
-    critic = CleanCritic(family, open_eyes(str(small), family, teacher, augment=True), conditioning)
+    critic = CleanCritic(family, open_feature_source(str(small), family, teacher, augment=True), conditioning)
     x0, cond, t = torch.randn(3, 1, 16, 16), family.example_cond([0, 1, 2]), torch.tensor([1.0, 0.5, 1.0])
     vector = critic.condition(cond, x0, t)
     assert vector.shape == (3, extra)
@@ -413,7 +413,7 @@ def test_a_critic_without_conditions_has_a_say_at_pure_noise(small):
     """There the embedding is zero, and the projection of zeros would be no logit: the student would learn nothing."""
     family = Pixel.tiny(size=16, num_classes=None)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
-    critic = CleanCritic(family, open_eyes(str(small), family, teacher, augment=False), "both")
+    critic = CleanCritic(family, open_feature_source(str(small), family, teacher, augment=False), "both")
     x0 = torch.randn(3, 1, 16, 16)
     logits = critic(x0, {}, critic.condition({}, x0, torch.ones(3)), Draws(0, 3))
     assert all(head.abs().min() > 0 for head in logits)
@@ -423,7 +423,7 @@ def test_no_checkpoint_holds_a_critics_eyes(small):
     family = Pixel.tiny(size=16)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     for critic in (
-        CleanCritic(family, open_eyes(str(small), family, teacher, augment=True), "both"),
+        CleanCritic(family, open_feature_source(str(small), family, teacher, augment=True), "both"),
         RenoisedCritic(teacher, 0.0, 1.0),
     ):
         assert all(name.startswith("heads.") for name in critic.state_dict())
@@ -433,7 +433,7 @@ def test_no_checkpoint_holds_a_critics_eyes(small):
 def test_noise_levels_are_logit_normal_in_a_flows_time(name, kind):
     family = OracleFamily(PointNet(SCHEDULES[name]), SCHEDULES[name], kind)
     critic = RenoisedCritic(Denoiser(family, CopyBank(family.network), "teacher"), 1.0, 0.5)
-    t = critic.levels(Draws(0, 20_000))
+    t = critic.sample_times(Draws(0, 20_000))
     logit = -family.schedule.log_snr(t) / 2  # log(t / (1 - t)) of the flow with the same ratio of noise to signal
     assert logit.mean().item() == pytest.approx(1.0, abs=0.02)
     assert logit.std().item() == pytest.approx(0.5, abs=0.02)
@@ -456,9 +456,9 @@ def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):
 
 def test_spread_is_one_for_real_images_and_zero_for_a_collapse():
     real = torch.randn(16, 1, 4, 4)
-    assert spread_ratio(real, real).item() == pytest.approx(1)
-    assert spread_ratio(real[:1].expand(16, -1, -1, -1), real).item() == 0
-    assert spread_ratio(real[:1], real[1:2]).item() == 1  # one image differs from nothing: no sign of a collapse
+    assert diversity_ratio(real, real).item() == pytest.approx(1)
+    assert diversity_ratio(real[:1].expand(16, -1, -1, -1), real).item() == 0
+    assert diversity_ratio(real[:1], real[1:2]).item() == 1  # one image differs from nothing: no sign of a collapse
 
 
 def test_a_noise_predicting_teacher_that_sees_no_signal_at_the_end_is_refused():

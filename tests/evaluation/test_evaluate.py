@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
 
+from stepdistill.assets import FASHION
 from stepdistill.cli import main
 from stepdistill.evaluation import evaluate
 from stepdistill.evaluation.compare import compare
@@ -198,7 +199,7 @@ def test_a_set_judged_by_itself_is_perfect(tmp_path, network):
 def test_class_means_are_caught_though_their_accuracy_is_perfect():
     """The embedded classifier judges the mean image of each class that it is surest of."""
     judge = Judge.open("embedded", "embedded", max_images=1000)
-    files = ImageFiles(evaluate.ASSETS / "train_subset.npz", limit=2000)
+    files = ImageFiles(FASHION / "train_subset.npz", limit=2000)
     held_out = files.read(range(1000, 2000))
     logits = judge._logits(judge.embed(held_out.pixels))
     best = [int(logits[:, label].argmax()) for label in range(10)]
@@ -214,7 +215,7 @@ def test_class_means_are_caught_though_their_accuracy_is_perfect():
 
 def test_intervals_of_means_are_as_wide_as_fresh_samples_spread():
     from stepdistill.evaluation.metrics.bootstrap import mean_interval
-    from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_pull, kernel_distance, kernel_pull
+    from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_influence, kernel_distance, kernel_influence
 
     def sample(seed, shift):
         return torch.randn(300, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
@@ -223,7 +224,7 @@ def test_intervals_of_means_are_as_wide_as_fresh_samples_spread():
         return kernel_distance(real, fake, subsets=1, subset_size=300).mean
 
     real = sample(999, 0.0)
-    for shift, value, pull in ((0.3, kd, kernel_pull), (0.6, kd, kernel_pull), (0.6, cmmd, cmmd_pull)):
+    for shift, value, pull in ((0.3, kd, kernel_influence), (0.6, kd, kernel_influence), (0.6, cmmd, cmmd_influence)):
         fresh = torch.tensor([value(real, sample(s, shift)) for s in range(80)])
         width = (fresh.quantile(0.975) - fresh.quantile(0.025)).item()
         found = [mean_interval(pull(real, sample(s, shift))) for s in (101, 102, 103)]

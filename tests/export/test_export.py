@@ -12,13 +12,13 @@ from contracts.stock import images_without_stepdistill, job, read_images
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
-from stepdistill.diffusion.samplers import DDIM, Renoise, sample
+from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
 from stepdistill.export.links import frozen_folders
 from stepdistill.export.pipeline import export_pipeline, read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind, guided
+from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -46,7 +46,12 @@ TEACHERS = {
     "7x5x1": lambda: uneven(7, 5),
     "sd": SD.tiny,
 }
-SAMPLERS = {"ddim-1": (DDIM, 1), "ddim-4": (DDIM, 4), "renoise-1": (Renoise, 1), "renoise-4": (Renoise, 4)}
+SAMPLERS = {
+    "ddim-1": (DDIM, 1),
+    "ddim-4": (DDIM, 4),
+    "renoise-1": (ConsistencySampler, 1),
+    "renoise-4": (ConsistencySampler, 4),
+}
 
 
 def make_sampler(family, name):
@@ -62,7 +67,7 @@ def expected_images(family, sampler, count=3, seed=3, *, denoise=None):
         return torch.randn(x.shape, generator=generator)
 
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
-    denoise = denoise or bind(denoiser_of(family), family.example_cond(range(count)))
+    denoise = denoise or denoiser_of(family).conditioned(family.example_cond(range(count)))
     return family.decode(sample(denoise, sampler, start, noise))
 
 
@@ -136,7 +141,9 @@ def test_a_negative_prompt_counts_where_guidance_is_asked_for(exports):
     assert torch.equal(plain, unguided)  # a bare call has a guidance of 1
     denoiser, cond, mud = denoiser_of(family), family.example_cond(range(3)), family.embed(["mud"] * 3)
     expected = expected_images(
-        family, make_sampler(family, "ddim-4"), denoise=lambda x, t, s=None: guided(denoiser, x, t, cond, mud, 2.0)
+        family,
+        make_sampler(family, "ddim-4"),
+        denoise=lambda x, t, s=None: classifier_free_guidance(denoiser, x, t, cond, mud, 2.0),
     )
     assert (steered - expected).abs().max() < 1e-5 and (steered - plain).abs().max() > 1e-3
 

@@ -143,7 +143,7 @@ def test_a_negative_prompt_without_guidance_is_refused(tmp_path, student, more, 
 def test_pipelines_that_read_no_negative_prompt_say_so():
     request = Request(prompts=["a cat"], negative_prompt="mud", call={"guidance_scale": 3.0})
     embedded = SD.tiny()
-    embedded.extend(Inputs(w=(0.0, 2.0)))
+    embedded.add_inputs(Inputs(w=(0.0, 2.0)))
     for pipeline, message in [
         (Flux.tiny().pipe, "guidance is at most an input of its network"),
         (Flux.tiny(guidance_embeds=False).pipe, "guidance is at most an input of its network"),

@@ -126,7 +126,7 @@ def test_at_the_first_time_the_student_is_shown_nothing_of_the_data(name):
 
 def test_the_times_are_those_of_the_finished_student():
     distiller = teacher_of({})
-    _, t = distiller.answer(batch_of(three_clusters(COSINE, "v_prediction"), 200), Draws(0, 200))
+    _, t = distiller.generate(batch_of(three_clusters(COSINE, "v_prediction"), 200), Draws(0, 200))
     assert set(t.tolist()) == {1.0, 0.5}
     four = teacher_of({"steps": 4}).sampler()
     assert four.schedule.timestep(four.times[:-1]).round().tolist() == [999, 749, 499, 249]
@@ -141,7 +141,7 @@ def test_both_turns_tell_the_critic_of_the_image_where_the_student_was_shown_som
     for turn in ("student", "critic"):
         distiller(turn, batch, Draws(3, 64))
         with torch.no_grad():
-            _, t = distiller.answer(batch, Draws(3, 64))
+            _, t = distiller.generate(batch, Draws(3, 64))
         x0, at = told.pop()
         assert torch.equal(x0, batch.x0) and torch.equal(at, t) and len(t.unique()) == 4
 

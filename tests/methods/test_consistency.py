@@ -27,13 +27,13 @@ from stepdistill.diffusion.schedule import Karras
 from stepdistill.export.pipeline import export_pipeline, read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.inference.sampling import class_count, sample_images
-from stepdistill.losses.consistency import consistency, edges, same_dropout, skip_grid
+from stepdistill.losses.consistency import consistency, shared_dropout, skip_grid, time_grid
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT, num_points, target_decay
 from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind, lead
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -58,7 +58,7 @@ def at(time, size):
 def test_at_the_end_of_a_trajectory_the_function_is_the_identity_whatever_the_network_says(name, kind):
     schedule = SCHEDULES[name]
     x, output = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
-    end = at(edges(schedule, 10)[-1], 4)
+    end = at(time_grid(schedule, 10)[-1], 4)
     prediction = to_prediction(output, x, end, schedule, kind)
     assert torch.allclose(end_point(prediction, x, end, schedule), x, atol=1e-9)
 
@@ -77,9 +77,9 @@ def test_the_gaussian_oracles_optimum_is_the_closed_form(name):
     """EDM: mu + (x - mu) sqrt((s^2 + sigma_min^2) / (s^2 + sigma^2)); else mu + (x - alpha mu) s / sqrt(...)."""
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
-    grid = edges(schedule, 200)
+    grid = time_grid(schedule, 200)
     x = torch.randn(5, 2, 1, 1, dtype=torch.float64) * max(1.0, schedule(grid[:1])[1].item())
-    start, denoise = x, bind(teacher_denoiser(oracle), {})
+    start, denoise = x, teacher_denoiser(oracle).conditioned({})
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         x = solver_step(denoise, x, at(t, 5), at(s, 5), schedule)
     assert torch.allclose(x, oracle.solve(start, at(grid[0], 5), at(grid[-1], 5)), atol=0.05)
@@ -108,7 +108,7 @@ def test_solvers_have_their_order(name, solver, order):
     def error(steps):
         x, times = x_t, torch.linspace(start.item(), end.item(), steps + 1, dtype=torch.float64)
         for t, s in zip(times[:-1], times[1:], strict=True):
-            x = solver_step(bind(teacher_denoiser(oracle), {}), x, at(t, 5), at(s, 5), schedule, solver)
+            x = solver_step(teacher_denoiser(oracle).conditioned({}), x, at(t, 5), at(s, 5), schedule, solver)
         return (x - exact).abs().max().item()
 
     assert math.log2(error(32) / error(64)) == pytest.approx(order, abs=0.25)
@@ -153,7 +153,7 @@ def test_a_pair_on_one_image_and_noise_is_an_euler_step_of_the_image_as_teacher(
     """x_t + (s - t) (x_t - x_0) / t = x_0 + s z: CT's neighbour needs no network."""
     schedule = SCHEDULES["karras"]
     x0, z = torch.randn(2, 6, 2, 1, 1, dtype=torch.float64)
-    t, s = edges(schedule, 12)[:6], edges(schedule, 12)[1:7]
+    t, s = time_grid(schedule, 12)[:6], time_grid(schedule, 12)[1:7]
     (_, sigma_t), (_, sigma_s) = ([c[:, None, None, None] for c in schedule(time)] for time in (t, s))
     x_t = schedule.add_noise(x0, z, t)
     stepped = solver_step(lambda x, time: Prediction(x0, (x - x0) / sigma_t), x_t, t, s, schedule)
@@ -165,7 +165,7 @@ def fixed_pairs(method, **options):
     """A distiller of EDM points, what it trains on (x_t, sigma, r, batch) at draws of seed 3, and its loss there."""
     oracle = three_clusters(SCHEDULES["karras"], "edm")
     distiller = make(method, PointNet(oracle.schedule, oracle).double(), oracle, **options)
-    distiller.done = 5
+    distiller.step_in_stage = 5
     called, original = [], distiller.schedule.add_noise
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distiller.schedule, "add_noise", lambda *args: called.append(args) or original(*args))
@@ -198,7 +198,7 @@ def test_cd_is_zero_at_the_product_of_the_teachers_gains(name):
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
     distiller = make(CD, oracle, oracle, intervals=10, steps=2, solver="euler")
-    grid = edges(schedule, 10)
+    grid = time_grid(schedule, 10)
     gains = torch.cat([oracle.gain(grid[:-1], grid[1:]), torch.ones(1)]).flip(0).cumprod(0).flip(0)
 
     def end(x_t, t, labels):
@@ -215,10 +215,10 @@ def test_cd_is_zero_at_the_teachers_own_guided_heun_solver():
     schedule = SCHEDULES["cosine"]
     oracle = three_clusters(schedule, "v_prediction", conditional=True)
     distiller = make(CD, oracle, oracle, 3, intervals=8, guidance_scale=2.5)
-    grid = edges(schedule, 8)
+    grid = time_grid(schedule, 8)
 
     def end(x, t, labels):
-        denoise = lead(distiller.family, distiller.teacher, {"class_labels": labels}, 1.5)
+        denoise = distiller.teacher.guided({"class_labels": labels}, 1.5)
         for now, then in zip(grid[:-1], grid[1:], strict=True):
             stepped = solver_step(denoise, x, at(now, len(x)), at(then, len(x)), schedule, "heun")
             x = torch.where((t >= now - 1e-9)[:, None, None, None], stepped, x)
@@ -238,8 +238,8 @@ def test_training_from_data_is_zero_where_the_data_is_one_point(name, method, do
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.0, schedule, main_type(name))
     distiller = make(method, oracle, oracle)
-    distiller.done = done
-    end = edges(schedule, 10)[-1] if method is not ECT else torch.zeros(1)
+    distiller.step_in_stage = done
+    end = time_grid(schedule, 10)[-1] if method is not ECT else torch.zeros(1)
     if method is not ECT:
         put(distiller, Known(schedule, oracle.prediction_type, lambda x, t, _: oracle.solve(x, t, at(end, len(x)))))
     assert loss_of(distiller, batch_of(oracle, 64)) < 1e-6
@@ -319,7 +319,7 @@ def check_samples(pipeline, family, sampler, **call):
         return torch.randn(x.shape, generator=generator)
 
     with torch.no_grad():
-        expected = family.decode(sample(bind(teacher_of(family), cond), sampler, start, noise))
+        expected = family.decode(sample(teacher_of(family).conditioned(cond), sampler, start, noise))
     assert (images - expected).abs().max() < 1e-5
 
 
@@ -345,7 +345,7 @@ def test_one_consistency_step_is_the_consistency_function():
     oracle = three_clusters(schedule, "edm")
     x = schedule.initial_noise(torch.randn(5, 2, 1, 1, dtype=torch.float64))
     teacher = teacher_denoiser(oracle)
-    sampled = sample(bind(teacher, {}), ConsistencyKarras(schedule, 1, 41), x)
+    sampled = sample(teacher.conditioned({}), ConsistencyKarras(schedule, 1, 41), x)
     assert torch.allclose(sampled, consistency(teacher, x, torch.ones(5), {}), atol=1e-12)
 
 
@@ -418,7 +418,7 @@ def test_the_target_drops_the_units_that_the_student_drops(role):
 
     @torch.no_grad()
     def both_ends():
-        with same_dropout(distiller.bank, role, x):
+        with shared_dropout(distiller.bank, role, x):
             target = Denoiser(family, distiller.bank, role)(x, t, cond).x0
         return target, distiller.student(x, t, cond).x0
 

@@ -20,18 +20,17 @@ from stepdistill.families.sd import SD
 from stepdistill.losses.distribution_matching import (
     MATCHED,
     denoising_loss,
-    gaps,
-    lag,
-    levels,
+    fake_score_error_ratio,
     matching_gradient,
     matching_loss,
+    sample_times,
+    score_gap,
 )
 from stepdistill.losses.perceptual import check_resemblance, open_distance, open_resemblance
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT
 from stepdistill.methods.dmd import DMD
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -83,8 +82,8 @@ def test_a_fake_score_that_follows_denoises_the_students_images_better_than_the_
         for mean in (0.0, 0.5, -1.0)  # the data, the student as it is, the student as it was
     ]
     real, follows, lags = seen
-    assert lag(x0, real, real).item() == 1
-    assert lag(x0, real, follows).item() < 1 < lag(x0, real, lags).item()
+    assert fake_score_error_ratio(x0, real, real).item() == 1
+    assert fake_score_error_ratio(x0, real, follows).item() < 1 < fake_score_error_ratio(x0, real, lags).item()
 
 
 def test_images_move_to_the_real_score_and_away_from_the_fake_one():
@@ -122,13 +121,18 @@ def test_of_gaussians_the_scores_difference_is_known_and_gives_the_divergences_g
 def test_only_the_student_learns_from_the_scores_and_not_through_them():
     distiller = tiny()
     batch = Batch(None, LABELS, 4)
-    x0 = distiller.answer(Draws(0, 4).normal(1, 8, 8), LABELS)
+    x0 = distiller.generate(Draws(0, 4).normal(1, 8, 8), LABELS)
     real, fake = distiller.scores(x0, torch.zeros_like(x0), torch.full((4,), 0.5), LABELS)
     assert not real.requires_grad and not fake.requires_grad
     torch.testing.assert_close(real, fake)  # the fake score starts as the teacher
     losses = distiller("student", batch, Draws(0, 4))
     assert losses.terms["matching"].item() == 0
-    assert set(losses.metrics) == {"gap_low_noise", "gap_middle_noise", "gap_high_noise", "lag"}
+    assert set(losses.metrics) == {
+        "score_gap_low_noise",
+        "score_gap_middle_noise",
+        "score_gap_high_noise",
+        "fake_score_error_ratio",
+    }
 
 
 def test_guidance_is_the_real_scores_alone():
@@ -161,8 +165,8 @@ def test_dropout_of_the_fake_score_is_off_while_it_is_asked_and_on_again_after(d
 
 @pytest.mark.parametrize("name", ["cosine", "flow", "karras", "trig"])
 def test_times_keep_off_both_ends(name):
-    t = levels(SCHEDULES[name], Draws(0, 20_000), *MATCHED)
-    anywhere = levels(SCHEDULES[name], Draws(1, 20_000))
+    t = sample_times(SCHEDULES[name], Draws(0, 20_000), *MATCHED)
+    anywhere = sample_times(SCHEDULES[name], Draws(1, 20_000))
     assert 0.02 <= t.min() < 0.06 and 0.97 < t.max() < 0.981 or name == "karras"
     assert anywhere.max() < 1 and SCHEDULES[name](anywhere)[1].min() > 0
     if name == "karras":  # shares of the noise levels between the least and the most
@@ -177,7 +181,7 @@ def test_the_fakes_loss_is_the_one_its_kind_of_network_is_trained_with(name, kin
     schedule = SCHEDULES[name]
     denoiser = teacher_denoiser(three_clusters(schedule, kind))
     x0, noise = torch.randn(2, 64, 2, 1, 1, dtype=torch.float64)
-    t = levels(schedule, Draws(0, 64), 0.1, 0.9)
+    t = sample_times(schedule, Draws(0, 64), 0.1, 0.9)
     error = (denoiser(schedule.add_noise(x0, noise, t), t, {}).x0 - x0).square().flatten(1).mean(1)
     snr, (_, sigma) = schedule.log_snr(t).exp(), schedule(t)
     weight = {"epsilon": snr, "v_prediction": snr + 1, "flow": 1 / t**2, "edm": sigma**-2 + schedule.sigma_data**-2}
@@ -188,9 +192,9 @@ def test_the_fakes_loss_is_the_one_its_kind_of_network_is_trained_with(name, kin
 def test_gaps_are_means_by_noise_and_finite_where_no_time_fell():
     real = torch.zeros(3, 1, 2, 2)
     fake = torch.tensor([1.0, -2.0, 4.0])[:, None, None, None].expand_as(real)
-    found = gaps(real, fake, torch.tensor([0.1, 0.2, 1.0]))
+    found = score_gap(real, fake, torch.tensor([0.1, 0.2, 1.0]))
     assert {name: value.item() for name, value in found.items()} == {
-        "gap_low_noise": 1.5, "gap_middle_noise": 0.0, "gap_high_noise": 4.0,
+        "score_gap_low_noise": 1.5, "score_gap_middle_noise": 0.0, "score_gap_high_noise": 4.0,
     }  # fmt: skip
 
 
@@ -256,7 +260,7 @@ def test_a_pair_is_the_noise_and_where_the_teacher_leads_from_it(tmp_path, kind,
     denoiser = tiny(family=family).teacher
     if kind == "euler":
         with torch.no_grad():
-            expected = sample(bind(denoiser, cond), DDIM(family.schedule, family.schedule.grid(3)), noise)
+            expected = sample(denoiser.conditioned(cond), DDIM(family.schedule, family.schedule.grid(3)), noise)
         torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
 
 

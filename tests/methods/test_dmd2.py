@@ -10,12 +10,11 @@ from oracles import SCHEDULES, Gaussian, three_clusters
 from torch import nn
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.samplers import Renoise, rollout
+from stepdistill.diffusion.samplers import ConsistencySampler, rollout
 from stepdistill.families.pixel import Pixel
-from stepdistill.losses.student_inputs import own_rollout
+from stepdistill.losses.student_inputs import backward_simulation
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws
 
 COSINE = SCHEDULES["cosine"]
@@ -42,14 +41,14 @@ def tiny(bank="copy", family=None, **options):
 
 @pytest.mark.parametrize("every", [1, 5, 10])
 def test_the_fake_score_moves_always_and_first_the_student_every_so_often(every):
-    turns = tiny(every=every).turns
+    turns = tiny(student_update_interval=every).turns
     steps = range(3 * every)
     assert all(turns["fake"].when(step) for step in steps)
     assert [step for step in steps if turns["student"].when(step)] == [i * every - 1 for i in (1, 2, 3)]
 
 
 def test_alternating_turns_never_coincide_and_leave_out_no_step():
-    turns = tiny(every=5, turns="alternate").turns
+    turns = tiny(student_update_interval=5, fake_update="alternate").turns
     moves = [(turns["student"].when(step), turns["fake"].when(step)) for step in range(20)]
     assert all(student != fake for student, fake in moves)
     assert sum(student for student, _ in moves) == 4
@@ -68,7 +67,13 @@ def test_a_critic_without_an_opinion_costs_two_log_two_and_log_two():
     student = distiller("student", batch_of_four(), Draws(0, 4))
     assert student.terms["gan"].item() == pytest.approx(3.0 * math.log(2), rel=1e-5)
     assert {"accuracy_real", "accuracy_fake"} <= set(fake.metrics)
-    assert {"spread", "lag", "gap_low_noise", "gap_middle_noise", "gap_high_noise"} == set(student.metrics)
+    assert {
+        "diversity_ratio",
+        "fake_score_error_ratio",
+        "score_gap_low_noise",
+        "score_gap_middle_noise",
+        "score_gap_high_noise",
+    } == set(student.metrics)
 
 
 @pytest.mark.parametrize("bank", ["copy", "adapter"])
@@ -134,7 +139,7 @@ def test_rollouts_of_a_perfect_student_keep_the_marginals(name, kind):
     """A student that answers with fresh data, whatever it is asked, leaves alpha_t mu, alpha_t^2 s^2 + sigma_t^2."""
     schedule, mu, s, size = SCHEDULES[name], torch.tensor([0.8, -0.4]).double(), 0.5, 100_000
     gaussian = Gaussian(mu, s, schedule, kind)
-    sampler = Renoise(schedule, schedule.grid(4))
+    sampler = ConsistencySampler(schedule, schedule.grid(4))
 
     def perfect(x_t, t):
         del t
@@ -159,15 +164,17 @@ def test_the_students_input_is_its_own_rollout_and_carries_no_gradient_and_no_da
     seen = {}
     for seed in range(40):
         batch = batch_of_four()
-        x_t, t = own_rollout(distiller.student, distiller.sampler(), batch, Draws(seed, 4))
+        x_t, t = backward_simulation(distiller.student, distiller.sampler(), batch, Draws(seed, 4))
         shifted = Batch(batch.x0 + 9, LABELS, 4)
-        other, _ = own_rollout(distiller.student, distiller.sampler(), shifted, Draws(seed, 4))
-        assert torch.equal(distiller.answer(shifted, Draws(seed, 4)), distiller.student(x_t, t, LABELS).x0)
+        other, _ = backward_simulation(distiller.student, distiller.sampler(), shifted, Draws(seed, 4))
+        assert torch.equal(distiller.generate(shifted, Draws(seed, 4)), distiller.student(x_t, t, LABELS).x0)
         assert not x_t.requires_grad and torch.equal(x_t, other) and len(t.unique()) == 1
         draws = Draws(seed, 4)
         start, done = draws.normal_like(batch.x0), draws.shared_integer(0, 4)
         with torch.no_grad():
-            expected = rollout(bind(distiller.student, LABELS), distiller.sampler(), start, done, draws.normal_like)
+            expected = rollout(
+                distiller.student.conditioned(LABELS), distiller.sampler(), start, done, draws.normal_like
+            )
         assert torch.equal(x_t, expected)
         seen[round(distiller.schedule.timestep(t[:1]).item())] = seed
     assert set(seen) == {999, 749, 499, 249}
@@ -231,7 +238,7 @@ def test_a_student_that_is_the_teacher_with_a_perfect_fake_score_feels_nothing(b
 @pytest.mark.parametrize(("steps", "gan_weight"), [(1, 0.0), (1, 0.03), (2, 0.0)])
 def test_students_cover_all_modes_by_their_weights(steps, gan_weight):
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    options = {"steps": steps, "every": 3, "gan_weight": gan_weight, "critic_weight": 0.1}
+    options = {"steps": steps, "student_update_interval": 3, "gan_weight": gan_weight, "critic_weight": 0.1}
     distiller = train_adversarially(DMD2, three_clusters(COSINE, "v_prediction"), 600, lr=1e-2, size=128, **options)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
@@ -244,9 +251,9 @@ def test_students_cover_all_modes_by_their_weights(steps, gan_weight):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps, every >= 1"),
-        ({"every": 0}, "steps, every >= 1"),
-        ({"every": 1, "turns": "alternate"}, "no step"),
+        ({"steps": 0}, "steps, student_update_interval >= 1"),
+        ({"student_update_interval": 0}, "steps, student_update_interval >= 1"),
+        ({"student_update_interval": 1, "fake_update": "alternate"}, "no step"),
         ({"gan_weight": -1.0}, "gan_weight >= 0"),
         ({"critic_weight": 0.0}, "critic_weight > 0"),
     ],

@@ -22,7 +22,7 @@ from stepdistill.methods.base import share_out
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
 from stepdistill.methods.progressive import Progressive
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import bind, guided
+from stepdistill.networks.denoiser import classifier_free_guidance
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.config import resolve
 
@@ -33,7 +33,7 @@ MEAN = torch.tensor([0.3, -0.2], dtype=torch.float64)
 class SteeredFamily(OracleFamily):
     """2-D points, for networks ``network(sample, timestep, class_labels, w)``; the teacher gets no w."""
 
-    def extend(self, inputs):
+    def add_inputs(self, inputs):
         self.inputs = inputs
 
     def call(self, network, x_t, t, cond, *, w=None, s=None):
@@ -112,7 +112,7 @@ def test_the_target_is_linear_in_w_conditional_at_zero_and_unconditional_at_minu
     conditional, unconditional = teacher(x, t, cond).x0, teacher(x, t, null).x0
     for w in (torch.zeros(4), -torch.ones(4), torch.tensor([0.5, 1.0, 3.0, 7.0])):
         expected = conditional + expand(w, x) * (conditional - unconditional)
-        assert torch.allclose(guided(teacher, x, t, cond, null, w).x0, expected, atol=1e-12)
+        assert torch.allclose(classifier_free_guidance(teacher, x, t, cond, null, w).x0, expected, atol=1e-12)
     centre = oracle.means[cond["class_labels"]][..., None, None]  # a class alone is a Gaussian
     alpha, sigma = (expand(coefficient, x) for coefficient in COSINE(t))
     closed = (alpha * 0.2**2 * x + sigma**2 * centre) / (alpha**2 * 0.2**2 + sigma**2)
@@ -209,7 +209,7 @@ def test_halvings_end_at_the_steps_wanted():
 
 def test_an_epsilon_teacher_gets_a_student_of_velocities_with_the_same_inputs():
     family = Pixel.tiny(prediction_type="epsilon")
-    family.extend(Guided.extra_inputs(Guided.Config()))
+    family.add_inputs(Guided.extra_inputs(Guided.Config()))
     distiller = Guided(family, CopyBank(family.network), Guided.Config())
     assert distiller.teacher.family.prediction_type == "epsilon"
     assert {distiller.student.family.prediction_type, distiller.result.family.prediction_type} == {"v_prediction"}
@@ -308,10 +308,10 @@ def from_the_guided_teacher(student, w, size=6000):
     null = student.family.null_cond(labels)
 
     def teacher(substeps):
-        denoise = lambda x, t: guided(student.teacher, x, t, labels, null, w)  # noqa: E731
+        denoise = lambda x, t: classifier_free_guidance(student.teacher, x, t, labels, null, w)  # noqa: E731
         return walk(denoise, student.sampler(), torch.randn(size, 2, 1, 1), substeps)
 
-    denoise = bind(student.result, labels, torch.full((size,), w))
+    denoise = student.result.conditioned(labels, torch.full((size,), w))
     found = sample(denoise, student.sampler(), torch.randn(size, 2, 1, 1))
     exact = teacher(25)
     return tuple(max(sliced_wasserstein(a[k::3], exact[k::3]) for k in range(3)) for a in (found, teacher(1)))
@@ -333,7 +333,9 @@ def test_the_student_that_has_learnt_guidance_sees_what_the_guided_teacher_sees(
     w, t = torch.linspace(0, 2, 900), COSINE.grid(16)[torch.arange(900) % 16]
     x_t = COSINE.add_noise(batch.x0.float(), torch.randn(900, 2, 1, 1), t)
     with torch.no_grad():
-        target = guided(student.teacher, x_t, t, batch.cond, student.family.null_cond(batch.cond), w).x0
+        target = classifier_free_guidance(
+            student.teacher, x_t, t, batch.cond, student.family.null_cond(batch.cond), w
+        ).x0
         before, after = (
             (prediction.x0 - target).square().mean()
             for prediction in (student.teacher(x_t, t, batch.cond), student.result(x_t, t, batch.cond, w=w))

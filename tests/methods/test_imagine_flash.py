@@ -16,8 +16,8 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.methods.add import ADD
 from stepdistill.methods.imagine_flash import ImagineFlash, own_sampler
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -37,9 +37,10 @@ def test_a_rollout_of_no_steps_is_the_noise(monkeypatch):
     first_step_at(0, monkeypatch)
     distiller = taught_by(ImagineFlash, ORACLE)
     seen = []
-    distiller.student = lambda x, t, cond: seen.append((x, t)) or ORACLE_ANSWER(x)
+    student = lambda x, t, cond: seen.append((x, t)) or ORACLE_ANSWER(x)  # noqa: E731
+    monkeypatch.setattr(Denoiser, "__call__", lambda self, *args, **options: student(*args))
     batch = batch_of(ORACLE, 5)
-    distiller.answer(batch, Draws(3, 5))
+    distiller.generate(batch, Draws(3, 5))
     noise = Draws(3, 5).normal_like(batch.x0)
     assert torch.equal(seen[0][0], distiller.schedule.initial_noise(noise)) and (seen[0][1] == 1).all()
 
@@ -54,10 +55,10 @@ def test_inputs_are_the_students_own_rollout_whatever_the_data(done, monkeypatch
     first_step_at(done, monkeypatch)
     distiller = taught_by(ImagineFlash, ORACLE)
     a, b = batch_of(ORACLE, 5), batch_of(ORACLE, 5)
-    x0, shown, t = distiller.answer(a, Draws(3, 5))
-    assert torch.equal(x0, distiller.answer(b, Draws(3, 5))[0]) and (t == distiller.sampler().times[done]).all()
+    x0, shown, t = distiller.generate(a, Draws(3, 5))
+    assert torch.equal(x0, distiller.generate(b, Draws(3, 5))[0]) and (t == distiller.sampler().times[done]).all()
     start = distiller.schedule.initial_noise(Draws(3, 5).normal_like(a.x0))
-    x_t = rollout(bind(distiller.student, {}), distiller.sampler(), start, done, torch.randn_like)
+    x_t = rollout(distiller.student.conditioned({}), distiller.sampler(), start, done, torch.randn_like)
     assert torch.equal(shown, x_t) and torch.equal(x0, distiller.student(x_t, t, {}).x0)
 
 
@@ -72,7 +73,7 @@ def test_the_gradient_reaches_the_last_call_only(monkeypatch):
         return calls[-1]
 
     distiller.student.raw = raw
-    distiller.answer(pixel_batch(4), Draws(0, 4))
+    distiller.generate(pixel_batch(4), Draws(0, 4))
     assert [call.requires_grad for call in calls] == [False, False, True]
 
 
@@ -121,7 +122,7 @@ def test_without_a_shift_the_teacher_walks_from_what_the_student_was_shown():
     losses = {}
     for kind in ("plain", "shifted"):
         distiller = taught_by(ImagineFlash, ORACLE, teacher_steps=1, reconstruction=kind)
-        x0, x_t, t = distiller.answer(batch_of(ORACLE, 50), Draws(0, 50))
+        x0, x_t, t = distiller.generate(batch_of(ORACLE, 50), Draws(0, 50))
         target = distiller.target(*distiller.start(x0, x_t, t, torch.randn_like(x0)), {})
         losses[kind] = (x0 - target).square().mean().item()
     assert losses["plain"] == 0 and losses["shifted"] > 1e-3

@@ -28,9 +28,9 @@ def pixel_batch(size):
 
 def test_the_student_is_first_asked_late_and_then_mostly_at_pure_noise():
     distiller = taught_by(LADD, ORACLE, steps=4, warmup=500)
-    distiller.done = 499
+    distiller.step_in_stage = 499
     assert distiller.shares().tolist() == [0, 0, 0.5, 0.5]
-    distiller.done = 500
+    distiller.step_in_stage = 500
     assert distiller.shares().tolist() == pytest.approx([0.7, 0.1, 0.1, 0.1])
     assert taught_by(LADD, ORACLE, steps=1).shares().tolist() == [1]
 
@@ -39,7 +39,7 @@ def test_the_times_come_as_often_as_they_should(monkeypatch):
     distiller = taught_by(LADD, ORACLE, steps=4, warmup=0)
     asked = []
     monkeypatch.setattr(Denoiser, "__call__", lambda self, x, t, cond: asked.append(t) or ORACLE_ANSWER(x))
-    distiller.answer(batch_of(ORACLE, 4000), Draws(0, 4000))
+    distiller.generate(batch_of(ORACLE, 4000), Draws(0, 4000))
     times, counts = asked[0].unique(return_counts=True)
     assert times.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert (counts / 4000).tolist() == pytest.approx([0.1, 0.1, 0.1, 0.7], abs=0.03)
@@ -51,7 +51,7 @@ class ORACLE_ANSWER:  # noqa: N801
 
 
 def test_the_student_moves_on_every_nth_step_only():
-    turns = taught_by(LADD, ORACLE, every=5).turns
+    turns = taught_by(LADD, ORACLE, student_update_interval=5).turns
     assert [step for step in range(11) if turns["student"].when(step)] == [0, 5, 10]
     assert all(turns["critic"].when(step) for step in range(11))
 
@@ -93,7 +93,7 @@ def test_r1_counts_as_much_as_it_should(weight):
     term = distiller("critic", batch, Draws(0, 4)).terms["r1"]
     draws = Draws(0, 4)
     with torch.no_grad():
-        distiller.answer(batch, draws)
+        distiller.generate(batch, draws)
         t = distiller.critic.view(batch, draws)
         for _ in range(2):  # real images and fake ones
             distiller.critic(batch.x0, batch.cond, t, draws)

@@ -7,12 +7,12 @@ from oracles import SCHEDULES, PointNet, teacher_denoiser, three_clusters
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
-from stepdistill.diffusion.samplers import Renoise, sample
+from stepdistill.diffusion.samplers import ConsistencySampler, sample
 from stepdistill.families.pixel import Pixel
-from stepdistill.losses.consistency import edges, skip_grid
+from stepdistill.losses.consistency import skip_grid, time_grid
 from stepdistill.methods.lcm import LCM
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind, guided, lead
+from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 from stepdistill.randomness import Draws
 
 COSINE = SCHEDULES["cosine"]
@@ -27,23 +27,23 @@ def test_the_skip_step_is_the_ddim_step_of_the_guided_teacher(scale):
     teacher = teacher_denoiser(conditional(), 3)
     x_t, t = torch.randn(3, 2, 1, 1, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
     cond, null = {"class_labels": torch.arange(3)}, {"class_labels": torch.full((3,), 3)}
-    x_s = solver_step(lead(teacher.family, teacher, cond, scale - 1), x_t, t, t - 0.02, COSINE)
+    x_s = solver_step(teacher.guided(cond, scale - 1), x_t, t, t - 0.02, COSINE)
     with_condition, without = teacher(x_t, t, cond), teacher(x_t, t, null)
     x0 = scale * with_condition.x0 + (1 - scale) * without.x0
     eps = scale * with_condition.eps + (1 - scale) * without.eps
     alpha_s, sigma_s = (coefficient[:, None, None, None] for coefficient in COSINE(t - 0.02))
     assert torch.allclose(x_s, alpha_s * x0 + sigma_s * eps, atol=1e-12)
-    assert torch.allclose(guided(teacher, x_t, t, cond, null, scale - 1).x0, x0, atol=1e-12)
+    assert torch.allclose(classifier_free_guidance(teacher, x_t, t, cond, null, scale - 1).x0, x0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_loss_is_zero_at_the_guided_teachers_own_solver(scale):
     oracle = conditional()
     distiller = make(LCM, oracle, oracle, 3, guidance_scale=scale, solver_steps=10)
-    grid = edges(COSINE, 10)
+    grid = time_grid(COSINE, 10)
 
     def end(x, t, labels):
-        denoise = lead(distiller.family, distiller.teacher, {"class_labels": labels}, scale - 1)
+        denoise = distiller.teacher.guided({"class_labels": labels}, scale - 1)
         for now, then in zip(grid[:-1], grid[1:], strict=True):
             stepped = solver_step(denoise, x, now.expand(len(x)), then.expand(len(x)), COSINE)
             x = torch.where((t >= now - 1e-9)[:, None, None, None], stepped, x)
@@ -62,7 +62,7 @@ def test_on_the_last_interval_the_target_is_where_the_step_ends():
     noise = Draws(0, 8)
     noise.integers(0, 1)
     x_t = COSINE.add_noise(batch.x0, noise.normal_like(batch.x0), torch.ones(8))
-    x0 = lead(distiller.family, distiller.teacher, batch.cond, 1.0)(x_t, torch.ones(8)).x0
+    x0 = distiller.teacher.guided(batch.cond, 1.0)(x_t, torch.ones(8)).x0
     expected = (distiller.student(x_t, torch.ones(8), batch.cond).x0 - x0).square().mean()
     assert loss_of(distiller, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -93,7 +93,7 @@ def test_the_target_is_an_average():
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_the_sampler_is_lcm_schedulers_own_grid(steps):
     family = Pixel.tiny()
-    sampler = Renoise(family.schedule, skip_grid(family.schedule, steps, 50))
+    sampler = ConsistencySampler(family.schedule, skip_grid(family.schedule, steps, 50))
     scheduler = sampler.scheduler(family.scheduler_config)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == family.schedule.timestep(sampler.times[:-1]).round().tolist()
@@ -109,7 +109,7 @@ def test_the_sampler_is_lcm_schedulers_own_grid(steps):
 
     with torch.no_grad():
         teacher = Denoiser(family, CopyBank(family.network), "teacher")
-        expected = family.decode(sample(bind(teacher, cond), sampler, start, noise))
+        expected = family.decode(sample(teacher.conditioned(cond), sampler, start, noise))
     assert (images - expected).abs().max() < 1e-5
 
 
@@ -127,12 +127,12 @@ def test_guidance_is_baked_in():
     distiller = train(LCM, oracle, 500, num_classes=3, distance="l2", steps=1, solver_steps=20, guidance_scale=3.0)
     labels = torch.arange(3).repeat(600)
     noise = torch.randn(1800, 2, 1, 1, dtype=torch.float64)
-    denoise = lead(distiller.family, distiller.teacher, {"class_labels": labels}, 2.0)
-    grid, x = edges(COSINE, 20), noise
+    denoise = distiller.teacher.guided({"class_labels": labels}, 2.0)
+    grid, x = time_grid(COSINE, 20), noise
     with torch.no_grad():
         for t, s in zip(grid[:-1], grid[1:], strict=True):
             x = solver_step(denoise, x, t.expand(1800), s.expand(1800), COSINE)
-        student = sample(bind(distiller.result, {"class_labels": labels}), distiller.sampler(), noise.float())
+        student = sample(distiller.result.conditioned({"class_labels": labels}), distiller.sampler(), noise.float())
     assert (student - x).square().mean().sqrt() < 0.15
 
 
@@ -140,7 +140,7 @@ def ranged(**options):
     family = Pixel.tiny()
     config = LCM.Config(guidance_scale=2.0, guidance_range=(1.0, 5.0), solver_steps=10, **options)
     LCM.check(config, family)
-    family.extend(LCM.extra_inputs(config))
+    family.add_inputs(LCM.extra_inputs(config))
     return LCM(family, CopyBank(family.network), config)
 
 

@@ -32,7 +32,7 @@ from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.losses.progressive import two_step_target
 from stepdistill.methods.progressive import CONVERT, Progressive
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
 
 MEAN = torch.tensor([0.3, -0.8], dtype=torch.float64)
@@ -59,7 +59,7 @@ def states(size: int = len(T)) -> torch.Tensor:
 def test_one_step_to_the_target_lands_where_two_steps_did(schedule, prediction_type):
     """(a), for a mentor that is anything but perfect."""
     network = PointNet(schedule).double()
-    mentor = bind(Denoiser(OracleFamily(network, schedule, prediction_type), CopyBank(network), "teacher"), {})
+    mentor = Denoiser(OracleFamily(network, schedule, prediction_type), CopyBank(network), "teacher").conditioned({})
     x_t = states()
     with torch.no_grad():
         x_mid = ode_step(mentor(x_t, T), schedule, T_MID)
@@ -74,7 +74,7 @@ def test_one_step_to_the_target_lands_where_two_steps_did(schedule, prediction_t
 def test_a_mentor_that_needs_one_step_is_its_own_target(schedule):
     """(b)"""
     point = teacher_denoiser(Gaussian(MEAN, 0.0, schedule, "sample"))
-    target = two_step_target(bind(point, {}), states(), T, T_MID, S, schedule)
+    target = two_step_target(point.conditioned({}), states(), T, T_MID, S, schedule)
     torch.testing.assert_close(target, MEAN[:, None, None].expand_as(target), atol=1e-10, rtol=0)
 
 
@@ -82,7 +82,7 @@ def test_a_mentor_that_needs_one_step_is_its_own_target(schedule):
 def test_the_target_of_a_flow_is_the_mean_velocity(weight):
     """(c), weighted by how long each step is."""
     schedule = RectifiedFlow()
-    mentor = bind(teacher_denoiser(three_clusters(schedule, "flow")), {})
+    mentor = teacher_denoiser(three_clusters(schedule, "flow")).conditioned({})
     x_t, t_mid = states(), T + weight * (S - T)
     first = mentor(x_t, T)
     second = mentor(ode_step(first, schedule, t_mid), t_mid)
@@ -99,7 +99,7 @@ def test_the_target_of_a_gaussian_is_linear_with_a_known_factor(schedule):
     ratio = sigma_s / sigma_t
     factor = (oracle.gain(T, T_MID) * oracle.gain(T_MID, S) - ratio) / (alpha_s - alpha_t * ratio)
     x_t = states()
-    target = two_step_target(bind(teacher_denoiser(oracle), {}), x_t, T, T_MID, S, schedule)
+    target = two_step_target(teacher_denoiser(oracle).conditioned({}), x_t, T, T_MID, S, schedule)
     expected = MEAN[:, None, None] + expand(factor, x_t) * (x_t - oracle.centre(x_t, T))
     torch.testing.assert_close(target, expected, atol=1e-9, rtol=0)
 
@@ -107,7 +107,7 @@ def test_the_target_of_a_gaussian_is_linear_with_a_known_factor(schedule):
 @every_type
 def test_the_last_target_is_the_second_prediction(schedule, prediction_type):
     """(g): at clean data the noise does not count."""
-    mentor = bind(teacher_denoiser(three_clusters(schedule, prediction_type)), {})
+    mentor = teacher_denoiser(three_clusters(schedule, prediction_type)).conditioned({})
     x_t, clean = states(), torch.zeros_like(T)
     second = mentor(ode_step(mentor(x_t, T), schedule, T_MID), T_MID)
     target = two_step_target(mentor, x_t, T, T_MID, clean, schedule)
@@ -176,7 +176,7 @@ def test_a_cascade_of_perfect_students_is_the_teachers_product_of_gains(process,
     grid = oracle.schedule.grid(16)
     gain = oracle.gain(grid[:-1], grid[1:]).prod()
     with torch.no_grad():
-        found = sample(bind(distiller.result, {}), distiller.sampler(), x)
+        found = sample(distiller.result.conditioned({}), distiller.sampler(), x)
     torch.testing.assert_close(found, MEAN[:, None, None] + gain * (x - oracle.centre(x, grid[:1])), atol=1e-9, rtol=0)
 
 
@@ -186,7 +186,7 @@ def solve(distiller: Progressive, oracle: Gaussian) -> None:
     fine = oracle.schedule.grid(2 * distiller.stage.value)
     t, t_mid, s = fine[:-1:2], fine[1::2], fine[2::2]
     probe = torch.ones(len(t), 2, 1, 1, dtype=torch.float64)
-    target = two_step_target(distiller.lead({}), oracle.centre(probe, t) + probe, t, t_mid, s, oracle.schedule)
+    target = two_step_target(distiller.stage_teacher({}), oracle.centre(probe, t) + probe, t, t_mid, s, oracle.schedule)
     timesteps = oracle.schedule.timestep(t).round().long()
     distiller.bank.state("student")["slopes"][timesteps] = (target - MEAN[:, None, None])[:, 0, 0, 0]
 
@@ -239,7 +239,7 @@ def test_the_loss_is_the_weighted_error_of_the_algorithm_box(weighting):
     t, t_mid, s = 1 - i / 4, 1 - (i + 0.5) / 4, 1 - (i + 1) / 4
     x_t = distiller.schedule.add_noise(x0, draws.normal_like(x0), t)
     with torch.no_grad():
-        target = two_step_target(bind(distiller.teacher, {}), x_t, t, t_mid, s, distiller.schedule)
+        target = two_step_target(distiller.teacher.conditioned({}), x_t, t, t_mid, s, distiller.schedule)
         student = distiller.student(x_t, t, {})
     alpha, sigma = (expand(coefficient, target) for coefficient in distiller.schedule(t))
     target_eps = (x_t - alpha * target) / sigma
@@ -333,7 +333,7 @@ class Guided(nn.Module):
 
     def forward(self, sample, timestep, class_labels=None):
         t, x_t = time_of(self.oracle.schedule, timestep), sample.double()
-        conditional, unconditional = self.oracle.see(x_t, t, class_labels), self.oracle.see(x_t, t)
+        conditional, unconditional = self.oracle.predict(x_t, t, class_labels), self.oracle.predict(x_t, t)
         x0 = unconditional + self.scale * (conditional - unconditional)
         return SimpleNamespace(sample=from_x0(x0, x_t, t, self.oracle.schedule, self.prediction_type))
 
@@ -351,17 +351,17 @@ def test_guidance_is_baked_in_once(prediction_type):
     first, second = distiller.stages(10)[:2]
 
     distiller.stage = first
-    wanted = oracle.see(x_t, t) + 3 * (oracle.see(x_t, t, labels) - oracle.see(x_t, t))
+    wanted = oracle.predict(x_t, t) + 3 * (oracle.predict(x_t, t, labels) - oracle.predict(x_t, t))
     torch.testing.assert_close(distiller.guided_teacher(x_t, t, batch.cond).x0, wanted, atol=1e-9, rtol=0)
     if prediction_type == "epsilon":
         distiller.bank.networks["student"] = perfect
         assert distiller("student", batch, Draws(0, 64)).terms["loss"] < 1e-9
     else:
-        torch.testing.assert_close(distiller.lead(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
+        torch.testing.assert_close(distiller.stage_teacher(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
 
     distiller.stage = second
     distiller.bank.networks["mentor"] = perfect
-    torch.testing.assert_close(distiller.lead(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
+    torch.testing.assert_close(distiller.stage_teacher(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
 
 
 def test_an_unguidable_teacher_is_refused_before_anything_is_copied():
@@ -392,7 +392,7 @@ def run(distiller: Progressive, oracle: Oracle, steps: int, lr: float = 5e-3) ->
 
 @torch.no_grad()
 def draw(denoiser: Denoiser, schedule: NoiseSchedule, steps: int, x: torch.Tensor) -> torch.Tensor:
-    return sample(bind(denoiser, {}), DDIM(schedule, schedule.grid(steps)), x)
+    return sample(denoiser.conditioned({}), DDIM(schedule, schedule.grid(steps)), x)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import Prediction, to_prediction
-from stepdistill.diffusion.samplers import Renoise
+from stepdistill.diffusion.samplers import ConsistencySampler
 from stepdistill.diffusion.schedule import Trig, transfer
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, make_sampler
@@ -35,7 +35,7 @@ def scene(name, kind, *, done=1000, **options):
     distiller = make(Scm, network, oracle, **options)
     for parameter in distiller.bank.params("student"):
         parameter.data += 0.05 * torch.randn_like(parameter)
-    distiller.done = done
+    distiller.step_in_stage = done
     theta = torch.tensor([0.21, 0.6337, 0.9, 1.2111, 1.45], dtype=torch.float64)
     t = oracle.schedule.inverse(Trig(distiller.sigma_data).log_snr(theta / (math.pi / 2)))
     x_t = oracle.schedule.add_noise(oracle.draw(5), torch.randn(5, 2, 1, 1, dtype=torch.float64), t)
@@ -109,7 +109,7 @@ def test_a_difference_of_two_calls_tends_to_the_derivative(name, kind):
     for difference in (1e-3, 1e-4):
         rough = make(Scm, exact.bank.networks["teacher"], three_clusters(exact.schedule, kind), tangent="difference",
                      difference=difference)  # fmt: skip
-        rough.bank.networks["student"], rough.done = exact.bank.networks["student"], 1000
+        rough.bank.networks["student"], rough.step_in_stage = exact.bank.networks["student"], 1000
         errors.append((rough.tangent(x_t, exact.point(t, x_t), path, {}) - expected).abs().max().item())
     assert errors[1] < 0.3 * errors[0]
     assert errors[1] < 0.01 * expected.abs().max()
@@ -178,7 +178,7 @@ def test_noise_levels_are_log_normal_in_the_angle(name):
 class Solved(Gaussian):
     """The network whose clean image is where the ODE of Gaussian data ends."""
 
-    def see(self, x_t, t, class_labels=None):
+    def predict(self, x_t, t, class_labels=None):
         return self.solve(x_t, t, torch.zeros_like(t))
 
 
@@ -219,7 +219,7 @@ def test_warming_up_starts_from_no_tangent_at_all(name, kind):
     batch = batch_of(oracle, 16)
     losses = distiller("student", batch, Draws(0, 16))
     assert losses.metrics["tangent"] < 1e-6
-    distiller.done = 500
+    distiller.step_in_stage = 500
     assert distiller("student", batch, Draws(0, 16)).metrics["tangent"] > 1e-3
 
 
@@ -271,7 +271,7 @@ def test_both_banks_start_alike_and_train_the_student_only(tangent):
     for bank in (CopyBank, lambda network: AdapterBank(network, rank=2, targets=["to_q", "conv1"])):
         family = Pixel.tiny()
         distiller = Scm(family, bank(family.network), Scm.Config(tangent=tangent, guidance_scale=1.5), ema=True)
-        distiller.done = 500
+        distiller.step_in_stage = 500
         losses.append(loss_of(distiller, BATCH))
         losses[-1].backward()
         (turn,) = distiller.turns.values()
@@ -378,7 +378,7 @@ def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
 
 def test_edm_students_are_called_at_even_angles():
     sampler = make_sampler(SCHEDULES["karras"], 2)
-    assert isinstance(sampler, Renoise)
+    assert isinstance(sampler, ConsistencySampler)
     _, sigma = sampler.schedule(sampler.times)
     angle = (sigma / sampler.schedule.sigma_data).atan()
     assert sigma[0].item() == pytest.approx(80.0)

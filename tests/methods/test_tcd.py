@@ -22,14 +22,13 @@ from torch import nn
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Prediction, from_x0
-from stepdistill.diffusion.samplers import DDIM, Renoise, sample
-from stepdistill.diffusion.samplers import TCD as SSS
+from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid
-from stepdistill.methods.tcd import TCD, half_way, jump
+from stepdistill.methods.tcd import TCD, jump, midpoint
 from stepdistill.networks.bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, bind
+from stepdistill.networks.denoiser import Denoiser
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
 TYPES = {"cosine": "v_prediction", "flow": "flow", "karras": "edm", "trig": "trigflow"}
@@ -49,7 +48,7 @@ def test_a_jump_to_where_one_is_changes_nothing(name, order, time):
     schedule = SCHEDULES[name]
     oracle = three_clusters(schedule, TYPES[name])
     x, (t,) = torch.randn(5, 2, 1, 1, dtype=torch.float64), times(time)
-    assert torch.equal(jump(bind(teacher_denoiser(oracle), {}), x, t, t, schedule, order), x)
+    assert torch.equal(jump(teacher_denoiser(oracle).conditioned({}), x, t, t, schedule, order), x)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -61,7 +60,7 @@ def test_order_one_is_ddim_as_an_exponential_integrator(name):
     (alpha_s, sigma_s), (_, sigma_t) = ([c[:, None, None, None] for c in schedule(time)] for time in (s, t))
     h = (schedule.log_snr(s) - schedule.log_snr(t))[:, None, None, None] / 2
     integrator = sigma_s / sigma_t * x - alpha_s * torch.expm1(-h) * prediction.x0
-    landed = jump(bind(teacher_denoiser(oracle), {}), x, t, s, schedule, 1)
+    landed = jump(teacher_denoiser(oracle).conditioned({}), x, t, s, schedule, 1)
     assert torch.allclose(landed, integrator, atol=1e-10)
     assert torch.allclose(landed, ode_step(prediction, schedule, s), atol=1e-10)
 
@@ -86,7 +85,7 @@ def test_jumps_of_a_constant_clean_image_compose(name, order):
 def test_chained_jumps_have_their_order(name, order):
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.3, schedule, TYPES[name])
-    denoise = bind(teacher_denoiser(oracle), {})
+    denoise = teacher_denoiser(oracle).conditioned({})
     x = torch.randn(5, 2, 1, 1, dtype=torch.float64)
     start, end = (schedule.inverse(torch.tensor([-2 * math.log(level)])).expand(5) for level in (3.0, 0.3))
 
@@ -101,10 +100,10 @@ def test_chained_jumps_have_their_order(name, order):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_the_half_way_point_lies_between(name):
+def test_the_midpoint_point_lies_between(name):
     schedule = SCHEDULES[name]
     t, s = torch.tensor([1.0, 1.0, 0.5, 0.02]), torch.tensor([0.9, 0.02, 0.4, 0.01])
-    u = half_way(t.double(), s.double(), schedule)
+    u = midpoint(t.double(), s.double(), schedule)
     assert ((s - 1e-12 <= u) & (u <= t + 1e-12)).all()
     middle = (schedule.log_snr(t[2:3].double()) + schedule.log_snr(s[2:3].double())) / 2
     assert torch.allclose(schedule.log_snr(u[2:3]), middle, atol=1e-6)
@@ -139,7 +138,7 @@ def test_the_exact_solution_is_an_optimum_only_in_the_limit_of_a_fine_grid():
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_sampler_equals_tcd_scheduler(name, gamma, steps):
     schedule = SCHEDULES[name]
-    sampler = SSS(schedule, skip_grid(schedule, steps, 50), gamma)
+    sampler = StrategicStochasticSampler(schedule, skip_grid(schedule, steps, 50), gamma)
     scheduler = sampler.scheduler(DDIMScheduler(**VP_PROCESSES[name], prediction_type="v_prediction").config)
     assert isinstance(scheduler, TCDScheduler)
     teacher = teacher_denoiser(three_clusters(schedule, "v_prediction"))
@@ -153,7 +152,7 @@ def test_the_sampler_equals_tcd_scheduler(name, gamma, steps):
             t = (timestep.double() + 1).expand(4) / 1000
             x = scheduler.step(teacher.raw(x, t, {}), timestep, x, eta=gamma).prev_sample
     own = iter(noises)
-    assert torch.allclose(sample(bind(teacher, {}), sampler, start, lambda _: next(own)), x, atol=1e-5)
+    assert torch.allclose(sample(teacher.conditioned({}), sampler, start, lambda _: next(own)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
@@ -162,7 +161,7 @@ def test_a_step_keeps_the_marginal(name, gamma):
     """With the exact jump of Gaussian data, the state after a step has the standard deviation of its time."""
     schedule = SCHEDULES[name]
     oracle = Gaussian(torch.zeros(2), 0.5, schedule, TYPES[name])
-    sampler = SSS(schedule, schedule.grid(2), gamma)
+    sampler = StrategicStochasticSampler(schedule, schedule.grid(2), gamma)
     t, s = times(0.5000000, 0.4, size=20000)
     x0 = 0.5 * torch.randn(20000, 2, 1, 1, dtype=torch.float64)
     x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
@@ -177,13 +176,13 @@ def test_a_step_keeps_the_marginal(name, gamma):
 
 def test_gamma_zero_is_ddim_and_one_is_renoising():
     schedule = SCHEDULES["flow"]
-    denoise = bind(teacher_denoiser(three_clusters(schedule, "flow")), {})
+    denoise = teacher_denoiser(three_clusters(schedule, "flow")).conditioned({})
     x, fresh = torch.randn(2, 6, 2, 1, 1)
     grid = schedule.grid(3)
-    for gamma, rule in ((0.0, DDIM), (1.0, Renoise)):
+    for gamma, rule in ((0.0, DDIM), (1.0, ConsistencySampler)):
         a, b = (
             sample(denoise, sampler, x, lambda _: fresh)
-            for sampler in (SSS(schedule, grid, gamma), rule(schedule, grid))
+            for sampler in (StrategicStochasticSampler(schedule, grid, gamma), rule(schedule, grid))
         )
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -192,7 +191,7 @@ def test_gamma_zero_is_ddim_and_one_is_renoising():
 @pytest.mark.parametrize("num_classes", [3, None])
 def test_the_exported_pipeline_samples_as_the_student_was_trained(gamma, num_classes):
     family = Pixel.tiny(num_classes=num_classes)
-    sampler = SSS(family.schedule, skip_grid(family.schedule, 4, 50), gamma)
+    sampler = StrategicStochasticSampler(family.schedule, skip_grid(family.schedule, 4, 50), gamma)
     pipeline = family.pipeline(family.network, sampler, 1.0)
     pipeline.set_progress_bar_config(disable=True)
     cond = family.example_cond(range(3))
@@ -207,7 +206,7 @@ def test_the_exported_pipeline_samples_as_the_student_was_trained(gamma, num_cla
 
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     with torch.no_grad():
-        expected = family.decode(sample(bind(teacher, cond), sampler, start, noise))
+        expected = family.decode(sample(teacher.conditioned(cond), sampler, start, noise))
     assert (images - expected).abs().max() < 1e-5
 
 
@@ -257,7 +256,7 @@ def test_a_student_that_sees_where_it_jumps_can_be_the_teachers_own_steps(name):
 def test_a_two_time_student_is_told_its_jump_in_training_sampling_and_export(gamma):
     family = Pixel.tiny()
     config = TCD.Config(two_time=True, gamma=gamma)
-    family.extend(TCD.extra_inputs(config))
+    family.add_inputs(TCD.extra_inputs(config))
     distiller = TCD(family, CopyBank(family.network), config)
     cond = family.example_cond(range(3))
     batch = Batch(torch.randn(3, 1, 8, 8), cond, 3)
@@ -273,7 +272,7 @@ def test_a_two_time_student_is_told_its_jump_in_training_sampling_and_export(gam
         def noise(x):
             return torch.randn(x.shape, generator=generator)
 
-        expected = family.decode(sample(bind(distiller.student, cond), distiller.sampler(), start, noise))
+        expected = family.decode(sample(distiller.student.conditioned(cond), distiller.sampler(), start, noise))
     pipeline = family.pipeline(distiller.bank.extract("student"), distiller.sampler(), 1.0)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(**cond, output_type="pt", generator=torch.Generator().manual_seed(1)).images
@@ -329,7 +328,7 @@ def test_of_one_clean_image_for_all_jumps_the_best_does_not_land_in_one_call():
     """The one nearest to what exact jumps from pure noise want, by the loss's square, is pulled to the middle."""
     schedule = SCHEDULES["cosine"]
     oracle, grid = three_clusters(schedule, "v_prediction"), schedule.grid(20)
-    denoise, exact = bind(teacher_denoiser(oracle), {}), evenly(oracle, 3000)
+    denoise, exact = teacher_denoiser(oracle).conditioned({}), evenly(oracle, 3000)
     start = x = turned(3000).double()
     (one,), (alpha_1, sigma_1) = times(1.0, size=3000), schedule(grid[0])
     best, total = torch.zeros_like(x), 0.0

@@ -15,7 +15,6 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.losses.regression import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
 from stepdistill.networks.bank import AdapterBank, CopyBank
-from stepdistill.networks.denoiser import bind
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -28,7 +27,7 @@ class Closure(Oracle):
 
     def __init__(self, teacher, distiller):
         super().__init__(teacher.means, teacher.std, teacher.schedule, teacher.prediction_type)
-        self.denoise = bind(teacher_denoiser(teacher), {})
+        self.denoise = teacher_denoiser(teacher).conditioned({})
         self.times = distiller.grid(distiller.mentor_steps)
         self.width = distiller.mentor_steps // distiller.stage.value
 
@@ -41,7 +40,7 @@ class Closure(Oracle):
             x = torch.where(due, solver_step(self.denoise, x, t, s, self.schedule, solver), x)
         return x, self.times[end]
 
-    def see(self, x_t, t, class_labels=None):
+    def predict(self, x_t, t, class_labels=None):
         i = (self.times[:-1] - t[:, None]).abs().argmin(1)
         x_end, end = self.rollout(x_t, i)
         return invert_step(x_t, x_end, t, end, self.schedule)
@@ -66,7 +65,7 @@ def test_the_target_is_the_formula_of_the_papers_code():
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
     distiller = first_phase(oracle, oracle)
     x_t, t, t_next, t_end = drawn(distiller, oracle)
-    denoise = bind(distiller.teacher, {})
+    denoise = distiller.teacher.conditioned({})
     x_next = ode_step(denoise(x_t, t), distiller.schedule, t_next)
     jump = ode_step(denoise(x_next, torch.where(t_next == 0, t, t_next)), distiller.schedule, t_end)
     x_end = torch.where((t_next == t_end)[:, None, None, None], x_next, jump)
@@ -122,7 +121,7 @@ def test_the_last_step_of_a_group_asks_the_teacher_alone(name, kind):
     t, s = grid[[3, 23]], grid[[4, 24]]
     x_t = distiller.schedule.add_noise(oracle.draw(2), torch.randn(2, 2, 1, 1, dtype=torch.float64), t)
     target = distiller.target(x_t, t, s, s, {})
-    denoise = bind(distiller.teacher, {})
+    denoise = distiller.teacher.conditioned({})
     solver = "heun" if name == "karras" else "euler"
     expected = solver_step(denoise, x_t, t, s, distiller.schedule, solver)
     torch.testing.assert_close(target, invert_step(x_t, expected, t, s, distiller.schedule))
@@ -178,7 +177,7 @@ def test_the_self_teacher_is_a_mean_with_weights_that_sum_to_one():
     set_weights(distiller, "self_teacher", 100.0)
     for n, student in enumerate(students, start=1):
         set_weights(distiller, "student", student)
-        distiller.done = n - 1
+        distiller.step_in_stage = n - 1
         distiller.after_step()
         shares = torch.tensor([decay ** (n - k) for k in range(1, n + 1)])
         expected = (shares / shares.sum() * torch.tensor(students[:n])).sum().item()

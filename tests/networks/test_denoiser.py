@@ -7,7 +7,7 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, Oracle, native_types, poi
 
 from stepdistill.diffusion.prediction import Prediction, from_x0, to_prediction
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig, expand
-from stepdistill.networks.denoiser import guided
+from stepdistill.networks.denoiser import classifier_free_guidance
 
 TIMES = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
 every_type = pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_perfect_network_called_through_its_family_sees_what_it_should(schedul
     oracle = three_clusters(schedule, prediction_type)
     _, _, x_t = noisy(schedule)
     seen = teacher_denoiser(oracle.double())(x_t, TIMES, {})
-    torch.testing.assert_close(seen.x0, oracle.see(x_t, TIMES), atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen.x0, oracle.predict(x_t, TIMES), atol=1e-6, rtol=0)
 
 
 def test_the_words_for_velocities():
@@ -155,9 +155,9 @@ def test_guidance_is_the_closed_form_in_one_call(schedule, prediction_type):
     labels = torch.arange(len(x_t)) % 3
     null = torch.full_like(labels, 3)
     w = torch.linspace(-1, 7, len(x_t), dtype=torch.float64)
-    seen = guided(denoiser, x_t, TIMES, {"class_labels": labels}, {"class_labels": null}, w)
+    seen = classifier_free_guidance(denoiser, x_t, TIMES, {"class_labels": labels}, {"class_labels": null}, w)
     assert oracle.sizes == [2 * len(x_t)]
-    conditional, unconditional = oracle.see(x_t, TIMES, labels), oracle.see(x_t, TIMES)
+    conditional, unconditional = oracle.predict(x_t, TIMES, labels), oracle.predict(x_t, TIMES)
     expected = (1 + expand(w, x_t)) * conditional - expand(w, x_t) * unconditional
     torch.testing.assert_close(seen.x0, expected, atol=1e-6, rtol=0)
     # linear in the noise as well: the guided noise belongs to the guided clean image
@@ -173,7 +173,8 @@ def test_weight_zero_is_conditional_and_minus_one_unconditional(w, which):
     labels = torch.arange(len(x_t)) % 3
     conds = {"cond": {"class_labels": labels}, "null": {"class_labels": torch.full_like(labels, 3)}}
     torch.testing.assert_close(
-        guided(denoiser, x_t, TIMES, conds["cond"], conds["null"], w), denoiser(x_t, TIMES, conds[which])
+        classifier_free_guidance(denoiser, x_t, TIMES, conds["cond"], conds["null"], w),
+        denoiser(x_t, TIMES, conds[which]),
     )
 
 
@@ -186,7 +187,7 @@ def test_a_mixture_of_equal_components_is_the_gaussian(name):
     mean = torch.tensor([0.4, -1.0], dtype=torch.float64)
     _, _, x_t = noisy(schedule)
     one, many = Gaussian(mean, 0.5, schedule, "sample"), Oracle(mean.expand(3, 2), 0.5, schedule, "sample")
-    torch.testing.assert_close(many.see(x_t, TIMES), one.see(x_t, TIMES))
+    torch.testing.assert_close(many.predict(x_t, TIMES), one.predict(x_t, TIMES))
 
 
 def test_an_oracle_is_the_regression_of_the_clean_image():
@@ -195,7 +196,7 @@ def test_an_oracle_is_the_regression_of_the_clean_image():
     x_0 = oracle.draw(200_000)
     t = torch.full((len(x_0),), 0.5, dtype=torch.float64)
     x_t = oracle.schedule.add_noise(x_0, torch.randn_like(x_0), t)
-    seen = oracle.see(x_t, t)
+    seen = oracle.predict(x_t, t)
     for probe in (torch.ones_like(x_t), x_t, seen, x_t**2):
         assert ((x_0 - seen) * probe).mean().abs() < 0.01
     assert (x_0 - seen).square().mean() < 0.9 * x_0.square().mean()
@@ -207,4 +208,4 @@ def test_a_point_is_seen_from_anywhere(name):
     mean = torch.tensor([0.4, -1.0], dtype=torch.float64)
     _, _, x_t = noisy(schedule)
     point = Gaussian(mean, 0.0, schedule, "sample")
-    torch.testing.assert_close(point.see(x_t, TIMES), mean[:, None, None].expand_as(x_t))
+    torch.testing.assert_close(point.predict(x_t, TIMES), mean[:, None, None].expand_as(x_t))

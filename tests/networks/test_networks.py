@@ -92,7 +92,7 @@ def test_a_role_imitates_a_student_that_its_bank_can_hold(bank, x):
     student = adapted_student()
     bank.fork("student")
     with warnings.catch_warnings(action="error"):
-        bank.imitate("student", student.state_dict())
+        bank.load_or_project("student", student.state_dict())
     torch.testing.assert_close(output(bank, "student", x), student(x, 500).sample, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(output(bank, "student", x), output(bank, "teacher", x), atol=1e-2)
 
@@ -102,7 +102,7 @@ def test_adapters_imitate_the_best_that_their_rank_can_hold(x):
     bank = AdapterBank(family.network, rank=1, targets=family.lora_targets)
     bank.fork("student")
     with pytest.warns(UserWarning, match=r"adapters of rank 1 hold [5-9]\d% of what"):
-        bank.imitate("student", student.state_dict())
+        bank.load_or_project("student", student.state_dict())
     teacher, found = tiny().network.state_dict(), bank.extract("student").state_dict()
     name = "mid_block.resnets.0.conv1.weight"
     missed = (student.state_dict()[name] - found[name]).flatten(1)

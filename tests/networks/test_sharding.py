@@ -11,6 +11,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from stepdistill.families.pixel import Pixel
 from stepdistill.networks import sharding
+from stepdistill.training import fsdp
 
 CONFIG = Path(__file__).parents[2] / "configs/accelerate/fsdp2.yaml"
 
@@ -31,15 +32,15 @@ def launched(monkeypatch):
 
 
 def test_the_shipped_file_asks_for_sharding(launched):
-    assert sharding.is_wanted(accelerator())
-    assert not sharding.is_wanted(accelerator(processes=1))
+    assert fsdp.is_wanted(accelerator())
+    assert not fsdp.is_wanted(accelerator(processes=1))
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
 
 
 def test_nothing_is_sharded_unasked(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    assert not sharding.is_wanted(accelerator())
+    assert not fsdp.is_wanted(accelerator())
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,12 @@ def test_nothing_is_sharded_unasked(monkeypatch):
 def test_settings_that_we_do_not_train_with_are_refused(launched, name, value, message):
     launched.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        sharding.is_wanted(accelerator())
+        fsdp.is_wanted(accelerator())
 
 
 def test_deepspeed_is_refused():
     with pytest.raises(ValueError, match="DEEPSPEED is not supported"):
-        sharding.is_wanted(accelerator(kind=DistributedType.DEEPSPEED))
+        fsdp.is_wanted(accelerator(kind=DistributedType.DEEPSPEED))
 
 
 def test_clipping_is_torchs_own():
@@ -67,7 +68,7 @@ def test_clipping_is_torchs_own():
     for weight, grad in zip(weights, (3.0, 4.0, None), strict=True):
         weight.grad = None if grad is None else torch.full_like(weight, grad)
     expected = [None if w.grad is None else w.grad * 0.5 / (3 * 9 + 2 * 16) ** 0.5 for w in weights]
-    norm = sharding.clip_gradients(weights, 0.5)
+    norm = fsdp.clip_gradients(weights, 0.5)
     torch.testing.assert_close(norm, torch.tensor(59.0).sqrt())
     for weight, wanted in zip(weights, expected, strict=True):
         assert (weight.grad is None) == (wanted is None)

@@ -88,8 +88,8 @@ def test_a_fused_optimiser_steps_nothing_while_the_flag_is_up(guard):
 # ------------------------------------------------------------------------------------------------ divergence
 
 SIGNS = {
-    "the fake score lags": ({"student/lag": 1.6}, {"student/lag": 0.9}),
-    "the spread collapsed": ({"student/spread": 0.02}, {"student/spread": 0.7}),
+    "the fake score lags": ({"student/fake_score_error_ratio": 1.6}, {"student/fake_score_error_ratio": 0.9}),
+    "the diversity collapsed": ({"student/diversity_ratio": 0.02}, {"student/diversity_ratio": 0.7}),
     "the critic is saturated": (
         {"critic/accuracy_real": 1.0, "critic/accuracy_fake": 1.0},
         {"critic/accuracy_real": 1.0, "critic/accuracy_fake": 0.8},
@@ -118,11 +118,13 @@ def test_the_last_good_step_is_the_one_before_the_first_sign_that_stands():
     divergence = DivergenceGuard(patience=100, rows=3)
     assert divergence.good_until is None
     for step, lag in [(10, 0.9), (20, 2.0), (30, 2.0)]:
-        divergence.check(step, {"student/lag": lag, "student/spread": 0.05 if step == 30 else 0.9})
+        divergence.check(
+            step, {"student/fake_score_error_ratio": lag, "student/diversity_ratio": 0.05 if step == 30 else 0.9}
+        )
     assert divergence.good_until == 19
-    divergence.check(40, {"student/lag": 0.9, "student/spread": 0.05})
+    divergence.check(40, {"student/fake_score_error_ratio": 0.9, "student/diversity_ratio": 0.05})
     assert divergence.good_until == 29
-    divergence.check(50, {"student/lag": 0.9, "student/spread": 0.9})
+    divergence.check(50, {"student/fake_score_error_ratio": 0.9, "student/diversity_ratio": 0.9})
     assert divergence.good_until is None
 
 
@@ -131,7 +133,7 @@ def stopped_at(steps, log_every, shows):
     divergence = DivergenceGuard(patience_of(steps))
     for step in range(log_every, steps + 1, log_every):
         try:
-            divergence.check(step, {"student/spread": 0.02 if shows(step) else 0.7})
+            divergence.check(step, {"student/diversity_ratio": 0.02 if shows(step) else 0.7})
         except DivergenceError:
             return step
     return None
@@ -164,4 +166,4 @@ def test_rows_that_deceive_by_chance_stop_no_run():
     deceives = (torch.rand(100_001, generator=torch.Generator().manual_seed(0)) < 0.1).tolist()
     divergence = DivergenceGuard(patience=0)
     for step, deceived in enumerate(deceives):
-        divergence.check(step, {"student/spread": 0.02 if deceived else 0.7})
+        divergence.check(step, {"student/diversity_ratio": 0.02 if deceived else 0.7})

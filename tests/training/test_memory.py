@@ -35,7 +35,7 @@ def test_the_plan_counts_what_encodes_unless_the_data_is_encoded(mapping):
     without = memory_plan(run.distiller, encoded=True)
     assert "(AutoencoderKL)" in run.plan() and "(CLIPTextModel)" in run.plan()
     assert "the last 2 stay on the CPU" in without and "stay on the CPU" not in run.plan()
-    assert total(run.plan()) - total(without) == pytest.approx(megabytes(run.family.frozen), abs=0.1)
+    assert total(run.plan()) - total(without) == pytest.approx(megabytes(run.family.frozen_modules), abs=0.1)
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(mapping, tmp_path, capsys):
@@ -54,7 +54,7 @@ def test_a_safety_checker_is_exported_but_not_held_for_training():
     checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=small, projection_dim=8))
     plain = SD.tiny()
     family = SD(rebuild(plain.pipe, safety_checker=checker, feature_extractor=CLIPImageProcessor()))
-    assert {type(part) for part in family.frozen} == {type(part) for part in plain.frozen}
+    assert {type(part) for part in family.frozen_modules} == {type(part) for part in plain.frozen_modules}
     assert encoders(family) == encoders(plain)
     student = family.pipeline(family.network, DDIM(family.schedule, family.schedule.grid(1)))
     assert student.safety_checker is checker
@@ -84,8 +84,8 @@ class Luggage(nn.Linear):
 
 def test_a_visit_ends_where_it_began():
     family = SD.tiny()
-    family.frozen = (luggage := Luggage(1, 1),)
-    with pytest.raises(KeyError), family.visiting("cuda:3"):
+    family.frozen_modules = (luggage := Luggage(1, 1),)
+    with pytest.raises(KeyError), family.on_device("cuda:3"):
         assert luggage.sent == ["cuda:3"]
         raise KeyError
     assert luggage.sent == ["cuda:3", "cpu"]

@@ -147,7 +147,7 @@ def test_dmd2_under_adapters_holds_little_more_than_its_teacher_and_the_plan_say
 
 def test_the_shipped_config_of_adapters_holds_at_most_1_15_networks():
     mapping = read_config(Path(__file__).parents[2] / "configs/pixel_dmd2_lora.yaml")
-    del mapping["bank"]["start"]
+    del mapping["bank"]["init_from"]
     run = Run(resolve(mapping))
     held = sum(p.numel() for name, p in run.distiller.named_parameters())
     base = sum(p.numel() for p in run.distiller.bank.params("teacher"))
@@ -183,7 +183,7 @@ def test_distill_returns_a_pipeline_that_samples(tmp_path, channels):
 def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     first = Run(resolve(mapping)).train()
     weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
-    sections = mapping | {"method": {"name": "dmd2", "steps": 1}, "optim": {}, "bank": {"start": str(first)}}
+    sections = mapping | {"method": {"name": "dmd2", "steps": 1}, "optim": {}, "bank": {"init_from": str(first)}}
     sections["train"] = {**mapping["train"], "output_dir": str(tmp_path / "second"), "ema": 0.9}
     run = Run(resolve(sections))
     bank, name = run.distiller.bank, "conv_in.weight"
@@ -197,18 +197,20 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
-    refused(mapping | {"bank": {"start": str(tmp_path / "studnt")}}, "^bank.start: no folder")
+    refused(mapping | {"bank": {"init_from": str(tmp_path / "studnt")}}, "^bank.init_from: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
-    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .* predicts epsilon, the teacher v_prediction")
+    refused(
+        mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .* predicts epsilon, the teacher v_prediction"
+    )
     other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
-    refused(mapping | {"bank": {"start": str(other)}}, "bank.start: .*class_embedding.weight: found \\(6, ")
+    refused(mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .*class_embedding.weight: found \\(6, ")
 
 
 def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     run = Run(resolve(mapping))
-    before = {key: value for key, value in run.identity.items() if key not in ("bank.start", "train.precision")}
+    before = {key: value for key, value in run.identity.items() if key not in ("bank.init_from", "train.precision")}
     checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
     check_identity(checkpoint, run.identity, run.defaults)
-    checkpoint.state["config"] |= {"bank.start": "a student"}
-    with pytest.raises(ValueError, match="bank.start: was 'a student', is None"):
+    checkpoint.state["config"] |= {"bank.init_from": "a student"}
+    with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
         check_identity(checkpoint, run.identity, run.defaults)

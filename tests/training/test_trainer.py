@@ -173,16 +173,28 @@ def test_a_non_finite_number_stops_the_run_and_nothing_is_stepped(tmp_path, monk
 CRITIC = {"accuracy_real", "accuracy_fake", "logit_real", "logit_fake"}
 DIAGNOSTICS = {
     "dmd2": {
-        "student": {"matching", "gan", "gap_low_noise", "gap_middle_noise", "gap_high_noise", "lag", "spread"},
+        "student": {
+            "matching",
+            "gan",
+            "score_gap_low_noise",
+            "score_gap_middle_noise",
+            "score_gap_high_noise",
+            "fake_score_error_ratio",
+            "diversity_ratio",
+        },
         "fake": {"denoising", "critic"} | CRITIC,
     },
-    "ladd": {"student": {"loss", "spread"}, "critic": {"loss"} | CRITIC},
+    "ladd": {"student": {"loss", "diversity_ratio"}, "critic": {"loss"} | CRITIC},
 }
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("dmd2", {"turns": "alternate", "every": 2}), ("dmd2", {"every": 5}), ("ladd", {"every": 4})],
+    [
+        ("dmd2", {"fake_update": "alternate", "student_update_interval": 2}),
+        ("dmd2", {"student_update_interval": 5}),
+        ("ladd", {"student_update_interval": 4}),
+    ],
 )
 def test_every_turns_diagnostics_are_in_every_row_although_the_turns_rest_in_turn(tmp_path, method, options):
     mapping = sections(tmp_path, teacher_for(method), method, steps=20, log_every=10)
@@ -198,7 +210,7 @@ def test_every_turns_diagnostics_are_in_every_row_although_the_turns_rest_in_tur
 def collapsing(folder, monkeypatch, steps=12):
     """A run whose student's spread is gone from step 6 on, and which is told so after four logs."""
     run = make_run(folder, "ladd", steps=steps, save_every=1)
-    monkeypatch.setattr("stepdistill.methods.ladd.spread_ratio", lambda x0, real: torch.tensor(0.9 - (run.done > 4)))
+    monkeypatch.setattr("stepdistill.methods.ladd.diversity_ratio", lambda x0, real: torch.tensor(0.9 - (run.done > 4)))
     trainer, original = run.trainer(), Trainer._step
 
     def step(self, *args):
@@ -211,9 +223,7 @@ def collapsing(folder, monkeypatch, steps=12):
     return run
 
 
-SEEN = (
-    r"step 9: the spread collapsed, since step 6: .*\. checkpoint-5 is the last good checkpoint; set aside: .*-7\.div"
-)
+SEEN = r"step 9: the diversity collapsed, since step 6: .*\. checkpoint-5 is the last good checkpoint; set aside: .*-7\.div"
 
 
 def checkpoints(run):
@@ -242,7 +252,7 @@ def test_a_resumed_run_diverges_where_it_would_have(tmp_path, monkeypatch):
 def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_path, monkeypatch):
     run = collapsing(tmp_path, monkeypatch)
     run.trainer().divergence = DivergenceGuard(patience=1, rows=2)
-    monkeypatch.setattr("stepdistill.methods.ladd.spread_ratio", lambda x0, real: torch.zeros(()))
+    monkeypatch.setattr("stepdistill.methods.ladd.diversity_ratio", lambda x0, real: torch.zeros(()))
     with pytest.raises(DivergenceError, match="No checkpoint is as old as step 0; set aside: checkpoint-1.diverged"):
         run.train()
     with pytest.raises(CheckpointError, match=r"no valid checkpoint is left; .*(\n.*)*checkpoint-1\.diverged"):

@@ -72,7 +72,7 @@ def kernel_distance(
     return _estimate(torch.stack(values))
 
 
-def kernel_pull(real: Tensor, fake: Tensor) -> Tensor:
+def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
     """What each of ``fake`` (M, d) adds to the kernel distance: twice its mean kernel to the others less to reals.
 
     The deviation of these (M,) values is the first-order one of the distance, the reference being given (Serfling 1980,
@@ -106,8 +106,8 @@ def cmmd(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> float:
     return 1000 * (_mean_gaussian(real, real, sigma).mean() + to_own.mean() - 2 * to_other.mean()).item()
 
 
-def cmmd_pull(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> Tensor:
-    """What each of ``fake`` (M, d) adds to :func:`cmmd`, as :func:`kernel_pull` says it of the kernel distance."""
+def cmmd_influence(real: Tensor, fake: Tensor, *, sigma: float = 10.0) -> Tensor:
+    """What each of ``fake`` (M, d) adds to :func:`cmmd`, as :func:`kernel_influence` says it of the kernel distance."""
     real, fake = (normalize(x, dim=1) for x in checked_pair(real, fake))
     return 2000 * (_mean_gaussian(fake, fake, sigma) - _mean_gaussian(fake, real, sigma))
 
