@@ -16,8 +16,8 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.methods.add import ADD
 from stepdistill.methods.imagine_flash import ImagineFlash, own_sampler
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)

@@ -223,7 +223,10 @@ def collapsing(folder, monkeypatch, steps=12):
     return run
 
 
-SEEN = r"step 9: the diversity collapsed, since step 6: .*\. checkpoint-5 is the last good checkpoint; set aside: .*-7\.div"
+SEEN = (
+    r"step 9: the diversity collapsed, since step 6: .*\. "
+    r"checkpoint-5 is the last good checkpoint; set aside: .*-7\.div"
+)
 
 
 def checkpoints(run):
