@@ -23,10 +23,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.diffusion.prediction import edm_scalings, from_x0
+from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, edm_scalings, expand
+from stepdistill.diffusion.schedulers import read_discrete_vp, read_schedule
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.networks.bank import CopyBank
@@ -41,7 +41,7 @@ VP_PROCESSES = {
 """Noise processes of diffusers' schedulers."""
 
 SCHEDULES: dict[str, NoiseSchedule] = {
-    **{name: DiscreteVP.from_config(process) for name, process in VP_PROCESSES.items()},
+    **{name: read_discrete_vp(process) for name, process in VP_PROCESSES.items()},
     "flow": RectifiedFlow(),
     "karras": Karras(),
     "trig": Trig(),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
 
 
@@ -116,7 +117,7 @@ class Family(abc.ABC):
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
-        sampler.scheduler(self.scheduler_config)
+        to_diffusers(sampler, self.scheduler_config)
         if "timesteps" in sampler.pipeline_kwargs:
             raise ValueError(
                 "method.first_time: no pipeline of this teacher's is asked for timesteps; expected first_time: 1"

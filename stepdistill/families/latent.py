@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import open_pipeline
@@ -105,7 +105,7 @@ class LatentFamily(Family):
         """What the network is told of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        step, call = sampler.scheduler(self.scheduler_config).step, type(self.pipe).__call__
+        step, call = to_diffusers(sampler, self.scheduler_config).step, type(self.pipe).__call__
         taken = {*inspect.signature(step).parameters, "timesteps"}
         needed = {name for name in sampler.pipeline_kwargs if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
@@ -116,7 +116,7 @@ class LatentFamily(Family):
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
-        scheduler = sampler.scheduler(self.scheduler_config)
+        scheduler = to_diffusers(sampler, self.scheduler_config)
         if "steps_offset" in scheduler.config:  # of no meaning on a trailing grid; pipelines want 1, with a warning
             scheduler.register_to_config(steps_offset=1)
         return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})

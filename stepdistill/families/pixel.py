@@ -26,10 +26,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.diffusion.prediction import edm_scalings
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import expand
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedule import edm_scalings, expand
+from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import cannot_open
@@ -190,7 +189,7 @@ class Pixel(Family):
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> DiffusionPipeline:
-        scheduler = sampler.scheduler(self.scheduler_config)
+        scheduler = to_diffusers(sampler, self.scheduler_config)
         network, embedding = apart(network)
         if embedding is None and self.num_classes is None and type(scheduler) is DDIMScheduler:
             return DDIMPipeline(network, scheduler)

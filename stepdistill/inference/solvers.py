@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.config import nearest
-from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow, noise_process
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
+from stepdistill.diffusion.schedulers import noise_process, read_schedule
 from stepdistill.export.pipeline import apply_contract, read_contract
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.latent import LatentFamily

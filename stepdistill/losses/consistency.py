@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.prediction import end_point
 from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
 from stepdistill.networks.bank import STUDENT, NetworkBank
@@ -34,7 +33,7 @@ def consistency(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], w: Tensor | None = None
 ) -> Tensor:
     """``f(x_t, t)`` (B, ...) of the network in ``denoiser``'s role, for times (B,) not below the trajectory's end."""
-    return end_point(denoiser(x_t, t, cond, w=w), x_t, t, denoiser.schedule)
+    return denoiser.schedule.end_point(denoiser(x_t, t, cond, w=w).x0, x_t, t)
 
 
 def time_grid(schedule: NoiseSchedule, intervals: int) -> Tensor:

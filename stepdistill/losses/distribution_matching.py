@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.prediction import Denoise, from_x0
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.losses.regression import mean_square
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
@@ -32,9 +32,6 @@ MATCHED = (0.02, 0.98)
 
 
 SMALLEST_DIVISOR = 1e-6
-
-
-LOWEST_TIME = 1e-3
 
 
 NOISE_BANDS = ("low_noise", "middle_noise", "high_noise")
@@ -74,13 +71,7 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, con
 
 def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Times (B,), uniform between the shares ``low`` and ``high`` of those at which networks are trained."""
-    match schedule:
-        case DiscreteVP():
-            lowest = 1 / schedule.num_timesteps
-        case Karras():
-            lowest = (schedule.sigma_min / schedule.sigma_max) ** (1 / schedule.rho)
-        case _:
-            lowest = LOWEST_TIME
+    lowest = schedule.lowest_time
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 

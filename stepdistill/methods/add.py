@@ -30,6 +30,7 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_feature_source
 from stepdistill.families.base import Family, check_guidance
@@ -110,7 +111,7 @@ class ADD(Distiller):
             family.null_cond(family.example_cond([0]))
         if config.negative_prompt and not family.takes_text:
             raise ValueError(f"method.negative_prompt: found {config.negative_prompt!r}, but the teacher takes no text")
-        ConsistencySampler(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+        to_diffusers(ConsistencySampler(family.schedule, family.schedule.grid(config.steps)), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         config = self.config

@@ -20,6 +20,7 @@ import torch
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
@@ -61,7 +62,7 @@ class CD(Distiller):
         check_intervals(family.schedule, config.steps, config.intervals, "intervals")
         if config.intervals % config.steps:
             raise ValueError(f"method.intervals: found {config.intervals}, wanted a multiple of steps = {config.steps}")
-        consistency_sampler(family.schedule, config.steps, config.intervals).scheduler(family.scheduler_config)
+        to_diffusers(consistency_sampler(family.schedule, config.steps, config.intervals), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.bank.fork("target", "student", trainable=False)

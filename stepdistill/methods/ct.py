@@ -22,6 +22,7 @@ import torch
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
@@ -81,7 +82,7 @@ class CT(Distiller):
     def check(cls, config: Any, family: Family) -> None:
         check_resemblance(config.distance)
         check_intervals(family.schedule, config.steps, config.last_points, "last_points")
-        consistency_sampler(family.schedule, config.steps, config.last_points).scheduler(family.scheduler_config)
+        to_diffusers(consistency_sampler(family.schedule, config.steps, config.last_points), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.bank.fork("target", "student", trainable=False)

@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.data.ode_pairs import Pairs
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.losses.distribution_matching import (
     MATCHED,
@@ -73,7 +74,7 @@ class DMD(Distiller):
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
         check_guidance(config.guidance_scale, family)
-        ConsistencySampler(family.schedule, family.schedule.grid(1)).scheduler(family.scheduler_config)
+        to_diffusers(ConsistencySampler(family.schedule, family.schedule.grid(1)), family.scheduler_config)
         if config.pairs is not None:
             check_resemblance(config.distance)
             Pairs(config.pairs).check_teacher(family)

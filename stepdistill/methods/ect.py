@@ -24,6 +24,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.losses.consistency import check_intervals, consistency_sampler, noise_to_signal, shared_dropout
 from stepdistill.losses.regression import pseudo_huber, weighted
@@ -75,7 +76,7 @@ class ECT(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_intervals(family.schedule, config.steps, SAMPLING_GRID, "the sampling grid")
-        consistency_sampler(family.schedule, config.steps, SAMPLING_GRID).scheduler(family.scheduler_config)
+        to_diffusers(consistency_sampler(family.schedule, config.steps, SAMPLING_GRID), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         return [Turn("student", self.bank.params("student"), self.loss)]

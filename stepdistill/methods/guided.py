@@ -28,6 +28,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
@@ -85,7 +86,7 @@ class Guided(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         family.null_cond(family.example_cond([0]))
-        make_sampler(family.schedule, config.start, config.steps, config.sampler).scheduler(family.scheduler_config)
+        to_diffusers(make_sampler(family.schedule, config.start, config.steps, config.sampler), family.scheduler_config)
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.losses.consistency import (
     check_intervals,
@@ -89,7 +90,7 @@ class ICT(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_intervals(family.schedule, config.steps, config.last_intervals, "last_intervals")
-        consistency_sampler(family.schedule, config.steps, config.last_intervals).scheduler(family.scheduler_config)
+        to_diffusers(consistency_sampler(family.schedule, config.steps, config.last_intervals), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         return [Turn("student", self.bank.params("student"), self.loss)]

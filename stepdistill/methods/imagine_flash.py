@@ -34,6 +34,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, open_feature_source
 from stepdistill.families.base import Family, check_guidance
@@ -98,7 +99,7 @@ class ImagineFlash(Distiller):
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
         check_guidance(config.guidance_scale, family)
-        own_sampler(family, config.steps).scheduler(family.scheduler_config)
+        to_diffusers(own_sampler(family, config.steps), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.critic = self.make_critic()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
@@ -73,7 +74,7 @@ class LADD(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
-        ConsistencySampler(family.schedule, family.schedule.grid(config.steps)).scheduler(family.scheduler_config)
+        to_diffusers(ConsistencySampler(family.schedule, family.schedule.grid(config.steps)), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)

@@ -20,6 +20,7 @@ import torch
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs, check_guidance
 from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.regression import Distance, distance
@@ -66,7 +67,7 @@ class LCM(Distiller):
         for scale in (config.guidance_scale, *config.guidance_range):
             check_guidance(scale, family)
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
-        consistency_sampler(family.schedule, config.steps, config.solver_steps).scheduler(family.scheduler_config)
+        to_diffusers(consistency_sampler(family.schedule, config.steps, config.solver_steps), family.scheduler_config)
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

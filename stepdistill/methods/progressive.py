@@ -25,6 +25,7 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import DDIM, Sampler
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
@@ -64,7 +65,7 @@ class Progressive(Distiller):
         if config.guidance_scale != 1:
             family.null_cond(family.example_cond([0]))
         grid = nested_grid(family.schedule, config.start, config.steps)
-        DDIM(family.schedule, grid).scheduler(family.scheduler_config)
+        to_diffusers(DDIM(family.schedule, grid), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.converts = self.family.prediction_type == "epsilon"

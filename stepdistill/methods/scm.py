@@ -38,6 +38,7 @@ from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.losses.consistency import shared_dropout
 from stepdistill.methods.base import Distiller, Losses, Turn
@@ -105,7 +106,7 @@ class Scm(Distiller):
                 f"an epsilon-network at alpha = {alpha.item():.1e} cannot tell the clean image of pure noise, which is "
                 "where a student starts; wanted a teacher of another prediction type (progressive converts this one)"
             )
-        make_sampler(family.schedule, config.steps).scheduler(family.scheduler_config)
+        to_diffusers(make_sampler(family.schedule, config.steps), family.scheduler_config)
         if config.tangent == "jvp":
             check_forward_mode(family)
 

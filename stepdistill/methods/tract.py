@@ -30,6 +30,7 @@ from stepdistill.diffusion.ode import Solver, invert_step, ode_step, solver_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.diffusion.schedule import Karras, expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, check_guidance
 from stepdistill.losses.consistency import check_intervals
 from stepdistill.losses.regression import mean_square, weighted
@@ -80,7 +81,7 @@ class Tract(Distiller):
         check_intervals(schedule, config.steps, config.start, "start")
         check_guidance(config.guidance_scale, family)
         grid = schedule.grid(config.start)[:: config.start // config.steps]
-        DDIM(schedule, grid).scheduler(family.scheduler_config)
+        to_diffusers(DDIM(schedule, grid), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:
         self.converts = self.family.prediction_type == "epsilon"

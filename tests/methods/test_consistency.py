@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from stepdistill import load_pipeline
 from stepdistill.config import read_config
 from stepdistill.diffusion.ode import solver_step
-from stepdistill.diffusion.prediction import Prediction, end_point, to_prediction
+from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import DDIM, ConsistencyKarras, sample
 from stepdistill.diffusion.schedule import Karras
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.pipeline import export_pipeline, read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.inference.sampling import class_count, sample_images
@@ -60,7 +61,7 @@ def test_at_the_end_of_a_trajectory_the_function_is_the_identity_whatever_the_ne
     x, output = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     end = at(time_grid(schedule, 10)[-1], 4)
     prediction = to_prediction(output, x, end, schedule, kind)
-    assert torch.allclose(end_point(prediction, x, end, schedule), x, atol=1e-9)
+    assert torch.allclose(schedule.end_point(prediction.x0, x, end), x, atol=1e-9)
 
 
 def test_edm_scalings_are_those_of_the_paper():
@@ -69,7 +70,9 @@ def test_edm_scalings_are_those_of_the_paper():
     t = schedule.time_of(torch.tensor([0.002, 0.01, 0.5, 3.0, 20.0, 80.0]))
     c_skip, c_out = CMStochasticIterativeScheduler().get_scalings_for_boundary_condition(schedule(t)[1])
     expected = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * output
-    assert torch.allclose(end_point(to_prediction(output, x, t, schedule, "edm"), x, t, schedule), expected, atol=1e-12)
+    assert torch.allclose(
+        schedule.end_point(to_prediction(output, x, t, schedule, "edm").x0, x, t), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -334,7 +337,7 @@ def test_two_calls_are_at_the_papers_noise_levels():
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([80.0, 1.382, 0.002]), atol=1e-3, rtol=0)
     assert Karras().grid(40)[22].pow(7).item() * 80 == pytest.approx(1.382, abs=1e-3)
     sampler = ConsistencyKarras(Karras(noise_scale=1000.0), 2, points=40)
-    own = sampler.scheduler({})
+    own = to_diffusers(sampler, {})
     own.set_timesteps(2)
     levels = sampler.schedule(sampler.times)[1]
     torch.testing.assert_close(own.sigmas[:-1].double(), levels[:-1], rtol=1e-4, atol=0)

@@ -11,6 +11,7 @@ from torch import nn
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import from_x0, to_prediction
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, rollout, sample
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
@@ -193,8 +194,8 @@ def test_the_sampler_is_stock_wherever_it_can_be():
     assert isinstance(own_sampler(family("flow", "flow"), 3), DDIM)
     assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 1), DDIM)
     assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
-    with pytest.raises(ValueError, match="noise correction is exported for VP teachers only"):
-        own_sampler(family("karras", "edm"), 2).scheduler({})
+    with pytest.raises(ValueError, match="NoiseCorrected is exported for VP teachers only"):
+        to_diffusers(own_sampler(family("karras", "edm"), 2), {})
 
 
 @pytest.mark.parametrize("steps", [2, 3])
