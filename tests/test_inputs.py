@@ -198,7 +198,7 @@ def exports(tmp_path_factory):
     for name, kind, make, inputs in CASES:
         family, bank = student_of(kind, inputs)
         sampler = make(family.schedule, family.schedule.grid(4))
-        export_pipeline(family, bank.extract("student"), sampler, folder / name, about={}, guidance_scale=2.5)
+        export_pipeline(family, bank.extract("student"), sampler, folder / name, guidance_scale=2.5)
         for g in (1.0, 2.5):
             asked = job(folder / name, family, 3, 3, output=f"images-{g}")
             jobs.append(asked | {"call": {"class_labels": [0, 1, 2], "guidance_scale": g}})  # the steps are its own

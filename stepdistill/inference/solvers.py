@@ -15,7 +15,8 @@ from typing import Any
 from stepdistill.config import nearest
 from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
 from stepdistill.diffusion.schedulers import noise_process, read_schedule
-from stepdistill.export.pipeline import apply_contract, read_contract
+from stepdistill.export.contract import read_contract
+from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.latent import LatentFamily
 from stepdistill.families.loading import load_teacher, locate
@@ -95,7 +96,8 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     assert isinstance(family, LatentFamily), "the families are pixel and latent"
     taken = inspect.signature(type(family.pipe).__call__).parameters
     call = {name: value for name, value in family.pipeline_kwargs.items() if name in taken}
-    pipeline = apply_contract(family.pipe, {"call": call} | read_contract(locate(config)))
+    contract = read_contract(locate(config))
+    pipeline = apply_contract(family.pipe, dataclasses.replace(contract, call=contract.call or call))
     flows = isinstance(read_schedule(json.loads(pipeline.scheduler.to_json_string()))[0], RectifiedFlow)
     if not (flows and solver == "DDIM"):
         pipeline.scheduler = make_solver(solver, pipeline.scheduler.config)

@@ -102,4 +102,4 @@ class LCM(Distiller):
         self.bank.blend("target", "student", self.config.target_ema)
 
     def contract(self) -> dict[str, Any]:
-        return {"guidance_baked_in": self.config.guidance_scale, "guidance_range": list(self.config.guidance_range)}
+        return {"guidance_range": list(self.config.guidance_range)}

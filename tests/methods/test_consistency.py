@@ -25,7 +25,8 @@ from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import DDIM, ConsistencyKarras, sample
 from stepdistill.diffusion.schedule import Karras
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.export.pipeline import export_pipeline, read_contract
+from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.inference.sampling import class_count, sample_images
 from stepdistill.losses.consistency import consistency, shared_dropout, skip_grid, time_grid
@@ -273,7 +274,7 @@ EDM = {
 def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(tmp_path, teacher, steps):
     family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
     sampler = ConsistencyKarras(family.schedule, steps, points=41)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "cd"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="cd"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     assert type(pipeline).__name__ == "ConsistencyModelPipeline" and type(pipeline.scheduler).__name__ == EDM[teacher]
     check_samples(pipeline, family, sampler, batch_size=3)
@@ -283,7 +284,7 @@ def test_a_loaded_consistency_pipeline_is_asked_as_every_other_and_can_be_evalua
     """Stock, it takes one noise for all labels unless it is told their number, and counts "no class" as a class."""
     family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler", "sigma_max": 20.0}, num_classes=3)
     sampler = ConsistencyKarras(family.schedule, 2, points=41)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "ect"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="ect"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert class_count(pipeline) == 3
@@ -303,7 +304,7 @@ def test_a_loaded_consistency_pipeline_is_asked_as_every_other_and_can_be_evalua
 def test_an_edm_student_of_one_euler_step_keeps_its_teachers_embedding(tmp_path, teacher):
     family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
     sampler = DDIM(family.schedule, family.schedule.grid(1))
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "dmd"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="dmd"))
     check_samples(load_pipeline(tmp_path / "pipeline"), family, sampler)
 
 
@@ -443,7 +444,7 @@ def test_one_training_is_exported_for_every_number_of_calls_it_serves(tmp_path, 
     run.train()
     mapping = read_config(run.folder / "config.yaml", ["method.steps=1"])
     folder = Run(resolve(mapping)).export_checkpoint(tmp_path / "one")
-    assert read_contract(folder)["steps"] == 1
+    assert read_contract(folder).steps == 1
     before, after = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in
                      (run.folder / "pipeline", folder))  # fmt: skip
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -12,6 +12,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import from_x0, to_prediction
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, rollout, sample
 from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
@@ -204,7 +205,7 @@ def test_the_exported_scheduler_corrects_the_noise_as_the_sampler_does(tmp_path,
     config = dict(DDIMScheduler(**EPSILON).config)
     family = Pixel.tiny(scheduler=config, num_classes=num_classes)
     sampler = own_sampler(family, steps)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "imagine_flash"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="imagine_flash"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     cond = family.example_cond(range(4))
