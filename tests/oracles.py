@@ -300,6 +300,9 @@ class OracleFamily(Family):
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
         raise NotImplementedError("diffusers has no pipeline for 2-D points")
 
+    def teacher_pipeline(self, scheduler: Any | None) -> Any:
+        raise NotImplementedError("diffusers has no pipeline for 2-D points")
+
 
 def teacher_denoiser(oracle: Oracle, num_classes: int | None = None) -> Denoiser:
     """An oracle as methods see it: through a family and a bank."""

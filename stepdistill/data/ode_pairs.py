@@ -21,7 +21,7 @@ from stepdistill.config import fingerprint
 from stepdistill.data.shards import Kind, Shards, agree, write_shards
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.networks.bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
@@ -67,7 +67,7 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
         ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
             text and there are no prompts.
     """
-    check_guidance(config.guidance_scale, family)
+    family.check_guidance(config.guidance_scale)
     if family.takes_text:
         family.use_captions(_prompts(config))
     folder = Path(config.output_dir)

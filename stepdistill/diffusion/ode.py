@@ -1,4 +1,4 @@
-"""Single steps of the probability-flow ODE, and their inverses."""
+"""Single steps of the probability-flow ODE and their inverses, and moves between schedules."""
 
 from __future__ import annotations
 
@@ -67,3 +67,20 @@ def solver_step(
     alpha_s, sigma_s = schedule.coefficients(s, x_t)
     x_heun = x_t + (alpha_s - alpha_t) * (here.x0 + there.x0) / 2 + (sigma_s - sigma_t) * (here.eps + there.eps) / 2
     return torch.where(expand(s == 0, x_t) > 0, x_s, x_heun)
+
+
+def transfer(x_t: Tensor, t: Tensor, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Return the same state on another schedule: ``(x, t)`` of equal log-SNR, where the probability-flow ODEs coincide.
+
+    Args:
+        x_t: states (B, ...) of ``source`` at times ``t`` (B,).
+        t: times (B,) whose log-SNR lies in the range of ``target``.
+        source: the schedule of the given states.
+        target: the schedule of the returned states.
+    """
+    t_target = target.inverse(source.log_snr(t))
+    alpha_t, sigma_t = source(t)
+    alpha, sigma = target(t_target)
+    # the radius sqrt(alpha^2 + sigma^2) scales both parts alike and never vanishes, unlike alpha or sigma alone
+    scale = torch.hypot(alpha, sigma) / torch.hypot(alpha_t, sigma_t)
+    return x_t * expand(scale, x_t), t_target

@@ -6,7 +6,8 @@ Every diffusion or flow model is described by the same two numbers,
 
 with a time ``t`` in [0, 1] that is 0 for clean data and 1 for the noisiest input the network knows. Everything else
 follows from the log signal-to-noise ratio ``log_snr(t) = 2 log(alpha_t / sigma_t)``, which strictly decreases in t. Two
-models whose log-SNRs agree see the same image up to a scale, so :func:`transfer` can move a state between schedules.
+models whose log-SNRs agree see the same image up to a scale, so a state can be moved between schedules
+(:func:`stepdistill.diffusion.ode.transfer`).
 
 ======================  ==================  ====================  ==============================================
 schedule                alpha_t             sigma_t               time
@@ -86,6 +87,10 @@ class NoiseSchedule(abc.ABC):
         """Return ``(alpha_t, sigma_t)`` at times (B,), each expanded to (B, 1, ..., 1) for ``like``."""
         alpha_t, sigma_t = self(t)
         return expand(alpha_t, like), expand(sigma_t, like)
+
+    def trajectory(self, intervals: int) -> Tensor:
+        """Return ``intervals + 1`` descending times from 1 to the end of the trajectory of consistency models."""
+        return self.grid(intervals)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return ``2 log(alpha_t / sigma_t)``: infinity at clean data, minus infinity where there is no signal."""
@@ -285,6 +290,10 @@ class Karras(NoiseSchedule):
         levels = torch.linspace(1, self.lowest_time, steps, dtype=torch.float64)
         return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
+    def trajectory(self, intervals: int) -> Tensor:
+        """Return ``intervals + 1`` descending times from 1 to that of ``sigma_min``, where a trajectory ends."""
+        return self.grid(intervals + 1)[:-1]
+
     def end_point(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return ``c_skip(sigma - sigma_min) x_t + (1 - sigma_min / sigma) c_out(sigma) F``: the boundary is sigma_min.
 
@@ -320,20 +329,3 @@ class Trig(NoiseSchedule):
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         return noise * self.sigma_data
-
-
-def transfer(x_t: Tensor, t: Tensor, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Return the same state on another schedule: ``(x, t)`` of equal log-SNR, where the probability-flow ODEs coincide.
-
-    Args:
-        x_t: states (B, ...) of ``source`` at times ``t`` (B,).
-        t: times (B,) whose log-SNR lies in the range of ``target``.
-        source: the schedule of the given states.
-        target: the schedule of the returned states.
-    """
-    t_target = target.inverse(source.log_snr(t))
-    alpha_t, sigma_t = source(t)
-    alpha, sigma = target(t_target)
-    # the radius sqrt(alpha^2 + sigma^2) scales both parts alike and never vanishes, unlike alpha or sigma alone
-    scale = torch.hypot(alpha, sigma) / torch.hypot(alpha_t, sigma_t)
-    return x_t * expand(scale, x_t), t_target

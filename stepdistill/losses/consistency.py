@@ -38,7 +38,7 @@ def consistency(
 
 def time_grid(schedule: NoiseSchedule, intervals: int) -> Tensor:
     """``intervals + 1`` descending times from 1 to the end of the trajectory (``sigma_min`` for EDM, else 0)."""
-    return schedule.grid(intervals + 1)[:-1] if isinstance(schedule, Karras) else schedule.grid(intervals)
+    return schedule.trajectory(intervals)
 
 
 def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:

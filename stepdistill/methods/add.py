@@ -33,7 +33,7 @@ from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_feature_source
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.regression import mean_square, weighted
@@ -106,7 +106,7 @@ class ADD(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         if config.weighting == "nfsd":
             family.null_cond(family.example_cond([0]))
         if config.negative_prompt and not family.takes_text:

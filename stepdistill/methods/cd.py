@@ -21,7 +21,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses, Turn
@@ -58,7 +58,7 @@ class CD(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_resemblance(config.distance)
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         check_intervals(family.schedule, config.steps, config.intervals, "intervals")
         if config.intervals % config.steps:
             raise ValueError(f"method.intervals: found {config.intervals}, wanted a multiple of steps = {config.steps}")

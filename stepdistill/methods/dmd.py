@@ -24,7 +24,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.data.ode_pairs import Pairs
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.losses.distribution_matching import (
     MATCHED,
     both_scores,
@@ -73,7 +73,7 @@ class DMD(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         to_diffusers(ConsistencySampler(family.schedule, family.schedule.grid(1)), family.scheduler_config)
         if config.pairs is not None:
             check_resemblance(config.distance)

@@ -31,7 +31,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.heads import BottleneckHead
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.distribution_matching import (
     MATCHED,
@@ -93,7 +93,7 @@ class DMD2(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family, config.first_time)
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         family.check_sampler(make_sampler(family.schedule, config))
 
     def build(self) -> Sequence[Turn]:

@@ -37,7 +37,7 @@ from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, open_feature_source
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.regression import mean_square
@@ -98,7 +98,7 @@ class ImagineFlash(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         check_first_step(family)
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         to_diffusers(own_sampler(family, config.steps), family.scheduler_config)
 
     def build(self) -> Sequence[Turn]:

@@ -21,7 +21,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family, Inputs, check_guidance
+from stepdistill.families.base import Family, Inputs
 from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
@@ -65,7 +65,7 @@ class LCM(Distiller):
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         for scale in (config.guidance_scale, *config.guidance_range):
-            check_guidance(scale, family)
+            family.check_guidance(scale)
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         to_diffusers(consistency_sampler(family.schedule, config.steps, config.solver_steps), family.scheduler_config)
 

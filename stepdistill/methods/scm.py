@@ -39,7 +39,7 @@ from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.losses.consistency import shared_dropout
 from stepdistill.methods.base import Distiller, Losses, Turn
 from stepdistill.networks.bank import STUDENT, CopyBank
@@ -99,7 +99,7 @@ class Scm(Distiller):
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         alpha, _ = family.schedule(torch.ones(1))
         if family.prediction_type == "epsilon" and alpha.item() < 0.01:
             raise ValueError(

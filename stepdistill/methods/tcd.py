@@ -31,7 +31,7 @@ from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.samplers import StrategicStochasticSampler as SSS
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
-from stepdistill.families.base import Family, Inputs, check_guidance
+from stepdistill.families.base import Family, Inputs
 from stepdistill.losses.consistency import check_intervals, shared_dropout, skip_grid, time_grid
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses, Turn
@@ -94,7 +94,7 @@ class TCD(Distiller):
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
         family.check_sampler(SSS(family.schedule, times, config.gamma))

@@ -31,7 +31,7 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family, check_guidance
+from stepdistill.families.base import Family
 from stepdistill.losses.consistency import check_intervals
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, Turn
@@ -79,7 +79,7 @@ class Tract(Distiller):
     def check(cls, config: Any, family: Family) -> None:
         schedule = family.schedule
         check_intervals(schedule, config.steps, config.start, "start")
-        check_guidance(config.guidance_scale, family)
+        family.check_guidance(config.guidance_scale)
         grid = schedule.grid(config.start)[:: config.start // config.steps]
         to_diffusers(DDIM(schedule, grid), family.scheduler_config)
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, three_clusters, time_of
 
-from stepdistill.diffusion.ode import ode_step
+from stepdistill.diffusion.ode import ode_step, transfer
 from stepdistill.diffusion.prediction import to_prediction
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig, transfer
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig
 from stepdistill.diffusion.schedulers import read_discrete_vp
 
 TIMES = torch.linspace(0, 1, 129, dtype=torch.float64)

@@ -11,9 +11,10 @@ from oracles import SCHEDULES, Gaussian, OracleFamily, PointNet, three_clusters
 from torch import nn
 
 from stepdistill.batch import Batch
+from stepdistill.diffusion.ode import transfer
 from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import ConsistencySampler
-from stepdistill.diffusion.schedule import Trig, transfer
+from stepdistill.diffusion.schedule import Trig
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, make_sampler
