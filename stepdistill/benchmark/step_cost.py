@@ -21,7 +21,7 @@ from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.config import nearest, read_config
-from stepdistill.data.datasets import NoiseData
+from stepdistill.data.datasets import NoiseDataset
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
 from stepdistill.families.latent import rebuild
@@ -30,7 +30,9 @@ from stepdistill.families.sdxl import SDXL
 from stepdistill.families.tiny import tiny_clip
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
-from stepdistill.training.config import RunConfig, resolve
+from stepdistill.training.config import EvalConfig, RunConfig, resolve
+from stepdistill.training.evaluation import Evaluation
+from stepdistill.training.identity import RunIdentity
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.run import make_bank
 from stepdistill.training.trainer import Trainer
@@ -143,12 +145,10 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
 
 def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
     """The loop of a configuration; it reads no data and writes no file."""
-    data = NoiseData(None, size=distiller.family.image_shape, num_classes=None)
-    return Trainer(
-        distiller, data, batch_size=config.data.batch_size,
-        config=dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir()),
-        optim=config.optim, identity={},
-    )  # fmt: skip
+    data = NoiseDataset(None, size=distiller.family.image_shape, num_classes=None)
+    train = dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir())
+    evaluation = Evaluation.open(EvalConfig(), Path(train.output_dir))
+    return Trainer(distiller, data, dataclasses.replace(config, train=train), RunIdentity({}, {}), evaluation)
 
 
 def time_steps(trainer: Trainer, batch_size: int, steps: int) -> float:

@@ -6,10 +6,11 @@ import abc
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from stepdistill.assets import EMBEDDED
-from stepdistill.batch import RawBatch
+from stepdistill.batch import Batch, RawBatch
+from stepdistill.families.base import Family
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -106,6 +107,7 @@ class Dataset(abc.ABC):
         caption_dropout: the share of captions that it leaves empty.
         captions: every sample's text, by its index; None where the teacher takes none.
         labels: every sample's class likewise, where they come from files.
+        is_encoded: whether samples come as the network sees them, so that training needs no encoder.
         version: which content the path had, where the path alone does not say: a dataset of the hub, or parquet files.
     """
 
@@ -115,6 +117,7 @@ class Dataset(abc.ABC):
     caption_dropout: float = 0.0
     captions: Sequence[str] | None = None
     labels: Sequence[int] | None = None
+    is_encoded: ClassVar[bool] = False
     version: str | None = None
 
     @abc.abstractmethod
@@ -132,3 +135,7 @@ class Dataset(abc.ABC):
         Raises:
             ValueError: if a sample cannot be read and may not be skipped; it names the sample.
         """
+
+    def encode(self, family: Family, raw: RawBatch) -> Batch:
+        """Return a loaded batch as the networks of ``family`` see it."""
+        return family.encode(raw)

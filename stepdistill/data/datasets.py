@@ -43,21 +43,21 @@ def open_data(
     if config.name == "noise" and takes_text:
         raise ValueError("data.name: 'noise' says no prompts, but the teacher takes text; wanted 'prompts' or 'images'")
     if config.name == "prompts":
-        return PromptData(config, size=(channels, *size))
+        return PromptDataset(config, size=(channels, *size))
     if config.name == "noise":
-        return NoiseData(config.max_samples, size=(channels, *size), num_classes=num_classes)
+        return NoiseDataset(config.max_samples, size=(channels, *size), num_classes=num_classes)
     _check_stated(config, channels, size)
     listing = list_samples(config)
     _check_images(config, listing, channels, size)
     _check_labels_exist(config, listing, num_classes)
     if takes_text:
         _check_captions(config, listing)
-    dataset = ImageData(listing, config, size=(channels, *size), num_classes=num_classes)
+    dataset = ImageDataset(listing, config, size=(channels, *size), num_classes=num_classes)
     Unreadable(len(dataset)).count(dataset.load([0]))
     return dataset
 
 
-class NoiseData(Dataset):
+class NoiseDataset(Dataset):
     """No data at all: class labels in turn, for methods that start from noise.
 
     An epoch holds every class equally often (give or take one, if ``length`` is set), and a sample's label is its
@@ -82,7 +82,7 @@ class NoiseData(Dataset):
         return RawBatch(None, labels, None, tuple(indices))
 
 
-class PromptData(Dataset):
+class PromptDataset(Dataset):
     """Prompts without images, for methods that start from noise."""
 
     num_classes = None
@@ -105,7 +105,7 @@ class PromptData(Dataset):
         return RawBatch(None, None, tuple(self._prompts[index] for index in indices), tuple(indices))
 
 
-class ImageData(Dataset):
+class ImageDataset(Dataset):
     """Images, decoded when they are asked for.
 
     A sample that cannot be read gives way to the next index that can (with its own label and caption), or stops the

@@ -142,7 +142,7 @@ def _encode(family: Family, dataset: Dataset, rows: Sequence[int], data: DataCon
     return tensors
 
 
-class CacheData(Dataset):
+class LatentCacheDataset(Dataset):
     """A cache in the place of the data it was made of.
 
     Args:
@@ -155,6 +155,7 @@ class CacheData(Dataset):
     """
 
     num_classes = None
+    is_encoded = True
 
     def __init__(self, config: DataConfig, family: Family, *, needs_images: bool = True) -> None:
         self.shards = Shards(str(config.path), KIND)
@@ -198,8 +199,9 @@ class CacheData(Dataset):
         captions = None if self.captions is None else tuple(self.captions[index] for index in indices)
         return RawBatch(None, None, captions, tuple(indices))
 
-    def encode(self, raw: RawBatch) -> Batch:
+    def encode(self, family: Family, raw: RawBatch) -> Batch:
         """What the family would have made of the batch; a caption that was dropped has the empty one's row."""
+        del family
         texts = raw.captions or ["none"] * len(raw.indices)
         told = [index if text else len(self) for index, text in zip(raw.indices, texts, strict=True)]
         names = [name for name in self.shards.names if name.startswith("cond.")]

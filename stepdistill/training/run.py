@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,24 +12,22 @@ import torch
 from torch import Tensor
 
 from stepdistill import config as configuration
-from stepdistill.data.base import Dataset, locate_data
-from stepdistill.data.datasets import open_data
-from stepdistill.data.latent_cache import CacheData
-from stepdistill.evaluation.suite import Judge
+from stepdistill.assets import atomic_write
+from stepdistill.data.opening import open_dataset
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline, read_contract
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
-from stepdistill.features.identity import refuse_judge
-from stepdistill.inference.student import student_images
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.bank import AdapterBank, CopyBank, NetworkBank
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.sharding import gathered, is_main
-from stepdistill.training.config import FREE_KEYS, BankConfig, RunConfig, resolve
+from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
+from stepdistill.training.evaluation import Evaluation
+from stepdistill.training.identity import RunIdentity, identify
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.run_lock import RunLock
 from stepdistill.training.trainer import Trainer
@@ -52,21 +51,15 @@ class Run:
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
-        channels, height, width = self.family.image_shape
         if self.method.needs_images and config.data.name not in ("images", "cache"):
             raise ValueError(
-                f"data.name: {config.method_name!r} trains on images; found {config.data.name!r}, wanted 'images'"
+                f"data.name: expected 'images' or 'cache' ({config.method_name!r} trains on images), "
+                f"got {config.data.name!r}"
             )
-        if config.data.name == "cache":
-            self.dataset: Dataset = CacheData(config.data, self.family, needs_images=self.method.needs_images)
-        else:
-            self.dataset = open_data(
-                locate_data(config.data), channels=channels, size=(height, width), num_classes=self.family.num_classes,
-                takes_text=self.family.takes_text,
-            )  # fmt: skip
+        self.dataset = open_dataset(config.data, self.family, needs_images=self.method.needs_images)
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions)
-        self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
+        self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
@@ -76,95 +69,61 @@ class Run:
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
-        if self.judge is not None:
-            refuse_judge(self.distiller.feature_networks(), self.judge.features)
+        self.evaluation.check_independent(self.distiller.feature_networks())
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> RunIdentity:
         """What must agree for a run to be resumed."""
-        flat = configuration.flatten(self.config.as_sections())
-        free = {*FREE_KEYS, *(f"method.{name}" for name in self.method.sampling_options)}
-        found = {"teacher (weights)": self.teacher_fingerprint}
+        versions = {"teacher (weights)": self.teacher_fingerprint}
         if self.dataset.version is not None:
-            found["data (version)"] = self.dataset.version
-        return {key: value for key, value in flat.items() if key not in free} | found
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What a key of the identity is where a configuration does not name it."""
-        sections = {name: getattr(self.config, name) for name in ("teacher", "method", "bank", "data", "train")}
-        sections |= {f"optim.{turn}": config for turn, config in self.config.optim.items()}
-        flat = configuration.flatten(
-            {f"{name}.{field.name}": field.default for name, config in sections.items()
-             for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING}
-        )  # fmt: skip
-        identity = self.identity
-        return {key: value for key, value in flat.items() if key in identity}
+            versions["data (version)"] = self.dataset.version
+        return identify(self.config, self.method, versions)
 
     def plan(self) -> str:
-        """The resolved configuration and what will be held in memory, for ``--dry_run``."""
-        return (
-            configuration.to_yaml(self.config.as_sections())
-            + "\n"
-            + memory_plan(self.distiller, encoded=isinstance(self.dataset, CacheData))
-        )
+        """Return the resolved configuration, and what will be held in memory, for ``--dry_run``."""
+        resolved = configuration.to_yaml(self.config.as_sections())
+        return f"{resolved}\n{memory_plan(self.distiller, encoded=self.dataset.is_encoded)}"
 
     def trainer(self) -> Trainer:
-        """The loop over this run."""
-        return Trainer(
-            self.distiller,
-            self.dataset,
-            batch_size=self.config.data.batch_size,
-            config=self.config.train,
-            optim=self.config.optim,
-            identity=self.identity,
-            defaults=self.defaults,
-            num_workers=self.config.data.num_workers,
-            on_stage_end=self.export_stage,
-            measure=self.measure,
-            measure_every=self.config.eval.every,
-            measured_on=self.measured_on(),
-        )
+        """Return the loop over this run."""
+        return Trainer(self.distiller, self.dataset, self.config, self.identity, self.evaluation)
 
     def train(self) -> Path:
-        """Train, export, and return the pipeline directory."""
+        """Train, export, and return the pipeline's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer = self.trainer()
-        lock = RunLock(self.folder) if trainer.accelerator.is_main_process else _NoLock()
-        with lock:
-            first, done = trainer.restore()  # or refuse, before anything is written
-            if trainer.accelerator.is_main_process:
-                if self.links:
-                    check_links(self.folder)
-                (self.folder / "config.yaml").write_text(configuration.to_yaml(self.config.as_sections()))
-            cost = trainer.run(first, done)
-            if trainer.participates:
+        is_main_process = trainer.accelerator.is_main_process
+        with RunLock(self.folder) if is_main_process else contextlib.nullcontext():
+            start = trainer.restore()  # or refuse, before anything is written
+            if is_main_process:
+                self._write_config()
+            with contextlib.closing(trainer.run(start)) as finished_stages:
+                for stage in finished_stages:
+                    self._end_stage(trainer, stage)
+            cost = trainer.total_cost()
+            if trainer.parallelism.participates:
                 self.choose(trainer)
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
 
-    def measured_on(self) -> dict[str, Any]:
-        """What the numbers of :meth:`measure` depend on, beside the student."""
-        if self.judge is None:
-            return {}
-        judges = {"features": self.judge.features.name, "features_sha256": self.judge.features.sha256}
-        samples = {"num_samples": self.config.eval.num_samples, "seed": self.config.eval.seed}
-        return {**judges, "reference": self.judge.describe_reference(), **samples}
+    def _write_config(self) -> None:
+        if self.links:
+            check_links(self.folder)
+        with atomic_write(self.folder / "config.yaml") as partial:
+            partial.write_text(configuration.to_yaml(self.config.as_sections()))
 
-    def measure(self) -> dict[str, float]:
-        """The metrics of the ``eval`` section, of the student as it is now."""
-        assert self.judge is not None
-        config = self.config.eval
-        device = next(self.distiller.parameters()).device
-        images = student_images(self.distiller, config.num_samples, seed=config.seed, device=device)
-        return self.judge.score(images, config.metrics)
+    def _end_stage(self, trainer: Trainer, stage: Stage) -> None:
+        cost = trainer.total_cost()
+        if trainer.parallelism.participates:
+            self.export_stage(stage, cost)
+        trainer.accelerator.wait_for_everyone()
 
     def choose(self, trainer: Trainer) -> None:
         """Go back to the best student that was measured in the last stage, if any was."""
-        self.selected = trainer.best.record(self.distiller.stage.name)
+        self.selected = self.evaluation.best.record(self.distiller.stage.name)
         if self.selected is not None:
-            trainer.best.restore(trainer.result_weights())
+            self.evaluation.best.restore(trainer.result_weights())
 
     def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
         """Export the student of every stage that has a sampler diffusers can express."""
@@ -201,8 +160,7 @@ class Run:
         }
         if self.selected is not None:
             about["selected"] = self.selected
-        if self.judge is not None:
-            about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
+        about |= self.evaluation.results(self.distiller)
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # a process that has only given its share of the weights
             return folder
@@ -223,14 +181,6 @@ class Run:
             return None
         state = gathered(bank.lora_state(self.distiller.result_role), keep=is_main())
         return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
-
-
-class _NoLock:
-    """What the other processes hold while the main one holds the run's lock."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
 
 
 def distill(

@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_the_commit_it_began_with(tmp_path, hub):
     wanted["data"] = {"name": "images", "path": OWN, "batch_size": 2}
     wanted["train"]["output_dir"] = str(tmp_path / "run")
     run = Run(resolve(wanted))
-    assert run.identity["data (version)"] == f"{COMMIT} default/train"
+    assert run.identity.values["data (version)"] == f"{COMMIT} default/train"
     run.train()
     hub.newest = NEWER
     with pytest.raises(CheckpointError, match=rf"data \(version\): was '{COMMIT} default/train', is '{NEWER} default"):

@@ -11,7 +11,7 @@ import stepdistill
 from stepdistill.config import ConfigError, parse_yaml, read_config
 from stepdistill.export.pipeline import read_contract
 from stepdistill.families.pixel import Pixel
-from stepdistill.training.checkpoint import Checkpoint, check_identity
+from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -208,9 +208,11 @@ def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
 
 def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     run = Run(resolve(mapping))
-    before = {key: value for key, value in run.identity.items() if key not in ("bank.init_from", "train.precision")}
+    before = {
+        key: value for key, value in run.identity.values.items() if key not in ("bank.init_from", "train.precision")
+    }
     checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
-    check_identity(checkpoint, run.identity, run.defaults)
+    run.identity.check(checkpoint)
     checkpoint.state["config"] |= {"bank.init_from": "a student"}
     with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
-        check_identity(checkpoint, run.identity, run.defaults)
+        run.identity.check(checkpoint)
