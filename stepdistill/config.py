@@ -260,6 +260,15 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line ``key: was ..., is ...`` for every key whose value differs, in alphabetical order."""
+    lines = []
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            lines.append(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}")
+    return lines
+
+
 def flatten(config: Any, where: str = "") -> dict[str, Any]:
     """``{"section.key": value}`` for every leaf of a configuration tree."""
     tree = to_dict(config)

@@ -36,6 +36,8 @@ class LatentFamily(Family):
         guidance_scale: what the network itself is told of guidance, of families where it takes it.
     """
 
+    caches_latents = True
+
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
             raise ValueError(

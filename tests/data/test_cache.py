@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     other.pipe.vae.register_to_config(scaling_factor=0.5)
     with pytest.raises(ValueError, match="was made by another latent scale than"):
         LatentCacheDataset(section, other)
-    with pytest.raises(ValueError, match=r"data\.fit: .* was made with 'crop'; found 'pad'"):
+    with pytest.raises(ValueError, match=r"data\.fit: expected 'crop', with which .* was made, got 'pad'"):
         LatentCacheDataset(dataclasses.replace(section, fit="pad"), family)
     with pytest.raises(ValueError, match=r"fit: was 'crop', is 'pad'"):
         cached(family, tmp_path / "a", {**data, "fit": "pad"})

@@ -294,13 +294,13 @@ def test_a_stopped_run_goes_on_where_it_was_and_batches_do_not_matter(tmp_path):
         one, other = (load_file(shard_path(folder, 1))[name] for folder in (whole, torn))
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     shard_path(torn, 1).unlink()
-    (torn / "shard-00001.part").write_bytes(b"half a file")
+    (torn / "shard-00001.safetensors.partial").write_bytes(b"half a file")
     kept = shard_path(torn, 0).stat().st_mtime_ns
     told = []
     make_pairs(family, pairs_config(torn), told.append)
     assert shard_path(torn, 0).stat().st_mtime_ns == kept and told == [3, 6, 7]
     assert shard_path(torn, 1).read_bytes() == shard_path(whole, 1).read_bytes()
-    assert not list(torn.glob("*.part"))
+    assert not list(torn.glob("*.partial"))
 
 
 def test_pairs_of_another_teacher_or_sampler_are_refused(tmp_path):
