@@ -26,7 +26,7 @@ from stepdistill.assets import atomic_write
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.config import fingerprint
 from stepdistill.data.base import DataConfig, Dataset
-from stepdistill.data.shards import ShardFormat, Shards, write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
 from stepdistill.families.latent import latent_statistics
 from stepdistill.networks.fingerprint import fingerprint_weights
@@ -109,8 +109,8 @@ def make_cache(
     _write_captions(folder / CAPTIONS, dataset)
 
     def make(rows: range) -> dict[str, Tensor]:
-        encoded = [_encode(family, dataset, batch, data) for batch in _batches(rows, data.batch_size)]
-        return {name: torch.cat([part[name] for part in encoded])[: len(rows)] for name in encoded[0]}
+        parts = [_encode(family, dataset, batch, data) for batch in _batches(rows, data.batch_size)]
+        return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
     write_shards(folder, count + 1, config.shard_size, make, progress)
     return folder
@@ -215,7 +215,7 @@ class LatentCacheDataset(Dataset):
 
     def load(self, indices: Sequence[int]) -> RawBatch:
         """Return captions only; :meth:`encode` reads the rest."""
-        captions = None if self.captions is None else tuple(self.captions[index] for index in indices)
+        captions = None if self.captions is None else tuple(map(self.captions.__getitem__, indices))
         return RawBatch(None, None, captions, tuple(indices))
 
     def encode(self, family: Family, raw: RawBatch) -> Batch:

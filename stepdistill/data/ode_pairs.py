@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.batch import Cond
 from stepdistill.config import fingerprint
-from stepdistill.data.shards import ShardFormat, Shards, write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family, check_guidance
@@ -98,7 +98,7 @@ def _shard(family: Family, config: PairsConfig, indices: range) -> dict[str, Ten
     parts = []
     for begin in range(0, len(indices), config.batch_size):
         parts.append(_sample(family, config, indices[begin : begin + config.batch_size]))
-    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    return concatenate(parts)
 
 
 @torch.no_grad()

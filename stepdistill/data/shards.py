@@ -149,6 +149,14 @@ class Shards:
         return shard
 
 
+def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of consecutive parts joined by name."""
+    joined = {}
+    for name in parts[0]:
+        joined[name] = torch.cat([part[name] for part in parts])
+    return joined
+
+
 def single(rows: Tensor) -> Tensor:
     """Return rows in single precision, because the CPU cannot concatenate half ones under autocast."""
     return rows.float() if rows.is_floating_point() else rows

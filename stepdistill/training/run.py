@@ -1,4 +1,4 @@
-"""From a configuration to a finished student: the one path that scripts, console and Python callers take."""
+"""From a configuration to a finished student, for the console, the scripts and Python callers."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Run:
     """Everything that is built before the first training step.
 
     Raises:
-        ValueError: for any input that could only fail later.
+        ValueError: for anything in the configuration that would make the run fail later.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"train.output_dir: {self.folder} is a file, wanted a folder")
+            raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -68,7 +68,7 @@ class Run:
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
-        """Of which step, and by which measurement, the exported student is; None is the last."""
+        """Step and measurement by which the exported student was selected; None for the last student."""
         self.evaluation.check_independent(self.distiller.feature_networks())
 
     @property
@@ -120,7 +120,7 @@ class Run:
         trainer.accelerator.wait_for_everyone()
 
     def choose(self, trainer: Trainer) -> None:
-        """Go back to the best student that was measured in the last stage, if any was."""
+        """Restore the best student that was measured in the last stage, if any was."""
         self.selected = self.evaluation.best.record(self.distiller.stage.name)
         if self.selected is not None:
             self.evaluation.best.restore(trainer.result_weights())
@@ -142,7 +142,7 @@ class Run:
         return self.export(folder, trainer.total_cost())
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:
-        """Write the student as it is now, and what it cost."""
+        """Write the pipeline of the student as it is now, with what it cost; return its folder."""
         start = self.config.bank.init_from
         earlier = {} if start is None else read_contract(Path(start)).get("training", {})
         cost += TrainingCost(**earlier)
@@ -162,7 +162,7 @@ class Run:
             about["selected"] = self.selected
         about |= self.evaluation.results(self.distiller)
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
-        if not is_main():  # a process that has only given its share of the weights
+        if not is_main():  # this process has only contributed its shards of the weights
             return folder
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
@@ -175,7 +175,7 @@ class Run:
         return folder
 
     def lora(self) -> dict[str, Tensor] | None:
-        """The student's adapter, where stock diffusers can put one on the teacher; a further input is none."""
+        """Return the student's adapter, or None if stock diffusers could not load it into the teacher."""
         bank, family = self.distiller.bank, self.distiller.family
         if not isinstance(bank, AdapterBank) or not family.loads_lora or family.inputs != Inputs():
             return None
@@ -186,17 +186,17 @@ class Run:
 def distill(
     *, teacher: str, method: str | Mapping[str, Any], data: str | Mapping[str, Any], output_dir: str, **sections: Any
 ) -> Path:
-    """Distil a teacher; the same as ``scripts/train.py``.
+    """Distil a teacher, as ``stepdistill train`` does.
 
     Args:
         teacher: a diffusers directory, a hub id, or ``"embedded"``.
         method: a method's name, or its section (``{"name": "progressive", "steps": 4}``).
         data: a path of images, or the data section.
-        output_dir: the run's folder; the same call again resumes there.
+        output_dir: the run's folder; the same call again resumes it.
         sections: further sections: ``train={"steps": 2000}``, ``bank``, ``optim``, ``teacher_options``.
 
     Returns:
-        The exported pipeline's directory.
+        The exported pipeline's folder.
     """
     mapping = {
         "teacher": {"path": str(teacher), **sections.pop("teacher_options", {})},
@@ -209,17 +209,17 @@ def distill(
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:
-    """The memory policy of a configuration around an opened teacher."""
+    """Return the networks of a configuration's memory policy, around an opened teacher."""
     if config.name == "copy":
         return CopyBank(family.network)
     return AdapterBank(family.network, rank=config.rank, targets=family.lora_targets)
 
 
 def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:
-    """The weights of a finished student, by name; what is trusted of its teacher is of it, too.
+    """Return the weights of a finished student, by name; its folder is trusted as far as its teacher's is.
 
     Raises:
-        ValueError: if the folder holds no pipeline, or not one of a student of this teacher.
+        ValueError: if the folder holds no pipeline, or that of another teacher's student.
     """
     try:
         student = load_teacher(
@@ -229,12 +229,16 @@ def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[st
         raise ValueError(f"bank.init_from: {str(error).removeprefix('teacher.path: ')}") from error
     if student.prediction_type != family.prediction_type:
         raise ValueError(
-            f"bank.init_from: {folder} predicts {student.prediction_type}, the teacher {family.prediction_type}; "
-            "wanted a student of this teacher"
+            f"bank.init_from: {folder}: expected a student of this teacher, which predicts {family.prediction_type}, "
+            f"got one that predicts {student.prediction_type}"
         )
     weights, own = student.network.state_dict(), family.network.state_dict()
     for name in sorted({*own, *weights}):
-        found, wanted = (tuple(side[name].shape) if name in side else None for side in (weights, own))
-        if found != wanted:
-            raise ValueError(f"bank.init_from: {folder}: {name}: found {found}, wanted {wanted}, as the teacher has it")
+        shape, expected = _shape(weights, name), _shape(own, name)
+        if shape != expected:
+            raise ValueError(f"bank.init_from: {folder}: {name}: expected {expected} as in the teacher, got {shape}")
     return weights
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None

@@ -116,7 +116,7 @@ def test_training_on_images_without_images(mapping):
 
 def test_an_output_that_is_a_file(mapping, tmp_path):
     (tmp_path / "run").write_text("")
-    refused(mapping, "is a file, wanted a folder")
+    refused(mapping, "expected a folder, got the file")
 
 
 # -------------------------------------------------------------------------------------------- plan and distill
@@ -200,10 +200,14 @@ def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
     refused(mapping | {"bank": {"init_from": str(tmp_path / "studnt")}}, "^bank.init_from: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
     refused(
-        mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .* predicts epsilon, the teacher v_prediction"
+        mapping | {"bank": {"init_from": str(other)}},
+        "bank.init_from: .*, which predicts v_prediction, got one that predicts epsilon",
     )
     other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
-    refused(mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .*class_embedding.weight: found \\(6, ")
+    refused(
+        mapping | {"bank": {"init_from": str(other)}},
+        "bank.init_from: .*class_embedding.weight: expected .* got \\(6, ",
+    )
 
 
 def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
