@@ -250,7 +250,8 @@ def export(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """``stepdistill benchmark``."""
-    from stepdistill.benchmark.benchmark import BenchmarkConfig, benchmark
+    from stepdistill.benchmark.benchmark import benchmark
+    from stepdistill.benchmark.config import BenchmarkConfig
     from stepdistill.config import build, read_config
 
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)

@@ -254,7 +254,7 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint_json(config: Any) -> str:
     """Twelve hex digits that change when any value of ``config`` does."""
     text = json.dumps(to_dict(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -10,7 +10,7 @@ from stepdistill.config import (
     ConfigError,
     apply_overrides,
     build,
-    fingerprint,
+    fingerprint_json,
     flatten,
     nearest,
     parse_yaml,
@@ -190,9 +190,9 @@ def test_what_is_written_is_read_back():
 
 def test_the_fingerprint_changes_with_every_value_and_with_nothing_else():
     settings = Settings(steps=3)
-    assert fingerprint(settings) == fingerprint(Settings(steps=3)) == fingerprint(to_dict(settings))
+    assert fingerprint_json(settings) == fingerprint_json(Settings(steps=3)) == fingerprint_json(to_dict(settings))
     changed = [dataclasses.replace(settings, steps=4), dataclasses.replace(settings, main=Optim(lr=2e-4))]
-    assert len({fingerprint(s) for s in [settings, *changed]}) == 3
+    assert len({fingerprint_json(s) for s in [settings, *changed]}) == 3
 
 
 def test_flat_keys_are_the_dotted_ones():

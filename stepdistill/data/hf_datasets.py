@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import fingerprint, nearest
+from stepdistill.config import fingerprint_json, nearest
 from stepdistill.data.base import TABLE_KEYS, DataConfig
 
 SPLIT = "train"
@@ -72,7 +72,7 @@ def refuse_keys(config: DataConfig, keys: tuple[str, ...], why: str) -> None:
 
 def _content(folder: Path, pattern: str) -> str:
     files = sorted(folder.rglob(pattern))
-    return fingerprint([[str(file.relative_to(folder)), file.stat().st_size] for file in files])
+    return fingerprint_json([[str(file.relative_to(folder)), file.stat().st_size] for file in files])
 
 
 def _saved_split(path: Path, config: DataConfig) -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepdistill.assets import atomic_write
 from stepdistill.batch import Batch, RawBatch
-from stepdistill.config import fingerprint
+from stepdistill.config import fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
@@ -59,12 +59,12 @@ def encoders(family: Family) -> dict[str, str]:
     if not family.caches_latents:
         raise ValueError("cache: the teacher works on pixels and has no encoder; there is nothing to cache")
     shift, scale = latent_statistics(family.pipe.vae.config, torch.zeros(1))
-    hashes = {"latent scale": fingerprint([shift.flatten().tolist(), scale.flatten().tolist()])}
+    hashes = {"latent scale": fingerprint_json([shift.flatten().tolist(), scale.flatten().tolist()])}
     for name, part in sorted(family.pipe.components.items()):
         if any(part is encoder for encoder in family.frozen_modules):
-            hashes[name] = fingerprint([fingerprint_weights(part), str(next(part.parameters()).dtype)])
+            hashes[name] = fingerprint_json([fingerprint_weights(part), str(next(part.parameters()).dtype)])
         elif hasattr(part, "get_vocab"):
-            hashes[name] = fingerprint([sorted(part.get_vocab().items()), part.model_max_length])
+            hashes[name] = fingerprint_json([sorted(part.get_vocab().items()), part.model_max_length])
     return hashes
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.config import fingerprint
+from stepdistill.config import fingerprint_json
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
@@ -90,7 +90,7 @@ def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
     for ignored in ("output_dir", "batch_size", "prompts"):
         del manifest[ignored]
     if family.takes_text:
-        manifest["prompts"] = fingerprint(list(family.prompts))
+        manifest["prompts"] = fingerprint_json(list(family.prompts))
     return manifest
 
 

@@ -152,7 +152,7 @@ class Run:
             "teacher": self.config.teacher.path,
             "teacher_sha256": self.teacher_fingerprint,
             "guidance_distilled": getattr(self.config.method, "guidance_scale", 1.0),
-            "config_hash": configuration.fingerprint(self.config.as_sections()),
+            "config_hash": configuration.fingerprint_json(self.config.as_sections()),
             **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
             **({"critic": critic} if critic else {}),
             **({} if start is None else {"start": {"path": start, "training": earlier}}),
