@@ -320,13 +320,14 @@ def fingerprint_json(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ, in alphabetical order; a missing key counts as None."""
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line ``key: was ..., is ...`` for every key whose value differs, in alphabetical order."""
-    lines = []
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            lines.append(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}")
-    return lines
+    return [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed_keys(before, now)]
 
 
 def flatten(config: Any, where: str = "") -> dict[str, Any]:

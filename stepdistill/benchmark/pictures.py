@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from stepdistill.benchmark.tables import Row, best_solver, cell
+from stepdistill.benchmark.tables import Row, best_solver, cell, of_kind
 
 
 def pictures(rows: Sequence[Row], metric: str, images: Callable[[Row], Tensor]) -> dict[str, Tensor]:
@@ -19,9 +19,8 @@ def pictures(rows: Sequence[Row], metric: str, images: Callable[[Row], Tensor]) 
 
 def shown_rows(rows: Sequence[Row], metric: str) -> list[Row]:
     """Return the rows to show: a student, by calls, follows the best solver at as many calls."""
-    shown = [row for row in rows if row["kind"] in ("floor", "teacher")]
-    students = [row for row in rows if row["kind"] == "student"]
-    for student in sorted(students, key=lambda row: row["calls"]):
+    shown = of_kind(rows, "floor", "teacher")
+    for student in sorted(of_kind(rows, "student"), key=lambda row: row["calls"]):
         solver = best_solver(rows, student["calls"], metric)
         if solver is not None and solver not in shown:
             shown.append(solver)

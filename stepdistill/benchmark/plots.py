@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.assets import atomic_write
-from stepdistill.benchmark.tables import Row
+from stepdistill.benchmark.tables import Row, of_kind
 
 Line = list[tuple[float, float]]
 """Points of a plot."""
@@ -18,10 +18,9 @@ def plot_calls(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Plot solvers as thin lines, each at its best guidance, methods as stars, teacher and real images as levels."""
     figure, axis = new_axis()
     styles = itertools.cycle(["--", "-.", (0, (1, 3))])
-    for row in rows:
-        if row.get("kind") in ("floor", "teacher"):
-            style = ":" if row["kind"] == "floor" else next(styles)
-            axis.axhline(row[metric], linestyle=style, color="0.3", linewidth=1, label=row["name"])
+    for row in of_kind(rows, "floor", "teacher"):
+        style = ":" if row["kind"] == "floor" else next(styles)
+        axis.axhline(row[metric], linestyle=style, color="0.3", linewidth=1, label=row["name"])
     for index, (name, points) in enumerate(lines_of(rows, "solver", metric).items()):
         marker = "os^vDP"[index % 6]
         axis.plot(*zip(*points, strict=True), f"{marker}-", markersize=4, linewidth=1, color="0.6", label=name)
@@ -40,10 +39,10 @@ def plot_pareto(rows: Sequence[Row], metric: str, path: Path) -> None:
     figure, axis = new_axis()
     groups = {"student": ("*", 12, "C0"), "solver": ("o", 4, "0.6"), "teacher": ("s", 7, "0.2")}
     for kind, (marker, size, color) in groups.items():
-        points = seconds_of([row for row in rows if row.get("kind") == kind], metric)
+        points = seconds_of(of_kind(rows, kind), metric)
         if points:
             axis.plot(*zip(*points, strict=True), marker, markersize=size, color=color, label=f"{kind}s", linestyle="")
-    front = pareto_front([row for row in rows if row.get("kind") in groups], metric)
+    front = pareto_front(of_kind(rows, *groups), metric)
     if front:
         axis.step(*zip(*seconds_of(front, metric), strict=True), where="post", linewidth=1, color="C3",
                   label="nothing is faster and better")  # fmt: skip

@@ -29,12 +29,17 @@ def compared(rows: Sequence[Row], metric: str) -> list[Row]:
     return sorted(completed, key=lambda row: (order.get(row.get("kind", ""), 2), row["calls"], row[metric]))
 
 
+def of_kind(rows: Sequence[Row], *kinds: str) -> list[Row]:
+    """Return the rows of these kinds."""
+    return [row for row in rows if row.get("kind") in kinds]
+
+
 def comparisons(row: Row, rows: Sequence[Row], metric: str) -> Row:
     """Return what a row's kind and the other rows tell about it."""
     added: Row = {}
-    teachers = [other[metric] for other in rows if other.get("kind") == "teacher"]
-    if teachers and row.get("kind") in ("student", "solver", "teacher"):
-        added["ratio"] = row[metric] / min(teachers)
+    teacher = min(of_kind(rows, "teacher"), key=lambda other: other[metric], default=None)
+    if teacher is not None and row.get("kind") in ("student", "solver", "teacher"):
+        added["ratio"] = row[metric] / teacher[metric]
     if row.get("kind") == "student":
         added["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
         added["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
@@ -45,7 +50,7 @@ def comparisons(row: Row, rows: Sequence[Row], metric: str) -> Row:
 
 def best_solver(rows: Sequence[Row], calls: float, metric: str) -> Row | None:
     """Return the best row of a training-free solver within a number of calls."""
-    solvers = [row for row in rows if row.get("kind") == "solver" and row["calls"] <= calls]
+    solvers = [row for row in of_kind(rows, "solver") if row["calls"] <= calls]
     return min(solvers, key=lambda row: row[metric], default=None)
 
 

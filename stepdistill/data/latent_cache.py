@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepdistill.assets import atomic_write
 from stepdistill.batch import Batch, RawBatch
-from stepdistill.config import fingerprint_json
+from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
@@ -188,8 +188,7 @@ class LatentCacheDataset(Dataset):
 
     def _check_made_for(self, config: DataConfig, family: Family) -> None:
         made, current = self.shards.manifest["encoders"], encoders(family)
-        changed = sorted(name for name in {*made, *current} if made.get(name) != current.get(name))
-        if changed:
+        if changed := changed_keys(made, current):
             raise ValueError(
                 f"data.path: {config.path} was made by another {', '.join(changed)} than this teacher's; make a cache "
                 f"of its own with {FORMAT.script}"

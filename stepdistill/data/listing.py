@@ -93,7 +93,7 @@ def list_samples(config: DataConfig) -> Listing:
 def _why_not(path: Path) -> str:
     if path.exists():
         return "expected a folder, an .npz or a .tar, got another file"
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
 
@@ -225,8 +225,9 @@ def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
 def _holds_parquet(path: Path) -> bool:
     if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
         return False
-    names = [file.name for file in path.rglob("*.parquet")]
-    return any("-of-" in name for name in names) or (bool(names) and not any(_image_files(path)))
+    if any(path.rglob("*-of-*.parquet")):
+        return True
+    return any(path.rglob("*.parquet")) and not any(_image_files(path))
 
 
 def _table(path: Path, config: DataConfig) -> Listing:

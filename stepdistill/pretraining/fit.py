@@ -103,9 +103,7 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    started = time.perf_counter()
+    losses = _LossLog(log)
     progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc=log.parent.name)
     for step in progress:
         generator = torch.Generator().manual_seed(config.seed + accelerator.process_index + 1000 * step)
@@ -122,7 +120,7 @@ def fit(
             continue
         if step % config.log_every == 0:
             progress.set_postfix(loss=f"{value.item():.4f}")
-            _append(log, {"step": step, "loss": value.item(), "seconds": round(time.perf_counter() - started, 1)})
+            losses.append(step, value.item())
         if step % config.save_every == 0 or step == config.steps:
             save(average)
     return average
@@ -134,6 +132,16 @@ def _blend(average: nn.Module, network: nn.Module, keep: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
 
 
-def _append(log: Path, row: dict[str, float]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+class _LossLog:
+    """A file of JSON lines with step, loss and seconds since the start, which replaces that of an earlier training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+
+    def append(self, step: int, loss: float) -> None:
+        row = {"step": step, "loss": loss, "seconds": round(time.perf_counter() - self.started, 1)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
