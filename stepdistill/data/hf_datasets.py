@@ -40,7 +40,7 @@ def open_table(path: Path, config: DataConfig) -> tuple[Any, str | None]:
         config: the section, which chooses among splits, subsets and revisions.
 
     Raises:
-        ValueError: if there is no such dataset, split, subset or revision; it says what was tried.
+        ValueError: if there is no such dataset, split, subset or revision; the message tells what was tried.
     """
     import datasets
 

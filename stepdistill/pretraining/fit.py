@@ -78,15 +78,9 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def fit(
-    network: Network,
-    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
-    *,
-    count: int,
-    config: FitConfig,
-    accelerator: Accelerator,
-    log: Path,
-    save: Callable[[Network], object] = lambda average: None,
-) -> Network:
+    network: Network, loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor], *, count: int, config: FitConfig,
+    accelerator: Accelerator, log: Path, save: Callable[[Network], object] = lambda average: None,
+) -> Network:  # fmt: skip
     """Minimise a loss over random batches, and return the moving average of the network.
 
     Args:

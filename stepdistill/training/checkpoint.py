@@ -24,14 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config import differences, nearest
+from stepdistill.config import nearest
 
 
 class CheckpointError(ValueError):
@@ -254,33 +253,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], state)
-
-
-def check_identity(
-    checkpoint: Checkpoint,
-    identity: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    renamed: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Refuse a checkpoint of another run.
-
-    Args:
-        checkpoint: its state has a ``config``, flat ``{"section.key": value}``.
-        identity: what it must be.
-        defaults: what a checkpoint of an older version, which lacks a key, is taken to have had.
-        renamed: former names of keys, and their present ones.
-
-    Raises:
-        CheckpointError: naming every key that differs, with both values.
-    """
-    before = dict(defaults)
-    for key, value in checkpoint.state["config"].items():
-        before[renamed.get(key, key)] = value
-    if changed := differences(before, json.loads(json.dumps(identity))):
-        raise CheckpointError(
-            f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
-            "train.output_dir:\n  - " + "\n  - ".join(changed)
-        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from stepdistill.config import flatten
+from stepdistill.config import differences, flatten
 from stepdistill.methods.base import Distiller
-from stepdistill.training.checkpoint import Checkpoint, check_identity
+from stepdistill.training.checkpoint import Checkpoint, CheckpointError
 from stepdistill.training.config import FREE_KEYS, RENAMED, RunConfig
 
 
@@ -22,8 +23,15 @@ class RunIdentity:
     """What a checkpoint of an older version, which lacks a key, is taken to have had."""
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raise ``CheckpointError`` naming every key in which a checkpoint differs."""
-        check_identity(checkpoint, self.values, self.defaults, renamed=RENAMED)
+        """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs."""
+        before = dict(self.defaults)
+        for key, value in checkpoint.state["config"].items():
+            before[RENAMED.get(key, key)] = value
+        if changed := differences(before, json.loads(json.dumps(self.values))):
+            raise CheckpointError(
+                f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
+                "train.output_dir:\n  - " + "\n  - ".join(changed)
+            )
 
 
 def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, str]) -> RunIdentity:

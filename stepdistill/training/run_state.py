@@ -1,4 +1,4 @@
-"""The tensors of a run that its checkpoints hold, and the checkpoint that a run goes on from."""
+"""The tensors of a run that its checkpoints hold, and the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_weights(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
 
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Checkpoint | None:
-    """Return the checkpoint to go on from, the same in all processes, which call this together.
+    """Return the checkpoint to resume from, the same in all processes, which call this together.
 
     The main process chooses it, because that may set a corrupt one aside.
     """
