@@ -1,7 +1,7 @@
 """Encode a data set once: ``python scripts/cache.py --config configs/sd_lcm_lora.yaml cache.output_dir=data/cache``.
 
-Then train with ``data.name=cache data.path=data/cache``. The sections teacher and data say what is encoded, and by
-what; the others are the training's own. The same command again goes on where it was stopped.
+Then train with ``data.name=cache data.path=data/cache``. The sections teacher and data tell what is encoded, and by
+which teacher; others belong to the training. Run the same command again to resume.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Two sets of emoji -> ``train.npz`` and ``held_out.npz``: images on white with captions, for any ``data:`` section.
 
 A set is ``<name>_32.npz`` (``rgba`` uint8 (N, 32, 32, 4), not premultiplied) and ``<name>.jsonl`` (name, group, tone).
-Where they come from: stepdistill/assets/emoji/LICENSE, the folder that this command filled.
+For their origin see stepdistill/assets/emoji/LICENSE.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import numpy as np
 
 STYLES = {"fluent3d": "3d", "twemoji": "flat"}  # a set's name, and the word that its captions begin with
 LEFT_OUT = ("People & Body", "Flags")  # hundreds of figures and flags that differ in a few of 32 x 32 pixels
-HELD_OUT = 20  # one in so many names is kept from training in one of its two styles
+HELD_OUT = 20  # one in this many names is held out, in one of its two styles
 
 
 def read_style(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -27,7 +27,7 @@ def read_style(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def is_held_out(name: str, style: str) -> bool:
-    """Whether a pair is kept from training, by the name's checksum; the other style's is then trained on."""
+    """Whether a pair is held out, by the checksum of its name; the same name in the other style is not."""
     number = zlib.crc32(name.encode())
     return number % HELD_OUT == 0 and style == list(STYLES)[number // HELD_OUT % 2]
 

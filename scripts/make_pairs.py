@@ -1,6 +1,6 @@
 """Sample a teacher in pairs of noise and image: ``python scripts/make_pairs.py --config configs/pixel_dmd_pairs.yaml``.
 
-Pairs that are there already are kept: the same command again goes on where it was stopped.
+Run the same command again to resume: existing pairs are kept.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     sections = read_config(args.config, args.overrides)
     if unknown := sorted(sections.keys() - {"teacher", "pairs"}):
-        raise ConfigError([f"{name}: unknown section; wanted teacher and pairs" for name in unknown])
+        raise ConfigError([f"{name}: unknown section; expected teacher and pairs" for name in unknown])
     teacher = build(TeacherConfig, sections.get("teacher"), "teacher")
     config = build(PairsConfig, sections.get("pairs"), "pairs")
     family = load_teacher(teacher)

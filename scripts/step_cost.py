@@ -1,10 +1,10 @@
-"""Seconds and peak memory of a training step, by memory policy, on networks of the real sizes with random weights.
+"""Measure seconds and peak memory of a training step, by memory policy, on networks of real size with random weights.
 
     python scripts/step_cost.py data.batch_size=4
 
 prints a table of LCM and DMD2 on networks of the sizes of Stable Diffusion 1.5 and XL, as full copies and as adapters
-on one network. It wants a GPU and no files: nothing is downloaded or written. Without a GPU, --plan tells what would be
-held (weights, gradients, optimisers) from sizes alone, and --tiny tries the steps with miniatures.
+on one network. It needs a GPU and no files: nothing is downloaded or written. Without a GPU, --plan tells what would be
+held (weights, gradients, optimisers), and --tiny tries the steps with miniatures.
 """
 
 import argparse
@@ -22,9 +22,9 @@ def main() -> None:
         help="files sd_<method>.yaml or sdxl_<method>.yaml; by default those of LCM and DMD2",
     )  # fmt: skip
     parser.add_argument("--bank", nargs="+", choices=["copy", "adapter"], default=["copy", "adapter"])
-    parser.add_argument("--steps", type=int, default=20, help="timed steps, a multiple of method.every")
+    parser.add_argument("--steps", type=int, default=20, help="timed; a multiple of method.student_update_interval")
     parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
-    parser.add_argument("--plan", action="store_true", help="only what is held, by calculation")
+    parser.add_argument("--plan", action="store_true", help="calculate what is held; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
     args = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Train the small classifier whose features judge images: data/fashion_train.npz -> config.json + model.safetensors.
+"""Train the small classifier whose features measure images: data/fashion_train.npz -> config.json + model.safetensors.
 
 python scripts/train_features.py --train data/fashion_train.npz --test data/fashion_test.npz \
     --output_dir stepdistill/assets/fashion/features

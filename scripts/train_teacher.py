@@ -1,6 +1,6 @@
 """Train a teacher: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``.
 
-``configs/teacher_emoji.yaml`` makes a text-to-image one.
+``configs/teacher_emoji.yaml`` trains a text-to-image teacher.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The console: ``stepdistill train | generate | evaluate | export | benchmark | report | demo``, as scripts/ too."""
+"""The console: ``stepdistill train | generate | evaluate | compare | export | benchmark | report | demo``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROTOCOL_FLAGS = (
-    ("num_samples", int, "images that are judged"),
-    ("seed", int, "of the set of images"),
+    ("num_samples", int, "number of images that are measured"),
+    ("seed", int, "seed of the set of images"),
     (
         "metrics",
         str,
@@ -19,24 +19,24 @@ PROTOCOL_FLAGS = (
     ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
     ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
     ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
-    ("size", int, "resize and crop all images to a square of this side"),
+    ("size", int, "side of the square to which all images are resized and cropped"),
     ("captions", str, "prompts, one a line, or a folder with metadata.jsonl"),
-    ("guidance_scale", float, "1 is none; by default the pipeline's own"),
+    ("guidance_scale", float, "1 is no guidance; by default the pipeline's own"),
     ("num_inference_steps", int, "by default the pipeline's own"),
-    ("rows", int, "rows that the network sees at a time: fewer where memory is short"),
+    ("rows", int, "rows in one call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
 )
 
 
 TRUST_FLAGS = {
-    "trust_remote_code": "let Python files run that lie in the folder; read them first",
-    "trust_pickles": "read weights that are there as pickles (.bin) only",
+    "trust_remote_code": "allow Python files of the folder to run; read them first",
+    "trust_pickles": "read weights that exist only as pickles (.bin)",
 }
-"""What may run of the folders that a command opens."""
+"""Flags that allow code or pickles of the folders that a command opens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, build, run; a user's mistake is one message and exit code 2."""
+    """Run a command; print one message and exit with code 2 if the user made a mistake."""
     args = make_parser().parse_args(arguments)
     try:
         args.run(args)
@@ -46,51 +46,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and their flags, spelled as the diffusers examples spell them."""
+    """Return the parser of all commands; flags have the names of those in the diffusers examples."""
     parser = argparse.ArgumentParser(prog="stepdistill", description="From a many-step teacher to a few-step student.")
     commands = parser.add_subparsers(dest="command", required=True)
-    flags_of_train(add(commands, "train", train, "train a student; the same command again resumes"))
+    flags_of_train(add(commands, "train", train, "train a student; run the same command again to resume"))
     flags_of_generate(add(commands, "generate", generate, "sample an exported pipeline"))
     flags_of_evaluate(add(commands, "evaluate", evaluate, "measure a pipeline, a teacher, or a folder of images"))
-    command = add(commands, "compare", compare, "which result is better, and is the difference more than chance")
+    command = add(commands, "compare", compare, "tell which result is better, and whether by more than chance")
     command.add_argument("results", nargs="+", type=Path, help="two or more result files")
     flags_of_export(add(commands, "export", export, "export the student of a run's newest checkpoint"))
-    command = add(commands, "benchmark", benchmark, "students beside the teacher and the training-free solvers")
+    command = add(commands, "benchmark", benchmark, "compare students with the teacher and training-free solvers")
     flags_of_table(command, "benchmark_fashion")
-    command.add_argument("--time", action="store_true", help="take all seconds again, where rows are of several runs")
-    flags_of_table(add(commands, "demo", demo, "distil the embedded teacher and draw the picture"), "demo")
-    command = add(commands, "report", report, "one self-contained page from result files")
+    command.add_argument("--time", action="store_true", help="measure the seconds of all rows again, in this run")
+    flags_of_table(add(commands, "demo", demo, "distil the embedded teacher and draw a picture"), "demo")
+    command = add(commands, "report", report, "write one self-contained page from result files")
     command.add_argument("results", nargs="+", help="result files (.json) of evaluate or benchmark")
     command.add_argument("--output", required=True, help="page to write (.html)")
     return parser
 
 
 def flags_of_train(command: argparse.ArgumentParser) -> None:
-    """The flags of ``stepdistill train``."""
+    """Add the flags of ``stepdistill train``."""
     command.add_argument("--config", required=True, help="YAML file, see configs/")
-    command.add_argument("--dry_run", action="store_true", help="print the resolved config and a memory plan")
+    command.add_argument("--dry_run", action="store_true", help="print the resolved configuration and a memory plan")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
 
 
 def flags_of_generate(command: argparse.ArgumentParser) -> None:
-    """The flags of ``stepdistill generate``."""
-    command.add_argument("--pipeline", required=True, help="exported directory")
-    command.add_argument("--prompt", nargs="+", default=[], help="one or more, repeated as needed")
-    command.add_argument("--prompt_file", help="more of them: a text file, one a line, a .jsonl, or - for stdin")
-    command.add_argument("--negative_prompt", help="what guidance leads away from; wants a guidance above 1")
-    command.add_argument(
-        "--class_labels", type=int, nargs="+", help="labels, repeated as needed; all in turn by default"
-    )
-    command.add_argument("--num_images", type=int, help="by default one a prompt, or 16")
-    command.add_argument("--num_inference_steps", type=int, help="other than trained: worse images")
-    command.add_argument("--guidance_scale", type=float, help="1 is none; by default as the contract says")
+    """Add the flags of ``stepdistill generate``."""
+    command.add_argument("--pipeline", required=True, help="folder of an exported pipeline")
+    command.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, used in turn")
+    command.add_argument("--prompt_file", help="further prompts: a text file (one a line), a .jsonl, or - for stdin")
+    command.add_argument("--negative_prompt", help="what guidance leads away from; needs a guidance scale above 1")
+    command.add_argument("--class_labels", type=int, nargs="+", help="labels, used in turn; by default all classes")
+    command.add_argument("--num_images", type=int, help="by default one per prompt, or 16")
+    command.add_argument("--num_inference_steps", type=int, help="numbers other than the trained one give worse images")
+    command.add_argument("--guidance_scale", type=float, help="1 is no guidance; by default as the contract says")
     command.add_argument("--batch_size", type=int, default=100)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: its images on the right")
+    command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: show its images, too")
     command.add_argument(
-        "--compare_steps", type=int, default=50, help="of the teacher, by DDIM (a flow's own scheduler)"
+        "--compare_steps",
+        type=int,
+        default=50,
+        help="of the teacher, by DDIM (a flow: its own scheduler)",
     )
-    command.add_argument("--compare_guidance_scale", type=float, help="by default as the student was distilled at")
+    command.add_argument(
+        "--compare_guidance_scale", type=float, help="of the teacher; by default that of the distillation"
+    )
     flags_of_trust(command)
     command.add_argument(
         "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"
@@ -98,57 +101,57 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
 
 
 def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
-    """The flags of ``stepdistill evaluate``."""
+    """Add the flags of ``stepdistill evaluate``."""
     subject = command.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--pipeline", help="exported directory, or any diffusers pipeline directory")
-    subject.add_argument("--teacher", help="a teacher's directory, or 'embedded', under --solver")
+    subject.add_argument("--pipeline", help="folder of an exported or any other diffusers pipeline")
+    subject.add_argument("--teacher", help="a teacher's folder, or 'embedded'; sampled by --solver")
     subject.add_argument("--images", help="images that were generated elsewhere: a folder, or an .npz")
     command.add_argument("--protocol", default="embedded", help="embedded, cifar50k, imagenet50k, coco30k, or a file")
-    command.add_argument("--solver", default="DDIM", help="of the teacher")
+    command.add_argument("--solver", default="DDIM", help="solver of the teacher")
     flags_of_trust(command)
-    command.add_argument("--batch_size", type=int, default=100, help="changes nothing but the speed")
-    command.add_argument("--write_reference", type=Path, help="write the reference's statistics (.npz) for next time")
+    command.add_argument("--batch_size", type=int, default=100, help="changes only the speed")
+    command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
     command.add_argument("--output", type=Path, required=True, help="result file (.json)")
     command.add_argument("--report", help="also write a page (.html) of the result")
-    fields = command.add_argument_group("in place of the protocol's; the result says so")
+    fields = command.add_argument_group("replace values of the protocol; the result tells which")
     for name, kind, text in PROTOCOL_FLAGS:
         fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
 
 
 def flags_of_trust(command: argparse.ArgumentParser) -> None:
-    """The flags of commands that open folders which no configuration names."""
+    """Add the flags of commands that open folders without a configuration."""
     for name, text in TRUST_FLAGS.items():
         command.add_argument(f"--{name}", action="store_true", help=text)
 
 
 def trust_of(args: argparse.Namespace) -> dict[str, bool]:
-    """What was said by the flags of :func:`flags_of_trust`."""
+    """Return the values of the flags of :func:`flags_of_trust`."""
     return {name: getattr(args, name) for name in TRUST_FLAGS}
 
 
 def flags_of_export(command: argparse.ArgumentParser) -> None:
-    """The flags of ``stepdistill export``."""
+    """Add the flags of ``stepdistill export``."""
     command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
     command.add_argument("--output", required=True, help="folder to write")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 def flags_of_table(command: argparse.ArgumentParser, config: str) -> None:
-    """The flags of the commands that make a table from a configuration."""
+    """Add the flags of commands that make a table from a configuration."""
     command.add_argument("--config", default=f"configs/{config}.yaml", help="YAML file")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.add_argument("--report", help="also write a page (.html) of the result")
 
 
 def add(commands: argparse._SubParsersAction, name: str, function: object, text: str) -> argparse.ArgumentParser:
-    """A sub-command that runs ``function``."""
+    """Add a sub-command that runs ``function``."""
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=function)
     return command
 
 
 def train(args: argparse.Namespace) -> None:
-    """``stepdistill train``."""
+    """Run ``stepdistill train``."""
     from stepdistill.config import read_config
     from stepdistill.export.contract import read_contract
     from stepdistill.networks.sharding import is_main
@@ -168,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """``stepdistill generate``."""
+    """Run ``stepdistill generate``."""
     from stepdistill.inference.generate import (
         Request,
         beside_teacher,
@@ -182,14 +185,17 @@ def generate(args: argparse.Namespace) -> None:
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
         about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
-    flags = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    call = {}
+    for name in ("num_inference_steps", "guidance_scale"):
+        if getattr(args, name) is not None:
+            call[name] = getattr(args, name)
     request = Request(
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
         seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
-        call={key: flag for key, flag in flags.items() if flag is not None},
+        call=call,
     )  # fmt: skip
     images = generate_images(open_pipeline(args.pipeline, request, trust_of(args)), request)
-    cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls an image"
+    cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls per image"
     if args.compare is not None:
         images = beside_teacher(
             images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
@@ -201,7 +207,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """``stepdistill evaluate``."""
+    """Run ``stepdistill evaluate``."""
     import json
 
     from accelerate import PartialState
@@ -228,19 +234,19 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     print(json.dumps({key: value for key, value in result.items() if key not in ("setting", "subject")}, indent=2))
     for key, (preset, given) in about["overridden"].items():
-        print(f"not protocol {about['name']!r}: {key} is {given}, there {preset}", file=sys.stderr)
+        print(f"{key}: protocol {about['name']!r} has {preset}, this result {given}", file=sys.stderr)
     write_page(args.report, args.output)
 
 
 def compare(args: argparse.Namespace) -> None:
-    """``stepdistill compare``."""
+    """Run ``stepdistill compare``."""
     from stepdistill.evaluation.compare import compare, read_results
 
     print(compare(read_results(args.results)))
 
 
 def export(args: argparse.Namespace) -> None:
-    """``stepdistill export``."""
+    """Run ``stepdistill export``."""
     from stepdistill.config import read_config
     from stepdistill.training.config import resolve
     from stepdistill.training.run import Run
@@ -249,8 +255,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """``stepdistill benchmark``."""
-    from stepdistill.benchmark.benchmark import BenchmarkConfig, benchmark
+    """Run ``stepdistill benchmark``."""
+    from stepdistill.benchmark.benchmark import benchmark
+    from stepdistill.benchmark.config import BenchmarkConfig
     from stepdistill.config import build, read_config
 
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
@@ -259,14 +266,14 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """``stepdistill report``."""
+    """Run ``stepdistill report``."""
     from stepdistill.benchmark.report import write_report
 
     print(write_report([Path(path) for path in args.results], Path(args.output)))
 
 
 def write_page(output: str | None, result: Path) -> None:
-    """What ``--report`` asks for."""
+    """Write the page of ``--report``, if it is given."""
     if output is not None:
         from stepdistill.benchmark.report import write_report
 
@@ -274,7 +281,7 @@ def write_page(output: str | None, result: Path) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """``stepdistill demo``."""
+    """Run ``stepdistill demo``."""
     from stepdistill.benchmark.demo import demo
 
     picture = demo(args.config, args.overrides)

@@ -1,20 +1,21 @@
 """Configuration: YAML plus dotted overrides, turned into frozen dataclasses, strictly.
 
-A configuration is written for people, so it is read the way people mean it: ``1e-4`` is a number and
-``no`` is a word (YAML 1.1 disagrees on both). Everything else is strict. A key given twice, an unknown
-key, a wrong type and a missing value are all errors, and all of them are reported at once, each with
-the nearest name that would have been right.
+``1e-4`` is a number and ``no`` is a word (YAML 1.1 disagrees on both). Everything else is strict: a key given twice, an
+unknown key, a wrong type and a missing value are errors, which are all reported at once, each with the nearest right
+name.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,12 +39,11 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2 booleans and floats, and no duplicate keys."""
 
 
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_YAML_1_1 = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_StrictLoader.yaml_implicit_resolvers = {}
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _kept = [(tag, regexp) for tag, regexp in _resolvers if tag not in _YAML_1_1]
+    _StrictLoader.yaml_implicit_resolvers[_first] = _kept
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -94,13 +94,13 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(mapping, dict):
-        raise ConfigError([f"{path}: expected sections of keys, found {type(mapping).__name__}"])
+        raise ConfigError([f"{path}: expected sections of keys, got {type(mapping).__name__}"])
     return apply_overrides(mapping, overrides)
 
 
 def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
-    """A copy of ``mapping`` with every ``a.b.c=value`` set; the value is parsed as YAML."""
-    result = _copy_tree(mapping)
+    """Return a copy of ``mapping`` with every ``a.b.c=value`` set; values are parsed as YAML."""
+    result = copy.deepcopy(dict(mapping))
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals:
@@ -115,35 +115,35 @@ def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
     return result
 
 
-def _copy_tree(mapping: Mapping) -> dict:
-    return {key: _copy_tree(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
-
-
 def _nearest_file(path: Path) -> str:
     names = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     return nearest(path.name, names)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``names``, or the names themselves, or nothing.
+    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, or all names, or nothing.
 
     >>> nearest("progresive", ["progressive", "dmd2"])
     "; did you mean 'progressive'?"
     """
     names = sorted(names)
-    matches = difflib.get_close_matches(name, names, n=1)
-    if matches:
-        return f"; did you mean {matches[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    known = f"; known: {', '.join(names)}" if names else ""
+    return _closest(name, names) or known
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, or nothing."""
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 # --------------------------------------------------------------------------------------------- building
 
 
 def build(cls: type[T], mapping: Mapping | None, where: str = "") -> T:
-    """Build the dataclass ``cls`` from a mapping, checking names and types recursively.
+    """Build the dataclass ``cls`` from a mapping, and check names and types recursively.
 
-    A dataclass may check itself across fields in ``__post_init__`` by raising ``ValueError``.
+    A dataclass may check its values in ``__post_init__`` by raising ``ValueError``.
 
     Raises:
         ConfigError: listing every problem found, not only the first.
@@ -157,7 +157,7 @@ def build(cls: type[T], mapping: Mapping | None, where: str = "") -> T:
 
 def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(mapping, Mapping):
-        problems.append(f"{where or 'config'}: expected a section of keys, found {mapping!r}")
+        problems.append(f"{where or 'config'}: expected a section of keys, got {mapping!r}")
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -168,9 +168,9 @@ def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) ->
     values = {}
     for name, field in fields.items():
         if name in mapping:
-            values[name] = _coerce(mapping[name], hints[name], _join(where, name), problems)
+            values[name] = _read(mapping[name], hints[name], _join(where, name), problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(f"{_join(where, name)}: missing (a {_describe(hints[name])} is required)")
+            problems.append(f"{_join(where, name)}: missing (expected {_describe(hints[name])})")
     if len(problems) > before:
         return None
     try:
@@ -180,54 +180,108 @@ def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) ->
         return None
 
 
-def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
-    """``value`` as ``hint``, or a problem."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, args, hint, where, problems)
-    if origin is Literal:
-        if value in args:
-            return value
-        problems.append(f"{where}: found {value!r}{nearest(str(value), [str(arg) for arg in args])}")
-        return None
+def _read(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """Return ``value`` as the type ``hint``, or add a problem."""
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, where, problems)
-    if origin in (tuple, list) and isinstance(value, (list, tuple)):
-        items = [_coerce(item, args[0], f"{where}[{i}]", problems) for i, item in enumerate(value)]
-        return origin(items)
-    if origin is dict and isinstance(value, Mapping):
-        return {str(key): _coerce(item, args[1], _join(where, key), problems) for key, item in value.items()}
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value == value and abs(value) != float("inf"):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    problems.append(f"{where}: expected {_describe(hint)}, found {value!r}")
-    return None
+    return _READERS[get_origin(hint) or hint](value, hint, where, problems)
 
 
-def _coerce_union(value: Any, options: tuple, hint: Any, where: str, problems: list[str]) -> Any:
-    if value is None and type(None) in options:
+def _read_any(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    del hint, where, problems
+    return value
+
+
+def _read_exactly(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    if type(value) is not hint:  # not isinstance, because true is no whole number
+        problems.append(_mismatch(value, hint, where))
+    return value
+
+
+def _read_number(value: Any, hint: Any, where: str, problems: list[str]) -> float:
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    problems.append(_mismatch(value, hint, where))
+    return 0.0
+
+
+def _read_literal(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    options = get_args(hint)
+    if value not in options:
+        problems.append(_mismatch(value, hint, where) + _closest(str(value), map(str, options)))
+    return value
+
+
+def _read_items(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        problems.append(_mismatch(value, hint, where))
         return None
+    items = []
+    for index, item in enumerate(value):
+        items.append(_read(item, get_args(hint)[0], f"{where}[{index}]", problems))
+    return get_origin(hint)(items)
+
+
+def _read_section(value: Any, hint: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        problems.append(_mismatch(value, hint, where))
+        return {}
+    section = {}
+    for key, item in value.items():
+        section[str(key)] = _read(item, get_args(hint)[1], _join(where, key), problems)
+    return section
+
+
+def _read_union(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """Return ``value`` as the first option that it fits."""
+    options = list(get_args(hint))
+    if type(None) in options:
+        options.remove(type(None))
+        if value is None:
+            return None
+    if len(options) == 1:
+        return _read(value, options[0], where, problems)
     for option in options:
         attempt: list[str] = []
-        result = _coerce(value, option, where, attempt)
-        if option is not type(None) and not attempt:
+        result = _read(value, option, where, attempt)
+        if not attempt:
             return result
-    remaining = [option for option in options if option is not type(None)]
-    if len(remaining) == 1:
-        return _coerce(value, remaining[0], where, problems)
-    problems.append(f"{where}: expected {_describe(hint)}, found {value!r}")
+    problems.append(_mismatch(value, hint, where))
     return None
+
+
+_READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
+    Any: _read_any,
+    bool: _read_exactly,
+    int: _read_exactly,
+    str: _read_exactly,
+    float: _read_number,
+    Literal: _read_literal,
+    tuple: _read_items,
+    list: _read_items,
+    dict: _read_section,
+    Union: _read_union,
+    types.UnionType: _read_union,
+}
+"""By type, or the origin of a generic one, the function that reads it."""
+
+
+def _mismatch(value: Any, hint: Any, where: str) -> str:
+    return f"{where}: expected {_describe(hint)}, got {value!r}"
+
+
+_WORDS = {float: "number", int: "whole number", str: "text", bool: "true/false"}
 
 
 def _describe(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in get_args(hint))
-    if get_origin(hint) is None and isinstance(hint, type):
-        return {float: "number", int: "whole number", str: "text", bool: "true/false"}.get(hint, hint.__name__)
+    """Return a type in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_describe, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is None:
+        return _WORDS.get(hint, str(hint))
     return str(hint).replace("typing.", "")
 
 
@@ -239,34 +293,49 @@ def _join(where: str, key: Any) -> str:
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass tree as plain YAML/JSON values."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_dict(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
+    """Return a tree of dataclasses as plain YAML/JSON values."""
+    match config:
+        case Mapping():
+            return {key: to_dict(value) for key, value in config.items()}
+        case list() | tuple():
+            return list(map(to_dict, config))
+        case Path():
+            return str(config)
+    if not dataclasses.is_dataclass(config):
+        return config
+    tree = {}
+    for field in dataclasses.fields(config):
+        tree[field.name] = to_dict(getattr(config, field.name))
+    return tree
 
 
 def to_yaml(config: Any) -> str:
-    """YAML text that :func:`parse_yaml` reads back to the same values."""
+    """Return YAML text that :func:`parse_yaml` reads back to the same values."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def fingerprint(config: Any) -> str:
-    """Twelve hex digits that change when any value of ``config`` does."""
+def fingerprint_json(config: Any) -> str:
+    """Return twelve hex digits that change when any value of ``config`` does."""
     text = json.dumps(to_dict(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ, in alphabetical order; a missing key counts as None."""
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line ``key: was ..., is ...`` for every key whose value differs, in alphabetical order."""
+    return [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed_keys(before, now)]
+
+
 def flatten(config: Any, where: str = "") -> dict[str, Any]:
-    """``{"section.key": value}`` for every leaf of a configuration tree."""
+    """Return ``{"section.key": value}`` for every leaf of a configuration tree; an empty section is a leaf."""
     tree = to_dict(config)
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or (where and not tree):
         return {where: tree}
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, Mapping) and bool(value)
-        leaves.update(flatten(value, _join(where, key)) if nested else {_join(where, key): value})
+        leaves |= flatten(value, _join(where, key))
     return leaves

@@ -9,10 +9,20 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
-from stepdistill.config import parse_yaml
+from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.config import build, parse_yaml, read_config
+from stepdistill.data.base import DataConfig
+from stepdistill.data.latent_cache import CacheConfig
+from stepdistill.data.ode_pairs import PairsConfig
+from stepdistill.families.config import TeacherConfig
+from stepdistill.pretraining.pixel import PretrainConfig
+from stepdistill.pretraining.text_to_image import TextTeacherConfig
+from stepdistill.training.config import resolve
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("stepdistill", "pipelines", "scripts") for path in (ROOT / folder).rglob("*.py"))
@@ -69,9 +79,43 @@ def test_exported_pipelines_do_not_need_the_package() -> None:
 # --------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_is_yaml_with_sections(path: Path) -> None:
-    assert isinstance(parse_yaml(path.read_text()), dict)
+def read_as_its_command_does(mapping: dict[str, Any]) -> None:
+    """Resolve a configuration of ``configs/`` with the function of the command that takes it; open no path."""
+    if "pairs" in mapping:
+        assert mapping.keys() == {"teacher", "pairs"}
+        build(TeacherConfig, mapping["teacher"], "teacher")
+        build(PairsConfig, mapping["pairs"], "pairs")
+    elif "students" in mapping:
+        build(BenchmarkConfig, mapping)
+    elif "vae" in mapping:
+        build(TextTeacherConfig, mapping)
+    elif "model" in mapping:
+        build(PretrainConfig, mapping)
+    else:
+        if "demo" in mapping:
+            measured = {"teacher": mapping["teacher"], "output": "result.json"} | mapping.pop("demo")
+            build(BenchmarkConfig, measured, "demo")
+        resolve(mapping)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_resolves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # data that is not here is not opened either
+    mapping = parse_yaml(path.read_text())
+    read_as_its_command_does(mapping)
+
+
+def test_the_cache_of_a_configuration_resolves() -> None:
+    """``scripts/cache.py`` reads the data of a training and a section that the command line gives."""
+    sections = read_config(ROOT / "configs/sd_lcm_lora.yaml", ["cache.output_dir=cache"])
+    build(DataConfig, sections["data"], "data")
+    build(CacheConfig, sections["cache"], "cache")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_launch_file_is_one_of_accelerates(path: Path) -> None:
+    load_config_from_file(str(path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)

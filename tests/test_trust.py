@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import stepdistill.evaluation.evaluate
 from stepdistill import load_pipeline
-from stepdistill.benchmark.benchmark import Benchmark, BenchmarkConfig
+from stepdistill.benchmark.benchmark import Benchmark
+from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.cli import main
 from stepdistill.config import build, to_yaml
 from stepdistill.diffusion.samplers import DDIM

@@ -1,6 +1,6 @@
-"""The demo: distil the embedded teacher, measure it beside everything else, and draw the picture.
+"""The demo: distil the embedded teacher, measure it beside everything else, and draw a picture.
 
-Writes ``report.png`` (to look at), ``result.json`` (to read) and ``pipeline/`` (to use) into the run's folder.
+It writes ``report.png``, ``result.json`` and the student, ``pipeline/``, into the run's folder.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from stepdistill.benchmark.benchmark import SHOWN, Benchmark, BenchmarkConfig
-from stepdistill.benchmark.tables import Row, best_solver, cell, compared, text
+from stepdistill.assets import atomic_write
+from stepdistill.benchmark.benchmark import SHOWN, Benchmark
+from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.pictures import pictures
+from stepdistill.benchmark.tables import Row, cell, compared, text
 from stepdistill.config import build, read_config
 from stepdistill.inference.grids import make_grid
 from stepdistill.training.config import resolve
@@ -21,10 +22,10 @@ from stepdistill.training.run import Run
 
 
 def demo(path: str, overrides: Sequence[str] = ()) -> Path:
-    """Run the demo of a configuration file, whose ``demo`` section says what to measure.
+    """Run the demo of a configuration file, whose ``demo`` section tells what to measure.
 
     Returns:
-        The picture.
+        The file of the picture.
     """
     began = time.perf_counter()
     mapping = read_config(path, overrides)
@@ -34,44 +35,36 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     final = run.train()
     trained = time.perf_counter() - began
     students = {
-        "student, 4 steps": final.with_name("pipeline-4-steps"),
-        f"student, {mapping['method']['steps']} steps": final,
+        "student, 4 steps": str(final.with_name("pipeline-4-steps")),
+        f"student, {mapping['method']['steps']} steps": str(final),
     }
     output = run.folder / "result.json"
     output.unlink(missing_ok=True)
     config = {
         "teacher": mapping["teacher"],
         "output": str(output),
-        "students": {k: str(v) for k, v in students.items()},
+        "students": students,
     }
     bench = Benchmark(build(BenchmarkConfig, config | measured, "demo"))
     rows = compared(bench.run(), bench.metric)
     result = json.loads(output.read_text())
     seconds = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
-    output.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
+    with atomic_write(output) as partial:
+        partial.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
     picture = draw_report(bench, rows, run.folder / "report.png", seconds)
     print_table(rows, bench.metric)
     print(f"\n{seconds['all']:.0f} s, of which {seconds['training']:.0f} s training.  Look at {picture}")
     return picture
 
 
-def pictures(bench: Benchmark, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows of images (N, C, H, W) in [0, 1]: the same seeds and classes above each other."""
-    shown = [row for row in rows if row["kind"] in ("floor", "teacher")]
-    for student in (row for row in rows if row["kind"] == "student"):
-        solver = best_solver(rows, student["calls"], bench.metric)
-        shown += [solver, student] if solver else [student]
-    return {f"{row['name']}\n{bench.metric} {cell(row[bench.metric])}": bench.images(row) for row in shown}
-
-
 def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapping[str, float]) -> Path:
-    """The picture: images above, the table below."""
+    """Draw the picture: images above, the table below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = pictures(bench, rows)
+    shown = pictures(rows, bench.metric, bench.images)
     figure, axes = pyplot.subplots(
         len(shown) + 1, 1, figsize=(12, 0.75 * len(shown) + 0.26 * len(rows) + 1.2),
         height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],
@@ -81,7 +74,9 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
         axis.set_axis_off()
     columns = ["calls", bench.metric, "recall", "guidance_scale", "seconds_per_image"]
-    table = [[row["name"], *(text(row, column, bench.metric) for column in columns)] for row in rows]
+    table = []
+    for row in rows:
+        table.append([row["name"], *[text(row, column, bench.metric) for column in columns]])
     drawn = axes[-1].table(
         table, colLabels=["", *columns], loc="center", cellLoc="center", colWidths=[0.25] + [0.15] * 5
     )
@@ -98,13 +93,14 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
         f"better.  Training took {seconds['training']:.0f} s.",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
     return path
 
 
 def print_table(rows: Sequence[Row], metric: str) -> None:
-    """The table, for a terminal."""
+    """Print the table."""
     print(f"\n{'':36s} {'calls':>6s} {metric:>8s} {'s/image':>9s}")
     for row in rows:
         seconds = cell(row.get("seconds_per_image"))

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from the result files of one or many runs: it opens anywhere, without a network."""
+"""One self-contained HTML page from the result files of one or many runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from stepdistill.assets import atomic_write
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
-from stepdistill.benchmark.tables import Row, caption, columns, compared, paper_source, text
+from stepdistill.benchmark.tables import Row, caption, compared, paper_source, text, texts
 from stepdistill.config import flatten
 
 STYLE = """
@@ -38,16 +39,19 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
     """Write the page.
 
     Args:
-        results: result files of ``evaluate`` or ``benchmark``; grids that lie beside them are shown.
+        results: result files of ``evaluate`` or ``benchmark``; grids beside them are shown.
         output: the ``.html`` file.
 
     Raises:
-        ValueError: naming a file that is missing or is no result.
+        ValueError: naming a file that is missing or is not a result.
     """
-    opened = {path: read_result(path) for path in results}
-    benchmarks = {path: result for path, result in opened.items() if "rows" in result}
-    single = [result for result in opened.values() if "rows" not in result]
-    sections = [section(path, result) for path, result in benchmarks.items()]
+    sections, single = [], []
+    for path in results:
+        result = read_result(path)
+        if "rows" in result:
+            sections.append(section(path, result))
+        else:
+            single.append(result)
     if single:
         sections.append(evaluations(single))
     body = "\n".join(sections)
@@ -56,33 +60,33 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
         f"<body>\n<h1>Step distillation: results</h1>\n{body}\n</body>\n</html>\n"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    with atomic_write(output) as partial:
+        partial.write_text(page, encoding="utf-8")
     return output
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file of ``evaluate`` or ``benchmark``."""
+    """Read a result file of ``evaluate`` or ``benchmark``."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; wanted a result of evaluate or benchmark (.json)")
+        raise ValueError(f"{path}: no such file; expected a result of evaluate or benchmark (.json)")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(result, dict) or "setting" not in result:
-        raise ValueError(f"{path}: no result of evaluate or benchmark: it has no 'setting'")
+        raise ValueError(f"{path}: expected a result of evaluate or benchmark, got a file without 'setting'")
     return result
 
 
 def section(path: Path, result: Mapping[str, Any]) -> str:
-    """A benchmark: its table, plots, grid and setting."""
+    """Return the section of a benchmark: its table, plots, grid and setting."""
     metric = result["metric"]
     rows = compared(result["rows"], metric)
     with tempfile.TemporaryDirectory() as folder:
         calls, pareto = Path(folder, "calls.png"), Path(folder, "pareto.png")
         plot_calls(rows, metric, calls)
         plot_pareto(rows, metric, pareto)
-        plots = figure(calls, "Quality against network calls.") + figure(pareto, "Quality against seconds an image.")
+        plots = figure(calls, "Quality against network calls.") + figure(pareto, "Quality against seconds per image.")
     grid = path.with_name(f"{path.stem}-grid.png")
     pictures = figure(grid, "Same seeds, same classes.") if grid.is_file() else ""
     return "\n".join(
@@ -92,44 +96,56 @@ def section(path: Path, result: Mapping[str, Any]) -> str:
 
 
 def evaluations(results: Sequence[Mapping[str, Any]]) -> str:
-    """Single evaluations: a table of all their numbers, and their settings."""
-    rows = [{key: value for key, value in result.items() if key != "setting"} for result in results]
-    names = list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float))))
-    body = [[str(row.get("name", "")), *(text(row, name, "") for name in names)] for row in rows]
-    settings = "".join(setting(result["setting"], str(result.get("name", ""))) for result in results)
-    return f"<h2>Evaluations</h2>\n{html_table(['', *names], body)}\n{settings}"
+    """Return the section of single evaluations: a table of all their numbers, and their settings."""
+    names: dict[str, None] = {}
+    for result in results:
+        for key, value in result.items():
+            if isinstance(value, (int, float)):
+                names.setdefault(key)
+    body, settings = [], []
+    for result in results:
+        title = str(result.get("name", ""))
+        body.append([title, *[text(dict(result), name, "") for name in names]])
+        settings.append(setting(result["setting"], title))
+    return f"<h2>Evaluations</h2>\n{html_table(['', *names], body)}\n{''.join(settings)}"
 
 
 def table(rows: Sequence[Row], metric: str) -> str:
-    """The table of :func:`~stepdistill.benchmark.tables.compared` rows, students marked."""
-    shown = columns(rows, metric)
-    body = [[row["name"], *(text(row, key, metric) for key, _ in shown)] for row in rows]
-    return html_table(["", *(heading for _, heading in shown)], body, [row.get("kind", "") for row in rows])
+    """Return the table of :func:`~stepdistill.benchmark.tables.compared` rows, with students marked."""
+    head, body = texts(rows, metric)
+    return html_table(head, body, [row.get("kind", "") for row in rows])
 
 
 def html_table(head: Sequence[str], body: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
-    """Rows of texts; wide ones scroll instead of breaking the page."""
-    lines = ["<tr>" + "".join(f"<th>{escape(heading)}</th>" for heading in head) + "</tr>"]
+    """Return a table of texts, which scrolls if it is wider than the page."""
+    lines = [f"<tr>{html_cells('th', head)}</tr>"]
     for cells, kind in zip(body, kinds or [""] * len(body), strict=True):
-        lines.append(f'<tr class="{escape(kind)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        lines.append(f'<tr class="{escape(kind)}">{html_cells("td", cells)}</tr>')
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
+def html_cells(tag: str, texts: Sequence[str]) -> str:
+    """Return the cells of a line."""
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
 def sources(rows: Sequence[Row]) -> str:
-    """Where the papers' ratios come from."""
-    methods = dict.fromkeys(row["method"] for row in rows if row.get("paper") is not None)
-    items = "".join(f"<li>{escape(method)}: {escape(paper_source(method))}</li>" for method in methods)
-    return f"<details><summary>The papers' ratios</summary><ul>{items}</ul></details>" if items else ""
+    """Return where the papers' ratios come from."""
+    items: dict[str, None] = {}
+    for row in rows:
+        if row.get("paper") is not None:
+            items.setdefault(f"<li>{escape(row['method'])}: {escape(paper_source(row['method']))}</li>")
+    return f"<details><summary>The papers' ratios</summary><ul>{''.join(items)}</ul></details>" if items else ""
 
 
 def figure(path: Path, words: str) -> str:
-    """A PNG inside the page."""
+    """Return a figure with a PNG that is part of the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{escape(words)}</figcaption></figure>"
 
 
 def setting(values: Mapping[str, Any], name: str = "") -> str:
-    """Everything that it takes to repeat a measurement, folded away."""
+    """Return the settings that it takes to repeat a measurement, folded away."""
     body = [[key, str(value)] for key, value in flatten(values).items()]
     return f"<details><summary>Setting {escape(name)}</summary>{html_table(['key', 'value'], body)}</details>"

@@ -1,18 +1,19 @@
-"""What a training step costs on this machine: seconds and peak memory of a shipped configuration, by memory policy.
+"""The cost of a training step on this machine: seconds and peak memory of a configuration, by memory policy.
 
-Both depend on the sizes of networks and not on their values: the teacher has the architecture of Stable Diffusion 1.5
-or XL and random weights, latents and embeddings are random, and nothing is downloaded. VAE and text encoders are
-miniatures, as if the data came from a cache. What is timed is the trainer's own step.
+Both depend on the sizes of networks and not on their values, so the teacher has the architecture of Stable Diffusion
+1.5 or XL with random weights, latents and embeddings are random, and nothing is downloaded. VAE and text encoders are
+miniatures, as if the data came from a cache. The trainer's own step is timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import torch
 from torch import nn
 
 from stepdistill.batch import Batch
+from stepdistill.benchmark.tables import markdown_table
 from stepdistill.config import nearest, read_config
-from stepdistill.data.datasets import NoiseData
+from stepdistill.data.datasets import NoiseDataset
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
 from stepdistill.families.latent import rebuild
@@ -30,33 +32,35 @@ from stepdistill.families.sdxl import SDXL
 from stepdistill.families.tiny import tiny_clip
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
-from stepdistill.training.config import RunConfig, resolve
+from stepdistill.training.config import EvalConfig, RunConfig, resolve
+from stepdistill.training.evaluation import Evaluation
+from stepdistill.training.identity import RunIdentity
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.run import make_bank
 from stepdistill.training.trainer import Trainer
 
 WARMUP = 2
-"""Steps before the clock starts: kernels are chosen and optimisers allocate their states."""
+"""Steps before the clock starts, in which kernels are chosen and optimisers allocate their states."""
 
 
 CPU = torch.device("cpu")
 
 
-HEADER = ("config", "bank", "batch", "teacher's parameters", "all roles", "s a step", "peak memory MB")
+HEADER = ("config", "bank", "batch", "teacher's parameters", "all roles", "s / step", "peak memory MB")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What steps of one configuration cost under one memory policy.
+    """Cost of a step of one configuration under one memory policy.
 
     Attributes:
         config: the configuration's name.
         bank: the memory policy.
-        batch_size: images of a step.
-        parameters: of the teacher's network.
-        held: parameters of all roles, the teacher among them, in units of ``parameters``.
-        seconds: of a step, the mean; None where the device's memory does not suffice.
-        peak_memory_mb: the most in use: the GPU allocator's, on a CPU the process's.
+        batch_size: images per step.
+        parameters: number of parameters of the teacher's network.
+        held: parameters of all roles, including the teacher, in units of ``parameters``.
+        seconds: mean seconds per step; None if the device ran out of memory.
+        peak_memory_mb: peak of the GPU allocator, or of the process on a CPU.
     """
 
     config: str
@@ -68,7 +72,7 @@ class StepCost:
     peak_memory_mb: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row of a table, under :data:`HEADER`."""
+        """Return the row under :data:`HEADER`."""
         seconds = "out of memory" if self.seconds is None else f"{self.seconds:.3g}"
         sizes = (str(self.batch_size), f"{self.parameters:,}", f"{self.held:.2f}x")
         return (self.config, self.bank, *sizes, seconds, f"{self.peak_memory_mb:,.0f}")
@@ -77,29 +81,29 @@ class StepCost:
 def step_cost_table(
     configs: Sequence[Path], banks: Sequence[str], overrides: Sequence[str], steps: int, tiny: bool
 ) -> str:
-    """A Markdown table with a row for every configuration and memory policy.
+    """Return a Markdown table with a row for every configuration and memory policy.
 
     Args:
         configs: files ``<family>_<method>.yaml``.
         banks: memory policies, ``copy`` or ``adapter``.
         overrides: further ``section.key=value`` for all of them.
-        steps: that are timed; a multiple of the method's ``every``, or turns do not have their share.
-        tiny: take miniatures of the networks.
+        steps: number of timed steps, a multiple of the method's ``student_update_interval``.
+        tiny: whether to take miniatures of the networks.
 
     Raises:
-        ValueError: for networks of full size where there is no GPU.
+        ValueError: for networks of full size without a GPU.
     """
     if not tiny and not torch.accelerator.is_available():
         raise ValueError(
-            "no GPU here, which networks of full size want; --plan tells what they hold, --tiny takes miniatures"
+            "networks of full size need a GPU, and there is none; --plan tells what they hold, --tiny takes miniatures"
         )
-    cases = [(path, [*overrides, f"bank.name={bank}"]) for path in configs for bank in banks]
     lines = [HEADER, ("---",) * len(HEADER)]
-    for path, wanted in cases:
-        # a process of its own, or the peak would be that of the most expensive so far
+    for path, bank in itertools.product(configs, banks):
+        # in a process of its own, because the peak is that of a process
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            lines.append(process.submit(measure, path, wanted, steps, tiny).result().cells())
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ["", machine()])
+            case = process.submit(measure, path, [*overrides, f"bank.name={bank}"], steps, tiny)
+            lines.append(case.result().cells())
+    return f"{markdown_table(lines)}\n\n{machine()}"
 
 
 def measure(path: Path, overrides: Sequence[str], steps: int, tiny: bool) -> StepCost:
@@ -107,22 +111,30 @@ def measure(path: Path, overrides: Sequence[str], steps: int, tiny: bool) -> Ste
     config = resolve(read_config(path, overrides))
     family = make_family(path.stem.partition("_")[0], tiny, CPU)
     nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
-    parameters = sum(parameter.numel() for parameter in family.network.parameters())
+    parameters = count_parameters([family.network])
     distiller = make_distiller(config, family, CPU)
     try:
         seconds = time_steps(make_trainer(config, distiller), config.data.batch_size, steps)
     except torch.OutOfMemoryError:
         seconds = None
-    networks, device = distiller.bank.distinct_networks(), torch.accelerator.current_accelerator() or CPU
-    held = sum(parameter.numel() for network in networks for parameter in network.parameters())
+    held = count_parameters(distiller.bank.distinct_networks())
+    device = torch.accelerator.current_accelerator() or CPU
     return StepCost(
         config=path.stem, bank=config.bank.name, batch_size=config.data.batch_size, parameters=parameters,
         held=held / parameters, seconds=seconds, peak_memory_mb=peak_memory(device)["peak_memory_mb"],
     )  # fmt: skip
 
 
+def count_parameters(networks: Iterable[nn.Module]) -> int:
+    """Return the number of parameters of all networks together."""
+    count = 0
+    for network in networks:
+        count += sum(parameter.numel() for parameter in network.parameters())
+    return count
+
+
 def plan(path: Path, overrides: Sequence[str]) -> str:
-    """The memory plan of a configuration at full size; nothing is allocated."""
+    """Return the memory plan of a configuration at full size; nothing is allocated."""
     config, nowhere = resolve(read_config(path, overrides)), torch.device("meta")
     family = make_family(path.stem.partition("_")[0], False, nowhere)
     family.to(nowhere)
@@ -133,7 +145,7 @@ def plan(path: Path, overrides: Sequence[str]) -> str:
 
 
 def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:
-    """The method of a configuration around an opened teacher; what it makes is made on ``place``."""
+    """Return the method of a configuration around an opened teacher, with new tensors on ``place``."""
     method = find_method(config.method_name)
     method.check(config.method, family)
     family.add_inputs(method.extra_inputs(config.method))
@@ -142,17 +154,15 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
 
 
 def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
-    """The loop of a configuration; it reads no data and writes no file."""
-    data = NoiseData(None, size=distiller.family.image_shape, num_classes=None)
-    return Trainer(
-        distiller, data, batch_size=config.data.batch_size,
-        config=dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir()),
-        optim=config.optim, identity={},
-    )  # fmt: skip
+    """Return a trainer that reads no data and writes no file."""
+    data = NoiseDataset(None, size=distiller.family.image_shape, num_classes=None)
+    train = dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir())
+    evaluation = Evaluation.open(EvalConfig(), Path(train.output_dir))
+    return Trainer(distiller, data, dataclasses.replace(config, train=train), RunIdentity({}, {}), evaluation)
 
 
 def time_steps(trainer: Trainer, batch_size: int, steps: int) -> float:
-    """Seconds of a step, the mean of ``steps``."""
+    """Return the mean seconds of ``steps`` steps."""
     family, device = trainer.distiller.family, trainer.device
     images = torch.randn(batch_size, *family.sample_shape)
     batch = Batch(images, family.example_cond(range(batch_size)), batch_size).to(device)
@@ -170,14 +180,14 @@ def time_steps(trainer: Trainer, batch_size: int, steps: int) -> float:
 
 
 def now() -> float:
-    """The clock, when all that was asked of the device is done."""
+    """Return the time at which the device has finished all its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
+    """Return the device and software of the measurement."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     return f"{device}, torch {torch.__version__}, {platform.system()}"
 
@@ -186,15 +196,15 @@ def machine() -> str:
 
 
 def make_family(name: str, tiny: bool, device: torch.device) -> Family:
-    """A teacher of random weights, of full size or a miniature."""
+    """Return a teacher with random weights, of full size or a miniature."""
     if name not in TEACHERS:
-        raise ValueError(f"--config: found a configuration of the family {name!r}{nearest(name, TEACHERS)}")
+        raise ValueError(f"--config: expected a file sd_*.yaml or sdxl_*.yaml, got {name!r}{nearest(name, TEACHERS)}")
     miniature, full = TEACHERS[name]
     return miniature() if tiny else full(device)
 
 
 def full_sd(device: torch.device) -> SD:
-    """The network of Stable Diffusion 1.5, and a text encoder of the width it wants."""
+    """Return the network of Stable Diffusion 1.5, with a text encoder of its width."""
     from diffusers import UNet2DConditionModel
 
     with torch.device(device):
@@ -203,7 +213,7 @@ def full_sd(device: torch.device) -> SD:
 
 
 def full_sdxl(device: torch.device) -> SDXL:
-    """The network of Stable Diffusion XL, and text encoders of the widths it wants."""
+    """Return the network of Stable Diffusion XL, with text encoders of its widths."""
     from diffusers import UNet2DConditionModel
 
     with torch.device(device):

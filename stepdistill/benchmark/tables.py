@@ -1,52 +1,61 @@
-"""Rows of results made comparable: ratios to the teacher, what the papers report, the best solver at as many calls."""
+"""Tables of results: ratios to the teacher, the papers' ratios, and the best solver at as many calls."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from stepdistill.assets import ASSETS
+from stepdistill.assets import ASSETS, atomic_write
 from stepdistill.config import parse_yaml
 
 Row = dict[str, Any]
 
 
 NO_DIFFERENCE = "not distinguishable"
-"""What is said of two rows whose confidence intervals overlap."""
+"""Comparison of two rows whose confidence intervals overlap."""
 
 
 def compared(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The rows in the order of a table, with what follows from the others.
+    """Return the rows in the order of a table, completed by comparisons.
 
-    Real images and the teacher first, then by calls, at equal calls the best first. ``ratio`` is to the teacher's best
-    row, ``paper`` the ratio that the method's paper reports, ``against_solver`` the comparison with the best solver
+    Real images and the teacher come first, then rows by calls and, at equal calls, by the metric. ``ratio`` is to the
+    teacher's best row, ``paper`` is the ratio in the method's paper, ``against_solver`` compares with the best solver
     that takes no more calls.
     """
-    teacher = min((row[metric] for row in rows if row.get("kind") == "teacher"), default=None)
-    completed = []
-    for row in rows:
-        more: Row = {}
-        if teacher is not None and row.get("kind") in ("student", "solver", "teacher"):
-            more["ratio"] = row[metric] / teacher
-        if row.get("kind") == "student":
-            more["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
-            more["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
-        training = row.get("training", {})
-        more |= {key: training.get(key) or None for key in ("teacher_forwards", "cpu_minutes")}
-        completed.append(row | more)
+    completed = [row | comparisons(row, rows, metric) for row in rows]
     order = {"floor": 0, "teacher": 1}
     return sorted(completed, key=lambda row: (order.get(row.get("kind", ""), 2), row["calls"], row[metric]))
 
 
+def of_kind(rows: Sequence[Row], *kinds: str) -> list[Row]:
+    """Return the rows of these kinds."""
+    return [row for row in rows if row.get("kind") in kinds]
+
+
+def comparisons(row: Row, rows: Sequence[Row], metric: str) -> Row:
+    """Return what a row's kind and the other rows tell about it."""
+    added: Row = {}
+    teacher = min(of_kind(rows, "teacher"), key=lambda other: other[metric], default=None)
+    if teacher is not None and row.get("kind") in ("student", "solver", "teacher"):
+        added["ratio"] = row[metric] / teacher[metric]
+    if row.get("kind") == "student":
+        added["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
+        added["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
+    for key in ("teacher_forwards", "cpu_minutes"):
+        added[key] = row.get("training", {}).get(key) or None
+    return added
+
+
 def best_solver(rows: Sequence[Row], calls: float, metric: str) -> Row | None:
-    """The best training-free row within a number of calls."""
-    solvers = [row for row in rows if row.get("kind") == "solver" and row["calls"] <= calls]
+    """Return the best row of a training-free solver within a number of calls."""
+    solvers = [row for row in of_kind(rows, "solver") if row["calls"] <= calls]
     return min(solvers, key=lambda row: row[metric], default=None)
 
 
 def verdict(row: Row, other: Row | None, metric: str) -> str:
-    """``"0.42 of UniPC, 4 calls"``, or that the intervals overlap."""
+    """Return ``"0.42 of UniPC, 4 calls"``, or that the intervals overlap."""
     if other is None:
         return ""
     apart = row[f"{metric}_high"] < other[f"{metric}_low"] or other[f"{metric}_high"] < row[f"{metric}_low"]
@@ -59,12 +68,12 @@ def _papers() -> dict[str, Any]:
 
 
 def paper_ratio(method: str, steps: int) -> float | None:
-    """The student's FID over its teacher's in the method's paper, at this number of steps; None where it has none."""
+    """Return the student's FID over its teacher's in the method's paper at this number of steps, or None."""
     return _papers().get(method, {}).get("ratio", {}).get(steps)
 
 
 def paper_source(method: str) -> str:
-    """Where :func:`paper_ratio` was measured."""
+    """Return where :func:`paper_ratio` was measured."""
     return _papers().get(method, {}).get("source", "")
 
 
@@ -72,7 +81,7 @@ Column = tuple[str, str]
 
 
 def columns(rows: Sequence[Row], metric: str) -> list[Column]:
-    """(key, heading) of what there is to say about these rows."""
+    """Return (key, heading) of the columns in which these rows have values."""
     known = [
         ("calls", "calls"),
         (metric, metric.replace("_", " ").upper()),
@@ -93,7 +102,7 @@ def columns(rows: Sequence[Row], metric: str) -> list[Column]:
 
 
 def text(row: Row, key: str, metric: str) -> str:
-    """One value of a row, as it is shown."""
+    """Return one value of a row, as it is shown."""
     match key:
         case "interval" if f"{metric}_low" in row:
             return f"{row[f'{metric}_low']:.3f} - {row[f'{metric}_high']:.3f}"
@@ -111,7 +120,7 @@ def text(row: Row, key: str, metric: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """One value: whole numbers where they are, else three digits.
+    """Return one value as text: whole numbers as such, others with three digits.
 
     >>> cell(4.0), cell(0.12345), cell(0.00123), cell(None), cell("UniPC")
     ('4', '0.123', '0.0012', '', 'UniPC')
@@ -124,22 +133,52 @@ def cell(value: Any) -> str:
 
 
 def markdown(rows: Sequence[Row], metric: str) -> str:
-    """The table of :func:`compared` rows; students in bold."""
-    shown = columns(rows, metric)
-    lines = ["| | " + " | ".join(heading for _, heading in shown) + " |", "|" + "---|" * (len(shown) + 1)]
-    for row in rows:
+    """Return a Markdown table of :func:`compared` rows, with students in bold."""
+    head, body = texts(rows, metric)
+    lines = [head, ["---"] * len(head)]
+    for row, cells in zip(rows, body, strict=True):
         name = f"**{row['name']}**" if row.get("kind") == "student" else row["name"]
-        lines.append("| " + " | ".join([name, *(text(row, key, metric) for key, _ in shown)]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells[1:]])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as the lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def texts(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the body of the table of :func:`compared` rows; a row's name is its first cell."""
+    head, body = [""], [[row["name"]] for row in rows]
+    for key, heading in columns(rows, metric):
+        head.append(heading)
+        for row, cells in zip(rows, body, strict=True):
+            cells.append(text(row, key, metric))
+    return head, body
 
 
 def caption(setting: Mapping[str, Any]) -> str:
-    """How the numbers of a benchmark were made, in a sentence or two."""
+    """Return how the numbers of a benchmark were made, in a few sentences."""
     scales = ", ".join(f"{scale:g}" for scale in setting["guidance_scales"])
     return (
-        f"{setting['num_samples']:,} samples a row, seed {setting['seed']}, {setting['precision']}. A solver named "
-        f"after n calls takes as many steps as fit; guided ones have the best scale of {scales}, chosen on "
+        f"{setting['num_samples']:,} samples per row, seed {setting['seed']}, {setting['precision']}. A solver at "
+        f"n calls takes as many steps as fit; guided ones have the best scale of {scales}, chosen on "
         f"{setting['search_samples']:,} samples of another seed. Ratios are to the teacher's best row; 'paper' is the "
         "ratio of FIDs in the method's paper, on other data. Training is counted in million images through a network, "
         "3 for one with its backward."
     )
+
+
+def insert(table: str, document: Path, mark: str = "benchmark") -> None:
+    """Write a table between ``<!-- mark -->`` and ``<!-- /mark -->`` of a document.
+
+    Raises:
+        ValueError: if the document has no such lines.
+    """
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    before, begin, rest = text.partition(f"<!-- {mark} -->")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    if not end:
+        raise ValueError(f"document: {document} has no lines '<!-- {mark} -->' and '<!-- /{mark} -->'")
+    with atomic_write(document) as partial:
+        partial.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")

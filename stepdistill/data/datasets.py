@@ -1,8 +1,9 @@
-"""The data sources: images, prompts, and nothing (noise)."""
+"""Data sets of images, of prompts, and of nothing (noise)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,48 +18,52 @@ from stepdistill.data.loader import Unreadable
 NOISE_EPOCH = 2**16
 
 
-LONGEST_GAP = 100  # unreadable samples in a row before a search for a readable one ends
+LONGEST_GAP = 100  # unreadable samples in a row before the search for a readable one ends
 
 
 def open_data(
     config: DataConfig, *, channels: int, size: tuple[int, int], num_classes: int | None, takes_text: bool = False
 ) -> Dataset:
-    """Open the data of a ``data:`` section for a teacher, and check what can be checked without decoding all of it.
+    """Open a ``data:`` section for a teacher, and check what can be checked without decoding all of it.
 
-    Checked here: the path, the rules of its form, that it is not empty, every label, an ``.npz``'s shape, and that
-    the first image decodes.
+    That is: the path, the rules of its form, that it is not empty, every label, the shape of an ``.npz``, and that the
+    first image decodes.
 
     Args:
         config: the section.
-        channels: the teacher's image channels; files can be made 1 or 3, only an ``.npz`` has others.
+        channels: the teacher's image channels; files are converted to 1 or 3, only an ``.npz`` can have others.
         size: the teacher's image (height, width) in pixels.
-        num_classes: the teacher's classes without its null class; None if it takes none, then labels are left out.
-        takes_text: whether the teacher wants a caption for every sample.
+        num_classes: number of the teacher's classes without its null class; None if it takes none: labels are ignored.
+        takes_text: whether the teacher needs a caption for every sample.
 
     Raises:
         ValueError: naming the file, key or sample.
     """
-    if config.name == "prompts" and not takes_text:
-        raise ValueError("data.name: 'prompts' is for teachers that take text, this one does not; wanted 'images'")
-    if config.name == "noise" and takes_text:
-        raise ValueError("data.name: 'noise' says no prompts, but the teacher takes text; wanted 'prompts' or 'images'")
+    _check_kind(config, takes_text)
     if config.name == "prompts":
-        return PromptData(config, size=(channels, *size))
+        return PromptDataset(config, size=(channels, *size))
     if config.name == "noise":
-        return NoiseData(config.max_samples, size=(channels, *size), num_classes=num_classes)
+        return NoiseDataset(config.max_samples, size=(channels, *size), num_classes=num_classes)
     _check_stated(config, channels, size)
     listing = list_samples(config)
     _check_images(config, listing, channels, size)
     _check_labels_exist(config, listing, num_classes)
     if takes_text:
         _check_captions(config, listing)
-    dataset = ImageData(listing, config, size=(channels, *size), num_classes=num_classes)
+    dataset = ImageDataset(listing, config, size=(channels, *size), num_classes=num_classes)
     Unreadable(len(dataset)).count(dataset.load([0]))
     return dataset
 
 
-class NoiseData(Dataset):
-    """No data at all: class labels in turn, for methods that start from noise.
+def _check_kind(config: DataConfig, takes_text: bool) -> None:
+    if config.name == "prompts" and not takes_text:
+        raise ValueError("data.name: expected 'images', got 'prompts', but the teacher takes no text")
+    if config.name == "noise" and takes_text:
+        raise ValueError("data.name: expected 'prompts' or 'images', got 'noise', but the teacher takes text")
+
+
+class NoiseDataset(Dataset):
+    """Class labels in turn and no images, for methods that start from noise.
 
     An epoch holds every class equally often (give or take one, if ``length`` is set), and a sample's label is its
     index modulo the number of classes.
@@ -73,16 +78,16 @@ class NoiseData(Dataset):
         return self._length
 
     def name(self, index: int) -> str:
-        """``noise[index]``."""
+        """Return ``noise[index]``."""
         return f"noise[{index}]"
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Labels only."""
+        """Return labels only."""
         labels = torch.tensor(indices, dtype=torch.int64) % self.num_classes if self.num_classes else None
         return RawBatch(None, labels, None, tuple(indices))
 
 
-class PromptData(Dataset):
+class PromptDataset(Dataset):
     """Prompts without images, for methods that start from noise."""
 
     num_classes = None
@@ -97,19 +102,19 @@ class PromptData(Dataset):
         return len(self._prompts)
 
     def name(self, index: int) -> str:
-        """The path of the file, and which of its prompts."""
+        """Return the path of the file, and which of its prompts it is."""
         return f"{self._path}[{index}]"
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Captions only."""
+        """Return captions only."""
         return RawBatch(None, None, tuple(self._prompts[index] for index in indices), tuple(indices))
 
 
-class ImageData(Dataset):
-    """Images, decoded when they are asked for.
+class ImageDataset(Dataset):
+    """Images that are decoded when they are loaded.
 
-    A sample that cannot be read gives way to the next index that can (with its own label and caption), or stops the
-    run, as ``bad_files`` says.
+    A sample that cannot be read is replaced by the next one that can be (with its own label and caption), or stops the
+    run, depending on ``bad_files``.
     """
 
     def __init__(
@@ -120,9 +125,9 @@ class ImageData(Dataset):
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout, self.version = config.caption_dropout, listing.version
         if listing.captions is not None:
-            self.captions = [listing.captions[int(row)] or "" for row in self._rows]
+            self.captions = [caption or "" for caption in self._captions_at(range(len(self._rows)))]
         if num_classes is not None:
-            assert listing.labels is not None, "open_data has checked it"
+            assert listing.labels is not None, "open_data checks it"
             self.labels = listing.labels[self._rows].tolist()
             self._check_labels(num_classes)
 
@@ -130,15 +135,20 @@ class ImageData(Dataset):
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        """The path of the image, or the path of the data set and the row in it."""
+        """Return the path of the image, or the path of the data set and the row in it."""
         return sample_name(self._listing.images, int(self._rows[index]), self._path)
 
     def load(self, indices: Sequence[int]) -> RawBatch:
         """Decode the samples at ``indices``."""
         unreadable: list[str] = []
-        found, pixels = zip(*(self._next_readable(index, unreadable) for index in indices), strict=True)
+        readable, pixels = [], []
+        for index in indices:
+            found, image = self._next_readable(index, unreadable)
+            readable.append(found)
+            pixels.append(image)
         images = torch.from_numpy(np.stack(pixels)).float().div(127.5).sub(1)
-        return RawBatch(images, self._labels(found), self._captions(found), found, unreadable=tuple(unreadable))
+        labels, captions = self._labels(readable), self._captions(readable)
+        return RawBatch(images, labels, captions, tuple(readable), unreadable=tuple(unreadable))
 
     def _next_readable(self, start: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
         channels, *size = self.size
@@ -151,7 +161,7 @@ class ImageData(Dataset):
             except UnreadableImageError as error:
                 unreadable.append(f"{self.name(index)}: {error}")
                 if not self._skip:
-                    raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip passes by)") from error
+                    raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
 
     def _labels(self, indices: Sequence[int]) -> Tensor | None:
@@ -162,19 +172,23 @@ class ImageData(Dataset):
     def _captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
         if self._listing.captions is None:
             return None
-        captions = [self._listing.captions[int(self._rows[index])] for index in indices]
+        captions = self._captions_at(indices)
         for index, caption in zip(indices, captions, strict=True):
-            if not isinstance(caption, str):
-                raise ValueError(f"{self.name(index)}: the caption is {caption!r}, expected text ('' for none)")
-        return tuple(str(caption) for caption in captions)
+            if not _is_text(caption):
+                raise ValueError(f"{self.name(index)}: caption: expected text ('' for none), got {caption!r}")
+        return tuple(map(str, captions))
+
+    def _captions_at(self, indices: Sequence[int]) -> list[Any]:
+        assert self._listing.captions is not None
+        return [self._listing.captions[int(self._rows[index])] for index in indices]
 
     def _check_labels(self, num_classes: int) -> None:
         labels = np.asarray(self.labels)
         wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if len(wrong):
             raise ValueError(
-                f"{self.name(int(wrong[0]))}: label {labels[wrong[0]]}, expected 0 to {num_classes - 1}, the teacher's"
-                f" classes ({len(wrong)} of {len(labels)} samples are out of range)"
+                f"{self.name(int(wrong[0]))}: label: expected 0 to {num_classes - 1}, the teacher's classes, got "
+                f"{labels[wrong[0]]} ({len(wrong)} of {len(labels)} samples are out of range)"
             )
 
 
@@ -184,32 +198,36 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
 
 
+def _is_text(caption: Any) -> bool:
+    return isinstance(caption, str)
+
+
 def _check_stated(config: DataConfig, channels: int, size: tuple[int, int]) -> None:
     height, width = size
     if config.resolution not in (None, min(size)):
-        raise ValueError(f"data.resolution: found {config.resolution}, but the teacher's images are {height}x{width}")
+        raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
     if config.channels not in (None, channels):
-        raise ValueError(f"data.channels: found {config.channels}, but the teacher's images have {channels}")
+        raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 
 
 def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, int]) -> None:
     if not len(listing.images):
         raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)})")
-    if isinstance(listing.images, np.ndarray):
-        _check_array(config, listing.images.shape[1:], (*size, channels))
+    if listing.array_shape is not None:
+        _check_array(config, listing.array_shape, (*size, channels))
     elif channels not in (1, 3):
         raise ValueError(f"data.path: {config.path}: the teacher's images have {channels} channels, files have 1 or 3")
 
 
-def _check_array(config: DataConfig, found: tuple[int, ...], wanted: tuple[int, int, int]) -> None:
-    if found == wanted:
+def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, int, int]) -> None:
+    if found == expected:
         return
-    shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {wanted}"
-    if found[:2] != wanted[:2] and config.resolution is None:
-        raise ValueError(f"{shapes}; give data.resolution={min(wanted[:2])} to resize them")
-    if found[2] != wanted[2] and config.channels is None:
-        raise ValueError(f"{shapes}; give data.channels={wanted[2]} to convert them")
-    if not {found[2], wanted[2]} <= {1, 3}:
+    shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {expected}"
+    if found[:2] != expected[:2] and config.resolution is None:
+        raise ValueError(f"{shapes}; give data.resolution={min(expected[:2])} to resize them")
+    if found[2] != expected[2] and config.channels is None:
+        raise ValueError(f"{shapes}; give data.channels={expected[2]} to convert them")
+    if not {found[2], expected[2]} <= {1, 3}:
         raise ValueError(f"{shapes}; only images of 1 or 3 channels can be resized or converted")
 
 
@@ -222,7 +240,7 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
         return
     if STRAY in listing.labels:
         stray = listing.images[int(np.argmax(listing.labels == STRAY))]
-        raise ValueError(f"data.path: {config.path} has class folders, but {stray} lies beside them: it has no class")
+        raise ValueError(f"data.path: {config.path} has class folders, but {stray} lies beside them and has no class")
     if listing.num_folders != num_classes:
         raise ValueError(
             f"data.path: {config.path}: {listing.num_folders} class folders hold images, the teacher has {num_classes}"
@@ -233,10 +251,10 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
 def _check_captions(config: DataConfig, listing: Listing) -> None:
     if listing.captions is None:
         raise ValueError(
-            f"data.path: {config.path}: no captions, but the teacher takes text; wanted 'text' in a metadata.jsonl, a "
-            ".txt beside every image, or data.caption_column"
+            f"data.path: {config.path}: no captions, but the teacher takes text; expected 'text' in a metadata.jsonl, "
+            "a .txt beside every image, or data.caption_column"
         )
-    missing = [row for row, caption in enumerate(listing.captions) if not isinstance(caption, str)]
+    missing = [row for row, caption in enumerate(listing.captions) if not _is_text(caption)]
     if missing:
         first = sample_name(listing.images, missing[0], config.path)
         raise ValueError(

@@ -1,21 +1,22 @@
-"""One image file as 8-bit pixels of the teacher's shape.
+"""Decoding an image file to 8-bit pixels of the teacher's shape.
 
-The rules, in the order in which they apply:
+These rules apply, in this order:
 
 1. An image of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels is rejected by its header, before it is decoded.
 2. The first frame is taken, turned upright by its EXIF orientation. Colour profiles are not applied.
-3. 16-bit greys are scaled, ``round(v / 257)``, not clipped. 32-bit integers are read as such where they fit in 16 bits,
-   and rejected where they do not; floating-point pixels have no defined range and are rejected.
+3. 16-bit greys are scaled, ``round(v / 257)``, not clipped. 32-bit integers are read as 16-bit ones if they fit, and
+   rejected if they do not; floating-point pixels have no defined range and are rejected.
 4. Transparency (an alpha channel, a palette's or a ``tRNS`` colour) is composited on white.
-5. Palettes, CMYK and the rest become RGB; RGB becomes grey by the ITU-R 601-2 luma where the teacher is grey.
-6. The short side is resized to fit (bicubic, antialiased), larger or smaller, and the rest is cropped at the centre; on
-   demand, the long side is, and the rest filled with white, or both are, whatever becomes of the proportions.
+5. Palettes, CMYK and the rest become RGB; RGB becomes grey by the ITU-R 601-2 luma if the teacher is grey.
+6. The short side is resized to fit (bicubic, antialiased), up or down, and the centre is cropped; with ``fit: pad`` the
+   long side is resized and the rest is white, with ``fit: stretch`` both sides are resized.
 
-An array of the teacher's shape passes as it is.
+An array of the teacher's shape is taken as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
@@ -56,17 +57,17 @@ class UnreadableImageError(ValueError):
 
 
 def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit = "crop") -> np.ndarray:
-    """Pixels (C, H, W) uint8 of an image, by the rules of this module.
+    """Return the pixels (C, H, W) uint8 of an image, by the rules of this module.
 
     Args:
         source: a path, a file in a tar, an undecoded ``datasets.Image`` value (``bytes`` or ``path``), or an array
             (H, W, C) uint8.
         channels: C, 1 or 3 unless the source is an array of that shape.
         size: (H, W).
-        fit: how an image of other proportions is made to fit.
+        fit: how an image of other proportions is made to fit, see ``data.fit``.
 
     Raises:
-        UnreadableImageError: saying why, but not which.
+        UnreadableImageError: saying why, but not which image.
     """
     if isinstance(source, np.ndarray) and source.shape == (*size, channels):
         return source.transpose(2, 0, 1)
@@ -77,34 +78,61 @@ def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit =
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
+@functools.singledispatch
 def read_shape(source: Source) -> tuple[int, int, int]:
-    """(C, H, W) that an image has by itself, from its header: 1 channel where it is grey, else 3; an array's own.
+    """Return (C, H, W) of an image from its header: 1 channel if it is grey, else 3; of an array, its own.
 
     Raises:
-        UnreadableImageError: saying why, but not which.
+        UnreadableImageError: saying why, but not which image.
     """
-    if isinstance(source, np.ndarray):
-        height, width, channels = source.shape
-        return channels, height, width
     try:
         with _open(source) as image:
-            knows = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to look for it
-            turned = knows and image.getexif().get(_ORIENTATION, 1) >= 5
+            readable_exif = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to find it
+            turned = readable_exif and image.getexif().get(_ORIENTATION, 1) >= 5
             upright = image.size if turned else image.size[::-1]
             return 1 if image.mode in _GREY_MODES else 3, *upright
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
+@read_shape.register
+def _(source: np.ndarray) -> tuple[int, int, int]:
+    height, width, channels = source.shape
+    return channels, height, width
+
+
+@functools.singledispatch
 def _open(source: Source) -> Image.Image:
-    if source is None:
-        raise ValueError("no image in this row")
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source.squeeze(2) if source.shape[2] == 1 else source)
-    if isinstance(source, Mapping):
-        file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
-    else:
-        file = io.BytesIO(source.read()) if isinstance(source, TarMember) else source
+    """Return an image whose header has been read."""
+    raise TypeError(f"{type(source).__name__} is not a source of images")
+
+
+@_open.register
+def _(source: None) -> Image.Image:
+    raise ValueError("no image in this row")
+
+
+@_open.register
+def _(source: np.ndarray) -> Image.Image:
+    return Image.fromarray(source.squeeze(2) if source.shape[2] == 1 else source)
+
+
+@_open.register
+def _(source: Mapping) -> Image.Image:
+    return _open_file(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
+
+
+@_open.register
+def _(source: TarMember) -> Image.Image:
+    return _open_file(io.BytesIO(source.read()))
+
+
+@_open.register
+def _(source: str) -> Image.Image:
+    return _open_file(source)
+
+
+def _open_file(file: str | io.BytesIO) -> Image.Image:
     with warnings.catch_warnings():  # Pillow itself only raises at twice its limit
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(file)
@@ -132,7 +160,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"grey values {values.min()} to {values.max()}, expected 16 bits")
+        raise ValueError(f"grey values: expected 16 bits, got {values.min()} to {values.max()}")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 

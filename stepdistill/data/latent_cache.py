@@ -1,12 +1,12 @@
-"""Latents and prompt embeddings, computed once: what a latent teacher's frozen encoders make of a data set.
+"""Latents and prompt embeddings of a data set, computed once by a latent teacher's frozen encoders.
 
 A cache is ``cache.json`` (which encoders, which data, how many rows), ``captions.jsonl`` and shards
-(:mod:`stepdistill.data.shards`): ``images`` and, where training mirrors, ``mirrored``, latents as the network sees
-them; ``cond.<name>``, what the network is told. The last row is the empty caption's: what a dropped one becomes.
+(:mod:`stepdistill.data.shards`): ``images`` and, if training mirrors, ``mirrored``, latents as the network sees them;
+``cond.<name>``, the conditions. The last row belongs to the empty caption, which replaces a dropped one.
 
-Training from it (``data: {name: cache, path: ...}``) sees the same bits as training from the files, if both encode as
-many samples at a time (``data.batch_size``): the kernels of a convolution, and the last bits with them, are chosen by
-that number. So a cache is made with the ``data`` section of the training that it serves.
+Training from a cache (``data: {name: cache, path: ...}``) sees the same bits as training from the files, if both encode
+the same number of samples at a time (``data.batch_size``): that number decides which convolution kernels run, and with
+them the last bits. Make a cache therefore with the ``data`` section of the training that will use it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepdistill.assets import atomic_write
 from stepdistill.batch import Batch, RawBatch
-from stepdistill.config import fingerprint
+from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
-from stepdistill.data.shards import Kind, Shards, agree, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
-from stepdistill.families.latent import LatentFamily, latent_statistics
+from stepdistill.families.latent import latent_statistics
 from stepdistill.networks.fingerprint import fingerprint_weights
 
-KIND = Kind(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
+FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
 
 
 CAPTIONS = "captions.jsonl"
@@ -41,41 +43,42 @@ class CacheConfig:
 
     output_dir: str
     shard_size: int = 1024
-    """Samples a file: what a stopped run loses at most."""
+    """Samples per file, which is the most that a stopped run loses."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
-            raise ValueError(f"shard_size: found {self.shard_size}, wanted at least 1")
+            raise ValueError(f"shard_size: expected at least 1, got {self.shard_size}")
 
 
 def encoders(family: Family) -> dict[str, str]:
-    """What a cache depends on beside the data: a hash of every frozen part of a latent teacher's pipeline.
+    """Return a hash of every frozen part of a latent teacher's pipeline: what a cache depends on besides the data.
 
     Raises:
         ValueError: for a teacher of pixels, which encodes nothing.
     """
-    if not isinstance(family, LatentFamily):
-        raise ValueError("cache: the teacher paints pixels and has no encoder; there is nothing to cache")
+    if not family.caches_latents:
+        raise ValueError("cache: the teacher works on pixels and has no encoder; there is nothing to cache")
     shift, scale = latent_statistics(family.pipe.vae.config, torch.zeros(1))
-    found = {"latent scale": fingerprint([shift.flatten().tolist(), scale.flatten().tolist()])}
+    hashes = {"latent scale": fingerprint_json([shift.flatten().tolist(), scale.flatten().tolist()])}
     for name, part in sorted(family.pipe.components.items()):
-        if isinstance(part, nn.Module) and any(part is encoder for encoder in family.frozen_modules):
-            found[name] = fingerprint([fingerprint_weights(part), str(next(part.parameters()).dtype)])
+        if any(part is encoder for encoder in family.frozen_modules):
+            hashes[name] = fingerprint_json([fingerprint_weights(part), str(next(part.parameters()).dtype)])
         elif hasattr(part, "get_vocab"):
-            found[name] = fingerprint([sorted(part.get_vocab().items()), part.model_max_length])
-    return found
+            hashes[name] = fingerprint_json([sorted(part.get_vocab().items()), part.model_max_length])
+    return hashes
 
 
 def files(dataset: Dataset, root: str) -> str:
-    """A hash of the samples: names below ``root``, sizes of their files, captions, labels; and of the version."""
+    """Return a hash of the samples: names below ``root``, file sizes, captions, labels; and of the version."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         name = dataset.name(index)
         size = os.path.getsize(name) if os.path.isfile(name) else 0
-        told = [None if column is None else column[index] for column in (dataset.captions, dataset.labels)]
-        digest.update(json.dumps([os.path.relpath(name, root), size, *told]).encode())
-    holding = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
-    digest.update(str([file.stat().st_size for file in sorted(holding)]).encode())
+        caption = None if dataset.captions is None else dataset.captions[index]
+        label = None if dataset.labels is None else dataset.labels[index]
+        digest.update(json.dumps([os.path.relpath(name, root), size, caption, label]).encode())
+    archives = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
+    digest.update(str([file.stat().st_size for file in sorted(archives)]).encode())
     digest.update((dataset.version or "").encode())
     return digest.hexdigest()[:16]
 
@@ -84,14 +87,14 @@ def make_cache(
     family: Family, dataset: Dataset, data: DataConfig, config: CacheConfig,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Path:  # fmt: skip
-    """Write what is not there yet; returns the folder.
+    """Write what is missing of a cache, and return its folder.
 
     Args:
         family: the opened teacher, on the device that encodes.
-        dataset: what is encoded, all of it, once.
+        dataset: the data, which is encoded once and completely.
         data: the section it was opened from.
         config: the ``cache`` section.
-        progress: told how many rows there are, after every shard.
+        progress: called after every shard with the number of rows so far.
 
     Raises:
         ValueError: if the folder holds a cache of other encoders or other data, or a sample cannot be read.
@@ -102,21 +105,26 @@ def make_cache(
         "encoders": encoders(family), "sample_shape": list(family.sample_shape), "dtype": "float32",
         "files": files(dataset, str(data.path)), "fit": data.fit, "mirrored": data.flip,
     }  # fmt: skip
-    agree(folder / KIND.manifest, manifest, "samples")
-    texts: Sequence[str | None] = dataset.captions or [None] * count
-    lines = [json.dumps({"name": dataset.name(index), "text": text}) for index, text in enumerate(texts)]
-    (folder / CAPTIONS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_or_check_manifest(folder / FORMAT.manifest, manifest, FORMAT.rows)
+    _write_captions(folder / CAPTIONS, dataset)
 
     def make(rows: range) -> dict[str, Tensor]:
-        encoded = [_encode(family, dataset, batch, data) for batch in _batches(rows, data.batch_size)]
-        return {name: torch.cat([part[name] for part in encoded])[: len(rows)] for name in encoded[0]}
+        parts = [_encode(family, dataset, batch, data) for batch in _batches(rows, data.batch_size)]
+        return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
     write_shards(folder, count + 1, config.shard_size, make, progress)
     return folder
 
 
+def _write_captions(path: Path, dataset: Dataset) -> None:
+    texts: Sequence[str | None] = dataset.captions or [None] * len(dataset)
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for index, text in enumerate(texts):
+            file.write(json.dumps({"name": dataset.name(index), "text": text}) + "\n")
+
+
 def _batches(rows: range, size: int) -> Iterator[list[int]]:
-    """Rows in batches of ``size``, the last filled up, so that all are encoded by the same kernels."""
+    """Yield rows in batches of ``size``, the last one filled up, so that the same kernels encode all of them."""
     for start in range(0, len(rows), size):
         batch = list(rows[start : start + size])
         yield batch + batch[-1:] * (size - len(batch))
@@ -124,14 +132,8 @@ def _batches(rows: range, size: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _encode(family: Family, dataset: Dataset, rows: Sequence[int], data: DataConfig) -> dict[str, Tensor]:
-    """The tensors of the samples at ``rows``; the row behind the last sample is the empty caption's."""
-    empty = len(dataset)
-    raw = dataset.load([min(row, empty - 1) for row in rows])
-    if raw.unreadable:
-        raise ValueError(f"cache: unreadable image {raw.unreadable[0]}; a cache leaves out nothing, remove the file")
-    if raw.captions is not None:
-        captions = tuple("" if row == empty else text for row, text in zip(rows, raw.captions, strict=True))
-        raw = dataclasses.replace(raw, captions=captions)
+    """Return the tensors of the samples at ``rows``; the row after the last sample is the empty caption's."""
+    raw = _load_with_empty_caption(dataset, rows)
     batch = family.encode(raw)
     tensors = {f"cond.{name}": value.cpu() for name, value in batch.cond.items()}
     if batch.images is not None:
@@ -142,8 +144,22 @@ def _encode(family: Family, dataset: Dataset, rows: Sequence[int], data: DataCon
     return tensors
 
 
-class CacheData(Dataset):
-    """A cache in the place of the data it was made of.
+def _load_with_empty_caption(dataset: Dataset, rows: Sequence[int]) -> RawBatch:
+    empty = len(dataset)
+    raw = dataset.load([min(row, empty - 1) for row in rows])
+    if raw.unreadable:
+        raise ValueError(f"cache: unreadable image {raw.unreadable[0]}; a cache skips nothing, so remove the file")
+    if raw.captions is None or empty not in rows:
+        return raw
+    captions = list(raw.captions)
+    for place, row in enumerate(rows):
+        if row == empty:
+            captions[place] = ""
+    return dataclasses.replace(raw, captions=tuple(captions))
+
+
+class LatentCacheDataset(Dataset):
+    """A cache in place of the data it was made from.
 
     Args:
         config: the ``data`` section.
@@ -151,38 +167,41 @@ class CacheData(Dataset):
         needs_images: whether the training needs more than prompts.
 
     Raises:
-        ValueError: if it is incomplete, was made by other encoders, or lacks what the training asks for.
+        ValueError: if it is incomplete, was made by other encoders, or lacks what the training needs.
     """
 
     num_classes = None
+    is_encoded = True
 
     def __init__(self, config: DataConfig, family: Family, *, needs_images: bool = True) -> None:
-        self.shards = Shards(str(config.path), KIND)
-        self._check(config, family, needs_images)
-        lines = (self.shards.folder / CAPTIONS).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        self._names = [row["name"] for row in rows]
-        self.captions = [row["text"] for row in rows] if family.takes_text else None
+        self.shards = Shards(str(config.path), FORMAT)
+        self._check_made_for(config, family)
+        self._check_content(config, needs_images)
+        self._names: list[str] = []
+        texts: list[str] = []
+        for line in (self.shards.folder / CAPTIONS).read_text(encoding="utf-8").splitlines():
+            row: dict[str, Any] = json.loads(line)
+            self._names.append(row["name"])
+            texts.append(row["text"])
+        self.captions = texts if family.takes_text else None
         self.size, self.flip, self.caption_dropout = family.image_shape, config.flip, config.caption_dropout
 
-    def _check(self, config: DataConfig, family: Family, needs_images: bool) -> None:
-        found, wanted = self.shards.manifest, encoders(family)
-        changed = [
-            key for key in sorted({*found["encoders"], *wanted}) if found["encoders"].get(key) != wanted.get(key)
-        ]
-        if changed:
+    def _check_made_for(self, config: DataConfig, family: Family) -> None:
+        made, current = self.shards.manifest["encoders"], encoders(family)
+        if changed := changed_keys(made, current):
             raise ValueError(
                 f"data.path: {config.path} was made by another {', '.join(changed)} than this teacher's; make a cache "
-                f"of its own with {KIND.script}"
+                f"of its own with {FORMAT.script}"
             )
-        if found["sample_shape"] != list(family.sample_shape):
-            raise ValueError(
-                f"data.path: {config.path} holds {found['sample_shape']}, the teacher sees {list(family.sample_shape)}"
-            )
+        shape = self.shards.manifest["sample_shape"]
+        if shape != list(family.sample_shape):
+            raise ValueError(f"data.path: {config.path}: expected samples {list(family.sample_shape)}, got {shape}")
+
+    def _check_content(self, config: DataConfig, needs_images: bool) -> None:
         if needs_images and "images" not in self.shards.names:
             raise ValueError(f"data.path: {config.path} was made of prompts; the method trains on images")
-        if needs_images and (fit := found.get("fit")) != config.fit:
-            raise ValueError(f"data.fit: {config.path} was made with {fit!r}; found {config.fit!r}")
+        if needs_images and (fit := self.shards.manifest.get("fit")) != config.fit:
+            raise ValueError(f"data.fit: expected {fit!r}, with which {config.path} was made, got {config.fit!r}")
         if config.flip and "mirrored" not in self.shards.names:
             raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it anew with data.flip=true")
 
@@ -190,22 +209,24 @@ class CacheData(Dataset):
         return len(self.shards) - 1
 
     def name(self, index: int) -> str:
-        """The name of the sample that was encoded."""
+        """Return the name of the sample that was encoded."""
         return self._names[index]
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Captions only: the rest is for :meth:`encode`."""
-        captions = None if self.captions is None else tuple(self.captions[index] for index in indices)
+        """Return captions only; :meth:`encode` reads the rest."""
+        captions = None if self.captions is None else tuple(map(self.captions.__getitem__, indices))
         return RawBatch(None, None, captions, tuple(indices))
 
-    def encode(self, raw: RawBatch) -> Batch:
-        """What the family would have made of the batch; a caption that was dropped has the empty one's row."""
-        texts = raw.captions or ["none"] * len(raw.indices)
-        told = [index if text else len(self) for index, text in zip(raw.indices, texts, strict=True)]
-        names = [name for name in self.shards.names if name.startswith("cond.")]
-        cond = {name.removeprefix("cond."): self.shards.rows(name, told) for name in names}
+    def encode(self, family: Family, raw: RawBatch) -> Batch:
+        """Return what the family would have made of the batch; a dropped caption has the empty one's row."""
+        del family
+        rows = list(raw.indices)
+        for place, caption in enumerate(raw.captions or ()):
+            if not caption:
+                rows[place] = len(self)
+        cond = {name: self.shards.rows(f"cond.{name}", rows) for name in self.shards.cond_names}
         images = self.shards.rows("images", raw.indices) if "images" in self.shards.names else None
         if images is not None and raw.mirrored is not None:
-            turned = raw.mirrored.view(-1, 1, 1, 1)
-            images = torch.where(turned, self.shards.rows("mirrored", raw.indices), images)
+            mirrored = raw.mirrored.view(-1, 1, 1, 1)
+            images = torch.where(mirrored, self.shards.rows("mirrored", raw.indices), images)
         return Batch(images, cond, len(raw.indices))

@@ -1,21 +1,21 @@
-"""Which samples a path holds: images not yet decoded, their labels and captions.
+"""The samples that a path holds: images not yet decoded, their labels and captions.
 
 ===================================  ===============================================================================
 path                                 samples
 ===================================  ===============================================================================
-``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and if present ``labels`` int (N,),
+``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` int (N,),
                                      ``captions`` str (N,)
-Hugging Face dataset                 its ``image`` column, and if present ``label``, ``text``; see
+Hugging Face dataset                 its ``image`` column, and optionally ``label``, ``text``; see
                                      :mod:`stepdistill.data.hf_datasets`
 folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
 ``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.webdataset`
-folder of folders                    a class per sub-folder, numbered in the order of the names as text ("10" < "9")
+folder of folders                    one class per sub-folder, numbered by name as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
 ===================================  ===============================================================================
 
 A folder of parquet files is a Hugging Face dataset if they are named as on the hub (``train-00000-of-00002.parquet``),
-or no images lie beside them; a ``metadata.jsonl`` or a tar in it goes before both. Nothing is unpickled. Hidden folders
-and files that are not images are passed over.
+or no images lie beside them; a ``metadata.jsonl`` or a tar in it takes precedence over both. Nothing is unpickled.
+Hidden folders and files that are not images are ignored.
 """
 
 from __future__ import annotations
@@ -48,30 +48,35 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The samples of a path: ``images`` in a form that :func:`~stepdistill.data.decoding.read_pixels` takes."""
+    """The samples of a path."""
 
     images: Sequence[Any] | np.ndarray
+    """Each in a form that :func:`~stepdistill.data.decoding.read_pixels` takes."""
     labels: np.ndarray | None = None
     captions: Sequence[str | None] | np.ndarray | None = None
-    num_folders: int | None = None  # classes, where labels only number the sub-folders
-    version: str | None = None  # which content the path had, where the path alone does not say
+    num_folders: int | None = None
+    """Number of classes, if labels only number the sub-folders."""
+    version: str | None = None
+    """Which content the path had, if the path alone does not tell."""
+    array_shape: tuple[int, ...] | None = None
+    """(H, W, C) of all images, if they are one array."""
 
 
 def sample_name(images: Any, row: int, path: str | Path | None) -> str:
-    """What a person calls an image: its file, or its row in ``path``."""
+    """Return an image's name for messages: its file, or its row in ``path``."""
     return str(images[row]) if isinstance(images[row], (str, TarMember)) else f"{path}[{row}]"
 
 
 def list_samples(config: DataConfig) -> Listing:
-    """The samples at ``config.path``, whichever of the forms above it has.
+    """Return the samples at ``config.path``, in any of the forms above.
 
     Raises:
-        ValueError: if it has none of them, or breaks its rules; it names the file.
+        ValueError: if it has none of these forms, or breaks the rules of its form; it names the file.
     """
     path = Path(str(config.path))
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
-    refuse_keys(config, TABLE_KEYS, f"{path} is no Hugging Face dataset")
+    refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")
     if path.is_file() and path.suffix == ".npz":
         return _npz(path)
     if path.is_file() and path.suffix == ".tar":
@@ -87,8 +92,8 @@ def list_samples(config: DataConfig) -> Listing:
 
 def _why_not(path: Path) -> str:
     if path.exists():
-        return "expected a folder, an .npz or a .tar, found another file"
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        return "expected a folder, an .npz or a .tar, got another file"
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
 
@@ -100,13 +105,13 @@ def _npz(path: Path) -> Listing:
     images, labels, captions = arrays["images"], arrays.get("labels"), arrays.get("captions")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(
-            f"{path}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, H, W) or (N, H, W, C) in [0, 255]"
+            f"{path}: images: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} {images.shape}"
         )
-    for name, column, kind in (("labels", labels, "iu"), ("captions", captions, "U")):
-        if column is not None and (column.dtype.kind not in kind or column.shape != images.shape[:1]):
-            wanted = "int" if name == "labels" else "str"
-            raise ValueError(f"{path}: {name!r} is {column.dtype} {column.shape}, expected {wanted} ({len(images)},)")
-    return Listing(images if images.ndim == 4 else images[..., None], labels, captions)
+    for name, column, kinds, expected in (("labels", labels, "iu", "int"), ("captions", captions, "U", "str")):
+        if column is not None and (column.dtype.kind not in kinds or column.shape != images.shape[:1]):
+            raise ValueError(f"{path}: {name}: expected {expected} ({len(images)},), got {column.dtype} {column.shape}")
+    images = images if images.ndim == 4 else images[..., None]
+    return Listing(images, labels, captions, array_shape=images.shape[1:])
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -127,39 +132,51 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _folder(folder: Path) -> Listing:
     files = sorted(_image_files(folder))
-    inside = [file[len(str(folder)) + 1 :] for file in files]
-    tops = [name.split(os.sep)[0] if os.sep in name else None for name in inside]
-    classes = sorted({top for top in tops if top is not None})
     captions = _caption_files(files)
+    folders = [_class_folder(file, folder) for file in files]
+    classes = sorted({*filter(None, folders)})
     if not classes:
         return Listing(files, captions=captions)
-    number: dict[str | None, int] = {None: STRAY} | {name: label for label, name in enumerate(classes)}
-    return Listing(files, np.array([number[top] for top in tops]), captions, num_folders=len(classes))
+    number: dict[str | None, int] = {None: STRAY}
+    for label, name in enumerate(classes):
+        number[name] = label
+    return Listing(files, np.array([number[name] for name in folders]), captions, num_folders=len(classes))
+
+
+def _class_folder(file: str, folder: Path) -> str | None:
+    """Return the sub-folder of ``folder`` that holds a file, at any depth; None if it lies in ``folder`` itself."""
+    name, separator, _ = file[len(str(folder)) + 1 :].partition(os.sep)
+    return name if separator else None
 
 
 def _caption_files(images: Sequence[str]) -> list[str | None] | None:
-    """The text beside every image (``a.txt`` beside ``a.png``), None where there is none."""
-    texts = [Path(image).with_suffix(".txt") for image in images]
-    captions = [" ".join(read_text(text).split()) if text.is_file() else None for text in texts]
-    return captions if any(caption is not None for caption in captions) else None
+    """Return the text beside every image (``a.txt`` beside ``a.png``), None where there is none."""
+    captions = [_caption_file(Path(image).with_suffix(".txt")) for image in images]
+    return None if set(captions) <= {None} else captions
+
+
+def _caption_file(file: Path) -> str | None:
+    return " ".join(read_text(file).split()) if file.is_file() else None
 
 
 def list_prompts(config: DataConfig) -> list[str]:
-    """The prompts in ``config.path``: a ``.jsonl`` of objects, or any other text file, one a line.
+    """Return the prompts in ``config.path``: a ``.jsonl`` of objects, or any other text file, one a line.
 
     Raises:
         ValueError: if there is no such file, and as :func:`~stepdistill.data.text.read_prompts`.
     """
     path = Path(str(config.path))
     if not path.is_file():
-        raise ValueError(f"data.path: {path}: {_why_not(path) if not path.is_dir() else 'is a folder, wanted a file'}")
+        reason = "expected a file, got a folder" if path.is_dir() else _why_not(path)
+        raise ValueError(f"data.path: {path}: {reason}")
     return read_prompts(path, config.caption_column or "text")
 
 
 def _image_files(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(root, name) for name in names if _is_image(name))
+        for name in filter(_is_image, names):
+            yield os.path.join(root, name)
 
 
 def _is_image(name: str) -> bool:
@@ -168,7 +185,7 @@ def _is_image(name: str) -> bool:
 
 def _metadata(file: Path, config: DataConfig) -> Listing:
     rows = json_lines(file)
-    known = sorted({key for row in rows.values() for key in row})
+    known = sorted(set().union(*rows.values()))
     label = _column(config.label_column, "label", known, str(file))
     caption = _column(config.caption_column, "text", known, str(file))
 
@@ -183,7 +200,7 @@ def _metadata(file: Path, config: DataConfig) -> Listing:
 
 
 def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> str | None:
-    """The name asked for, which must exist; else the usual one if it does."""
+    """Return the column asked for, which must exist; else the usual one if it exists."""
     known = list(known)
     if asked and asked not in known:
         raise ValueError(f"{where}: no column {asked!r}{nearest(asked, known)}")
@@ -192,13 +209,14 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
 
 def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
     found = read_tars(tars, IMAGE_SUFFIXES, config.caption_column, config.label_column)
-    unlabelled = [str(image) for image, label in zip(found.images, found.labels, strict=True) if label is None]
-    if unlabelled and len(unlabelled) < len(found.images):
-        raise ValueError(f"{unlabelled[0]}: no label, but others have one ({len(unlabelled)} without)")
-    captioned = any(caption is not None for caption in found.captions)
-    return Listing(
-        found.images, None if unlabelled else np.array(found.labels, dtype=int), found.captions if captioned else None
-    )
+    captions = None if set(found.captions) <= {None} else found.captions
+    unlabelled = found.labels.count(None)
+    if unlabelled == 0:
+        return Listing(found.images, np.array(found.labels, dtype=int), captions)
+    if unlabelled < len(found.labels):
+        first = found.images[found.labels.index(None)]
+        raise ValueError(f"{first}: no label, but others have one ({unlabelled} without)")
+    return Listing(found.images, None, captions)
 
 
 # ----------------------------------------------------------------------------------- Hugging Face datasets
@@ -207,8 +225,9 @@ def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
 def _holds_parquet(path: Path) -> bool:
     if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
         return False
-    names = [file.name for file in path.rglob("*.parquet")]
-    return any("-of-" in name for name in names) or (bool(names) and not any(_image_files(path)))
+    if any(path.rglob("*-of-*.parquet")):
+        return True
+    return any(path.rglob("*.parquet")) and not any(_image_files(path))
 
 
 def _table(path: Path, config: DataConfig) -> Listing:
@@ -219,9 +238,9 @@ def _table(path: Path, config: DataConfig) -> Listing:
     label = _column(config.label_column, "label", table.column_names, str(path))
     caption = _column(config.caption_column, "text", table.column_names, str(path))
     if not isinstance(table.features[image], datasets.Image):
-        raise ValueError(f"{path}: column {image!r} is {table.features[image]}, expected a datasets.Image")
+        raise ValueError(f"{path}: column {image!r}: expected a datasets.Image, got {table.features[image]}")
     labels = np.asarray(table.with_format("numpy")[label][:]) if label else None
     if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
-        raise ValueError(f"{path}: column {label!r} is {table.features[label]}, expected whole numbers, none missing")
+        raise ValueError(f"{path}: column {label!r}: expected whole numbers, none missing, got {table.features[label]}")
     undecoded = table.cast_column(image, datasets.Image(decode=False))[image]
     return Listing(undecoded, labels, table[caption] if caption else None, version=version)

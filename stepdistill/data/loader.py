@@ -1,13 +1,13 @@
-"""Which sample comes when.
+"""The order of samples.
 
 Samples have a *global position* 0, 1, 2, ... that runs on through all epochs. The sample at a position, and whether it
-is mirrored, follow from (seed, position) alone:
+is mirrored, depend on (seed, position) alone:
 
     epoch, offset = divmod(position, length);    index = permutation(seed, epoch)[offset]
 
-Micro-batch m of rank r takes the ``batch_size`` positions from (m * world + r) * batch_size on. So the data's whole
-state is m: a resumed run and any number of workers see the same samples in the same order, and so does another number
-of processes, if it goes on from the same position.
+Micro-batch m of rank r takes the ``batch_size`` positions from (m * world + r) * batch_size on. The whole state of the
+data is therefore m: a resumed run and any number of workers see the same samples in the same order, and so does another
+number of processes that starts from the same position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,38 +27,47 @@ from torch.utils.data import Dataset as TorchDataset
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import Dataset
 
-TOLERATED = 10  # unreadable samples that are never too many ...
+TOLERATED = 10
+"""Fewer unreadable samples than this are never too many."""
 
 
-TOLERATED_SHARE = 0.01  # ... and the share of the samples read that is
+TOLERATED_SHARE = 0.01
+"""A larger share of the samples read is too many."""
 
 
 def sample_indices(position: int, count: int, length: int, seed: int) -> list[int]:
-    """The samples at ``count`` global positions from ``position`` on, in a data set of ``length`` samples.
+    """Return the samples at ``count`` global positions from ``position`` on, in a data set of ``length`` samples.
 
     Every epoch, the positions from a multiple of ``length`` to the next, holds every sample once.
 
     >>> sample_indices(0, 3, 3, seed=0) == sample_indices(0, 1, 3, seed=0) + sample_indices(1, 2, 3, seed=0)
     True
     """
-    at = range(position, position + count)
-    return [int(_epoch(seed, p // length, length)[0][p % length]) for p in at]
+    return [int(index) for index in _column(0, position, count, length, seed)]
 
 
 def mirrored(position: int, count: int, length: int, seed: int) -> torch.Tensor:
-    """Whether the sample at each of ``count`` positions is mirrored: (count,) bool, true for half of them."""
-    at = range(position, position + count)
-    return torch.tensor([bool(_epoch(seed, p // length, length)[1][p % length]) for p in at])
+    """Return whether the sample at each of ``count`` positions is mirrored: (count,) bool, true for half of them."""
+    return torch.tensor(_column(1, position, count, length, seed), dtype=torch.bool)
 
 
 def dropped(position: int, count: int, length: int, seed: int, share: float) -> list[bool]:
-    """Whether the caption of the sample at each of ``count`` positions is left empty: true for ``share`` of them."""
-    at = range(position, position + count)
-    return [bool(_epoch(seed, p // length, length)[2][p % length] < share) for p in at]
+    """Return whether the caption at each of ``count`` positions is dropped: true for ``share`` of them."""
+    return [bool(number < share) for number in _column(2, position, count, length, seed)]
+
+
+def _column(which: int, position: int, count: int, length: int, seed: int) -> list[Any]:
+    """Return one of the arrays of :func:`_epoch` at ``count`` positions."""
+    values = []
+    for place in range(position, position + count):
+        epoch, offset = divmod(place, length)
+        values.append(_epoch(seed, epoch, length)[which][offset])
+    return values
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
 def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an epoch's order, whether each sample is mirrored, and a number in [0, 1) that may drop its caption."""
     generator = np.random.default_rng((seed, epoch))
     return generator.permutation(length), generator.random(length) < 0.5, generator.random(length)
 
@@ -65,18 +75,18 @@ def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray, 
 def loader(
     dataset: Dataset, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1, num_workers: int = 0
 ) -> Iterator[RawBatch]:
-    """Micro-batches of one process, without end, from micro-batch ``start`` on.
+    """Yield the micro-batches of one process, without end, from micro-batch ``start`` on.
 
-    Warns of every sample that was skipped because it is unreadable, once, by name.
+    Every unreadable sample that is skipped is named in one warning.
 
     Args:
         dataset: what to load from.
         batch_size: samples per micro-batch and process.
         seed: seed of the order, the same on every rank; at least 0.
-        start: number of micro-batches that were taken before (on each rank).
+        start: number of micro-batches that each rank has already taken.
         rank: this process, in [0, world).
         world: number of processes.
-        num_workers: loading processes; 0 loads in this process. The batches do not depend on it.
+        num_workers: loading processes; 0 loads in this process. Batches do not depend on it.
 
     Raises:
         ValueError: from the iterator, if a sample is unreadable and may not be skipped, or at least 10 samples and more
@@ -88,7 +98,7 @@ def loader(
         batch_size=None,
         sampler=itertools.count(start),
         num_workers=num_workers,
-        generator=torch.Generator(),  # else starting the loader would draw from the global generator
+        generator=torch.Generator(),  # otherwise starting the loader would draw from the global generator
     )
     return _counted(batches, Unreadable(len(dataset)))
 
@@ -125,8 +135,8 @@ class _MicroBatches(TorchDataset):
         where = (position, self.batch_size, len(self.dataset), self.seed)
         batch = self.dataset.load(sample_indices(*where))
         if batch.captions is not None and self.dataset.caption_dropout:
-            kept = zip(batch.captions, dropped(*where, self.dataset.caption_dropout), strict=True)
-            batch = dataclasses.replace(batch, captions=tuple("" if drop else caption for caption, drop in kept))
+            captions = _drop(batch.captions, dropped(*where, self.dataset.caption_dropout))
+            batch = dataclasses.replace(batch, captions=captions)
         if not self.dataset.flip:
             return batch
         turned = mirrored(*where)
@@ -136,8 +146,12 @@ class _MicroBatches(TorchDataset):
         return dataclasses.replace(batch, images=images)
 
 
+def _drop(captions: Sequence[str], dropped: Sequence[bool]) -> tuple[str, ...]:
+    return tuple("" if drop else caption for caption, drop in zip(captions, dropped, strict=True))
+
+
 class Unreadable:
-    """Counts the distinct samples that were skipped, warns of each, and stops when they are too many."""
+    """Counts the distinct samples that were skipped, warns of each, and raises an error when there are too many."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -145,7 +159,7 @@ class Unreadable:
         self._seen: set[str] = set()
 
     def count(self, batch: RawBatch) -> None:
-        """Take note of a batch.
+        """Count the unreadable samples of a batch.
 
         Raises:
             ValueError: if at least 10 samples, and more than 1% of those read, are unreadable.

@@ -1,9 +1,9 @@
-"""A teacher's own samples beside the noise they came from: what DMD's regression learns from.
+"""Pairs of noise and the image that a teacher's ODE makes of it, the data of DMD's regression loss.
 
 A folder of pairs is ``pairs.json`` (which teacher, which sampler, how many) and ``shard-00000.safetensors``, ...: each
-``noise`` (N, ...) of unit variance, ``images`` (N, ...) as the network sees images, both in half precision, and one
-tensor ``cond.<name>`` a condition. A pair is a function of (seed, index), so a run that was stopped and started again
-makes the same ones, and a shard is there whole or not at all.
+holds ``noise`` (N, ...) of unit variance, ``images`` (N, ...) as the network sees images, both in half precision, and
+one tensor ``cond.<name>`` per condition. A pair is a function of (seed, index), so a run that was stopped and started
+again makes the same pairs; a shard is complete or absent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.config import fingerprint
-from stepdistill.data.shards import Kind, Shards, agree, write_shards
+from stepdistill.config import fingerprint_json
+from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family
@@ -27,51 +27,51 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.randomness import derive_seed
 
-KIND = Kind(key="method.pairs", rows="pairs", manifest="pairs.json", script="scripts/make_pairs.py")
+FORMAT = ShardFormat(key="method.pairs", rows="pairs", manifest="pairs.json", script="scripts/make_pairs.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """The ``pairs`` section: how a teacher samples deterministically, and how much."""
+    """The ``pairs`` section: how a teacher samples deterministically, and how many pairs."""
 
     output_dir: str
     count: int = 10_000
     solver: Literal["euler", "heun"] = "heun"
-    """Euler is DDIM; Heun takes two calls a step, except the last."""
+    """Euler is DDIM; Heun calls the network twice a step, except in the last."""
     steps: int = 18
     guidance_scale: float = 1.0
-    """Of the teacher; 1 is none."""
+    """Guidance of the teacher; 1 is none."""
     prompts: str | None = None
-    """Of a teacher that takes text, what is sampled, in turn: a ``.txt`` (one a line) or a ``.jsonl``."""
+    """Prompts for a teacher that takes text, used in turn: a ``.txt`` (one a line) or a ``.jsonl``."""
     batch_size: int = 100
     shard_size: int = 1000
-    """Pairs a file: what a stopped run loses at most."""
+    """Pairs per file, which is the most that a stopped run loses."""
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("count", "steps", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], object] = lambda done: None) -> Path:
-    """Write ``config.count`` pairs, those that are not there yet; returns their folder.
+    """Write those of ``config.count`` pairs that are missing, and return their folder.
 
     Args:
-        family: an opened teacher, on the device it shall run on.
+        family: an opened teacher, on the device that samples.
         config: the ``pairs`` section.
-        progress: told how many pairs there are, after every shard.
+        progress: called after every shard with the number of pairs so far.
 
     Raises:
         ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
-            text and there are no prompts.
+            text and prompts are missing.
     """
     family.check_guidance(config.guidance_scale)
     if family.takes_text:
         family.use_captions(_prompts(config))
     folder = Path(config.output_dir)
-    agree(folder / KIND.manifest, _manifest(family, config), KIND.rows)
+    write_or_check_manifest(folder / FORMAT.manifest, _manifest(family, config), FORMAT.rows)
     write_shards(folder, config.count, config.shard_size, lambda rows: _shard(family, config, rows), progress)
     return folder
 
@@ -79,33 +79,33 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
 def _prompts(config: PairsConfig) -> list[str]:
     if config.prompts is None or not Path(config.prompts).is_file():
         raise ValueError(
-            f"pairs.prompts: found {config.prompts!r}; wanted a file of prompts, since the teacher takes text"
+            f"pairs.prompts: expected a file of prompts, because the teacher takes text, got {config.prompts!r}"
         )
     return read_prompts(Path(config.prompts))
 
 
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
-    ignored = ("output_dir", "batch_size", "prompts")
-    made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    manifest = {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)}
+    manifest |= dataclasses.asdict(config)
+    for ignored in ("output_dir", "batch_size", "prompts"):
+        del manifest[ignored]
     if family.takes_text:
-        made["prompts"] = fingerprint(list(family.prompts))
-    return {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)} | made
+        manifest["prompts"] = fingerprint_json(list(family.prompts))
+    return manifest
 
 
 def _shard(family: Family, config: PairsConfig, indices: range) -> dict[str, Tensor]:
-    parts = [
-        _sample(family, config, indices[begin : begin + config.batch_size])
-        for begin in range(0, len(indices), config.batch_size)
-    ]
-    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    parts = []
+    for begin in range(0, len(indices), config.batch_size):
+        parts.append(_sample(family, config, indices[begin : begin + config.batch_size]))
+    return concatenate(parts)
 
 
 @torch.no_grad()
 def _sample(family: Family, config: PairsConfig, indices: Sequence[int]) -> dict[str, Tensor]:
-    """Noise, rounded to half precision before it is used, and where the teacher's ODE leads from it."""
+    """Return noise, rounded to half precision before it is used, and the images that the teacher's ODE makes of it."""
     device = next(family.network.parameters()).device
-    generators = [torch.Generator().manual_seed(derive_seed(config.seed, index)) for index in indices]
-    noise = torch.stack([torch.randn(family.sample_shape, generator=g) for g in generators]).half()
+    noise = torch.stack([_noise(family, config.seed, index) for index in indices]).half()
     cond = family.example_cond(indices)
     on_device = {name: value.to(device) for name, value in cond.items()}
     teacher = _denoiser(family).guided(on_device, config.guidance_scale - 1)
@@ -118,37 +118,42 @@ def _sample(family: Family, config: PairsConfig, indices: Sequence[int]) -> dict
     return pairs | {f"cond.{name}": value.contiguous() for name, value in cond.items()}
 
 
+def _noise(family: Family, seed: int, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, index))
+    return torch.randn(family.sample_shape, generator=generator)
+
+
 def _denoiser(family: Family) -> Denoiser:
     return Denoiser(family, CopyBank(family.network), "teacher")
 
 
 class Pairs:
-    """The pairs in a folder, read row by row: they need not fit into memory.
+    """The pairs in a folder, read row by row; they need not fit into memory.
 
     Args:
         folder: what :func:`make_pairs` wrote.
 
     Raises:
-        ValueError: if there are none, or if they are not complete.
+        ValueError: if there are none, or some are missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.shards = Shards(folder, KIND)
+        self.shards = Shards(folder, FORMAT)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def rows(self, indices: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Cond]:
-        """Unit noise (B, ...), images (B, ...), both float32, and conditions of the pairs at ``indices``."""
-        columns = {name: self.shards.rows(name, indices).to(device) for name in self.shards.names}
-        cond = {name.removeprefix("cond."): value for name, value in columns.items() if name.startswith("cond.")}
-        return columns["noise"], columns["images"], cond
+        """Return unit noise (B, ...), images (B, ...), both float32, and conditions of the pairs at ``indices``."""
+        noise, images = self.shards.rows("noise", indices), self.shards.rows("images", indices)
+        cond = {name: self.shards.rows(f"cond.{name}", indices).to(device) for name in self.shards.cond_names}
+        return noise.to(device), images.to(device), cond
 
     def check_teacher(self, family: Family) -> None:
-        """Raise ``ValueError`` unless they are of this teacher, to whose network no role has been added yet."""
-        found, wanted = self.shards.manifest["teacher_sha256"], fingerprint_weights(family.network)
-        if found != wanted:
+        """Raise ``ValueError`` unless this teacher made them; no role may have been added to its network yet."""
+        maker, teacher = self.shards.manifest["teacher_sha256"], fingerprint_weights(family.network)
+        if maker != teacher:
             raise ValueError(
-                f"method.pairs: {self.shards.folder} was made by the teacher {found}, but teacher.path is {wanted} "
+                f"method.pairs: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
             )

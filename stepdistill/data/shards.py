@@ -1,7 +1,7 @@
 """Rows of tensors in numbered safetensors files beside a manifest: made once, resumable, read row by row.
 
-A folder is a manifest (JSON: what made the rows, how many they are) and ``shard-00000.safetensors``, ...; a shard is
-there whole or not at all. A run that was stopped and started again makes what is missing, if the manifest agrees.
+A folder is a manifest (JSON: what made the rows, and how many there are) and ``shard-00000.safetensors``, ...; a shard
+is complete or absent. Running the same command again makes the missing shards, if the manifest agrees.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,32 +18,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.assets import atomic_write
+from stepdistill.config import differences
+
 
 def shard_path(folder: Path, number: int) -> Path:
-    """The file of shard ``number``."""
+    """Return the file of shard ``number``."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def agree(path: Path, wanted: Mapping[str, Any], what: str) -> None:
-    """Write a manifest, or check it against the one that is there.
+def write_or_check_manifest(path: Path, manifest: Mapping[str, Any], rows: str) -> None:
+    """Write a manifest, or check that the one already there is the same.
 
     Args:
-        path: of the manifest.
-        wanted: its content.
-        what: the rows are called in the error.
+        path: the manifest's file.
+        manifest: its content.
+        rows: name of the rows, for the error.
 
     Raises:
         ValueError: if it differs, naming every key that does.
     """
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]:
-        lines = [f"{key}: was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed]
+    existing = json.loads(path.read_text(encoding="utf-8"))
+    if changed := differences(existing, manifest):
         raise ValueError(
-            f"{path} is of other {what}; restore these or choose another output_dir:\n  - " + "\n  - ".join(lines)
+            f"{path} is of other {rows}; restore these or choose another output_dir:\n  - " + "\n  - ".join(changed)
         )
 
 
@@ -52,34 +53,34 @@ def write_shards(
     folder: Path, count: int, shard_size: int, make: Callable[[range], Mapping[str, Tensor]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:  # fmt: skip
-    """Write the shards that are not there yet.
+    """Write the shards that are missing.
 
     Args:
-        folder: where.
-        count: rows in all.
-        shard_size: rows a file: what a stopped run loses at most.
-        make: the tensors, by name, of the rows at an index.
-        progress: told how many rows there are, after every shard.
+        folder: where they go.
+        count: number of rows in all.
+        shard_size: rows per file, which is the most that a stopped run loses.
+        make: returns the tensors, by name, of the rows at some indices.
+        progress: called after every shard with the number of rows so far.
     """
     for number in range(math.ceil(count / shard_size)):
         indices = range(number * shard_size, min(count, (number + 1) * shard_size))
         path = shard_path(folder, number)
         if not path.is_file():
-            temporary = path.with_suffix(".part")
-            save_file({name: tensor.contiguous() for name, tensor in make(indices).items()}, temporary)
-            os.replace(temporary, path)
+            tensors = {name: tensor.contiguous() for name, tensor in make(indices).items()}
+            with atomic_write(path) as partial:
+                save_file(tensors, partial)
         progress(indices.stop)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What shards hold, in the words of errors.
+class ShardFormat:
+    """What shards hold, as error messages name it.
 
     Attributes:
-        key: of the configuration that names the folder.
-        rows: what a row is, in the plural.
-        manifest: the manifest's file name.
-        script: what makes them.
+        key: configuration key that names the folder.
+        rows: what the rows are, in the plural.
+        manifest: file name of the manifest.
+        script: the script that makes them.
     """
 
     key: str
@@ -89,22 +90,22 @@ class Kind:
 
 
 class Shards:
-    """The rows of a folder; they need not fit into memory.
+    """Rows of a folder; they need not fit into memory.
 
     Args:
-        folder: what :func:`agree` and :func:`write_shards` wrote.
-        kind: what they hold.
+        folder: what :func:`write_or_check_manifest` and :func:`write_shards` wrote.
+        format: what they hold.
 
     Raises:
-        ValueError: if there are none, or if they are not complete.
+        ValueError: if there are none, or some are missing.
     """
 
-    def __init__(self, folder: str | Path, kind: Kind) -> None:
-        self.folder, self.kind = Path(folder), kind
-        path = self.folder / kind.manifest
+    def __init__(self, folder: str | Path, format: ShardFormat) -> None:
+        self.folder, self.format = Path(folder), format
+        path = self.folder / format.manifest
         if not path.is_file():
             raise ValueError(
-                f"{kind.key}: no {kind.manifest} in {self.folder}; make {kind.rows} with {kind.script} first"
+                f"{format.key}: no {format.manifest} in {self.folder}; make {format.rows} with {format.script} first"
             )
         self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self.count, self.shard_size = self.manifest["count"], self.manifest["shard_size"]
@@ -115,31 +116,47 @@ class Shards:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors."""
+        """Names of the tensors."""
         return sorted(self.shards[0].keys())
 
+    @property
+    def cond_names(self) -> list[str]:
+        """Names of the conditions, which are stored as ``cond.<name>``."""
+        return [name.removeprefix("cond.") for name in self.names if name.startswith("cond.")]
+
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """The rows of tensor ``name`` at ``indices``, (B, ...), in that order; halves come in single precision."""
-        places = [divmod(index, self.shard_size) for index in indices]
-        return torch.cat([single(self.shards[shard].get_slice(name)[row : row + 1]) for shard, row in places])
+        """Return the rows of tensor ``name`` at ``indices``, (B, ...), in that order; half becomes single precision."""
+        rows = []
+        for index in indices:
+            shard, row = divmod(index, self.shard_size)
+            rows.append(single(self.shards[shard].get_slice(name)[row : row + 1]))
+        return torch.cat(rows)
 
     def _open(self, number: int) -> Any:
-        path, kind = shard_path(self.folder, number), self.kind
+        path, format = shard_path(self.folder, number), self.format
         if not path.is_file():
-            raise ValueError(f"{kind.key}: {path} is missing; run {kind.script} again, it goes on from there")
+            raise ValueError(f"{format.key}: {path} is missing; run {format.script} again, which makes what is missing")
         try:
             shard = safe_open(path, framework="pt")
             rows = shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
         except (OSError, SafetensorError, StopIteration) as error:
-            raise ValueError(f"{kind.key}: {path} cannot be read: {error}; remove it and make it anew") from error
-        wanted = min(self.shard_size, self.count - number * self.shard_size)
-        if rows != wanted:
+            raise ValueError(f"{format.key}: {path} cannot be read: {error}; remove it and make it anew") from error
+        expected = min(self.shard_size, self.count - number * self.shard_size)
+        if rows != expected:
             raise ValueError(
-                f"{kind.key}: {path} holds {rows} {kind.rows}, wanted {wanted}; remove it and make it anew"
+                f"{format.key}: {path}: expected {expected} {format.rows}, got {rows}; remove it and make it anew"
             )
         return shard
 
 
+def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of consecutive parts joined by name."""
+    joined = {}
+    for name in parts[0]:
+        joined[name] = torch.cat([part[name] for part in parts])
+    return joined
+
+
 def single(rows: Tensor) -> Tensor:
-    """Rows in single precision: under autocast, the CPU joins no halves."""
+    """Return rows in single precision, because the CPU cannot concatenate half ones under autocast."""
     return rows.float() if rows.is_floating_point() else rows

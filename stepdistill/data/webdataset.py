@@ -1,29 +1,28 @@
-"""WebDataset tars: samples that lie as files of one name side by side in a tar, read where they lie.
+"""WebDataset tars: the files of a sample have one name and lie side by side in a tar, which is never unpacked.
 
 ``000017.jpg``, ``000017.txt`` and ``000017.cls`` are one sample's image, caption and label; a ``000017.json`` may hold
-caption and label instead. A tar's headers are read once, from front to back; an image is then read by its place in the
-tar, so that samples come in any order and nothing is ever unpacked.
+caption and label instead. The headers of a tar are read once, from front to back; an image is then read at its offset
+in the tar, so samples can be read in any order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepdistill.config import nearest
-from stepdistill.data.text import decode_text
+from stepdistill.data.text import decode_text, json_object, row_value
 
 CAPTION_KEYS = ("caption", "text")
-"""Where a ``.json`` has its caption, if ``caption_column`` does not say."""
+"""Keys of a caption in a ``.json``, unless ``caption_column`` is given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file inside an uncompressed tar: its first byte and its length there."""
+    """A file inside an uncompressed tar: its offset and its length in bytes."""
 
     tar: str
     name: str
@@ -34,7 +33,7 @@ class TarMember:
         return f"{self.tar}!{self.name}"
 
     def read(self) -> bytes:
-        """Its content; raises ``OSError`` if the tar ends before it does."""
+        """Return the content; raise ``OSError`` if the tar ends too early."""
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
@@ -45,7 +44,7 @@ class TarMember:
 
 @dataclasses.dataclass(frozen=True)
 class TarSamples:
-    """What tars hold, in their order: one entry a sample in every list."""
+    """The samples of tars, in their order: one entry per sample in every list."""
 
     images: list[TarMember]
     captions: list[str | None]
@@ -55,16 +54,16 @@ class TarSamples:
 def read_tars(
     tars: Sequence[Path], suffixes: Sequence[str], caption_key: str | None = None, label_key: str | None = None
 ) -> TarSamples:
-    """The samples of uncompressed tars.
+    """Return the samples of uncompressed tars.
 
     Args:
         tars: files, in order.
-        suffixes: of images, with their dots.
-        caption_key: of the caption in a ``.json``; by default ``caption`` or ``text``.
-        label_key: of the label there; by default ``label``.
+        suffixes: suffixes of images, with their dots.
+        caption_key: key of the caption in a ``.json``; by default ``caption`` or ``text``.
+        label_key: key of the label there; by default ``label``.
 
     Raises:
-        ValueError: for a file that is no tar, or a compressed one, and for damaged captions and labels; it names them.
+        ValueError: for a file that is not an uncompressed tar, and for damaged captions and labels; it names them.
     """
     images, captions, labels = [], [], []
     for tar in tars:
@@ -78,7 +77,10 @@ def read_tars(
 
 
 def _grouped(tar: Path) -> Iterator[dict[str, TarMember]]:
-    """The files of every sample by suffix. A sample's files follow each other; its key ends at the name's first dot."""
+    """Yield the files of every sample by suffix.
+
+    The files of a sample are adjacent; they share the name up to its first dot.
+    """
     last: tuple[str, str] | None = None
     parts: dict[str, TarMember] = {}
     for member in _members(tar):
@@ -109,35 +111,26 @@ def _caption(parts: Mapping[str, TarMember], key: str | None) -> str | None:
     if ".txt" in parts and key is None:
         return " ".join(decode_text(parts[".txt"].read(), str(parts[".txt"])).split())
     row = _json(parts)
-    names = CAPTION_KEYS if key is None else (key,)
-    found = next((row[name] for name in names if name in row), None)
-    if found is not None and not isinstance(found, str):
-        raise ValueError(f"{parts['.json']}: the caption is {found!r}, expected text")
-    if found is None and key is not None and row:
+    for name in CAPTION_KEYS if key is None else (key,):
+        if row.get(name) is not None:
+            return row_value(row, name, str, str(parts[".json"]))
+    if key is not None and row:
         raise ValueError(f"{parts['.json']}: no key {key!r}{nearest(key, row)}")
-    return found
+    return None
 
 
 def _label(parts: Mapping[str, TarMember], key: str) -> int | None:
     if ".cls" in parts:
         text = decode_text(parts[".cls"].read(), str(parts[".cls"])).strip()
         if not text.isdecimal():
-            raise ValueError(f"{parts['.cls']}: the label is {text!r}, expected a whole number")
+            raise ValueError(f"{parts['.cls']}: label: expected a whole number, got {text!r}")
         return int(text)
-    found = _json(parts).get(key)
-    if found is not None and type(found) is not int:
-        raise ValueError(f"{parts['.json']}: {key!r} is {found!r}, expected a whole number")
-    return found
+    row = _json(parts)
+    return None if row.get(key) is None else row_value(row, key, int, str(parts[".json"]))
 
 
 def _json(parts: Mapping[str, TarMember]) -> dict[str, Any]:
     if ".json" not in parts:
         return {}
     member = parts[".json"]
-    try:
-        row = json.loads(decode_text(member.read(), str(member)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{member}: not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{member}: expected a JSON object")
-    return row
+    return json_object(decode_text(member.read(), str(member)), str(member))

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from stepdistill.config import fingerprint
+from stepdistill.config import fingerprint_json
 from stepdistill.evaluation.cost import flops_per_image, parameter_count, peak_memory
 from stepdistill.evaluation.extraction import OnDisk, Sampled, Source, collect, read_captions
 from stepdistill.evaluation.image_set import ImageFiles
@@ -132,7 +132,7 @@ def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         "pipeline": type(pipeline).__name__,
         "weights_sha256": weights.hexdigest(),
         "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": fingerprint(scheduler),
+        "scheduler_config": fingerprint_json(scheduler),
         "config": own,
         "call": {**contract_of(pipeline).call, **call},
     }

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.assets import EMBEDDED
-from stepdistill.config import fingerprint
+from stepdistill.config import fingerprint_json
 from stepdistill.data.base import DataConfig
 from stepdistill.data.decoding import read_pixels
 from stepdistill.data.listing import list_samples
@@ -100,7 +100,7 @@ def collect(
         work: folder for finished chunks; None keeps nothing.
         identity: all that the chunks depend on: chunks of another identity lie in another sub-folder.
     """
-    folder = None if work is None else work / fingerprint(identity)
+    folder = None if work is None else work / fingerprint_json(identity)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "identity.json").write_text(json.dumps(identity, indent=2, default=str) + "\n", encoding="utf-8")

@@ -51,6 +51,8 @@ class Family(abc.ABC):
     """Diffusers pipelines of this family, if networks of the class serve several; empty: any."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
+    caches_latents: ClassVar[bool] = False
+    """Whether frozen encoders of :attr:`pipe` make latents and embeddings, which can be cached."""
     loads_lora: ClassVar[bool] = False
     """Whether the stock pipeline has ``load_lora_weights``."""
     feature_blocks: ClassVar[tuple[str, ...]]
@@ -58,6 +60,8 @@ class Family(abc.ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     """Layers that get adapters."""
 
+    pipe: Any = None
+    """The opened diffusers pipeline, of families that have one."""
     network: nn.Module
     schedule: NoiseSchedule
     prediction_type: str

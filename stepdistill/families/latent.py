@@ -36,6 +36,8 @@ class LatentFamily(Family):
         guidance_scale: the network's guidance input, for families that have one.
     """
 
+    caches_latents = True
+
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
             raise ValueError(

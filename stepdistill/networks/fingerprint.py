@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from torch import nn
 
-from stepdistill.config import fingerprint
+from stepdistill.config import fingerprint_json
 
 
 def fingerprint_weights(network: nn.Module) -> str:
-    """Sixteen hex digits of a network's weights: two float64 moments of every tensor, hashed."""
-    moments = [(name, *(f"{m:.12e}" for m in (p.double().mean(), p.double().square().mean())))
-               for name, p in network.state_dict().items()]  # fmt: skip
-    return fingerprint(moments)
+    """Return twelve hex digits of a network's weights: a hash of two float64 moments of every tensor."""
+    moments = []
+    for name, tensor in network.state_dict().items():
+        mean, square = tensor.double().mean(), tensor.double().square().mean()
+        moments.append((name, f"{mean:.12e}", f"{square:.12e}"))
+    return fingerprint_json(moments)
+
+
+def fingerprint_pipeline(folder: str | Path) -> str:
+    """Return sixteen hex digits of the weight files of an exported pipeline."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

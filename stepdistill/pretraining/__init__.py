@@ -1,1 +1,1 @@
-"""Small teachers, feature networks and a CLIP, trained from nothing."""
+"""Training of small teachers, feature networks and a CLIP from scratch."""

@@ -1,8 +1,8 @@
-"""Train the small classifier whose features judge images where no large vision model is at hand.
+"""Train the small classifier whose features measure images when no large vision model is available.
 
 Plain supervised learning: cross-entropy on left-right flipped images, AdamW under a one-cycle learning
 rate (Smith & Topin, arXiv 1708.07120). No label smoothing and only a few epochs, because both pull a class together
-to one point (neural collapse, Papyan et al., arXiv 2008.08186), and a judge must see the differences *within* a class.
+to one point (neural collapse, Papyan et al., arXiv 2008.08186), and a metric must see the differences *within* a class.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def train_classifier(
     """Train ``network`` in place to name the class of an image.
 
     Args:
-        network: the classifier; leaves in evaluation mode.
+        network: the classifier, which is left in evaluation mode.
         images: (N, C, H, W) uint8.
         labels: (N,) int in [0, network.num_classes).
         epochs: passes over the images.
-        batch_size: images a step; the rest of an epoch is dropped.
+        batch_size: images per step; an incomplete last batch of an epoch is dropped.
         lr: peak learning rate.
-        seed: of the order of the images and of the flips.
+        seed: seed of the order of the images and of the flips.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = len(images) // batch_size
@@ -53,28 +53,29 @@ def train_classifier(
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each of ``images`` (B, C, H, W), mirrored left to right with probability one half."""
+    """Return ``images`` (B, C, H, W), each mirrored left to right with probability one half."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 
 
 @torch.inference_mode()
 def accuracy(network: SmallConvNet, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share of ``images`` (N, C, H, W) uint8 whose label the network names, in [0, 1]."""
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    hits = sum((network.logits(network(batch)).argmax(1) == label).sum().item() for batch, label in batches)
+    """Return the share of ``images`` (N, C, H, W) uint8 that the network classifies correctly, in [0, 1]."""
+    hits = 0
+    for batch, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        hits += (network.logits(network(batch)).argmax(1) == label).sum().item()
     return hits / len(images)
 
 
 def read_labelled_images(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) uint8 and labels (N,) int64 of an ``.npz`` with ``images`` (N, H, W[, C]) and ``labels``.
+    """Return images (N, C, H, W) uint8 and labels (N,) int64 of an ``.npz`` with ``images`` and ``labels``.
 
     Raises:
-        ValueError: the file lacks one of the two arrays.
+        ValueError: if the file lacks one of the two arrays.
     """
     with np.load(path) as archive:
         missing = {"images", "labels"} - set(archive.files)
         if missing:
-            raise ValueError(f"{path}: lacks {sorted(missing)}; found {archive.files}")
+            raise ValueError(f"{path}: expected 'images' and 'labels', got {archive.files}")
         images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
     return images.movedim(-1, 1).contiguous() if images.ndim == 4 else images.unsqueeze(1), labels

@@ -1,6 +1,6 @@
-"""Train a small CLIP (Radford et al., arXiv 2103.00020) on images and captions, and the tokenizer it reads with.
+"""Train a small CLIP (Radford et al., arXiv 2103.00020) on images and captions, and its tokenizer.
 
-Its text half conditions a text-to-image teacher; a second one, of another seed, judges: see
+Its text half conditions a text-to-image teacher; a second CLIP, of another seed, measures it: see
 :mod:`stepdistill.pretraining.text_to_image`.
 """
 
@@ -20,18 +20,18 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from stepdistill.pretraining.fit import FitConfig, fit
 
 SHIFT = 3
-"""Images are moved by up to so many pixels, so that the place of a pixel does not give an image away."""
+"""Images are moved by up to this many pixels, so that the position of a pixel does not identify an image."""
 
 
 def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPTokenizer:
-    """CLIP's kind of byte-pair tokenizer, learnt from captions.
+    """Train a byte-pair tokenizer like CLIP's on captions.
 
-    It reads any text: a word that it does not know falls into known pieces, at worst into its bytes.
+    It reads any text: an unknown word is split into known pieces, in the last resort into its bytes.
 
     Args:
-        captions: what it learns from.
-        size: tokens that it knows, at most; 512 are the bytes, inside a word and at its end.
-        length: tokens that it reads, at most.
+        captions: texts to learn from.
+        size: largest number of tokens in the vocabulary; 512 are the bytes, inside a word and at its end.
+        length: largest number of tokens in a prompt.
     """
     letters = list(bytes_to_unicode().values())
     last = [letter + "</w>" for letter in letters]
@@ -39,10 +39,9 @@ def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPToke
     untrained = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=length)
     trained = untrained.train_new_from_iterator(captions, size - len(last), show_progress=False)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
-    vocabulary = model["vocab"] | {
-        letter: len(model["vocab"]) + i
-        for i, letter in enumerate(letter for letter in last if letter not in model["vocab"])
-    }
+    vocabulary = dict(model["vocab"])
+    for letter in last:
+        vocabulary.setdefault(letter, len(vocabulary))
     return CLIPTokenizer(vocabulary, [tuple(pair) for pair in model["merges"]], model_max_length=length)
 
 
@@ -54,7 +53,7 @@ def train_clip(
     accelerator: Accelerator,
     log: Path,
 ) -> CLIPModel:
-    """A CLIP of ``images`` (N, C, H, W) in [-1, 1] and their captions; ``config.model`` has a section for each half."""
+    """Train a CLIP on ``images`` (N, C, H, W) in [-1, 1] and captions; ``config.model`` has a section for each half."""
     tokens = tokenizer(list(captions), padding="longest", return_tensors="pt")
     torch.manual_seed(config.seed)
     clip = CLIPModel(clip_config(config.model, tokenizer))
@@ -69,7 +68,7 @@ def train_clip(
 
 
 def clip_config(model: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPConfig:
-    """The configuration ``model`` for the words of a tokenizer."""
+    """Return the configuration ``model`` with the sizes and special tokens of a tokenizer."""
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
@@ -81,7 +80,7 @@ def clip_config(model: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPConfig:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), each moved by up to ``SHIFT`` pixels across and down; what comes in is white."""
+    """Return images (B, C, H, W), each moved by up to ``SHIFT`` pixels across and down, with white margins."""
     height, width = images.shape[2:]
     padded = nn.functional.pad(images, (SHIFT,) * 4, value=1.0)
     corners = torch.randint(2 * SHIFT + 1, (len(images), 2), generator=generator).tolist()
@@ -89,7 +88,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def image_processor(size: int) -> CLIPImageProcessor:
-    """What makes the CLIP's input of an image: ``size`` x ``size``, values in [-1, 1]."""
+    """Return the processor that makes an image the CLIP's input: ``size`` x ``size``, values in [-1, 1]."""
     square = {"height": size, "width": size}
     half = [0.5, 0.5, 0.5]
     return CLIPImageProcessor(size=square, crop_size=square, image_mean=half, image_std=half, do_center_crop=False)

@@ -1,10 +1,10 @@
-"""Train a small pixel teacher from scratch, so that there is something to distil without a download.
+"""The training loop of small teachers, autoencoders and CLIPs, so that there is something to distil without a download.
 
-The denoising loss of the chosen prediction type, ``|| target(x0, eps, t) - network(x_t, t, label) ||^2`` with t
-uniform over the scheduler's timesteps, AdamW with a warm-up and a cosine decay, an exponential moving average
-as the result, and labels dropped to a null class so that classifier-free guidance works (Ho & Salimans,
-arXiv 2207.12598). This is deliberately plain: a teacher is a means here. The distillation loop, with its
-checkpoints and exact resume, is :mod:`stepdistill.training.trainer`.
+It minimises a loss by AdamW with a warm-up and a cosine decay, and returns an exponential moving average. Teachers
+minimise the denoising loss of their prediction type, ``|| target(x0, eps, t) - network(x_t, t, label) ||^2`` with t
+uniform over the scheduler's timesteps, and drop labels to a null class for classifier-free guidance (Ho & Salimans,
+arXiv 2207.12598). The loop of distillation, with checkpoints and exact resume, is
+:mod:`stepdistill.training.trainer`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How one network is fitted; ``model`` is passed to its class."""
+    """Options of one network's training; ``model`` is passed to its class."""
 
     model: dict[str, Any]
     steps: int = 10_000
@@ -46,17 +46,17 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **cond: Tensor | None) -> Tensor:
-    """Mean squared error of the scheduler's prediction type at uniform timesteps.
+    """Return the mean squared error of the scheduler's prediction type at uniform timesteps.
 
     Args:
-        network: predicts as ``scheduler`` says.
-        scheduler: of the noise process.
+        network: predicts what ``scheduler.config.prediction_type`` names.
+        scheduler: the noise process.
         x0: clean images or latents (B, C, H, W), of about unit scale.
-        cond: what the network is called with besides: ``class_labels``, ``encoder_hidden_states``.
+        cond: further arguments of the network: ``class_labels``, ``encoder_hidden_states``.
     """
     noise = torch.randn_like(x0)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
@@ -72,30 +72,24 @@ def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **c
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Learning-rate factor: linear over the first steps, then half a cosine down to zero."""
+    """Return the learning rate's factor: linear over the first steps, then half a cosine down to zero."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     return warmup * 0.5 * (1 + np.cos(np.pi * step / steps))
 
 
 def fit(
-    network: Network,
-    loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor],
-    *,
-    count: int,
-    config: FitConfig,
-    accelerator: Accelerator,
-    log: Path,
-    save: Callable[[Network], object] = lambda average: None,
-) -> Network:
+    network: Network, loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor], *, count: int, config: FitConfig,
+    accelerator: Accelerator, log: Path, save: Callable[[Network], object] = lambda average: None,
+) -> Network:  # fmt: skip
     """Minimise a loss over random batches, and return the moving average of the network.
 
     Args:
-        network: what is trained.
-        loss: of the network on the samples at an index (B,) in [0, ``count``), with a generator for what is random.
+        network: the network to train.
+        loss: takes the network, indices (B,) of samples in [0, ``count``) and a generator for all randomness.
         count: number of samples.
         config: batch size, steps and rates.
         accelerator: device, precision and processes.
-        log: where a JSON line goes every ``log_every`` steps.
+        log: file that gets a JSON line every ``log_every`` steps.
         save: called with the average every ``save_every`` steps and at the end, on the main process.
     """
     network = network.to(accelerator.device)
@@ -103,9 +97,7 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    started = time.perf_counter()
+    losses = _LossLog(log)
     progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc=log.parent.name)
     for step in progress:
         generator = torch.Generator().manual_seed(config.seed + accelerator.process_index + 1000 * step)
@@ -117,14 +109,33 @@ def fit(
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-        keep = min(config.ema, (1 + step) / (10 + step))
-        live = [parameter.detach() for parameter in network.parameters()]
-        torch._foreach_lerp_(list(average.parameters()), live, 1 - keep)
-        if step % config.log_every == 0 and accelerator.is_main_process:
-            row = {"step": step, "loss": value.item(), "seconds": round(time.perf_counter() - started, 1)}
-            progress.set_postfix(loss=f"{row['loss']:.4f}")
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if (step % config.save_every == 0 or step == config.steps) and accelerator.is_main_process:
+        _blend(average, network, min(config.ema, (1 + step) / (10 + step)))
+        if not accelerator.is_main_process:
+            continue
+        if step % config.log_every == 0:
+            progress.set_postfix(loss=f"{value.item():.4f}")
+            losses.append(step, value.item())
+        if step % config.save_every == 0 or step == config.steps:
             save(average)
     return average
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, network: nn.Module, keep: float) -> None:
+    """Move an average towards a network: ``average = keep * average + (1 - keep) * network``."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
+
+
+class _LossLog:
+    """A file of JSON lines with step, loss and seconds since the start, which replaces that of an earlier training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+
+    def append(self, step: int, loss: float) -> None:
+        row = {"step": step, "loss": loss, "seconds": round(time.perf_counter() - self.started, 1)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""Train a small pixel-space teacher from nothing."""
+"""Train a small pixel-space teacher from scratch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class PretrainConfig(FitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not Path(self.data).is_file():
-            raise ValueError(f"data: no such file {self.data!r}; expected an .npz with 'images' and 'labels'")
+            raise ValueError(f"data: expected an .npz with 'images' and 'labels', got {self.data!r}, which is no file")
 
 
 def train_teacher(config: PretrainConfig) -> Path:
-    """Train, and save ``unet/`` and ``scheduler/`` under ``config.output_dir``; returns that folder."""
-    cpu = not torch.accelerator.is_available()  # or processes on CPUs would not find each other
+    """Train a teacher, save ``unet/`` and ``scheduler/`` under ``config.output_dir``, and return that folder."""
+    cpu = not torch.accelerator.is_available()  # otherwise processes on CPUs would not find each other
     accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
     torch.manual_seed(config.seed)
     archive = np.load(config.data)

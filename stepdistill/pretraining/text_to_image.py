@@ -1,9 +1,8 @@
-"""Train a small text-to-image teacher from nothing but images and captions: a plain ``StableDiffusionPipeline``.
+"""Train a small text-to-image teacher, a plain ``StableDiffusionPipeline``, from images and captions alone.
 
-In this order, each part finished and saved before the next begins: an autoencoder; a CLIP, whose text half tells the
-teacher its prompt; a second CLIP of another seed, which the teacher never meets and which judges it; and the denoising
-network, on latents and text embeddings that are computed once. The same command again goes on with the first part that
-is missing.
+The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half encodes the prompts; a second
+CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network, on latents
+and text embeddings that are computed once. The same command again resumes at the first part that is missing.
 
     vae/  clip/  judge/     the parts; ``judge`` is what ``evaluate.py --clip`` and ``--features`` take
     pipeline/               the teacher, its network and autoencoder in half precision
@@ -35,7 +34,7 @@ from stepdistill.pretraining.vae import train_vae
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTeacherConfig:
-    """A text-to-image teacher's training: data, and a section for every part."""
+    """Options of a text-to-image teacher's training: the data, and a section for every part."""
 
     data: DataConfig
     output_dir: str
@@ -46,20 +45,20 @@ class TextTeacherConfig:
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
     judge_seed: int = 1
-    """Of the CLIP that judges; all else about it is as ``clip`` says."""
+    """Seed of the CLIP that measures; its other options are those of ``clip``."""
     vocabulary: int = 1750
-    """Tokens that the tokenizer learns from the captions."""
+    """Number of tokens that the tokenizer learns from the captions."""
     max_tokens: int = 24
-    """Tokens of the longest prompt."""
+    """Number of tokens in the longest prompt."""
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         if self.judge_seed == self.clip.seed:
-            raise ValueError(f"judge_seed: found {self.judge_seed}, clip.seed too; a judge is of another seed")
+            raise ValueError(f"judge_seed: expected another seed than clip.seed, got {self.judge_seed}")
 
 
 def train_text_teacher(config: TextTeacherConfig) -> Path:
-    """Train what is not there yet; returns the pipeline's folder."""
+    """Train the parts that are missing, and return the pipeline's folder."""
     accelerator, folder = Accelerator(cpu=not torch.accelerator.is_available()), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
@@ -85,7 +84,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
 
 
 def read_all(data: DataConfig, size: int) -> tuple[Tensor, list[str]]:
-    """Every image (N, 3, size, size) in [-1, 1], and its caption."""
+    """Return every image (N, 3, size, size) in [-1, 1], and its caption."""
     dataset = open_data(locate_data(data), channels=3, size=(size, size), num_classes=None, takes_text=True)
     batch = dataset.load(range(len(dataset)))
     assert batch.images is not None and batch.captions is not None, "open_data checks both"
@@ -95,7 +94,7 @@ def read_all(data: DataConfig, size: int) -> tuple[Tensor, list[str]]:
 def assemble(
     config: TextTeacherConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """The pipeline around a random network that fits its parts."""
+    """Return a pipeline of the parts, around a random network that fits them."""
     torch.manual_seed(config.unet.seed)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     channels = vae.config.latent_channels
@@ -118,7 +117,7 @@ def train_unet(
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Train the network of ``pipe`` on what the family makes of images and captions; saves the pipeline as it goes."""
+    """Train the network of ``pipe`` on encoded images and captions, and save the pipeline from time to time."""
     family = SD(pipe.to(accelerator.device))
     with torch.no_grad():
         latents = torch.cat([family.to_latents(batch).cpu() for batch in images.split(100)])
@@ -134,7 +133,7 @@ def train_unet(
 
     def save(average: UNet2DConditionModel) -> None:
         parts = {**pipe.components, "unet": average}
-        for name in ("vae", "unet"):  # not the text encoder: transformers would open it in half beside float32 ones
+        for name in ("vae", "unet"):  # not the text encoder, because transformers would open it in half precision
             parts[name] = copy.deepcopy(parts[name]).half()
         StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
 

@@ -1,6 +1,6 @@
 """Train a small image autoencoder, the first part of a latent teacher.
 
-Absolute error between an image and what comes back, and a light Kullback-Leibler term that keeps the latents near a
+The loss is the absolute error of the reconstruction, and a light Kullback-Leibler term that keeps the latents near a
 unit Gaussian (Kingma & Welling, arXiv 1312.6114; Rombach et al., arXiv 2112.10752).
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from stepdistill.pretraining.fit import FitConfig, fit
 
 KL_WEIGHT = 1e-3
-"""Per latent number, against the absolute error per colour value in [-1, 1]."""
+"""Weight of the term per latent number, relative to the absolute error per colour value in [-1, 1]."""
 
 
 def train_vae(images: Tensor, config: FitConfig, accelerator: Accelerator, log: Path) -> AutoencoderKL:
-    """An autoencoder of ``images`` (N, C, H, W) in [-1, 1]; every channel of its latents has mean 0 and variance 1."""
+    """Train an autoencoder on ``images`` (N, C, H, W) in [-1, 1]; its latent channels have mean 0 and variance 1."""
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         del generator
@@ -39,7 +39,7 @@ def train_vae(images: Tensor, config: FitConfig, accelerator: Accelerator, log: 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, device: torch.device, batch_size: int = 100) -> Tensor:
-    """The means of the posterior, (N, c, h, w), of ``images`` (N, C, H, W) in [-1, 1]."""
+    """Return the means of the posterior, (N, c, h, w), of ``images`` (N, C, H, W) in [-1, 1]."""
     batches = images.split(batch_size)
     return torch.cat([vae.encode(batch.to(device)).latent_dist.mode().cpu() for batch in batches])
 
@@ -48,11 +48,11 @@ def encode(vae: AutoencoderKL, images: Tensor, device: torch.device, batch_size:
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     """Shift and scale the latent channels to mean 0 and variance 1, by the two 1 x 1 convolutions around them.
 
-    Exact: images come back as before, and pipelines that know only a ``scaling_factor`` need none.
+    This is exact: reconstructions stay the same, and pipelines need no other ``scaling_factor`` than 1.
 
     Args:
-        vae: changed in place.
-        latents: what it makes of the images now, (N, c, h, w).
+        vae: the autoencoder, which is changed in place.
+        latents: (N, c, h, w), its present latents of the images.
     """
     mean = latents.mean((0, 2, 3)).to(vae.device)
     std = latents.std((0, 2, 3)).to(vae.device)

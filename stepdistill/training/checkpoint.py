@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: all of one, or none of it.
+"""Checkpoints of a training run, each complete or absent.
 
 A run has no random state to save (see :mod:`stepdistill.randomness`), so a checkpoint is named groups of tensors and a
-small JSON state. Three rules make it survive a kill or a full disk at any instant:
+small JSON state. Three rules make it survive a kill or a full disk at any time:
 
 1. It is written under another name, flushed, then renamed. A folder called ``checkpoint-<step>`` is therefore complete.
 2. ``manifest.json`` is written last, with the size and the SHA-256 of every file and of itself. safetensors notices a
-   truncated file but not a flipped bit, and a run must not go on from weights that were never trained.
-3. Older checkpoints go only after the newer one is on the disk.
+   truncated file but not a flipped bit, and a run must not resume from damaged weights.
+3. Older checkpoints are removed only after the newer one is on the disk.
 
 ``output_dir/checkpoint-500/``: ``<group>.safetensors`` ..., ``state.json``, ``manifest.json``. No pickle anywhere.
 """
@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -35,7 +34,7 @@ from stepdistill.config import nearest
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found, believed or restored; the message names the file or the entry."""
+    """A checkpoint cannot be written, found, verified or restored; the message names the file or the entry."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of one group, on the CPU, with the dtypes and values they were saved with.
+        """Return the tensors of one group, on the CPU, with the dtypes and values they were saved with.
 
         Raises:
             CheckpointError: if there is no such group, or its file cannot be read.
@@ -74,24 +73,24 @@ def save_checkpoint(
     keep: int,
     spare: int | None = None,
 ) -> Path:
-    """Write ``output_dir/checkpoint-<step>`` and then remove the oldest ones. Only the main process may call this.
+    """Write ``output_dir/checkpoint-<step>``, then remove the oldest ones. Only the main process may call this.
 
     Args:
         output_dir: the run's folder, made if needed.
         step: optimizer steps done; above that of every checkpoint in the folder.
-        groups: file name (letters, digits, ``_ - .``) -> tensors. Any device, layout or sharing of memory; tensors that
-            share memory are stored once each.
+        groups: file name (letters, digits, ``_ - .``) -> tensors, on any device, in any layout; tensors that share
+            memory are stored once each.
         state: JSON values with text keys; tuples come back as lists.
         keep: how many checkpoints stay, at least 1; with 2, a damaged newest one costs an interval and not the run.
-        spare: the newest checkpoint of this step or an earlier one stays too.
+        spare: the newest checkpoint of this step or an earlier one stays as well.
 
     Raises:
-        CheckpointError: if it cannot be written. Earlier ones are then untouched, nothing half-written remains.
+        CheckpointError: if it cannot be written. Earlier ones are then untouched, and nothing half-written remains.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
     if keep < 1:
-        raise CheckpointError(f"keep = {keep}: at least 1 checkpoint has to stay")
+        raise CheckpointError(f"keep: expected at least 1, got {keep}")
     for newer in _checkpoints(output_dir)[-1:]:
         if _step(newer) >= step:  # two histories in one folder: rotation could not tell which is old
             raise CheckpointError(f"{final}: {newer.name} is there already; move it away or use another output_dir")
@@ -101,12 +100,18 @@ def save_checkpoint(
         os.rename(temporary, final)
         _fsync(output_dir)
     except (OSError, SafetensorError) as error:
-        mebibytes = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()) / 2**20
-        raise CheckpointError(f"{final}: cannot be written ({mebibytes:.1f} MiB needed): {error}") from error
+        raise CheckpointError(f"{final}: cannot be written ({_mebibytes(groups):.1f} MiB needed): {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(output_dir, keep, spare)
     return final
+
+
+def _mebibytes(groups: Mapping[str, Mapping[str, Tensor]]) -> float:
+    size = 0
+    for tensors in groups.values():
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    return size / 2**20
 
 
 def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -118,11 +123,11 @@ def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], 
     files = sorted(folder.iterdir())
     for path in files:
         _fsync(path)
-    manifest = {
-        "step": step,
-        "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "safetensors")},
-    }
+    manifest: dict[str, Any] = {"step": step, "files": {}, "versions": {}}
+    for path in files:
+        manifest["files"][path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    for package in ("torch", "diffusers", "safetensors"):
+        manifest["versions"][package] = version(package)
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     _fsync(folder / "manifest.json")
@@ -130,7 +135,7 @@ def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], 
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: on the CPU, contiguous, no two in the same memory."""
+    """Return tensors as safetensors stores them: on the CPU, contiguous, no two in the same memory."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -142,18 +147,22 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _prune(output_dir: Path, keep: int, spare: int | None) -> None:
-    spared = [path for path in _checkpoints(output_dir) if spare is not None and _step(path) <= spare][-1:]
+    spared = None
+    for path in _checkpoints(output_dir):
+        if spare is not None and _step(path) <= spare:
+            spared = path
     for path in _checkpoints(output_dir)[:-keep]:
-        if path in spared:
+        if path == spared:
             continue
-        os.rename(path, _temporary(path))  # so that a half-removed checkpoint never bears a checkpoint's name
+        os.rename(path, _temporary(path))  # so that a half-removed checkpoint never has a checkpoint's name
     for path in output_dir.glob("checkpoint-*.tmp-*"):
         shutil.rmtree(path)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; 1000 comes after 500."""
-    return sorted((p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=_step)
+    """Return the checkpoint folders of a run, oldest first; 1000 comes after 500."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=_step)
 
 
 def _step(path: Path) -> int:
@@ -165,7 +174,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -186,13 +195,13 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, or None if the run never completed one.
+    """Return the newest valid checkpoint of a run, or None if the run never completed one.
 
     An invalid one is renamed to ``*.corrupt`` with a warning that names the file at fault, and the next older one is
-    tried. In a distributed run the main process calls this and the others :func:`load_checkpoint` with its ``path``.
+    tried. In a distributed run the main process calls this, and the others :func:`load_checkpoint` with its ``path``.
 
     Raises:
-        CheckpointError: if there were checkpoints and none is valid. Starting afresh is for the user to decide.
+        CheckpointError: if there were checkpoints and none is valid. Only the user may decide to start afresh.
     """
     output_dir = Path(output_dir)
     problems = []
@@ -203,21 +212,23 @@ def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
             problems.append(str(error))
             aside = _set_aside(path, "corrupt")
             warnings.warn(f"{error}; renamed to {aside.name}, trying the next older checkpoint", stacklevel=2)
-    beside = [path for why in ("corrupt", "diverged") for path in sorted(output_dir.glob(f"checkpoint-*.{why}"))]
-    problems = problems or [str(path) for path in beside]
+    set_aside = [*sorted(output_dir.glob("checkpoint-*.corrupt")), *sorted(output_dir.glob("checkpoint-*.diverged"))]
+    problems = problems or list(map(str, set_aside))
     if problems:
-        wanted = "restore one, or remove the *.corrupt and *.diverged folders to start afresh"
-        raise CheckpointError(f"{output_dir}: no valid checkpoint is left; {wanted}:\n  " + "\n  ".join(problems))
+        remedy = "restore one, or remove the *.corrupt and *.diverged folders to start afresh"
+        raise CheckpointError(f"{output_dir}: no valid checkpoint is left; {remedy}:\n  " + "\n  ".join(problems))
     return None
 
 
 def set_aside_later(output_dir: Path, step: int) -> str:
-    """Rename the checkpoints of later steps than ``step`` to ``*.diverged``; says in a sentence what is left."""
-    later = [path for path in _checkpoints(output_dir) if _step(path) > step]
-    names = ", ".join(_set_aside(path, "diverged").name for path in later)
+    """Rename the checkpoints of later steps than ``step`` to ``*.diverged``; return a sentence about what is left."""
+    names = []
+    for path in _checkpoints(output_dir):
+        if _step(path) > step:
+            names.append(_set_aside(path, "diverged").name)
     left = _checkpoints(output_dir)
     kept = f"{left[-1].name} is the last good checkpoint" if left else f"No checkpoint is as old as step {step}"
-    return f"{kept}; set aside: {names}" if names else kept
+    return f"{kept}; set aside: {', '.join(names)}" if names else kept
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -228,47 +239,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_dir():
-        found = "is a file, a checkpoint is a folder" if path.exists() else "no such checkpoint"
-        raise CheckpointError(f"{path}: {found}{nearest(path.name, (p.name for p in _checkpoints(path.parent)))}")
+        problem = "expected a folder, got a file" if path.exists() else "no such checkpoint"
+        names = [checkpoint.name for checkpoint in _checkpoints(path.parent)]
+        raise CheckpointError(f"{path}: {problem}{nearest(path.name, names)}")
     manifest = _read_manifest(path / "manifest.json")
     for name, recorded in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if (size := file.stat().st_size) != recorded["size"]:
-            raise CheckpointError(f"{file}: {size} bytes, but {recorded['size']} were written")
+            raise CheckpointError(f"{file}: expected {recorded['size']} bytes, got {size}")
         if _sha256(file) != recorded["sha256"]:
             raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], state)
-
-
-def check_identity(
-    checkpoint: Checkpoint,
-    identity: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    renamed: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Refuse a checkpoint of another run.
-
-    Args:
-        checkpoint: its state has a ``config``, flat ``{"section.key": value}``.
-        identity: what that must be.
-        defaults: what a checkpoint of an older version, which had no such key, is taken to have had.
-        renamed: former names of keys, and their present ones.
-
-    Raises:
-        CheckpointError: naming every key that differs, with both values.
-    """
-    stored = {renamed.get(key, key): value for key, value in checkpoint.state["config"].items()}
-    before, now = {**defaults, **stored}, json.loads(json.dumps(identity))
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if changed:
-        lines = [f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
-        raise CheckpointError(
-            f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
-            "train.output_dir:\n  - " + "\n  - ".join(lines)
-        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -22,29 +22,29 @@ class TrainConfig:
     """The ``train`` section."""
 
     steps: int
-    """Training steps of the whole run, over all stages."""
+    """Training steps of the whole run, over all its stages."""
     output_dir: str
     accumulation: int = 1
-    """Micro-batches a turn takes before its optimiser moves."""
+    """Micro-batches per step of a turn's optimiser."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What networks compute in; weights, optimisers and losses stay in float32."""
+    """Precision in which networks compute; weights, optimisers and losses stay in float32."""
     ema: float = 0.0
-    """Decay of the student's average, which is then what is evaluated and exported; 0 is none."""
+    """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""
     gradient_checkpointing: bool = False
     seed: int = 0
     log_every: int = 10
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2
-    """How many checkpoints stay."""
+    """How many checkpoints are kept."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "sample_every", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: found {self.ema}, wanted 0 <= ema < 1")
+            raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
 
 
 FREE_KEYS = (
@@ -52,7 +52,7 @@ FREE_KEYS = (
     "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip
-"""Keys that may change between a run and its resumption, because no bit of the result depends on them."""
+"""Keys that may change between a run and its resumption, because the result does not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,30 +63,32 @@ class BankConfig:
     rank: int = 64
     """Rank of the adapters."""
     init_from: str | None = None
-    """A finished student, a pipeline folder, to start from instead of the teacher; of adapters, as far as their rank
-    goes."""
+    """A finished student's pipeline folder to start from instead of the teacher; adapters start from its projection to
+    their rank."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank: found {self.rank}, wanted at least 1")
+            raise ValueError(f"rank: expected at least 1, got {self.rank}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The ``eval`` section: what is measured while training, on the role that will be exported, with fixed seeds."""
+    """The ``eval`` section: what is measured during training, on the role that will be exported, from fixed seeds."""
 
     every: int = 0
-    """Training steps between two measurements; 0 is never."""
+    """Training steps between two measurements; 0 measures nothing."""
     metrics: tuple[str, ...] = ("fd",)
     num_samples: int = 1000
     seed: int = 1
-    """Of the samples; a table's are of seed 0, and none that it measures has chosen a student."""
+    """Seed of the samples; tables use seed 0, so that no student is selected on the samples of a table."""
     features: str = "embedded"
     reference: str = "embedded"
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.num_samples < 2:
-            raise ValueError(f"wanted every >= 0 and num_samples >= 2; found {self.every} and {self.num_samples}")
+        if self.every < 0:
+            raise ValueError(f"every: expected at least 0, got {self.every}")
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples: expected at least 2, got {self.num_samples}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ class RunConfig:
     export: ExportConfig
 
     def as_sections(self) -> dict[str, Any]:
-        """The configuration as it would be written in YAML."""
+        """Return the configuration as it would be written in YAML."""
         tree = configuration.to_dict(self)
         tree["method"] = {"name": tree.pop("method_name"), **tree["method"]}
         return tree
@@ -125,7 +127,7 @@ RENAMED = {
     "method.turns": "method.fake_update",
     "method.first": "method.first_time",
 }
-"""Keys of older configurations and checkpoints, and what they are called now."""
+"""Keys of older configurations and checkpoints, and their present names."""
 
 
 def with_current_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +145,20 @@ def with_current_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
         if new_key in keys:
             raise ConfigError([f"{old}: the former name of {new}, which is also given"])
         warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=3)
-        current[section] = {new_key if key == old_key else key: value for key, value in keys.items()}
+        current[section] = _renamed(keys, old_key, new_key)
     return current
 
 
+def _renamed(keys: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Return a section with one key renamed, in the same order."""
+    section = {}
+    for key, value in keys.items():
+        section[new if key == old else key] = value
+    return section
+
+
 def resolve(mapping: Mapping[str, Any]) -> RunConfig:
-    """Check a configuration and fill in its defaults; keys of older configurations are read with a warning.
+    """Check a configuration and fill in its defaults; read keys of older configurations with a warning.
 
     Raises:
         ConfigError: listing every problem of every section.
@@ -177,7 +187,7 @@ def _collect(resolved: dict[str, Any], name: str, make: Any) -> list[str]:
 
 def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
     if not isinstance(section, Mapping) or "name" not in section:
-        raise ConfigError(["method.name: missing (the name of a file in stepdistill/methods is required)"])
+        raise ConfigError(["method.name: missing (expected the name of a file in stepdistill/methods)"])
     distiller = find_method(section["name"])
     options = {key: value for key, value in section.items() if key != "name"}
     return section["name"], distiller, build(distiller.Config, options, "method")
@@ -200,5 +210,5 @@ def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimCon
 def _build_turn(section: Mapping[str, Any], distiller: type[Distiller], turn: str) -> OptimConfig:
     given = section.get(turn) or {}
     if not isinstance(given, Mapping):
-        raise ConfigError([f"optim.{turn}: expected a section of keys, found {given!r}"])
+        raise ConfigError([f"optim.{turn}: expected a section of keys, got {given!r}"])
     return build(OptimConfig, {**distiller.optim_defaults.get(turn, {}), **given}, f"optim.{turn}")

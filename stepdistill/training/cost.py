@@ -1,8 +1,8 @@
-"""What a training cost, in units that compare across machines and methods: images that passed through a network.
+"""The cost of a training, in a unit that compares across machines and methods: images that passed through a network.
 
-A hook on every network of the bank counts them, whatever its role: an image counts once in a forward alone and three
-times where a derivative is taken too (a backward costs about two forwards). One unit is a *teacher forward*, since all
-roles are networks of the teacher's size. Sampling, measuring and saving beside the training are not counted.
+A hook on every network of the bank counts them: an image counts once for a forward alone, and three times if a
+derivative is taken too (a backward costs about two forwards). One unit is a *teacher forward*, because the networks of
+all roles have the teacher's size. Sampling, measuring and saving during the training are not counted.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from stepdistill.networks.bank import NetworkBank
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingCost:
-    """Totals of a run over all its processes and all its resumptions; steps that a kill undid are in none of them."""
+    """Totals of a run over all its processes and resumptions, without the steps that a kill has undone."""
 
     steps: int = 0
     images: int = 0
-    """Images that were read, each as often as it was read."""
+    """Images that were read, counted each time."""
     teacher_forwards: int = 0
-    """Images that passed through a network: 1 for a forward, 3 for a forward with its backward."""
+    """Images that passed through a network, counted 1 for a forward, 3 for a forward with its backward."""
     cpu_minutes: float = 0.0
-    """Of the training processes with all their threads; data workers are not in it."""
+    """CPU time of the training processes with all their threads, without data workers."""
     wall_minutes: float = 0.0
 
     def __add__(self, other: TrainingCost) -> TrainingCost:
-        """Both together: a student that started from another cost what that one did as well."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return TrainingCost(**dict(zip(dataclasses.asdict(self), map(sum, pairs), strict=True)))
+        """Return the sum, which is the cost of a student that started from another."""
+        total = TrainingCost()
+        for field in dataclasses.fields(self):
+            setattr(total, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return total
 
     def __str__(self) -> str:
         return (
@@ -49,7 +51,7 @@ class TrainingCost:
 
 @contextlib.contextmanager
 def counted(bank: NetworkBank, cost: TrainingCost) -> Iterator[None]:
-    """Add what happens in the context to ``cost``: the images through the bank's networks, and the minutes."""
+    """Add to ``cost`` the images that pass through the bank's networks in the context, and the minutes."""
     hook = functools.partial(_count, cost)
     handles = [network.register_forward_pre_hook(hook, with_kwargs=True) for network in bank.distinct_networks()]
     cpu, wall = time.process_time(), time.perf_counter()
@@ -63,7 +65,7 @@ def counted(bank: NetworkBank, cost: TrainingCost) -> Iterator[None]:
 
 
 def over_processes(cost: TrainingCost, accelerator: Accelerator) -> TrainingCost:
-    """The sum of all processes' shares, which take their steps together; all of them call it at the same time."""
+    """Return the sum over all processes, which call this together."""
     shares = [cost.images, cost.teacher_forwards, cost.cpu_minutes]
     total = accelerator.reduce(torch.tensor(shares, dtype=torch.float64, device=accelerator.device), reduction="sum")
     images, teacher_forwards, cpu_minutes = total.tolist()
@@ -73,7 +75,7 @@ def over_processes(cost: TrainingCost, accelerator: Accelerator) -> TrainingCost
 
 
 def _count(cost: TrainingCost, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward, since one that is asked for inner features alone ends early (and counts as a whole one)."""
+    """Count before a forward, because one that computes inner features only ends early (and counts in full)."""
     images = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *network.parameters()))
     forward_mode = unpack_dual(images).tangent is not None

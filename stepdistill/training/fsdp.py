@@ -20,44 +20,45 @@ if TYPE_CHECKING:
 
 
 def is_wanted(accelerator: Accelerator) -> bool:
-    """Whether the launcher asked for sharding, and there are processes to share.
+    """Whether the launcher asked for sharding, and there is more than one process.
 
     Raises:
-        ValueError: for what this project does not train with: FSDP1, offloaded parameters, DeepSpeed, Megatron.
+        ValueError: for what this project does not support: FSDP1, offloaded parameters, DeepSpeed, Megatron.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"accelerate: distributed_type {accelerator.distributed_type.value} is not supported; wanted MULTI_GPU, or "
-            "FSDP with fsdp_version: 2 (configs/accelerate)"
+            f"accelerate: distributed_type {accelerator.distributed_type.value} is not supported; expected MULTI_GPU, "
+            "or FSDP with fsdp_version: 2 (configs/accelerate)"
         )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise ValueError(f"accelerate: fsdp_version: found {version}, wanted 2 (configs/accelerate/fsdp2.yaml)")
+        raise ValueError(f"accelerate: fsdp_version: expected 2, got {version} (configs/accelerate/fsdp2.yaml)")
     for name in ("offload_params", "cpu_ram_efficient_loading", "activation_checkpointing"):
         if parse_flag_from_env(f"FSDP_{name.upper()}"):
-            raise ValueError(f"accelerate: fsdp_{name}: found true, wanted false (configs/accelerate/fsdp2.yaml)")
+            raise ValueError(f"accelerate: fsdp_{name}: expected false, got true (configs/accelerate/fsdp2.yaml)")
     return accelerator.num_processes > 1
 
 
 def shard_bank(distiller: Distiller, accelerator: Accelerator) -> None:
-    """Shard a distiller's networks in place, and let its turns hold the parameters that stand for the old ones.
+    """Shard a distiller's networks in place, and give its turns the parameters that replace the old ones.
 
-    What a method trains beside the bank (heads, a weight) is small and stays whole in every process: see :func:`agree`.
+    What a method trains besides the bank (heads, a weight) is small and stays whole in every process: see
+    :func:`average_gradients`.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     before = dict(distiller.named_parameters())
     distiller.bank.shard(init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
     after = dict(distiller.named_parameters())
-    place = {id(parameter): after[name] for name, parameter in before.items()}
+    replacements = {id(parameter): after[name] for name, parameter in before.items()}
     for name, turn in distiller.turns.items():
-        params = [place[id(parameter)] for parameter in turn.params]
+        params = [replacements[id(parameter)] for parameter in turn.params]
         distiller.turns[name] = dataclasses.replace(turn, params=params)
 
 
-def agree(params: Sequence[nn.Parameter]) -> None:
-    """Average over processes the gradients of what is not sharded, as sharding does for the rest."""
+def average_gradients(params: Sequence[nn.Parameter]) -> None:
+    """Average over processes the gradients of whole parameters, as sharding does for the others."""
     for parameter in params:
         if parameter.grad is not None and not is_share(parameter):
             torch.distributed.all_reduce(parameter.grad)
@@ -65,16 +66,22 @@ def agree(params: Sequence[nn.Parameter]) -> None:
 
 
 def clip_gradients(params: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most ``limit``; returns the norm they had, over shares and what is whole."""
-    kinds = [group for group in by_kind(params) if any(parameter.grad is not None for parameter in group)]
-    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in kinds]
-    norm = torch.stack([whole(part) for part in norms]).norm()
-    for group in kinds:
+    """Scale gradients to a norm of at most ``limit``, and return the norm they had, over shards and whole ones."""
+    groups = split_shards([parameter for parameter in params if parameter.grad is not None])
+    norms = []
+    for group in groups:
+        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+        norms.append(whole(get_total_norm(gradients)))
+    norm = torch.stack(norms).norm()
+    for group in groups:
         clip_grads_with_norm_(group, limit, norm)
     return norm
 
 
-def by_kind(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Shares, and what is whole: one kernel of an optimiser takes either, and not both at once."""
-    kinds = [[p for p in params if is_share(p)], [p for p in params if not is_share(p)]]
-    return [group for group in kinds if group]
+def split_shards(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters into shards and whole ones, because one kernel of an optimiser cannot take both."""
+    shards: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in params:
+        (shards if is_share(parameter) else others).append(parameter)
+    return [group for group in (shards, others) if group]

@@ -1,13 +1,12 @@
-"""Stops a run that has gone wrong: at once at a number that is not finite, and after a while where training diverges.
+"""Stopping a run that has gone wrong: at once if a number is not finite, and after a while if training diverges.
 
-:class:`FiniteGuard` acts before anything has been stepped, without a host sync a step.
+:class:`FiniteGuard` acts before a step is made, and needs no host sync per step. Every turn passes its scalars to
+:meth:`FiniteGuard.check`. The flag it returns stays on the device and is given to the optimiser, which skips its steps
+as soon as the flag is raised; the flag is never lowered. The host reads the flag when it logs, and then names step,
+turn and term.
 
-Every turn hands its scalars to :meth:`FiniteGuard.check`. The flag it returns stays on the device and is given to the
-optimiser, which skips its step while the flag is up; it never comes down. The host looks at the flag when it logs
-anyway, and then names step, turn and term.
-
-:class:`DivergenceGuard` reads the diagnostics that adversarial and distribution-matching methods log, and names which
-of the known ways to fail it sees: a run that goes on for hours as a collapsed one helps nobody.
+:class:`DivergenceGuard` reads the diagnostics that adversarial and distribution-matching methods log, and names the
+known failure that it recognises, so that a collapsed run does not continue for hours.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class NonFiniteError(ValueError):
 
 
 class FiniteGuard:
-    """A sticky device-side flag and the place where it was raised."""
+    """A flag on the device that is never lowered, and the place where it was raised."""
 
     def __init__(self, device: torch.device) -> None:
         self.flag = torch.zeros((), device=device)
@@ -31,11 +30,12 @@ class FiniteGuard:
         self.places: list[str] = []
 
     def check(self, step: int, turn: str, values: dict[str, Tensor]) -> Tensor:
-        """Raise the flag if any scalar is not finite in any process; returns the flag, a float of 0 or 1."""
-        names = [name for name in values if name not in self.places]
-        self.places += names
-        bad = ~torch.isfinite(torch.stack([value.float() for value in values.values()]))
-        places = torch.tensor([self.places.index(name) for name in values], device=bad.device)
+        """Raise the flag if any scalar is not finite in any process; return the flag, a float of 0 or 1."""
+        for name in values:
+            if name not in self.places:
+                self.places.append(name)
+        bad = ~torch.isfinite(torch.stack(list(map(Tensor.float, values.values()))))
+        places = torch.tensor(list(map(self.places.index, values)), device=bad.device)
         # the gradient norm comes last and is bad whenever a loss is: the smallest place is the cause
         place = torch.where(bad, places, 2**31).min()
         self.first = torch.where((self.first < 0) & bad.any(), step * 2**20 + place, self.first)
@@ -45,7 +45,7 @@ class FiniteGuard:
         return self.flag
 
     def raise_if_tripped(self) -> None:
-        """Look at the flag (a host sync).
+        """Read the flag (a host sync).
 
         Raises:
             NonFiniteError: naming the step, the turn and the term that was first not finite.
@@ -68,71 +68,75 @@ class DivergenceError(ValueError):
 
 
 ADVICE = {
-    "the fake score lags": "it denoises the student's images worse than the teacher does, so their difference is no "
-    "gradient: raise student_update_interval, or optim.fake.lr, or lower optim.student.lr",
-    "the diversity collapsed": "the student's images are almost all alike: raise the distillation or regression "
+    "the fake score lags": "it denoises the student's images worse than the teacher does, so their difference is not "
+    "a gradient: raise student_update_interval, or optim.fake.lr, or lower optim.student.lr",
+    "the diversity collapsed": "the student's images are almost identical: raise the distillation or regression "
     "weight, or lower optim.student.lr",
-    "the critic is saturated": "it tells every image right, so the student learns nothing from it: lower its learning "
-    "rate, raise r1, or give the student's turn more steps",
+    "the critic is saturated": "it classifies every image correctly, so the student learns nothing from it: lower its "
+    "learning rate, raise r1, or give the student's turn more steps",
 }
 
 
 RENAMED = {"spread": "diversity_ratio", "lag": "fake_score_error_ratio"}
-"""Scalars of older logs, and what they are called now."""
+"""Names of scalars in older logs, and their present ones."""
 
 
 def with_current_names(values: Mapping[str, float]) -> dict[str, float]:
     """Return logged scalars without their turn, those of older logs under their present names."""
-    found = {name.rpartition("/")[2]: value for name, value in values.items()}
-    return {RENAMED.get(name, name): value for name, value in found.items()}
+    current = {}
+    for key, value in values.items():
+        name = key.rpartition("/")[2]
+        current[RENAMED.get(name, name)] = value
+    return current
 
 
 ROWS = 10
-"""Rows that a sign must stand for, however short the run: if one batch in ten deceives, ten in a row are 1e-10."""
+"""Rows in a row that must show a sign, however short the run: if one batch in ten misleads, ten do with 1e-10."""
 
 
 def patience_of(steps: int) -> int:
-    """For how many steps a run of ``steps`` may show a sign: a third of them, up to 500; it could have recovered."""
+    """Return for how many steps a run of ``steps`` may show a sign, as it may recover: a third of them, up to 500."""
     return min(500, steps // 3)
 
 
 class DivergenceGuard:
-    """Looks at what is logged, and stops a run in which a sign has stood long and been seen often.
+    """Stops a run whose log has shown a sign of failure for many steps and in many rows.
 
-    Networks need steps to recover, so that a phase is told from an end by steps; a batch can deceive, so that a sign is
-    told from chance by rows of the log.
+    Networks may need steps to recover, so a sign must last for a number of steps; a single batch may mislead, so a sign
+    must appear in a number of consecutive rows.
 
     Args:
-        patience: steps over which the same sign has to stand, see :func:`patience_of`.
-        rows: of the log that have to show it, one after the other.
+        patience: steps over which a sign must last, see :func:`patience_of`.
+        rows: consecutive rows of the log that must show it.
     """
 
     def __init__(self, patience: int, rows: int = ROWS) -> None:
         self.patience, self.rows = patience, rows
         self.since: dict[str, list[int]] = {cause: [] for cause in ADVICE}
+        """The logged steps at which each sign has been present without a break."""
 
     @property
     def good_until(self) -> int | None:
-        """The last step before the first of the signs that stand now, from which a run can be saved; else None."""
-        began = [steps[0] for steps in self.since.values() if steps]
-        return min(began) - 1 if began else None
+        """The last step before the earliest of the present signs, to which a run can go back; None without a sign."""
+        first_steps = [steps[0] for steps in self.since.values() if steps]
+        return min(first_steps) - 1 if first_steps else None
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
-        """Note the values logged at ``step``, by ``turn/name``; those of turns that did not move are missing.
+        """Take note of the values logged at ``step``, by ``turn/name``; those of turns that did not move are missing.
 
         Raises:
-            DivergenceError: naming the cause, since when it stands, and what helps.
+            DivergenceError: naming the cause, since when it is present, and a remedy.
         """
-        for cause, standing in self.signs(with_current_names(values)).items():
+        for cause, present in self.signs(with_current_names(values)).items():
             steps = self.since[cause]
             steps.append(step)
-            if not standing:
+            if not present:
                 steps.clear()
             elif len(steps) >= self.rows and step - steps[0] >= self.patience:
                 raise DivergenceError(f"step {step}: {cause}, since step {steps[0]}: {ADVICE[cause]}")
 
     def signs(self, values: Mapping[str, float]) -> dict[str, bool]:
-        """Which causes can be seen in the values, and whether they are."""
+        """Return which signs the values tell about, and whether each is present."""
         seen = {}
         if "diversity_ratio" in values:
             seen["the diversity collapsed"] = values["diversity_ratio"] < 0.1

@@ -1,8 +1,9 @@
-"""What a run will hold in memory, before it does."""
+"""A table of what a run will hold in memory, before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -12,40 +13,84 @@ from stepdistill.networks.bank import TEACHER
 HEADER = ("role", "parameters", "trainable", "weights MB", "gradients MB", "optimizer MB")
 
 
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """One row of the table: the parameters of a role or of a frozen module."""
+
+    name: str
+    count: int
+    weights: float
+    """Megabytes."""
+    trained: bool
+
+    @classmethod
+    def of(cls, name: str, parameters: Iterable[nn.Parameter], trained: bool) -> Holding:
+        """Count parameters."""
+        count, size = 0, 0
+        for parameter in parameters:
+            count += parameter.numel()
+            size += parameter.numel() * parameter.element_size()
+        return cls(name, count, size / 1e6, trained)
+
+    @property
+    def gradients(self) -> float:
+        """Megabytes of float32 gradients; the optimiser holds two such tensors."""
+        return 4 * self.count / 1e6 if self.trained else 0.0
+
+    @property
+    def total(self) -> float:
+        """Megabytes of weights, gradients and optimiser."""
+        return self.weights + 3 * self.gradients
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row under :data:`HEADER`."""
+        sizes = (f"{self.weights:.1f}", f"{self.gradients:.1f}", f"{2 * self.gradients:.1f}")
+        return (self.name, f"{self.count:,}", str(self.trained), *sizes)
+
+
 def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:
-    """A table: parameters and bytes of weights, gradients and optimiser states by role, on each device.
+    """Return a table of parameters and megabytes of weights, gradients and optimiser by role, on each device.
 
     Args:
-        distiller: what is trained.
-        encoded: whether the data comes as latents and embeddings; what encodes is then on the device to sample only.
+        distiller: the method, its networks built.
+        encoded: whether the data is latents and embeddings; encoders are then on the device only while it samples.
     """
+    roles, encoders = list(_roles(distiller)), list(_encoders(distiller))
+    on_device = roles if encoded else [*roles, *encoders]
+    lines = ["memory, activations not counted:", *_aligned([*roles, *encoders])]
+    if encoded and encoders:
+        lines.append(f"the last {len(encoders)} stay on the CPU, except to sample: they are not in the total")
+    total = sum(holding.total for holding in on_device)
+    return "\n".join([*lines, f"total: {total:.1f} MB", _share_of_copies(distiller)])
+
+
+def _roles(distiller: Distiller) -> Iterator[Holding]:
     bank = distiller.bank
-    held = {role: bank.params(role) for role in bank.roles}
-    if own := [p for name, p in distiller.named_parameters() if not name.startswith("bank.")]:
-        held["(critic)"] = own
-    rows = [_row(role, params, bank.trainable.get(role, True)) for role, params in held.items()]
-    beside = [
-        _row(f"({type(module).__name__})", module.parameters(), False) for module in distiller.family.frozen_modules
-    ]
-    total = sum(megabytes for _, megabytes in rows) + (0.0 if encoded else sum(megabytes for _, megabytes in beside))
-    lines = _aligned([HEADER, *(row for row, _ in rows), *(row for row, _ in beside)])
-    if encoded and beside:
-        lines.append(f"the last {len(beside)} stay on the CPU, but for sampling: they are not in the total")
-    base, networks = (sum(p.numel() for role in roles for p in held[role]) for roles in ((TEACHER,), bank.roles))
-    share = f"networks: {networks / base:.2f}x the teacher's parameters; as full copies {len(bank.roles)}.00x"
-    return "\n".join(["memory, activations not counted:", *lines, f"total: {total:.1f} MB", share])
+    for role in bank.roles:
+        yield Holding.of(role, bank.params(role), bank.trainable.get(role, True))
+    own = [parameter for name, parameter in distiller.named_parameters() if not name.startswith("bank.")]
+    if own:
+        yield Holding.of("(critic)", own, True)
 
 
-def _row(name: str, parameters: Iterable[nn.Parameter], trains: bool) -> tuple[tuple[str, ...], float]:
-    """The cells of one row, and its megabytes."""
-    params = list(parameters)
-    count = sum(p.numel() for p in params)
-    weights = sum(p.numel() * p.element_size() for p in params) / 1e6
-    trained = 4 * count / 1e6 if trains else 0.0
-    cells = (name, f"{count:,}", str(trains), f"{weights:.1f}", f"{trained:.1f}", f"{2 * trained:.1f}")
-    return cells, weights + 3 * trained
+def _encoders(distiller: Distiller) -> Iterator[Holding]:
+    for module in distiller.family.frozen_modules:
+        yield Holding.of(f"({type(module).__name__})", module.parameters(), False)
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+def _share_of_copies(distiller: Distiller) -> str:
+    """Return how many parameters the networks have, compared with a full copy per role."""
+    counts = {}
+    for role in distiller.bank.roles:
+        counts[role] = Holding.of(role, distiller.bank.params(role), False).count
+    ratio = sum(counts.values()) / counts[TEACHER]
+    return f"networks: {ratio:.2f}x the teacher's parameters; as full copies {len(counts)}.00x"
+
+
+def _aligned(holdings: Sequence[Holding]) -> list[str]:
+    rows = [HEADER, *map(Holding.cells, holdings)]
+    columns = []
+    for cells in zip(*rows, strict=True):
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) for cell in cells])
+    return list(map("  ".join, zip(*columns, strict=True)))

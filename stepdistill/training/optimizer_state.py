@@ -1,4 +1,4 @@
-"""The state of an optimiser as named tensors, to be saved and given back without losing a bit."""
+"""The state of an optimiser as named tensors, saved and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import Tensor
 from stepdistill.networks.sharding import write
 from stepdistill.training.checkpoint import CheckpointError
 
-_STATELESS = "stateless"  # which parameters an optimizer has not stepped yet
+_STATELESS = "stateless"
+"""Indices of the parameters that an optimiser has not stepped yet."""
 
 
-_ITEM = ".item"  # the mark of a Python number among an optimizer's tensors
+_ITEM = ".item"
+"""Suffix of a Python number among an optimiser's tensors."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as ``"<parameter index>.<name>" -> tensor``, for :func:`restore_optimizer`.
+    """Return an optimiser's state as ``"<parameter index>.<name>" -> tensor``, for :func:`restore_optimizer`.
 
     Python numbers become 0-d tensors named ``"<index>.<name>.item"``. Parameters without state are listed under
-    ``"stateless"``: an entry is absent on purpose or missing, never in doubt. Learning rates are not included.
+    ``"stateless"``, which tells an entry that is absent on purpose from a missing one. Learning rates are not included.
 
     Raises:
         CheckpointError: if an entry is neither a scalar nor of its parameter's shape (Adafactor).
@@ -42,9 +44,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give ``optimizer`` the state that :func:`optimizer_tensors` took: training continues bit for bit.
+    """Restore the state that :func:`optimizer_tensors` returned, so that training continues bit for bit.
 
-    The tensors are copied, in the memory layout of their parameters: fused kernels walk both in memory order, and would
+    The tensors are copied in the memory layout of their parameters: fused kernels read both in memory order, and would
     silently pair the wrong elements of a ``channels_last`` weight.
 
     Raises:
@@ -58,9 +60,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         index = int(number)
         states.setdefault(index, {})[name.removesuffix(_ITEM)] = _restored(name, tensors[key], parameters[index])
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    for index, entries in states.items():  # torch has put each on its device, but rounded it to its parameter's dtype
-        placed = optimizer.state[parameters[index]]
-        placed.update({k: v.to(placed[k].device) for k, v in entries.items() if isinstance(v, Tensor)})
+    for index, entries in states.items():
+        for name, value in entries.items():
+            placed = optimizer.state[parameters[index]]
+            if isinstance(value, Tensor):  # torch has rounded it to its parameter's dtype
+                placed[name] = value.to(placed[name].device)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -78,15 +82,18 @@ def _restored(name: str, value: Tensor, parameter: Tensor) -> Tensor | float:
 
 
 def _check_entries(parameters: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Every stepped parameter has the same entries, scalars or of its shape, and nothing else is there."""
+    """Check that every stepped parameter has the same entries, scalars or of its shape, and nothing else exists."""
     stateless = tensors[_STATELESS].tolist() if _STATELESS in tensors else []
     names = sorted({key.partition(".")[2] for key in tensors.keys() - {_STATELESS}}) or ["*"]
-    stepped = {index: parameter.shape for index, parameter in enumerate(parameters) if index not in stateless}
-    expected = {f"{index}.{name}": shape for index, shape in stepped.items() for name in names}
+    expected = {}
+    for index, parameter in enumerate(parameters):
+        if index not in stateless:
+            for name in names:
+                expected[f"{index}.{name}"] = parameter.shape
     for key, shape in expected.items():
         if key not in tensors:
             raise CheckpointError(f"optimizer entry {key!r} is missing (its parameter has shape {tuple(shape)})")
-        if (found := tensors[key].shape) not in (shape, torch.Size()):
-            raise CheckpointError(f"optimizer entry {key!r} has shape {tuple(found)}, its parameter {tuple(shape)}")
+        if (stored := tensors[key].shape) not in (shape, torch.Size()):
+            raise CheckpointError(f"optimizer entry {key!r} has shape {tuple(stored)}, its parameter {tuple(shape)}")
     if surplus := sorted(tensors.keys() - expected.keys() - {_STATELESS}):
         raise CheckpointError(f"optimizer entry {surplus[0]!r} belongs to none of the {len(parameters)} parameters")

@@ -1,4 +1,4 @@
-"""The optimiser of a turn and its learning rate."""
+"""The optimiser of a turn, and its learning rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OptimConfig:
     """One entry of the ``optim`` section: an optimiser and its schedule, restarted in every stage."""
 
     name: Literal["adamw", "radam"] = "adamw"
-    """``radam`` warms itself up (Liu et al. 2019, arXiv 1908.03265); the papers on consistency models train with it."""
+    """``radam`` needs no warm-up (Liu et al. 2019, arXiv 1908.03265); the papers on consistency models use it."""
     lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
@@ -30,12 +30,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"lr: found {self.lr}, wanted a positive number")
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: found {self.betas}, wanted two numbers in [0, 1)")
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate on ``step`` (from 0) of a stage of ``steps``."""
+        """Return the learning rate at ``step`` (from 0) of a stage of ``steps``."""
         decay = {
             "constant": 1.0,
             "linear": 1 - step / steps,
@@ -44,7 +44,7 @@ class OptimConfig:
         return self.lr * decay * min(1.0, (step + 1) / (self.warmup + 1))
 
     def make(self, groups: Iterable[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-        """A fresh optimiser of groups of parameters; it makes no step while its ``found_inf`` is a tensor of 1."""
+        """Return a new optimiser of groups of parameters; it skips its step while its ``found_inf`` is 1."""
         params = [{"params": group} for group in groups]
         options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         if self.name == "radam":
@@ -53,12 +53,12 @@ class OptimConfig:
 
 
 class RAdam(torch.optim.RAdam):
-    """Torch's, which heeds ``found_inf`` as fused optimisers do; torch has no fused one, so it waits for the device."""
+    """RAdam that respects ``found_inf`` as fused optimisers do; torch has no fused one, so it waits for the device."""
 
     found_inf: Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:
-        """One step, unless ``found_inf`` is 1."""
+        """Make one step, unless ``found_inf`` is 1."""
         if self.found_inf is not None and bool(self.found_inf):
             return None
         return super().step(closure)

@@ -1,4 +1,4 @@
-"""One run an output folder at a time."""
+"""A lock that lets one run at a time use an output folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stepdistill.training.checkpoint import CheckpointError
 
 
 class RunLock:
-    """``with RunLock(output_dir):`` lets one run at a time into a folder, which is made if needed. Main process only.
+    """``with RunLock(output_dir):`` lets one run at a time use a folder, which is made if needed. Main process only.
 
-    The kernel's lock on ``output_dir/.lock`` decides: a killed run leaves nothing behind, a reused process id means
-    nothing. The pid and host in the file are for people, and for shared folders, where such locks may not reach.
+    It is the kernel's lock on ``output_dir/.lock``, so a killed run leaves none behind and process ids do not matter.
+    The pid and host in the file are for messages, and for shared folders, on which such locks may not work.
 
     Raises:
-        CheckpointError: on entry, if another run holds the folder, or if it cannot be written to.
+        CheckpointError: on entry, if another run holds the folder, or it cannot be written to.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -37,14 +37,14 @@ class RunLock:
         if not free or (holder and not holder.endswith(f" on {host}")):
             self._file.close()
             raise CheckpointError(f"{folder}: in use by another run ({holder}); if it has ended, remove {self.path}")
-        os.register_at_fork(after_in_child=self._file.close)  # or data workers would outlive a run and hold its lock
+        os.register_at_fork(after_in_child=self._file.close)  # else data workers that outlive a run hold its lock
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {host}")
         self._file.flush()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.truncate(0)  # not removed: another process may have this very file open
+        self._file.truncate(0)  # not removed, because another process may have this file open
         self._file.close()
 
 

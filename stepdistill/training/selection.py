@@ -1,15 +1,14 @@
-"""The best student of a run by its evaluation metric: kept beside the checkpoints, and what is exported.
+"""The best student of a run by its evaluation metric, which is kept beside the checkpoints and exported.
 
-Adversarial students and those of distribution matching do not improve steadily; the last is seldom the best. The
-weights that measured lowest lie in one file, which is replaced as a whole. A choice is made on measured numbers, which
-flatters them, so the contract of an export says what was chosen on; a final number is measured anew, on other noise.
+Adversarial and distribution-matching training do not improve steadily, so the last student is seldom the best. The
+weights with the lowest distance are in one file, which is replaced as a whole. Selection makes the measured number
+optimistic, so the contract of an export tells how it was selected; measure a final number anew, on other noise.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,22 +19,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepdistill.assets import atomic_write
 from stepdistill.networks.sharding import write
 
 DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
-"""Metrics by which students are chosen: the lower, the better."""
+"""Metrics by which students are selected; lower is better."""
 
 
 FILE = "best.safetensors"
 
 
 class BestStudent:
-    """The weights of the role that is exported, at its best measurement in a stage.
+    """The weights of the exported role at its best measurement in a stage.
 
     Args:
         folder: the run's.
-        on: what is measured on (feature network, reference, samples), JSON values: kept with the weights. A run that
-            goes on with others starts its choice anew, since their numbers are not to be compared.
+        on: what measurements depend on (feature network, reference, samples), JSON values that are kept with the
+            weights. A run that is resumed with others selects anew, because their numbers do not compare.
     """
 
     def __init__(self, folder: Path, on: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -44,22 +44,24 @@ class BestStudent:
 
     def offer(self, stage: str, step: int, values: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         """Keep ``weights`` if the first distance in ``values`` is below all that were measured so in this stage."""
-        metric = next((name for name in values if name in DISTANCES), None)
+        metric = next(filter(DISTANCES.__contains__, values), None)
         if metric is None or not math.isfinite(values[metric]):
             return
-        measured = {"metric": metric, **self.on}
+        record = {"stage": stage, "step": step, "value": values[metric], "metric": metric, **self.on}
         best = self.record(stage)
-        alike = best is not None and all(best.get(name, fact) == fact for name, fact in measured.items())
-        if best is not None and alike and values[metric] >= best["value"]:
+        if best is not None and self._comparable(best, metric) and best["value"] <= values[metric]:
             return
-        record = {"stage": stage, "step": step, "value": values[metric], **measured}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"record": json.dumps(record)})
-        os.replace(partial, self.path)
+        with atomic_write(self.path) as partial:
+            save_file(tensors, partial, metadata={"record": json.dumps(record)})
+
+    def _comparable(self, record: Mapping[str, Any], metric: str) -> bool:
+        """Whether a record is of the same metric, measured on the same; older records may lack a key."""
+        measured = {"metric": metric, **self.on}
+        return all(record.get(name, value) == value for name, value in measured.items())
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """Step, value, metric of what is kept from ``stage``, and what it was measured on; None if nothing is."""
+        """Return step, value and metric of the student kept from ``stage``, and what it was measured on; or None."""
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as file:
@@ -68,11 +70,11 @@ class BestStudent:
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Write what is kept into ``weights``."""
+        """Write the kept student into ``weights``."""
         kept = load_file(self.path)
         for name, tensor in weights.items():
             write(tensor, kept[name])
 
     def forget(self) -> None:
-        """Remove what another run left in the folder."""
+        """Remove the student that another run left in the folder."""
         self.path.unlink(missing_ok=True)

@@ -13,18 +13,13 @@ from contracts.cases import pipeline_images, save_images, save_teacher, sections
 from PIL import Image
 from transformers import CLIPModel
 
-from stepdistill.benchmark.benchmark import (
-    Benchmark,
-    BenchmarkConfig,
-    benchmark,
-    export_missing,
-    insert,
-    solver_rows,
-    train_missing,
-)
+from stepdistill.benchmark.benchmark import Benchmark, benchmark
+from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.plots import pareto_front
 from stepdistill.benchmark.report import write_report
-from stepdistill.benchmark.tables import best_solver, compared, markdown, paper_ratio, paper_source, text
+from stepdistill.benchmark.solvers import solver_rows
+from stepdistill.benchmark.students import export_missing, train_missing
+from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
 from stepdistill.config import build, read_config, to_yaml
 from stepdistill.evaluation.suite import Judge
 from stepdistill.families.pixel import Pixel
@@ -196,7 +191,7 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     folder, config = finished
     measured = []
     bench = Benchmark(config)
-    monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint", lambda folder: "other")
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint_pipeline", lambda folder: "other")
     monkeypatch.setattr(Benchmark, "student", lambda self, name, folder: measured.append(name) or {"name": name})
     monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda *args: None)
     bench.run()
@@ -380,7 +375,7 @@ def test_the_page_is_whole_and_loads_nothing(finished, tmp_path):
 
 def test_a_report_of_something_else_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.json: no result"):
+    with pytest.raises(ValueError, match=r"other\.json: expected a result"):
         write_report([tmp_path / "other.json"], tmp_path / "page.html")
     with pytest.raises(ValueError, match=r"missing\.json: no such file"):
         write_report([tmp_path / "missing.json"], tmp_path / "page.html")

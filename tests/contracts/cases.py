@@ -183,12 +183,8 @@ def make_run(folder: Path, method: str, bank: str = "copy", **train: Any) -> Run
 
 
 def make_trainer(run: Run) -> Trainer:
-    config = run.config
-    trainer = Trainer(
-        run.distiller, run.dataset, batch_size=config.data.batch_size, config=config.train, optim=config.optim,
-        identity=run.identity,
-    )  # fmt: skip
-    run.distiller.stage = run.distiller.stages(config.train.steps)[0]
+    trainer = run.trainer()
+    run.distiller.stage = run.distiller.stages(run.config.train.steps)[0]
     trainer._begin_stage()
     return trainer
 
@@ -202,7 +198,7 @@ def stopping_after(step: int) -> Iterator[None]:
     original = Trainer._step
 
     def ask(self: Trainer, *args: Any) -> dict[str, Tensor]:
-        self.stop_requested |= self.step + 1 == step
+        self.stop.requested |= self.step + 1 == step
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -89,7 +89,7 @@ def test_a_parquet_folder_gives_the_split_that_is_asked_for(hub_layout):
     assert opened(hub_layout).name(1) == f"{hub_layout}[1]"
     refused(r"'val', subset None: Unknown split \"val\".*\['train', 'test'\]", hub_layout, split="val")
     refused("subset 'big'.*'big' not found.*default", hub_layout, subset="big")
-    refused("data.revision: found '1f3e.*is a folder", hub_layout, revision=COMMIT)
+    refused("data.revision: got '1f3e.*is a folder", hub_layout, revision=COMMIT)
 
 
 def test_a_subset_is_chosen_where_there_are_several(tmp_path):
@@ -109,7 +109,7 @@ def test_parquet_files_beside_images_are_not_the_images(tmp_path):
     table([70])[0]["image"].save(tmp_path / "crawl/00000/0.png")
     (tmp_path / "crawl/00000/0.txt").write_text("grey 70")
     assert seen(tmp_path / "crawl") == [70]
-    refused("data.split: found 'train', but .*crawl is no Hugging Face dataset", tmp_path / "crawl", split="train")
+    refused("data.split: got 'train', but .*crawl is not a Hugging Face dataset", tmp_path / "crawl", split="train")
 
 
 def test_splits_saved_on_disk_are_chosen_by_name(tmp_path):
@@ -117,8 +117,8 @@ def test_splits_saved_on_disk_are_chosen_by_name(tmp_path):
     assert seen(tmp_path / "saved") == [0] and seen(tmp_path / "saved", split="test") == [5, 6]
     assert seen(tmp_path / "saved/test") == [5, 6] and opened(tmp_path / "saved/test").version is None
     refused("data.split: .* has no 'tset'; did you mean 'test'", tmp_path / "saved", split="tset")
-    refused("data.split: found 'train', but .*test is one split", tmp_path / "saved/test", split="train")
-    refused("data.subset: found 'x', but .*saved on disk", tmp_path / "saved", subset="x")
+    refused("data.split: got 'train', but .*test is one split", tmp_path / "saved/test", split="train")
+    refused("data.subset: got 'x', but .*saved on disk", tmp_path / "saved", subset="x")
 
 
 def test_a_datasets_script_does_not_run(hub_layout, tmp_path):
@@ -172,7 +172,7 @@ def test_offline_datasets_has_what_it_fetched_and_no_other_commit(hub_layout, co
     fetched.rename(place)
     assert seen(OWN) == seen(OWN, revision=COMMIT) == [0, 10, 20] and seen(OWN, split="test") == [30, 40, 50]
     assert opened(OWN).version == f"{COMMIT} default/train"
-    refused(f"data.revision: {NEWER} is not at hand.*{OWN} at {COMMIT}", OWN, revision=NEWER)
+    refused(f"data.revision: expected {NEWER}, which is not available.*got {OWN} at {COMMIT}", OWN, revision=NEWER)
 
 
 def test_without_the_hub_the_error_says_what_was_tried_and_what_to_do():
@@ -194,9 +194,12 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(hub, hub_layout):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "noise", "split": "test"}, "split: found 'test', but 'noise' reads no dataset"),
-        ({"name": "prompts", "path": "p.txt", "subset": "x"}, "subset: found 'x', but 'prompts' reads no dataset"),
-        ({"name": "images", "path": OWN, "revision": "main"}, "revision: found 'main', expected a commit"),
+        ({"name": "noise", "split": "test"}, "split: got 'test', but 'noise' reads no dataset"),
+        ({"name": "prompts", "path": "p.txt", "subset": "x"}, "subset: got 'x', but 'prompts' reads no dataset"),
+        (
+            {"name": "images", "path": OWN, "revision": "main"},
+            "revision: expected a commit .*got 'main'",
+        ),
     ],
 )
 def test_keys_that_nothing_would_read(section, message):
@@ -229,7 +232,7 @@ def test_a_run_goes_on_with_the_commit_it_began_with(tmp_path, hub):
     wanted["data"] = {"name": "images", "path": OWN, "batch_size": 2}
     wanted["train"]["output_dir"] = str(tmp_path / "run")
     run = Run(resolve(wanted))
-    assert run.identity["data (version)"] == f"{COMMIT} default/train"
+    assert run.identity.values["data (version)"] == f"{COMMIT} default/train"
     run.train()
     hub.newest = NEWER
     with pytest.raises(CheckpointError, match=rf"data \(version\): was '{COMMIT} default/train', is '{NEWER} default"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stepdistill.config import build
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
-from stepdistill.data.latent_cache import CacheConfig, CacheData, files, make_cache
+from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, files, make_cache
 from stepdistill.data.loader import loader
 from stepdistill.data.shards import shard_path
 from stepdistill.families.config import TeacherConfig
@@ -63,13 +63,13 @@ def test_mirrors_and_dropped_captions_are_those_of_the_files(tmp_path):
     family = SD.tiny()
     data = {"name": "images", "path": str(save_images(family, tmp_path / "i.npz")), "batch_size": 4, "flip": True,
             "caption_dropout": 0.4}  # fmt: skip
-    cache = CacheData(build(DataConfig, cached(family, tmp_path / "cache", data)), family)
+    cache = LatentCacheDataset(build(DataConfig, cached(family, tmp_path / "cache", data)), family)
     plain = open_data(build(DataConfig, data), channels=3, size=(16, 16), num_classes=None, takes_text=True)
     pairs = zip(loader(plain, batch_size=4, seed=1), loader(cache, batch_size=4, seed=1), strict=False)
     dropped = turned = 0
     for _, (raw, row) in zip(range(6), pairs, strict=False):
         assert raw.captions == row.captions and raw.indices == row.indices
-        one, other = family.encode(raw), cache.encode(row)
+        one, other = family.encode(raw), cache.encode(family, row)
         assert torch.equal(one.x0, other.x0)
         assert torch.equal(one.cond["encoder_hidden_states"], other.cond["encoder_hidden_states"])
         dropped, turned = dropped + row.captions.count(""), turned + int(row.mirrored.sum())
@@ -84,7 +84,7 @@ def test_a_stopped_cache_goes_on_where_it_was(tmp_path):
     shard_path(tmp_path / "a", 1).unlink()
     kept = shard_path(tmp_path / "a", 0).stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing; run scripts/cache\.py again"):
-        CacheData(build(DataConfig, {**data, "name": "cache", "path": str(tmp_path / "a")}), family)
+        LatentCacheDataset(build(DataConfig, {**data, "name": "cache", "path": str(tmp_path / "a")}), family)
     told = []
     cached(family, tmp_path / "a", data, progress=told.append)
     assert [shard_path(tmp_path / "a", number).read_bytes() for number in range(3)] == whole and told == [6, 12, 17]
@@ -96,17 +96,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
     data = {"name": "images", "path": str(save_images(family, tmp_path / "i.npz")), "batch_size": 4}
     section = build(DataConfig, cached(family, tmp_path / "a", data))
     with pytest.raises(ValueError, match="was made by another text_encoder, vae than this teacher's"):
-        CacheData(section, SD.tiny(1))
+        LatentCacheDataset(section, SD.tiny(1))
     other = SD.tiny()
     other.pipe.vae.register_to_config(scaling_factor=0.5)
     with pytest.raises(ValueError, match="was made by another latent scale than"):
-        CacheData(section, other)
-    with pytest.raises(ValueError, match=r"data\.fit: .* was made with 'crop'; found 'pad'"):
-        CacheData(dataclasses.replace(section, fit="pad"), family)
+        LatentCacheDataset(section, other)
+    with pytest.raises(ValueError, match=r"data\.fit: expected 'crop', with which .* was made, got 'pad'"):
+        LatentCacheDataset(dataclasses.replace(section, fit="pad"), family)
     with pytest.raises(ValueError, match=r"fit: was 'crop', is 'pad'"):
         cached(family, tmp_path / "a", {**data, "fit": "pad"})
     with pytest.raises(ValueError, match=r"data\.flip: .* holds no mirrored images"):
-        CacheData(dataclasses.replace(section, flip=True), family)
+        LatentCacheDataset(dataclasses.replace(section, flip=True), family)
     save_images(family, tmp_path / "i.npz", count=12)
     with pytest.raises(ValueError, match=r"is of other samples(.|\n)*count: was 17, is 13(.|\n)*files: was"):
         cached(family, tmp_path / "a", data)
@@ -145,9 +145,9 @@ def test_prompts_alone_serve_methods_without_images(tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     section = build(DataConfig, cached(family, tmp_path / "a", {"name": "prompts", "path": str(tmp_path / "p.txt")}))
     with pytest.raises(ValueError, match="was made of prompts; the method trains on images"):
-        CacheData(section, family)
-    cache = CacheData(section, family, needs_images=False)
-    batch = cache.encode(cache.load([1]))
+        LatentCacheDataset(section, family)
+    cache = LatentCacheDataset(section, family, needs_images=False)
+    batch = cache.encode(family, cache.load([1]))
     assert batch.images is None and cache.name(1).endswith("p.txt[1]")
     torch.testing.assert_close(batch.cond, family.embed(["two"]))
 

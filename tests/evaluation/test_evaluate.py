@@ -315,7 +315,7 @@ def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, cap
         assert ("flops_per_image" in result) == (name == "teacher")
         assert result["fd"] > 0 and "recall_low" in result and result["setting"]["num_samples"] == 12
         assert not output.with_suffix(".work").exists()
-    assert "not protocol 'embedded': num_samples is 12, there 5000" in capsys.readouterr().err
+    assert "num_samples: protocol 'embedded' has 5000, this result 12" in capsys.readouterr().err
     main(["compare", str(tmp_path / "teacher.json"), str(tmp_path / "folder.json")])
     assert "fd: " in capsys.readouterr().out
 

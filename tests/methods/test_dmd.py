@@ -295,13 +295,13 @@ def test_a_stopped_run_goes_on_where_it_was_and_batches_do_not_matter(tmp_path):
         one, other = (load_file(shard_path(folder, 1))[name] for folder in (whole, torn))
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     shard_path(torn, 1).unlink()
-    (torn / "shard-00001.part").write_bytes(b"half a file")
+    (torn / "shard-00001.safetensors.partial").write_bytes(b"half a file")
     kept = shard_path(torn, 0).stat().st_mtime_ns
     told = []
     make_pairs(family, pairs_config(torn), told.append)
     assert shard_path(torn, 0).stat().st_mtime_ns == kept and told == [3, 6, 7]
     assert shard_path(torn, 1).read_bytes() == shard_path(whole, 1).read_bytes()
-    assert not list(torn.glob("*.part"))
+    assert not list(torn.glob("*.partial"))
 
 
 def test_pairs_of_another_teacher_or_sampler_are_refused(tmp_path):
@@ -321,7 +321,7 @@ def test_pairs_that_are_not_whole_are_refused_by_the_files_name(tmp_path):
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors cannot be read"):
         Pairs(folder)
     shard_path(folder, 2).write_bytes(shard_path(folder, 1).read_bytes())
-    with pytest.raises(ValueError, match=r"shard-00002\.safetensors holds 3 pairs, wanted 1"):
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors: expected 1 pairs, got 3"):
         Pairs(folder)
     shard_path(folder, 2).unlink()
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing"):
@@ -339,7 +339,7 @@ def test_pairs_of_a_text_teacher_are_of_prompts_in_turn(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na bird\n", encoding="utf-8")
     with pytest.raises(ValueError, match="prompts: was"):
         make_pairs(family, config)
-    with pytest.raises(ValueError, match=r"pairs\.prompts: found None; wanted a file of prompts"):
+    with pytest.raises(ValueError, match=r"pairs\.prompts: expected a file of prompts, .* got None"):
         make_pairs(SD.tiny(), pairs_config(tmp_path / "q"))
 
 
@@ -435,5 +435,5 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, family, messa
 
 @pytest.mark.parametrize("name", ["count", "steps", "batch_size", "shard_size"])
 def test_counts_of_pairs_are_positive(name):
-    with pytest.raises(ValueError, match=f"{name}: found 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         PairsConfig(**{"output_dir": "x", name: 0})

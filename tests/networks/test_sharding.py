@@ -46,10 +46,10 @@ def test_nothing_is_sharded_unasked(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("FSDP_VERSION", "1", "fsdp_version: found 1, wanted 2"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: found true, wanted false"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: found true"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: found true"),
+        ("FSDP_VERSION", "1", "fsdp_version: expected 2, got 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: expected false, got true"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: expected false, got true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing: expected false, got true"),
     ],
 )
 def test_settings_that_we_do_not_train_with_are_refused(launched, name, value, message):

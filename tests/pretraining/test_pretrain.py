@@ -101,5 +101,5 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
 
 
 def test_the_judge_is_of_another_seed():
-    with pytest.raises(ConfigError, match="judge_seed: found 0, clip.seed too"):
+    with pytest.raises(ConfigError, match="judge_seed: expected another seed than clip.seed, got 0"):
         build(TextTeacherConfig, read_config(CONFIG, ["judge_seed=0"]))

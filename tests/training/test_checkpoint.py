@@ -118,7 +118,7 @@ def test_a_second_history_in_one_folder_is_refused(tmp_path, step):
 
 
 def test_keep_must_leave_one(tmp_path):
-    with pytest.raises(CheckpointError, match="keep = 0"):
+    with pytest.raises(CheckpointError, match="keep: expected at least 1, got 0"):
         save(tmp_path, 1, keep=0)
     assert names(tmp_path) == []
 
@@ -301,7 +301,7 @@ def test_an_explicit_path_must_be_right(tmp_path):
     path = save(tmp_path, 500)
     with pytest.raises(CheckpointError, match="checkpoint-5000: no such checkpoint; did you mean 'checkpoint-500'"):
         load_checkpoint(tmp_path / "checkpoint-5000")
-    with pytest.raises(CheckpointError, match="state.json: is a file, a checkpoint is a folder"):
+    with pytest.raises(CheckpointError, match="state.json: expected a folder, got a file"):
         load_checkpoint(path / "state.json")
 
 

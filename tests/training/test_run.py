@@ -1,18 +1,19 @@
 """From a configuration to a student: the one path, and everything that is refused before its first step."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, sections
+from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, sections, teacher_for
 from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.config import ConfigError, parse_yaml, read_config
 from stepdistill.export.contract import read_contract
 from stepdistill.families.pixel import Pixel
-from stepdistill.training.checkpoint import Checkpoint, check_identity
-from stepdistill.training.config import resolve
+from stepdistill.training.checkpoint import Checkpoint
+from stepdistill.training.config import RENAMED, resolve
 from stepdistill.training.run import Run
 
 
@@ -116,7 +117,7 @@ def test_training_on_images_without_images(mapping):
 
 def test_an_output_that_is_a_file(mapping, tmp_path):
     (tmp_path / "run").write_text("")
-    refused(mapping, "is a file, wanted a folder")
+    refused(mapping, "expected a folder, got the file")
 
 
 # -------------------------------------------------------------------------------------------- plan and distill
@@ -200,17 +201,68 @@ def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
     refused(mapping | {"bank": {"init_from": str(tmp_path / "studnt")}}, "^bank.init_from: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
     refused(
-        mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .* predicts epsilon, the teacher v_prediction"
+        mapping | {"bank": {"init_from": str(other)}},
+        "bank.init_from: .*, which predicts v_prediction, got one that predicts epsilon",
     )
     other = save_teacher(Pixel.tiny(num_classes=5), tmp_path / "classes")
-    refused(mapping | {"bank": {"init_from": str(other)}}, "bank.init_from: .*class_embedding.weight: found \\(6, ")
+    refused(
+        mapping | {"bank": {"init_from": str(other)}},
+        "bank.init_from: .*class_embedding.weight: expected .* got \\(6, ",
+    )
 
 
 def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     run = Run(resolve(mapping))
-    before = {key: value for key, value in run.identity.items() if key not in ("bank.init_from", "train.precision")}
+    before = {
+        key: value for key, value in run.identity.values.items() if key not in ("bank.init_from", "train.precision")
+    }
     checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
-    check_identity(checkpoint, run.identity, run.defaults)
+    run.identity.check(checkpoint)
     checkpoint.state["config"] |= {"bank.init_from": "a student"}
     with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
-        check_identity(checkpoint, run.identity, run.defaults)
+        run.identity.check(checkpoint)
+
+
+# -------------------------------------------------------------------------------------- keys of older versions
+
+OLD_KEYS = {
+    "dmd2": {
+        "student_update_interval": ("every", 2),
+        "fake_update": ("turns", "alternate"),
+        "first_time": ("first", 1.0),
+    },
+}
+
+
+@pytest.mark.parametrize("method", OLD_KEYS)
+def test_former_keys_train_to_the_same_bits_and_warn_once_each(method, tmp_path):
+    trained = []
+    for name in ("now", "then"):
+        mapping = sections(tmp_path / name, teacher_for(method), method, steps=2)
+        for key, (former, value) in OLD_KEYS[method].items():
+            mapping["method"].pop(key, None)
+            mapping["method"][key if name == "now" else former] = value
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = Run(resolve(mapping))
+        messages = sorted(str(warning.message) for warning in caught if warning.category is FutureWarning)
+        former_keys = OLD_KEYS[method].items() if name == "then" else ()
+        assert messages == sorted(f"method.{old} is now called method.{key}" for key, (old, _) in former_keys)
+        run.train()
+        trained.append(load_file(run.folder / "checkpoint-2/weights.safetensors"))
+    now, then = trained
+    assert all(torch.equal(now[key], then[key]) for key in now)
+
+
+@pytest.mark.parametrize("former", RENAMED)
+def test_a_key_under_both_names_is_refused(former, mapping):
+    section, _, key = RENAMED[former].partition(".")
+    mapping = mapping | {section: {**mapping.get(section, {}), key: 1, former.partition(".")[2]: 1}}
+    with pytest.raises(ConfigError, match=f"{former}: the former name of {section}.{key}, which is also given"):
+        resolve(mapping)
+
+
+def test_the_former_name_of_a_student_to_start_from_is_read(mapping):
+    with pytest.warns(FutureWarning, match=r"bank\.start is now called bank\.init_from"):
+        config = resolve(mapping | {"bank": {"start": "runs/student/pipeline"}})
+    assert config.bank.init_from == "runs/student/pipeline"

@@ -130,7 +130,7 @@ def test_radam_is_torchs_and_makes_no_step_while_a_number_is_not_finite():
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulation": 0}, {"ema": 1.0}, {"keep": 0}])
 def test_impossible_numbers_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: found"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         TrainConfig(**{"steps": 1, "output_dir": "run", **wrong})
 
 

@@ -1,0 +1,46 @@
+"""The students of a benchmark: trained or exported before it, if they are missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stepdistill.config import nearest, read_config
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a diffusers pipeline."""
+    return (folder / "model_index.json").is_file()
+
+
+def check_students(students: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` for the first of the named folders that holds no pipeline."""
+    for name, folder in students.items():
+        if not is_pipeline(Path(folder)):
+            siblings = [str(path) for path in Path(folder).parent.glob("pipeline*")]
+            raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
+
+
+def train_missing(runs: Sequence[str]) -> None:
+    """Train every run that has not exported its student yet.
+
+    Args:
+        runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
+    """
+    for command in runs:
+        path, *overrides = command.split()
+        config = resolve(read_config(path, overrides))
+        if not is_pipeline(Path(config.train.output_dir) / "pipeline"):
+            print(f"training {command}", flush=True)
+            Run(config).train()
+
+
+def export_missing(students: Mapping[str, str]) -> None:
+    """Export students for other numbers of steps, which the names of missing folders tell: ``pipeline-2-steps``."""
+    for folder in map(Path, students.values()):
+        steps, config = re.fullmatch(r"pipeline-(\d+)-steps?", folder.name), folder.parent / "config.yaml"
+        if steps and config.is_file() and not is_pipeline(folder):
+            Run(resolve(read_config(config, [f"method.steps={steps[1]}"]))).export_checkpoint(folder)

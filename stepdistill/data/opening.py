@@ -1,0 +1,28 @@
+"""Opening the data of a training."""
+
+from __future__ import annotations
+
+from stepdistill.data.base import DataConfig, Dataset, locate_data
+from stepdistill.data.datasets import open_data
+from stepdistill.data.latent_cache import LatentCacheDataset
+from stepdistill.families.base import Family
+
+
+def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> Dataset:
+    """Open the ``data`` section for a teacher: a latent cache, or the data itself.
+
+    Args:
+        config: the section.
+        family: the opened teacher.
+        needs_images: whether the training needs more than prompts.
+
+    Raises:
+        ValueError: naming the file, key or sample at fault.
+    """
+    if config.name == "cache":
+        return LatentCacheDataset(config, family, needs_images=needs_images)
+    channels, height, width = family.image_shape
+    return open_data(
+        locate_data(config), channels=channels, size=(height, width), num_classes=family.num_classes,
+        takes_text=family.takes_text,
+    )  # fmt: skip

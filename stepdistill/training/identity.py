@@ -1,0 +1,71 @@
+"""What must agree between a run and its resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill.config import differences, flatten
+from stepdistill.methods.base import Distiller
+from stepdistill.training.checkpoint import Checkpoint, CheckpointError
+from stepdistill.training.config import FREE_KEYS, RENAMED, RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """What must agree for a checkpoint to be resumed."""
+
+    values: dict[str, Any]
+    """Flat: ``{"section.key": value}``, and the versions of teacher and data."""
+    defaults: Mapping[str, Any]
+    """What a checkpoint of an older version, which lacks a key, is taken to have had."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs."""
+        before = dict(self.defaults)
+        for key, value in checkpoint.state["config"].items():
+            before[RENAMED.get(key, key)] = value
+        if changed := differences(before, json.loads(json.dumps(self.values))):
+            raise CheckpointError(
+                f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
+                "train.output_dir:\n  - " + "\n  - ".join(changed)
+            )
+
+
+def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, str]) -> RunIdentity:
+    """Return the identity of a run.
+
+    Args:
+        config: the run's.
+        method: its class; options that only its sampler reads may change.
+        versions: what else must agree, such as the fingerprint of the teacher's weights.
+    """
+    free = {*FREE_KEYS}
+    for option in method.sampling_options:
+        free.add(f"method.{option}")
+    values = flatten(config.as_sections())
+    for key in free & values.keys():
+        del values[key]
+    values |= versions
+    defaults = {}
+    for key, value in _declared_defaults(config).items():
+        if key in values:
+            defaults[key] = value
+    return RunIdentity(values, defaults)
+
+
+def _declared_defaults(config: RunConfig) -> dict[str, Any]:
+    """Return the default of every key that has one, flat."""
+    sections: dict[str, Any] = {}
+    for name in ("teacher", "method", "bank", "data", "train"):
+        sections[name] = getattr(config, name)
+    for turn, optim in config.optim.items():
+        sections[f"optim.{turn}"] = optim
+    defaults: dict[str, Any] = {}
+    for name, section in sections.items():
+        for field in dataclasses.fields(section):
+            if field.default is not dataclasses.MISSING:
+                defaults[f"{name}.{field.name}"] = field.default
+    return flatten(defaults)
