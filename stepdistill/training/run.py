@@ -14,13 +14,13 @@ from stepdistill import config as configuration
 from stepdistill.data.base import Dataset, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheData
-from stepdistill.evaluation.suite import Judge
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline, read_contract
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
-from stepdistill.features.identity import refuse_judge
+from stepdistill.features.identity import refuse_same_weights
 from stepdistill.inference.student import student_images
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
@@ -66,7 +66,7 @@ class Run:
             )  # fmt: skip
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions)
-        self.judge = Judge.open(config.eval.features, config.eval.reference) if config.eval.every else None
+        self.suite = MetricSuite.open(config.eval.features, config.eval.reference) if config.eval.every else None
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
@@ -76,8 +76,8 @@ class Run:
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         self.selected: dict[str, Any] | None = None
         """Of which step, and by which measurement, the exported student is; None is the last."""
-        if self.judge is not None:
-            refuse_judge(self.distiller.feature_networks(), self.judge.features)
+        if self.suite is not None:
+            refuse_same_weights(self.distiller.feature_networks(), self.suite.features)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -146,19 +146,19 @@ class Run:
 
     def measured_on(self) -> dict[str, Any]:
         """What the numbers of :meth:`measure` depend on, beside the student."""
-        if self.judge is None:
+        if self.suite is None:
             return {}
-        judges = {"features": self.judge.features.name, "features_sha256": self.judge.features.sha256}
+        features = {"features": self.suite.features.name, "features_sha256": self.suite.features.sha256}
         samples = {"num_samples": self.config.eval.num_samples, "seed": self.config.eval.seed}
-        return {**judges, "reference": self.judge.describe_reference(), **samples}
+        return {**features, "reference": self.suite.reference.describe(), **samples}
 
     def measure(self) -> dict[str, float]:
         """The metrics of the ``eval`` section, of the student as it is now."""
-        assert self.judge is not None
+        assert self.suite is not None
         config = self.config.eval
         device = next(self.distiller.parameters()).device
         images = student_images(self.distiller, config.num_samples, seed=config.seed, device=device)
-        return self.judge.score(images, config.metrics)
+        return self.suite.score(images, config.metrics)
 
     def choose(self, trainer: Trainer) -> None:
         """Go back to the best student that was measured in the last stage, if any was."""
@@ -201,7 +201,7 @@ class Run:
         }
         if self.selected is not None:
             about["selected"] = self.selected
-        if self.judge is not None:
+        if self.suite is not None:
             about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # a process that has only given its share of the weights
