@@ -198,7 +198,7 @@ class Reference:
     @classmethod
     def of_images(cls, features: FeatureExtractor, image_set: ImageSet, max_images: int) -> Reference:
         """Take the moments of all images, and keep the features of the first ``max_images`` (they are shuffled)."""
-        digest, rows = hashlib.sha256(), FeatureRows()
+        digest, rows = hashlib.sha256(), FeatureRows(sync_on_compute=False)
         for start in range(0, len(image_set), PART):
             images = image_set.read(range(start, min(start + PART, len(image_set))))
             digest.update(f"{tuple(images.pixels.shape[1:])}".encode())

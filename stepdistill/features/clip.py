@@ -46,9 +46,7 @@ class Clip:
             raise ValueError(f"clip {path!r}: expected a tokenizer, got none\n{error}") from error
         known = images.network.config.text_config.vocab_size
         if len(tokenizer) != known:  # transformers makes an empty tokenizer where the files are missing
-            raise ValueError(
-                f"clip {path!r}: expected a tokenizer of {known} tokens, as the network has, got {len(tokenizer)}"
-            )
+            raise ValueError(f"clip {path!r}: expected a tokenizer of {known} tokens, got {len(tokenizer)}")
         return cls(images.to(device), tokenizer)
 
     @torch.no_grad()

@@ -94,8 +94,8 @@ class TransformersFeatures(FeatureExtractor):
         if not (max(-low, high) <= 10 and span >= 0.5):
             raise ValueError(
                 f"method.features: the image processor of {self.name!r} maps black to white to {low:.4g} to "
-                f"{high:.4g}, expected a few units about 0; look at do_rescale, rescale_factor, image_mean and image_std in its "
-                "preprocessor_config.json"
+                f"{high:.4g}, expected a few units about 0; look at do_rescale, rescale_factor, image_mean and "
+                "image_std in its preprocessor_config.json"
             )
 
     def smooth_pixels(self, images: Tensor) -> Tensor:

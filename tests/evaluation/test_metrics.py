@@ -330,9 +330,9 @@ def test_files_without_statistics_are_named(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nonsense")
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     for name, message in [
-        ("images.npz", "expected mu and sigma, found images"),
-        ("broken.npz", "not an .npz of statistics"),
-        ("absent.npz", "not an .npz of statistics"),
+        ("images.npz", "expected mu and sigma, got images"),
+        ("broken.npz", "expected an .npz of statistics"),
+        ("absent.npz", "expected an .npz of statistics"),
         ("odd.npz", r"mu \(3,\) and sigma \(4, 4\) do not fit"),
     ]:
         with pytest.raises(ValueError, match=f"{name}.*{message}"):

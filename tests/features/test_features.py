@@ -273,7 +273,8 @@ def test_clean_resize_is_pils_bicubic_on_floats(inception_file):
 def test_a_file_that_is_not_inception_is_refused(inception_file, tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"nonsense")
-    for name, message in [("other", "not Inception"), ("broken", "not a file of tensors"), ("absent", "no such file")]:
+    messages = {"other": "Inception's weights", "broken": "a file of tensors", "absent": "nothing there"}
+    for name, message in messages.items():
         with pytest.raises(ValueError, match=f"{name}.pth.*{message}"):
             load_features(str(tmp_path / f"{name}.pth"))
 

@@ -20,13 +20,16 @@ class FeatureRows(torchmetrics.Metric):
     ``update`` appends the rows of some images, ``compute`` returns the rows of all of them, those of the first process
     first, and ``reset`` forgets them. Metrics are computed from the whole, once: sums of parts would depend on the
     parts in their last digits.
+
+    Args:
+        sync_on_compute: False where every process has all rows, which must not be gathered then.
     """
 
     full_state_update = False
     is_differentiable = False
 
-    def __init__(self) -> None:
-        super().__init__(dist_sync_fn=gather_rows)
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(dist_sync_fn=gather_rows, sync_on_compute=sync_on_compute)
         for name in ROWS:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
