@@ -105,13 +105,12 @@ class ExportedFeatures(FeatureExtractor):
                 found = self.network(images.float())
         except AssertionError as error:  # of torch's own check of the input
             raise ValueError(f"features {self.name!r}: images of {tuple(images.shape)}: {error}") from error
-        features = [found] if torch.is_tensor(found) else found
-        if not _are_features(features):
+        if not _are_features(found):
             raise ValueError(
                 f"features {self.name!r}: expected a tensor (B, C, H, W), (B, N, C) or (B, C), or a list of them, got "
                 f"{_kinds(found)}"
             )
-        return [as_map(feature) for feature in features]
+        return [as_map(feature) for feature in _parts(found)]
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the mean of the last feature over its positions (B, num_features)."""
@@ -167,13 +166,18 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _are_features(value: Any) -> bool:
-    """Return whether ``value`` is a list or tuple of tensors of two to four dimensions, at least one."""
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(len(_shape(x) or ()) in (2, 3, 4) for x in value)
+    """Return whether ``value`` is a tensor of two to four dimensions, or a list or tuple of them."""
+    parts = _parts(value)
+    return len(parts) > 0 and all(len(_shape(part) or ()) in (2, 3, 4) for part in parts)
 
 
 def _kinds(value: Any) -> str:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return ", ".join(str(_shape(part) or type(part).__name__) for part in parts) or "nothing"
+    return ", ".join(str(_shape(part) or type(part).__name__) for part in _parts(value)) or "nothing"
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the members of a list or tuple, or ``value`` alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_contents(path: str) -> None:
@@ -211,11 +215,12 @@ def _check_members(path: str, file: zipfile.ZipFile) -> dict[str, str]:
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every number and text of a JSON value, with its key."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            yield from _leaves(part, name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part, key)
-    else:
-        yield key, value
+    match value:
+        case dict():
+            for name, part in value.items():
+                yield from _leaves(part, name)
+        case list():
+            for part in value:
+                yield from _leaves(part, key)
+        case _:
+            yield key, value

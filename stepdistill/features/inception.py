@@ -103,8 +103,8 @@ def _check_weights_file(path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"features {path!r}: expected the file {INCEPTION_FILE}, got nothing there")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        names = set(torch.load(path, weights_only=True, map_location="cpu"))
+    except (pickle.UnpicklingError, RuntimeError, TypeError) as error:
         raise ValueError(f"features {path!r}: expected a file of tensors ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or "Mixed_7c.branch1x1.conv.weight" not in state:
+    if "Mixed_7c.branch1x1.conv.weight" not in names:
         raise ValueError(f"features {path!r}: expected Inception's weights, {INCEPTION_FILE}")

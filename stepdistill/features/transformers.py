@@ -159,10 +159,12 @@ def _processor_settings(processor: Any, path: str) -> dict[str, Any]:
 
 def _block_names(network: nn.Module) -> list[str]:
     """Return the last blocks of each quarter of a transformer: [2, 5, 8, 11] of twelve, as in StyleGAN-T."""
-    lists = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-    name, blocks = max(lists, key=lambda item: len(item[1]))
+    longest, blocks = "", nn.ModuleList()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(blocks):
+            longest, blocks = name, module
     quarters = min(4, len(blocks))
-    return [f"{name}.{(i + 1) * len(blocks) // quarters - 1}" for i in range(quarters)]
+    return [f"{longest}.{(i + 1) * len(blocks) // quarters - 1}" for i in range(quarters)]
 
 
 def _output_size(size: tuple[int, ...], settings: dict[str, int]) -> tuple[int, int]:
