@@ -345,7 +345,7 @@ def test_files_without_statistics_are_named(tmp_path):
 def test_one_image_has_no_covariance():
     with pytest.raises(ValueError, match="expected at least 2 images for a covariance, got 1"):
         frechet_distance(Moments.of(normal(9)), Moments.of(normal(1)))
-    with pytest.raises(ValueError, match="at least 4 images are needed, found 3"):
+    with pytest.raises(ValueError, match="expected at least 4 images, got 3"):
         precision_recall(normal(9), normal(3))
 
 
