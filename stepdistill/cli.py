@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stepdistill.evaluation.metrics.table import METRICS
+
 PROTOCOL_FLAGS = (
     ("num_samples", int, "number of images that are measured"),
     ("seed", int, "seed of the set of images"),
-    (
-        "metrics",
-        str,
-        "fd kd precision_recall density_coverage spread accuracy inception_score cmmd copying clip; fid kid",
-    ),
+    ("metrics", str, " ".join(METRICS)),
     ("reference", str, "'embedded', images, or .npz statistics"),
     ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
     ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),

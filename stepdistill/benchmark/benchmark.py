@@ -26,15 +26,13 @@ from stepdistill.benchmark.solvers import SolverRow, solver_rows
 from stepdistill.benchmark.students import check_students, export_missing, train_missing
 from stepdistill.benchmark.tables import Row, caption, compared, insert, markdown
 from stepdistill.config import flatten, to_dict
-from stepdistill.evaluation.evaluate import evaluate_pipeline
-from stepdistill.evaluation.extraction import read_captions
-from stepdistill.evaluation.panel import Panel
-from stepdistill.evaluation.results import describe_setting, write_result
-from stepdistill.evaluation.suite import Judge
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.results import write_result
+from stepdistill.evaluation.sources import PipelineSource, read_captions
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
-from stepdistill.features.clip import Clip
 from stepdistill.inference.grids import save_comparison
 from stepdistill.inference.sampling import Images, sample_images
 from stepdistill.inference.solvers import make_solver, teacher_pipeline
@@ -60,22 +58,21 @@ class Benchmark:
         self.config = config
         check_students(config.students)
         self.family = load_teacher(config.teacher)
-        self.judge = Judge.open(config.features, config.reference)
-        self.panel = Panel(self.judge, Clip.open(config.clip) if config.clip else None)
-        self.panel.check(config.metrics)
+        self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip)
+        self.suite.check(config.metrics)
         self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
-        self.metric = self.judge.distance
+        self.metric = self.suite.distance
         self.path = Path(config.output)
-        self.setting = describe_setting(
-            self.judge, **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
+        self.setting = self.suite.describe_setting(
+            **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
         )
         self.rows: list[Row] = self._finished_rows()
 
     def run(self) -> list[Row]:
         """Make the missing rows of the configuration, and return all of them."""
-        if self.judge.real is not None:
+        if self.suite.reference.images is not None:
             self.add("real images", self.floor)
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
@@ -112,7 +109,7 @@ class Benchmark:
 
     def floor(self, name: str) -> Row:
         """Return the row of as many real images: the metric of a perfect generator."""
-        real = self.judge.real
+        real = self.suite.reference.images
         assert real is not None
         first = slice(self.config.num_samples)
         images = Images(
@@ -120,8 +117,9 @@ class Benchmark:
             None if real.labels is None else real.labels[first],
             captions=None if real.captions is None else real.captions[first],
         )
-        metrics = ("fd",) if self.panel.clip is None else ("fd", "clip")
-        return {"name": name, "kind": "floor", "calls": 0, **self.panel.score(self.panel.embed(images), metrics)}
+        self.suite.check_shape(images.pixels.shape[1:])
+        metrics = ("fd",) if self.suite.clip is None else ("fd", "clip")
+        return {"name": name, "kind": "floor", "calls": 0, **self.suite.score(images, metrics)}
 
     def teacher_name(self, scale: float = 1.0) -> str:
         """Return the name of a teacher's row."""
@@ -156,11 +154,11 @@ class Benchmark:
         """Return the metric of every scale, on other seeds; a single scale is not measured."""
         if len(scales) == 1:
             return {scales[0]: 0.0}
-        other = {"wanted": ("fd",), "count": self.config.search_samples, "seed": self.config.seed + 1}
+        other = {"count": self.config.search_samples, "seed": self.config.seed + 1}
         tried = {}
         for scale in scales:
             call = {"num_inference_steps": steps, "guidance_scale": scale}
-            tried[scale] = self._measure(name, pipeline, call, **other)[self.metric]
+            tried[scale] = self._measure(name, pipeline, call, metrics=("fd",), **other)[self.metric]
         return tried
 
     @property
@@ -176,19 +174,17 @@ class Benchmark:
         null_class = getattr(self.family, "null_class", None)
         return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
 
-    def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any], **other: Any) -> Row:
-        """Return a pipeline's row; ``other`` replaces the configuration's settings of the measurement."""
+    def _measure(
+        self, name: str, pipeline: Any, call: Mapping[str, Any], *, metrics: Sequence[str] | None = None, **other: Any
+    ) -> Row:
+        """Return a pipeline's row; ``other`` replaces the configuration's settings of the sampling."""
         config = self.config
-        measurement: dict[str, Any] = {
-            "wanted": config.metrics,
-            "count": config.num_samples,
-            "seed": config.seed,
-            "captions": self.captions,
-        } | other
-        row = evaluate_pipeline(
-            pipeline, self.panel, batch_size=config.batch_size, precision=config.precision, call=call, name=name,
-            **measurement,
+        sampling: dict[str, Any] = {"count": config.num_samples, "seed": config.seed} | other
+        source = PipelineSource(
+            pipeline=pipeline, batch_size=config.batch_size, precision=config.precision, call=call,
+            captions=self.captions, name=name, **sampling,
         )  # fmt: skip
+        row = evaluate(source, self.suite, metrics=metrics or config.metrics, name=name)
         row.pop("setting")
         return row | _renamed(call)
 
@@ -227,7 +223,7 @@ class Benchmark:
 
     def real_images(self, count: int) -> Tensor:
         """Return real images (N, C, H, W) in [0, 1], of the same classes or captions as the samples if known."""
-        real, number = self.judge.real, self.family.num_classes
+        real, number = self.suite.reference.images, self.family.num_classes
         assert real is not None
         if self.captions is not None and real.captions is not None:
             chosen = _first_places(real.captions, self.captions[:count])

@@ -1,4 +1,4 @@
-"""Which of some results is better, and where chance does not allow to say."""
+"""Compare results: which is better, and whether the difference exceeds chance."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.evaluation.metrics.bootstrap import Interval
-from stepdistill.evaluation.metrics.names import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from stepdistill.evaluation.metrics.table import directions
 
 FREE = ("versions", "seed", "precision", "rows")
 """Settings in which comparable results may differ."""
 
 
 def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Result files, named by their paths where two have one name.
+    """Read result files; where two have the same name, all are named by their paths.
 
     Raises:
-        ValueError: fewer than two, or a file that holds no result.
+        ValueError: if there are fewer than two, or a file holds no result.
     """
     if len(paths) < 2:
-        raise ValueError(f"compare: wanted two or more results, found {len(paths)}")
+        raise ValueError(f"compare: expected two or more results, got {len(paths)}")
     results = []
     for path in paths:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a result file ({error})") from error
+            raise ValueError(f"{path}: expected a result file ({error})") from error
         if "setting" not in result or "name" not in result:
-            raise ValueError(f"{path}: not a result of evaluate: it has no 'setting'")
+            raise ValueError(f"{path}: expected a result of evaluate, got a file without 'setting'")
         results.append(result)
-    unique = len({result["name"] for result in results}) == len(results)
-    return results if unique else [result | {"name": str(path)} for result, path in zip(results, paths, strict=True)]
+    if len({result["name"] for result in results}) < len(results):
+        for result, path in zip(results, paths, strict=True):
+            result["name"] = str(path)
+    return results
 
 
 def compare(results: Sequence[Mapping[str, Any]]) -> str:
-    """Which of some results is better, metric by metric, and where their intervals do not allow to say.
+    """Return one line a metric: the results from the best down, and whether the best two differ by more than chance.
 
     Raises:
-        ValueError: results of different settings; names the first that differs.
+        ValueError: if the results have different settings; names the first that differs.
     """
     first = results[0]
     for other in results[1:]:
@@ -49,19 +51,21 @@ def compare(results: Sequence[Mapping[str, Any]]) -> str:
                 raise ValueError(
                     f"not comparable: {key} is {value!r} in {first['name']!r}, {found!r} in {other['name']!r}"
                 )
-    shared = [key for key in first if all(key in other for other in results)]
-    lines = [_verdict(key, results) for key in shared if key in LOWER_IS_BETTER + HIGHER_IS_BETTER]
+    higher_is_better = directions()
+    shared = set(first).intersection(*results)
+    lines = [_verdict(key, results, higher_is_better[key]) for key in first if key in shared & higher_is_better.keys()]
     return "\n".join(lines)
 
 
-def _verdict(metric: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """One line: the values from the best down, and whether the best is distinguishable from the next."""
-    ordered = sorted(results, key=lambda result: result[metric], reverse=metric in HIGHER_IS_BETTER)
+def _verdict(metric: str, results: Sequence[Mapping[str, Any]], higher_is_better: bool) -> str:
+    ordered = sorted(results, key=lambda result: result[metric], reverse=higher_is_better)
     values = ", ".join(f"{result['name']} {result[metric]:.4g}" for result in ordered)
     best, second = ordered[:2]
     if f"{metric}_low" not in best:
         return f"{metric}: {values} (no interval)"
-    first, next_best = (Interval(row[f"{metric}_low"], row[f"{metric}_high"], 0.95) for row in (best, second))
-    return f"{metric}: {values}: " + (
-        "not distinguishable" if first.overlaps(next_best) else f"{best['name']} is better"
-    )
+    alike = _interval(best, metric).overlaps(_interval(second, metric))
+    return f"{metric}: {values}: " + ("not distinguishable" if alike else f"{best['name']} is better")
+
+
+def _interval(result: Mapping[str, Any], metric: str) -> Interval:
+    return Interval(result[f"{metric}_low"], result[f"{metric}_high"], 0.95)

@@ -1,4 +1,4 @@
-"""What an image costs: floating-point operations, memory, parameters. Calls and seconds are counted while sampling."""
+"""Cost of an image: floating-point operations, memory, parameters. Calls and seconds are counted while sampling."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stepdistill.inference.sampling import class_count, condition_of, cycle_labe
 
 
 def flops_per_image(pipeline: Any, call: Mapping[str, Any], captions: Sequence[str] | None = None) -> int:
-    """Floating-point operations of one image, by running the pipeline for one: a multiply-add is two.
+    """Return the floating-point operations of one image, a multiply-add being two; runs the pipeline for one image.
 
-    Matrix products, convolutions and attention count, element-wise work does not. Attention is taken apart, because
-    the counter knows no fused kernel of the CPU.
+    Matrix products, convolutions and attention count, element-wise work does not. Attention runs unfused, because the
+    counter does not know the CPU's fused kernels.
     """
     classes = class_count(pipeline)
     labels = None if classes is None else cycle_labels(1, range(classes))
@@ -29,12 +29,12 @@ def flops_per_image(pipeline: Any, call: Mapping[str, Any], captions: Sequence[s
 
 
 def parameter_count(pipeline: Any) -> int:
-    """Parameters of the denoising network."""
+    """Return the number of parameters of the denoising network."""
     return sum(parameter.numel() for parameter in network_of(pipeline).parameters())
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """The most memory in use so far, in MB, and whose: the GPU allocator's, or the whole process's on a CPU."""
+    """Return the most memory in use so far, in MB: the GPU allocator's, or the whole process's on a CPU."""
     if device.type == "cuda":
         return {"peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6, "peak_memory_of": "GPU allocator"}
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kB elsewhere

@@ -1,8 +1,7 @@
-"""Images that lie on a disk, to be judged or to judge by: bytes at one size, nothing passed over in silence."""
+"""Sets of stored images, all of one size; a file that cannot be used is an error."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,17 +14,17 @@ from stepdistill.data.listing import list_samples, sample_name
 from stepdistill.inference.sampling import Images
 
 
-class ImageFiles:
-    """A folder of images, an ``.npz`` or a saved dataset, as the ``data`` section takes them, in a fixed order.
+class ImageSet:
+    """The images of a folder, an ``.npz`` or a saved dataset, shuffled by a fixed permutation.
 
     Args:
-        path: see :mod:`stepdistill.data.listing`; labels and captions are read where there are some.
+        path: as ``data.path``, see :mod:`stepdistill.data.listing`; labels and captions are read where there are some.
         size: if given, images are resized (short side, bicubic, antialiased) and cropped to a square of this side.
-        limit: take a fixed random subset of this many; None takes all.
+        limit: number of images in a fixed random subset; None takes all.
 
     Raises:
-        ValueError: no images or fewer than ``limit``; broken files; sizes or modes that differ where no ``size`` is
-            given. It names the files.
+        ValueError: if there are fewer than two images or fewer than ``limit``; if files are broken, or differ in size
+            or mode and no ``size`` is given. It names the files.
     """
 
     def __init__(self, path: str | Path, *, size: int | None = None, limit: int | None = None) -> None:
@@ -33,25 +32,25 @@ class ImageFiles:
         listing = list_samples(DataConfig(name="images", path=str(path)))
         found = len(listing.images)
         if found < max(limit or 0, 2):
-            raise ValueError(f"{path}: found {found} images, wanted at least {max(limit or 0, 2)}")
+            raise ValueError(f"{path}: expected at least {max(limit or 0, 2)} images, got {found}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self._sources = [listing.images[row] for row in order]
         self._names = [sample_name(listing.images, row, path) for row in order]
         self._captions = None if listing.captions is None else [str(listing.captions[row]) for row in order]
         self._labels = None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels)[order]).long()
-        channels, *native = self._shape()
-        self.shape = (channels, size, size) if size else (channels, *native)
+        shapes = self._read_shapes()
+        self.shape = (shapes[0][0], size, size) if size else shapes[0]
         if not size:
-            self._check_equal()
+            self._check_equal(shapes)
 
     def __len__(self) -> int:
         return len(self._sources)
 
     def read(self, indices: Sequence[int]) -> Images:
-        """The images at ``indices``.
+        """Return the images at ``indices``.
 
         Raises:
-            ValueError: naming every one of them that cannot be read.
+            ValueError: if some cannot be read; names the first three.
         """
         pixels, broken = [], []
         channels, height, width = self.shape
@@ -60,7 +59,7 @@ class ImageFiles:
                 pixels.append(read_pixels(self._sources[index], channels, (height, width)))
             except UnreadableImageError as error:
                 broken.append(f"{self._names[index]} ({error})")
-        _refuse(broken, "cannot be read")
+        _refuse(broken)
         rows = list(indices)
         return Images(
             torch.from_numpy(np.stack(pixels)),
@@ -68,50 +67,37 @@ class ImageFiles:
             captions=None if self._captions is None else [self._captions[row] for row in rows],
         )
 
-    def _shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the first image; every file's header is read, so that broken ones are named at once."""
+    def _read_shapes(self) -> list[tuple[int, int, int]]:
+        """Return the (C, H, W) of every image; reading every header finds all broken files at once."""
         shapes, broken = [], []
         for source, name in zip(self._sources, self._names, strict=True):
             try:
                 shapes.append(read_shape(source))
             except UnreadableImageError as error:
                 broken.append(f"{name} ({error})")
-        _refuse(broken, "cannot be read")
-        self._shapes = shapes
-        return shapes[0]
+        _refuse(broken)
+        return shapes
 
-    def _check_equal(self) -> None:
-        for shape, name in zip(self._shapes, self._names, strict=True):
-            if shape != self._shapes[0]:
+    def _check_equal(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        for shape, name in zip(shapes, self._names, strict=True):
+            if shape != shapes[0]:
                 raise ValueError(
-                    f"{self.path}: images differ in size or mode: {self._names[0]} is {format_shape(self._shapes[0])}, "
+                    f"{self.path}: images differ in size or mode: {self._names[0]} is {format_shape(shapes[0])}, "
                     f"{name} is {format_shape(shape)}; give a size to resize and crop to, or make them alike"
                 )
 
 
-def _refuse(broken: list[str], what: str) -> None:
+def _refuse(broken: list[str]) -> None:
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise ValueError(f"{len(broken)} images {what}: {', '.join(broken[:3])}{more}")
+        raise ValueError(f"{len(broken)} images cannot be read: {', '.join(broken[:3])}{more}")
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """``"28x28 grey"``."""
+    """Return a shape (C, H, W) as a user reads it.
+
+    >>> format_shape((1, 28, 28))
+    '28x28 grey'
+    """
     channels, height, width = shape
     return f"{height}x{width} " + {1: "grey", 3: "colour"}.get(channels, f"with {channels} channels")
-
-
-class Fingerprint:
-    """A hash of a stream of images: shape and bytes, in order."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def update(self, images: Images) -> None:
-        """Add the next images."""
-        self._digest.update(f"{tuple(images.pixels.shape[1:])}".encode())
-        self._digest.update(images.pixels.contiguous().numpy().tobytes())
-
-    def hexdigest(self) -> str:
-        """The hash so far."""
-        return self._digest.hexdigest()

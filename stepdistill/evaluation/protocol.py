@@ -1,4 +1,4 @@
-"""Protocols: what has to be fixed before two labs' numbers mean the same thing, as small files with names."""
+"""Protocols: named files of everything that must be equal before two laboratories' numbers can be compared."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Protocol:
     """How a pipeline is measured.
 
     Attributes:
-        num_samples: images that are judged.
+        num_samples: images that are measured.
         seed: of the set.
-        features: what embeds them, see :func:`stepdistill.features.loading.load_features`.
+        features: feature network, see :func:`stepdistill.features.loading.load_features`.
         resize: how Inception's input is made: ``adm``, ``torch-fidelity``, ``torchmetrics``, ``clean``.
         clip: a CLIP for the metrics ``clip`` and ``cmmd``.
-        reference: what they are compared with, see :meth:`stepdistill.evaluation.suite.Judge.open`.
-        reference_images: how many of the reference's images metrics beyond the Fréchet distance use, at most.
+        reference: what they are compared with, see :meth:`stepdistill.evaluation.reference.Reference.open`.
+        reference_images: reference images that metrics beyond the Fréchet distance use, at most.
         size: samples and reference images are resized (short side) and cropped to a square of this side.
         captions: prompts: a text file, one a line, or a folder with ``metadata.jsonl``.
-        guidance_scale: of the calls; None takes the pipeline's own.
-        num_inference_steps: of the calls; None takes the pipeline's own.
+        guidance_scale: of the pipeline's calls; None leaves it to the pipeline.
+        num_inference_steps: of the pipeline's calls; None leaves it to the pipeline.
         rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last
-            bits depend on.
+            digits depend on.
         precision: ``bf16`` runs the network under autocast.
-        metrics: which.
-        needs: what a user has to give, in words, by key.
+        metrics: names of :data:`stepdistill.evaluation.metrics.table.METRICS`.
+        needs: by key, what a user has to give, in words.
     """
 
     num_samples: int = 5000
@@ -56,27 +56,33 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.num_samples < 2 or self.rows < 1:
-            raise ValueError(f"wanted num_samples >= 2 and rows >= 1; found {self.num_samples} and {self.rows}")
+            raise ValueError(
+                f"protocol: expected num_samples >= 2 and rows >= 1, got {self.num_samples} and {self.rows}"
+            )
+
+    def call(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that this protocol fixes."""
+        fixed = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.num_inference_steps}
+        return {key: value for key, value in fixed.items() if value is not None}
 
 
 def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[str, Any]]:
-    """A protocol with a user's flags on top, and what they say about it for the result.
+    """Read a protocol, with a user's flags on top.
 
     Args:
-        name: a preset's name, or a YAML file of one's own.
+        name: of a preset, or the path of a YAML file.
         flags: values by key; None leaves the protocol's.
 
     Returns:
-        The protocol, and ``{"name": ..., "overridden": {key: [the protocol's value, the flag's]}}``.
+        The protocol, and for the result ``{"name": ..., "overridden": {key: [the protocol's value, the flag's]}}``.
 
     Raises:
-        ValueError: no such protocol, or something that it needs is not given; says what.
+        ValueError: if there is no such protocol, or something that it needs is not given.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"protocol: {name!r} is unknown{nearest(name, [file.stem for file in PRESETS.glob('*.yaml')])}"
-        )
+        presets = [file.stem for file in PRESETS.glob("*.yaml")]
+        raise ValueError(f"protocol: {name!r} is unknown{nearest(name, presets)}")
     content = read_config(path)
     given = {key: value for key, value in flags.items() if value is not None}
     protocol = build(Protocol, content | given, "protocol")
@@ -86,6 +92,9 @@ def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[s
     if protocol.reference is None:
         raise ValueError(f"protocol {name!r}: give --reference: images or statistics to compare with")
     plain = build(Protocol, content, "protocol")
-    changed = {key: [getattr(plain, key), getattr(protocol, key)] for key in given if key not in protocol.needs}
-    overridden = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    overridden = {}
+    for key in given:
+        before, now = getattr(plain, key), getattr(protocol, key)
+        if key not in protocol.needs and before != now:
+            overridden[key] = [before, now]
     return protocol, {"name": name, "overridden": json.loads(json.dumps(overridden))}

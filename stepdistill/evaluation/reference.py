@@ -1,7 +1,8 @@
-"""Reference statistics: what samples are compared with, as a file that knows what made it."""
+"""The reference that samples are compared with: images, or a file of statistics that knows what made it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -13,27 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.assets import EMBEDDED, FASHION, atomic_write
+from stepdistill.config import nearest
+from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.metrics.frechet import Moments
+from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.inference.sampling import Images
 
 _KEYS = ("mu", "sigma", "n", "features", "rows", "labels", "images", "arr_0")
+
+PART = 500
+"""Images of a reference that are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Moments of a reference set, and the ``describe()`` of the features they were taken with.
+    """Moments of a reference set, and the ``describe()`` of the features that they were computed with.
 
-    Three files are read: ours, ADM's and clean-fid's. The last two say nothing of their network, which is Inception;
-    only Inception is let near them. Nor do they say how images were resized: that stays for the user to match
-    (``load_features(..., resize=)``).
+    Files of three kinds can be read: ours, ADM's and clean-fid's. The last two do not name their network, which is
+    Inception, and are accepted for Inception only. Nor do they state how images were resized: the user has to match
+    that (``load_features(..., resize=)``).
 
     Attributes:
         moments: of all images of the set.
-        features: what they were taken with.
+        features: description of the network.
         rows: (N, d) features of some of the images, for the metrics that moments are not enough for.
-        labels: (N,) their classes.
-        images: what is known of the images themselves: size, count, hash.
-        pixels: (N, C, H, W) uint8, the images that travel in ADM's files, of which no features are stored.
+        labels: (N,) int, the classes of ``rows``.
+        images: size, count and hash of the images, as far as known.
+        pixels: (N, C, H, W) uint8, images in ADM's files, which hold no features.
     """
 
     moments: Moments
@@ -45,61 +54,196 @@ class ReferenceStatistics:
 
     @classmethod
     def of(cls, moments: Moments, features: FeatureExtractor, **known: Any) -> ReferenceStatistics:
-        """Statistics as ``features`` makes them; ``known``: the other attributes."""
+        """Return statistics that ``features`` made; ``known`` are the other attributes."""
         return cls(moments, features.describe(), **known)
 
     def write(self, path: str | Path) -> None:
         """Write ``mu`` (d,), ``sigma`` (d, d), both float64, ``n``, ``features`` (JSON) and what else is known."""
         mean, cov = self.moments.mean.cpu().numpy(), self.moments.cov.cpu().numpy()
-        rows, labels = (
-            {} if value is None else {name: value.numpy()}
-            for name, value in (("rows", self.rows), ("labels", self.labels))
-        )
-        images = {} if self.images is None else {"images": np.array(json.dumps(dict(self.images)))}
-        arrays: dict[str, Any] = {"mu": mean, "sigma": cov, "n": self.moments.n or 0, **rows, **labels, **images}
-        np.savez_compressed(path, features=json.dumps(dict(self.features)), **arrays)
+        arrays: dict[str, Any] = {"mu": mean, "sigma": cov, "n": self.moments.n or 0}
+        if self.rows is not None:
+            arrays["rows"] = self.rows.numpy()
+        if self.labels is not None:
+            arrays["labels"] = self.labels.numpy()
+        if self.images is not None:
+            arrays["images"] = np.array(json.dumps(dict(self.images)))
+        with atomic_write(Path(path)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, features=json.dumps(dict(self.features)), **arrays)
 
     @classmethod
     def read(cls, path: str | Path) -> ReferenceStatistics:
-        """Read any of the three kinds of file.
+        """Read a file of any of the three kinds.
 
         Raises:
-            ValueError: no such file, or no statistics in it.
+            ValueError: if there is no such file, or it holds no statistics.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
-                content = {key: archive[key] for key in _KEYS if key in archive.files}
                 found = archive.files
+                content = {key: archive[key] for key in _KEYS if key in found}
         except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"reference {str(path)!r}: not an .npz of statistics ({error})") from error
+            raise ValueError(f"reference {str(path)!r}: expected an .npz of statistics ({error})") from error
         if "mu" not in content or "sigma" not in content:
-            raise ValueError(f"reference {str(path)!r}: expected mu and sigma, found {', '.join(found)}")
-        mean, cov = (torch.from_numpy(content[key].astype(np.float64)) for key in ("mu", "sigma"))
+            raise ValueError(f"reference {str(path)!r}: expected mu and sigma, got {', '.join(found)}")
+        mean = torch.from_numpy(content["mu"].astype(np.float64))
+        cov = torch.from_numpy(content["sigma"].astype(np.float64))
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise ValueError(f"reference {str(path)!r}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} do not fit")
         n = int(content["n"]) or None if "n" in content else None
         features = json.loads(str(content["features"])) if "features" in content else {"name": "inception"}
         images = json.loads(str(content["images"])) if "images" in content else None
-        rows, labels, pixels = (_tensor(content.get(key)) for key in ("rows", "labels", "arr_0"))
+        pixels = _tensor(content.get("arr_0"))
         pixels = None if pixels is None or pixels.dtype != torch.uint8 else pixels.permute(0, 3, 1, 2)
+        rows, labels = _tensor(content.get("rows")), _tensor(content.get("labels"))
         return cls(Moments(n, mean, cov), features, rows, labels, images, pixels)
 
+    def describe(self, path: Path) -> dict[str, Any]:
+        """Return what is known of these statistics, read from ``path``, as JSON values."""
+        return {"kind": "statistics", "sha256": sha256_of(path), "images": self.moments.n, **(self.images or {})}
+
     def check(self, features: FeatureExtractor) -> Moments:
-        """The moments, if ``features`` is what made them.
+        """Return the moments, if ``features`` made them.
 
         Raises:
-            ValueError: another network, other weights or another preprocessing; names both.
+            ValueError: if the network, its weights or its preprocessing differ; names both.
         """
         ours = features.describe()
         for key in ("sha256", "preprocessing") if "sha256" in self.features else ("name",):
             if ours[key] != self.features[key]:
                 raise ValueError(
                     f"reference made with features {self.features['name']!r} ({key} {self.features[key]!r}), "
-                    f"not {features.name!r} ({key} {ours[key]!r}): make one with the same features, or judge with those"
+                    f"not {features.name!r} ({key} {ours[key]!r}): make one with these features, or give "
+                    "--features that network"
                 )
         if features.num_features != len(self.moments.mean):
             raise ValueError(f"reference of length {len(self.moments.mean)}, features of {features.num_features}")
         return self.moments
+
+
+class Reference:
+    """What samples are compared with: moments of all images, and features of some of them.
+
+    Args:
+        moments: of all images.
+        rows: (N, d) features of single images, for the metrics that moments are not enough for.
+        labels: (N,) int, the classes of ``rows``.
+        images: the images of ``rows``.
+        image_set: where the images of ``rows`` are read from, as many from the first, when they are asked for.
+        about: what is known of the reference, as JSON values: for result files.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        *,
+        rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images | None = None,
+        image_set: ImageSet | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.moments, self.rows, self.labels = moments, rows, labels
+        self.about = dict(about or {})
+        self._images, self._image_set = images, image_set
+
+    @classmethod
+    def open(
+        cls, features: FeatureExtractor, spec: str, *, max_images: int = 10_000, size: int | None = None
+    ) -> Reference:
+        """Open the reference that a user names.
+
+        Args:
+            features: embeds its images, or made its statistics.
+            spec: ``"embedded"``, a ``.npz`` of statistics (ours, ADM's, clean-fid's), or images as ``data.path`` takes
+                them (``"emoji"``, too).
+            max_images: images whose features are kept, at most.
+            size: images are resized and cropped to a square of this side.
+
+        Raises:
+            ValueError: if there is no such reference, or its statistics are of other features.
+        """
+        if spec == "embedded":
+            return cls.of_embedded(features, max_images)
+        path = EMBEDDED.get(spec, Path(spec))
+        if not path.exists():
+            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise ValueError(f"reference: no file or folder {spec!r}{nearest(path.name, siblings)}")
+        if path.suffix == ".npz" and holds_statistics(path):
+            return cls.of_statistics(features, path, max_images)
+        return cls.of_images(features, ImageSet(path, size=size), max_images)
+
+    @classmethod
+    def of_embedded(cls, features: FeatureExtractor, max_images: int) -> Reference:
+        """Open the statistics and the images that travel with the package."""
+        path, image_set = FASHION / "reference.npz", ImageSet(FASHION / "train_subset.npz", limit=max_images)
+        statistics = ReferenceStatistics.read(path)
+        about = statistics.describe(path) | {"shape": list(image_set.shape)}
+        return cls._of_few(features, statistics.check(features), image_set.read(range(len(image_set))), about)
+
+    @classmethod
+    def of_statistics(cls, features: FeatureExtractor, path: Path, max_images: int) -> Reference:
+        """Read a file of statistics, with the images or features that it may hold."""
+        statistics = ReferenceStatistics.read(path)
+        moments, about = statistics.check(features), statistics.describe(path)
+        if statistics.pixels is not None:
+            return cls._of_few(features, moments, Images(statistics.pixels[:max_images]), about)
+        return cls(moments, rows=statistics.rows, labels=statistics.labels, about=about)
+
+    @classmethod
+    def _of_few(
+        cls, features: FeatureExtractor, moments: Moments, images: Images, about: Mapping[str, Any]
+    ) -> Reference:
+        return cls(moments, rows=features.extract(images.pixels), labels=images.labels, images=images, about=about)
+
+    @classmethod
+    def of_images(cls, features: FeatureExtractor, image_set: ImageSet, max_images: int) -> Reference:
+        """Take the moments of all images, and keep the features of the first ``max_images`` (they are shuffled)."""
+        digest, rows = hashlib.sha256(), FeatureRows(sync_on_compute=False)
+        for start in range(0, len(image_set), PART):
+            images = image_set.read(range(start, min(start + PART, len(image_set))))
+            digest.update(f"{tuple(images.pixels.shape[1:])}".encode())
+            digest.update(images.pixels.contiguous().numpy().tobytes())
+            rows.update({"features": features.extract(images.pixels)})
+            if images.labels is not None:
+                rows.update({"labels": images.labels})
+        found = rows.compute()
+        about = {
+            "kind": "images", "sha256": digest.hexdigest(), "images": len(image_set), "shape": list(image_set.shape),
+        }  # fmt: skip
+        labels = found["labels"][:max_images] if "labels" in found else None
+        moments = Moments.of(found["features"])
+        return cls(moments, rows=found["features"][:max_images], labels=labels, image_set=image_set, about=about)
+
+    @property
+    def images(self) -> Images | None:
+        """The images of :attr:`rows`, read when they are first asked for; None where they are unknown."""
+        if self._images is None and self._image_set is not None and self.rows is not None:
+            self._images = self._image_set.read(range(len(self.rows)))
+        return self._images
+
+    def statistics(self, features: FeatureExtractor) -> ReferenceStatistics:
+        """Return this reference, which ``features`` made, as a file can hold it."""
+        known = {key: self.about[key] for key in ("sha256", "shape") if key in self.about}
+        return ReferenceStatistics.of(self.moments, features, rows=self.rows, labels=self.labels, images=known)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is known of the reference, as JSON values."""
+        return {"images": self.moments.n, **self.about}
+
+
+def holds_statistics(path: Path) -> bool:
+    """Return whether a ``.npz`` is to be read as statistics: it holds no images, or cannot be read at all."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return "images" not in archive.files or "mu" in archive.files
+    except (OSError, ValueError, AttributeError):
+        return True  # whoever reads it names what is wrong
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensor(array: np.ndarray | None) -> Tensor | None:

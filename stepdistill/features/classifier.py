@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.networks.hooks import capture_outputs
 
 
 class SmallConvNet(FeatureExtractor):
     """A compact classifier for small images of any size, whose embedding is the feature.
 
     Five convolutions, the mean over positions, a linear layer, whitening per feature (BatchNorm without scale)
-    and tanh: features are bounded in (-1, 1), centred and of like spread, so their covariance is well conditioned
-    and no single one rules a distance.
+    and tanh: features lie in (-1, 1), are centred and have similar spreads, so that their covariance is well
+    conditioned and no single one dominates a distance.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, width: int = 24, num_features: int = 64) -> None:
@@ -43,21 +44,28 @@ class SmallConvNet(FeatureExtractor):
         self.head = nn.Linear(num_features, num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The 64 (or ``num_features``) bounded features."""
+        """Return the features (B, num_features), in (-1, 1)."""
         x = images.to(self.head.weight.dtype).div(127.5).sub(1)
         return self.embedding(self.body(x).mean((2, 3)))
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of all convolutions but the first, (B, C, H, W)."""
+        names = [str(index) for index in range(1, len(self.body))]
+        return capture_outputs(self.body, names, lambda: self.body(images * 2 - 1))
+
     def logits(self, features: Tensor) -> Tensor:
-        """Class scores (B, num_classes)."""
+        """Return class scores (B, num_classes)."""
         return self.head(features)
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (half precision); ``facts`` join the config's ``facts``."""
+        """Write ``config.json`` and ``model.safetensors`` (half precision), with ``facts`` in the first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"_class_name": type(self).__name__, **self.config, "facts": facts}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        state = {name: _half(tensor).cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = {}
+        for name, tensor in self.state_dict().items():
+            state[name] = _half(tensor).cpu().contiguous()
         save_file(state, folder / "model.safetensors")
 
     @classmethod
@@ -65,7 +73,7 @@ class SmallConvNet(FeatureExtractor):
         """Read what :meth:`save_pretrained` wrote; float32, frozen, in evaluation mode, named after the folder."""
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
-        network = cls(**{key: config[key] for key in ("in_channels", "num_classes", "width", "num_features")})
+        network = cls(config["in_channels"], config["num_classes"], config["width"], config["num_features"])
         network.load_state_dict(load_file(folder / "model.safetensors"))
         network.name = folder.name
         return network.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""A feature network of one's own, as a program that ``torch.export`` wrote: no line of Python travels with it.
+"""Feature networks as programs that ``torch.export`` wrote: they bring no Python code.
 
 .. code-block:: python
 
@@ -9,9 +9,9 @@
 The network returns a feature or a list of them, shallow to deep: maps (B, C, H, W), tokens (B, N, C) or vectors (B, C).
 The mean of the last over its positions is the image's embedding.
 
-``torch.export.load`` unpickles what it finds and evaluates text of the file as Python. A file is therefore looked
-through first, and refused if it holds more than tensors and a graph whose sizes are arithmetic. This keeps pickles
-out and is no sandbox: take a program from those whose code you would run.
+``torch.export.load`` unpickles what it finds and evaluates text of the file as Python. A file is therefore checked
+first, and refused if it holds more than tensors and a graph whose sizes are arithmetic. This keeps pickles out but is
+no sandbox: take a program only from people whose code you would run.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ ARITHMETIC = re.compile(
 
 
 class ExportedFeatures(FeatureExtractor):
-    """An exported program on images in [-1, 1], in the one mode that it was exported in.
+    """An exported program, which runs in the mode that it was exported in.
 
     Args:
-        program: takes images (B, C, H, W) float32, and returns their features.
+        program: maps images (B, C, H, W) float32 in [-1, 1] to their features.
         name: of the network.
 
     Raises:
-        ValueError: it takes or returns something else, is of a fixed batch size, or of training mode.
+        ValueError: if it takes or returns something else, or was exported for one batch size or in training mode.
     """
 
     def __init__(self, program: ExportedProgram, name: str) -> None:
@@ -73,53 +73,56 @@ class ExportedFeatures(FeatureExtractor):
         self.network = self.program.module().requires_grad_(False)
         sample = _sample(self.program, name)
         self.in_channels = sample.shape[1]
-        self.num_features = self._check_still(sample)[-1].shape[1]
+        self.num_features = self._check_deterministic(sample)[-1].shape[1]
 
     @classmethod
     def from_file(cls, path: str) -> ExportedFeatures:
-        """Load what ``torch.export.save`` wrote at ``path`` (``.pt2``).
+        """Load a file (``.pt2``) that ``torch.export.save`` wrote.
 
         Raises:
-            ValueError: no such file, or one that holds more than tensors and their graph.
+            ValueError: if there is no such file, or it holds more than tensors and their graph.
         """
         try:
             check_contents(path)
         except OSError as error:
             raise ValueError(f"features {path!r}: {error.strerror or error}") from error
         except (zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(f"features {path!r}: no program of torch.export.save: {error}") from error
+            raise ValueError(f"features {path!r}: expected a program of torch.export.save: {error}") from error
         return cls(torch.export.load(path), Path(path).name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Features, shallow to deep, (B, C, N) or (B, C, H, W), of images (B, C, H, W) in [-1, 1]; differentiable.
+        """Return all features of the program."""
+        return self.run(images * 2 - 1)
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        """Return all features, shallow to deep, (B, C, N) or (B, C, H, W), of images (B, C, H, W) in [-1, 1].
 
         Raises:
-            ValueError: images of a size that it was not exported for.
+            ValueError: if it was not exported for images of this size.
         """
         try:
-            with torch.autocast(images.device.type, enabled=False):  # the graph insists on the types of its export
+            with torch.autocast(images.device.type, enabled=False):  # a graph has the types of its export
                 found = self.network(images.float())
         except AssertionError as error:  # of torch's own check of the input
             raise ValueError(f"features {self.name!r}: images of {tuple(images.shape)}: {error}") from error
-        features = list(found) if isinstance(found, (list, tuple)) else [found]
-        if not features or not all(isinstance(x, Tensor) and x.ndim in (2, 3, 4) for x in features):
+        if not _are_features(found):
             raise ValueError(
-                f"features {self.name!r}: returns {_kinds(found)}; wanted a tensor (B, C, H, W), (B, N, C) or (B, C), "
-                "or a list of them"
+                f"features {self.name!r}: expected a tensor (B, C, H, W), (B, N, C) or (B, C), or a list of them, got "
+                f"{_kinds(found)}"
             )
-        return [as_map(feature) for feature in features]
+        return [as_map(feature) for feature in _parts(found)]
 
     def embed(self, images: Tensor) -> Tensor:
-        """The last feature's mean over its positions (B, num_features)."""
-        return self.maps(images.float() / 127.5 - 1)[-1].flatten(2).mean(2)
+        """Return the mean of the last feature over its positions (B, num_features)."""
+        return self.run(images.float() / 127.5 - 1)[-1].flatten(2).mean(2)
 
     def train(self, mode: bool = True) -> ExportedFeatures:
-        """Nothing: a program has no other mode."""
+        """Do nothing: a program has one mode."""
         del mode
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExportedFeatures:
-        """Move the graph with its weights: it holds the device of what it makes itself, as positions are."""
+        """Move the graph with its weights: it creates tensors of its own, such as positions, on a fixed device."""
         del recurse
         device = fn(torch.empty(0)).device
         if device != self.device:
@@ -127,72 +130,97 @@ class ExportedFeatures(FeatureExtractor):
             self.network = self.program.module().requires_grad_(False)
         return self
 
-    def _check_still(self, sample: Tensor) -> list[Tensor]:
-        """The features of noise like ``sample``, which are the same every time and leave the weights alone."""
+    def _check_deterministic(self, sample: Tensor) -> list[Tensor]:
+        """Return features of noise like ``sample``, after checking that they repeat and change no weights."""
         images, before = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)), self.sha256
         with torch.no_grad():
-            features, again = self.maps(images), self.maps(images)
+            features, again = self.run(images), self.run(images)
         if self.sha256 != before or not all(map(torch.equal, features, again)):
-            raise ValueError(f"features {self.name!r}: exported in training mode; call .eval() before the export")
+            raise ValueError(
+                f"features {self.name!r}: expected a program in evaluation mode; call .eval() before the export"
+            )
         return features
 
 
 def _sample(program: ExportedProgram, name: str) -> Tensor:
-    """The images that a program was exported with."""
+    """Return the images that a program was exported with."""
     example: tuple[tuple[Any, ...], dict[str, Any]] = program.example_inputs or ((), {})
-    given = (*example[0], *example[1].values())
-    if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].ndim != 4:
-        raise ValueError(f"features {name!r}: takes {_kinds(given)}; wanted images (B, C, H, W)")
-    images = given[0]
+    inputs = [*example[0], *example[1].values()]
+    if len(inputs) != 1 or _shape(inputs[0]) is None or inputs[0].ndim != 4:
+        raise ValueError(f"features {name!r}: expected a program of images (B, C, H, W), got one of {_kinds(inputs)}")
+    images: Tensor = inputs[0]
     if images.dtype != torch.float32:
-        raise ValueError(f"features {name!r}: takes {images.dtype} images; wanted torch.float32")
+        raise ValueError(f"features {name!r}: expected a program of torch.float32 images, got one of {images.dtype}")
     (name_in_graph,) = program.graph_signature.user_inputs
-    (node,) = (node for node in program.graph.nodes if node.name == name_in_graph)
-    if isinstance(node.meta["val"].shape[0], int):
+    nodes = {node.name: node for node in program.graph.nodes}
+    if type(nodes[name_in_graph].meta["val"].shape[0]) is int:  # otherwise a symbol
         raise ValueError(
-            f"features {name!r}: takes batches of {len(images)} only; wanted any: export with "
+            f"features {name!r}: expected a program of batches of any size, got one of {len(images)} only: export with "
             "dynamic_shapes=({0: torch.export.Dim.AUTO},)"
         )
     return images
 
 
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if torch.is_tensor(value) else None
+
+
+def _are_features(value: Any) -> bool:
+    """Return whether ``value`` is a tensor of two to four dimensions, or a list or tuple of them."""
+    parts = _parts(value)
+    return len(parts) > 0 and all(len(_shape(part) or ()) in (2, 3, 4) for part in parts)
+
+
 def _kinds(value: Any) -> str:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in parts) or "nothing"
+    return ", ".join(str(_shape(part) or type(part).__name__) for part in _parts(value)) or "nothing"
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the members of a list or tuple, or ``value`` alone."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_contents(path: str) -> None:
     """Raise ``ValueError`` if the file of an exported program holds more than tensors and a graph.
 
-    That is: pickled objects, compiled libraries, and sizes and guards that are no arithmetic.
+    That is: pickled objects, compiled libraries, and sizes and guards that are not arithmetic.
     """
     with zipfile.ZipFile(path) as file:
-        members = {name.partition("/")[2]: name for name in file.namelist()}
-        strange = [name for inside, name in members.items() if not MEMBERS.fullmatch(inside)]
-        if strange or len(members) < len(file.namelist()):
-            first = strange[0] if strange else "two members of one name"
-            raise ValueError(
-                f"features {path!r}: holds {first}; wanted tensors and a graph, as a newer torch writes them"
-            )
+        members = _check_members(path, file)
         try:
             torch.load(io.BytesIO(file.read(members[SAMPLE])), weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"features {path!r}: holds pickled objects in {SAMPLE}; wanted tensors") from error
+            raise ValueError(f"features {path!r}: {SAMPLE}: expected tensors, got pickled objects") from error
         for config in members.keys() & set(CONFIGS):
-            if any(key == "use_pickle" and value for key, value in _facts(json.loads(file.read(members[config])))):
-                raise ValueError(f"features {path!r}: holds pickled tensors by {config}; wanted plain ones")
-        for key, text in _facts(json.loads(file.read(members[GRAPH]))):
+            if any(key == "use_pickle" and value for key, value in _leaves(json.loads(file.read(members[config])))):
+                raise ValueError(f"features {path!r}: {config}: expected plain tensors, got pickled ones")
+        for key, text in _leaves(json.loads(file.read(members[GRAPH]))):
             if key in ("expr_str", "guards_code") and not ARITHMETIC.fullmatch(text):
-                raise ValueError(f"features {path!r}: {key} {text[:80]!r} in {GRAPH}; wanted arithmetic")
+                raise ValueError(f"features {path!r}: {GRAPH}: {key}: expected arithmetic, got {text[:80]!r}")
 
 
-def _facts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and text of a JSON value, with the key that it stands under."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            yield from _facts(part, name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _facts(part, key)
-    else:
-        yield key, value
+def _check_members(path: str, file: zipfile.ZipFile) -> dict[str, str]:
+    """Return the members of an archive by their names inside its folder, if all of them are known and unique."""
+    members: dict[str, str] = {}
+    for name in file.namelist():
+        inside = name.partition("/")[2]
+        if inside in members or not MEMBERS.fullmatch(inside):
+            strange = name if inside not in members else "two members of one name"
+            raise ValueError(
+                f"features {path!r}: expected tensors and a graph, as a newer torch writes them, got {strange}"
+            )
+        members[inside] = name
+    return members
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number and text of a JSON value, with its key."""
+    match value:
+        case dict():
+            for name, part in value.items():
+                yield from _leaves(part, name)
+        case list():
+            for part in value:
+                yield from _leaves(part, key)
+        case _:
+            yield key, value

@@ -1,4 +1,4 @@
-"""Whether two feature networks are the same: the network that judges never trains."""
+"""Detect whether two feature networks are the same: the network that measures a student must not train it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ OTHERS = (
     "'teacher' (its own features), a folder of a transformers vision model, or a network of your own "
     "(exported to a .pt2, or by python scripts/train_features.py --seed 1)"
 )
-"""What a critic may see through instead of the judge."""
+"""Feature networks that a critic may use."""
 
 
-def refuse_judge(networks: Mapping[str, nn.Module], judge: FeatureExtractor) -> None:
-    """Raise ``ValueError`` if one of these networks, by the name of its key, is the one that judges."""
+def refuse_same_weights(networks: Mapping[str, nn.Module], metric: FeatureExtractor) -> None:
+    """Raise ``ValueError`` if a network that trains a student, by its configuration key, also measures it."""
     for key, network in networks.items():
-        if same_weights(network, judge):
+        if same_weights(network, metric):
             raise ValueError(
-                f"{key}: this network is the judge {judge.name!r} (it has the same weights), and a student trained on "
-                f"its features would be measured by them; wanted {OTHERS}"
+                f"{key}: this network has the weights of {metric.name!r}, which measures the student; a student "
+                f"trained on its features would score too well; expected {OTHERS}"
             )
 
 
 def same_weights(network: nn.Module, other: nn.Module) -> bool:
-    """Whether most weight matrices of the smaller network are the larger one's, whatever their names and precision.
+    """Return whether most weight matrices of the smaller network are in the larger one, under whatever names.
 
-    So a copy in half precision is found out as well as a link, and CLIP's image half beside the whole of it.
+    This finds copies in half precision, links, and the image half of a CLIP in the whole of it.
     """
     few, many = sorted((_matrices(network), _matrices(other)), key=len)
-    found = [any(_alike(a, b) for b in many) for a in few]
-    return 2 * sum(found) > len(found)
+    found = 0
+    for matrix in few:
+        found += any(_alike(matrix, candidate) for candidate in many)
+    return 2 * found > len(few)
 
 
 def _matrices(network: nn.Module) -> list[Tensor]:
@@ -40,8 +42,8 @@ def _matrices(network: nn.Module) -> list[Tensor]:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices are the same but for rounding; their first few thousand numbers tell."""
+    """Return whether two matrices are equal up to rounding, by their first few thousand numbers."""
     if a.shape != b.shape:
         return False
-    x, y = (matrix.flatten()[:4096].cpu().float() for matrix in (a, b))
+    x, y = a.flatten()[:4096].cpu().float(), b.flatten()[:4096].cpu().float()
     return bool((x - y).norm() < 0.01 * y.norm())

@@ -40,6 +40,7 @@ class InceptionFeatures(FeatureExtractor):
     """
 
     name = kind = "inception"
+    measures_only = True
     in_channels = 3
     repeats_grey = True
     num_features = 2048
@@ -48,7 +49,7 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, network: Any, resize: str) -> None:
         super().__init__()
         if resize not in RESIZES:
-            raise ValueError(f"resize: found {resize!r}{nearest(resize, RESIZES)}")
+            raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, got {resize!r}{nearest(resize, RESIZES)}")
         self.resize = RESIZES[resize]
         self.trunk = nn.Sequential(*(getattr(network, name) for name in INCEPTION_LAYERS)).requires_grad_(False).eval()
         self.fc: nn.Linear = network.fc.requires_grad_(False)
@@ -58,7 +59,7 @@ class InceptionFeatures(FeatureExtractor):
         """Load the weights at ``path`` (``.pth``), or download them where it is None.
 
         Raises:
-            ValueError: the ``fid`` extra or the file is missing; says how to get them, and what else judges offline.
+            ValueError: if the ``fid`` extra or the file is missing; says how to get them, and what works offline.
         """
         offline = "offline, --features embedded or the folder of a DINOv2 or CLIP model give FD and the other metrics"
         try:
@@ -75,7 +76,7 @@ class InceptionFeatures(FeatureExtractor):
         return cls(network, resize)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The 2048 features before the classifier."""
+        """Return the 2048 features before the classifier."""
         if self.resize == "bilinear-tf1":
             from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -84,22 +85,26 @@ class InceptionFeatures(FeatureExtractor):
             x = interpolate(images.float(), (299, 299), mode=self.resize.removesuffix("-antialias"), antialias=True)
         return self.trunk((x - 128) / 128).flatten(1)
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Fail: nothing is trained through Inception, see :attr:`measures_only`."""
+        raise AssertionError(f"maps of {len(images)} images")
+
     def logits(self, features: Tensor) -> Tensor:
-        """The 1008 class scores without bias, as the Inception score is computed since Salimans et al. (1606.03498)."""
+        """Return the 1008 class scores without bias, as the Inception score has them (Salimans et al., 1606.03498)."""
         return features @ self.fc.weight.T
 
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes 299 x 299."""
+        """Return how an image becomes 299 x 299."""
         return {"resize": self.resize}
 
 
 def _check_weights_file(path: str) -> None:
-    """Refuse a file that is absent or holds more than tensors: torch-fidelity itself would unpickle anything."""
+    """Raise ``ValueError`` unless the file holds Inception's tensors: torch-fidelity itself would unpickle anything."""
     if not Path(path).is_file():
-        raise ValueError(f"features {path!r}: no such file; expected {INCEPTION_FILE}")
+        raise ValueError(f"features {path!r}: expected the file {INCEPTION_FILE}, got nothing there")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"features {path!r}: not a file of tensors ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or "Mixed_7c.branch1x1.conv.weight" not in state:
-        raise ValueError(f"features {path!r}: not Inception's weights; expected {INCEPTION_FILE}")
+        names = set(torch.load(path, weights_only=True, map_location="cpu"))
+    except (pickle.UnpicklingError, RuntimeError, TypeError) as error:
+        raise ValueError(f"features {path!r}: expected a file of tensors ({str(error).splitlines()[0]})") from error
+    if "Mixed_7c.branch1x1.conv.weight" not in names:
+        raise ValueError(f"features {path!r}: expected Inception's weights, {INCEPTION_FILE}")

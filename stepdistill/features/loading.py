@@ -11,19 +11,18 @@ from stepdistill.features.classifier import SmallConvNet
 
 
 def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
-    """The feature network that ``spec`` names, frozen and on the CPU.
+    """Return the feature network that ``spec`` names, frozen and on the CPU.
 
     Args:
         spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"inception"`` or the path of its
-            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, a network of one's own that
-            ``torch.export.save`` wrote (``.pt2``: images in [-1, 1] to maps (B, C, H, W), tokens (B, N, C) or vectors,
-            see :mod:`stepdistill.features.exported`), or a folder or hub id of a ``transformers`` vision model (DINOv2,
-            CLIP, ...).
+            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, a program written by
+            ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or hub id of a
+            ``transformers`` vision model (DINOv2, CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
     Raises:
-        ValueError: nothing of that name, or something missing to load it; says what to do.
+        ValueError: if there is no such network, or something is missing to load it; says what to do.
     """
     from stepdistill.features.exported import ExportedFeatures
     from stepdistill.features.inception import InceptionFeatures  # slow to import
@@ -32,7 +31,7 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
     if spec == "inception" or spec.endswith(".pth"):
         return InceptionFeatures.from_pretrained(None if spec == "inception" else spec, resize or "torch-fidelity")
     if resize is not None:
-        raise ValueError(f"resize: {resize!r} belongs to Inception; features {spec!r} bring their own preprocessing")
+        raise ValueError(f"resize: {resize!r} is for Inception only; features {spec!r} have their own preprocessing")
     if spec == "embedded":
         network = SmallConvNet.from_pretrained(FASHION / "features")
         network.name = "embedded"

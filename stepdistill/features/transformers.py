@@ -1,6 +1,6 @@
-"""The large networks that judge: any vision model of ``transformers``, and the literature's Inception-v3.
+"""Vision models of ``transformers`` as feature networks.
 
-Each does its own resizing in torch, so that it runs on the images' device and is written down exactly:
+The image processor's work is done in torch, so that it runs on the images' device and is described exactly:
 :meth:`FeatureExtractor.preprocessing` is part of what a reference must match.
 """
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from stepdistill.config import nearest
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.networks.hooks import capture_outputs
 
 
 class TransformersFeatures(FeatureExtractor):
@@ -40,7 +41,7 @@ class TransformersFeatures(FeatureExtractor):
         """Load a folder or hub id that holds a vision model and its ``preprocessor_config.json``.
 
         Raises:
-            ValueError: nothing there, no image processor, or weights that are missing from the file.
+            ValueError: if there is no model or image processor, or the file lacks some of the weights.
         """
         import transformers
 
@@ -54,7 +55,7 @@ class TransformersFeatures(FeatureExtractor):
             network, info = loader.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
             hint = nearest(path, ["embedded", "inception"])
-            raise ValueError(f"features {path!r}: no vision model there{hint}\n{error}") from error
+            raise ValueError(f"features {path!r}: expected a vision model, got none{hint}\n{error}") from error
         if info["missing_keys"]:
             keys = ", ".join(sorted(info["missing_keys"])[:3])
             kind = type(network).__name__
@@ -64,67 +65,121 @@ class TransformersFeatures(FeatureExtractor):
         return cls(network, _processor_settings(processor, path), Path(path).name)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Pooled output (B, d) of the vision model."""
+        """Return the pooled output (B, d) of the vision model."""
         pixels = self.pixels(images)
         joint = hasattr(self.network, "get_image_features")
         output = self.network.get_image_features(pixel_values=pixels) if joint else self.network(pixel_values=pixels)
-        pooled = output if isinstance(output, Tensor) else output.get("image_embeds", output.get("pooler_output"))
-        if pooled is None:
+        for name in ("image_embeds", "pooler_output"):
+            pooled: Tensor | None = getattr(output, name, None)
+            if pooled is not None:
+                return pooled.flatten(1)
+        if not torch.is_tensor(output):  # as transformers 4 returns from get_image_features
             raise ValueError(f"features {self.name!r}: {type(self.network).__name__} has no pooled output")
-        return pooled.flatten(1)
+        return output.flatten(1)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of four blocks (B, C, N) of the vision model."""
+        body = getattr(self.network, "vision_model", self.network)
+        return capture_outputs(body, _block_names(body), lambda: body(pixel_values=self.smooth_pixels(images)))
+
+    def check_preprocessing(self) -> None:
+        """Raise ``ValueError`` if the image processor maps black and white far from what networks are trained on.
+
+        They are trained on a few units about 0. A processor that forgets to rescale makes hundreds, and one with a
+        factor too many makes the same grey of every image; the network returns features all the same.
+        """
+        bounds, scale = torch.tensor([[0.0], [255.0]]), self.settings["scale"]
+        shown = (bounds * scale - torch.tensor(self.settings["mean"])) / torch.tensor(self.settings["std"])
+        low, high, span = shown.min().item(), shown.max().item(), (shown[1] - shown[0]).min().item()
+        if not (max(-low, high) <= 10 and span >= 0.5):
+            raise ValueError(
+                f"method.features: the image processor of {self.name!r} maps black to white to {low:.4g} to "
+                f"{high:.4g}, expected a few units about 0; look at do_rescale, rescale_factor, image_mean and "
+                "image_std in its preprocessor_config.json"
+            )
+
+    def smooth_pixels(self, images: Tensor) -> Tensor:
+        """Return :meth:`pixels` of images (B, 1 or 3, H, W) in [0, 1], without rounding: differentiable."""
+        x = images.expand(-1, 3, -1, -1) * 255
+        if self.settings["size"]:
+            size = _output_size(x.shape[-2:], self.settings["size"])
+            x = interpolate(x, size, mode=self._mode, antialias=True)
+        return self._normalise(x)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The network's input (B, 3, h, w) float32, normalised, from uint8 ``images`` (B, 3, H, W)."""
+        """Return the network's input (B, 3, h, w) float32, normalised, of uint8 ``images`` (B, 3, H, W)."""
         x = images.float()
         if self.settings["size"]:
             height, width = _output_size(x.shape[-2:], self.settings["size"])
             x = self._resize(self._resize(x, (x.shape[-2], width)), (height, width))
-        if self.settings["crop"]:
-            x = _centre_crop(x, *self.settings["crop"])
-        mean, std = (x.new_tensor(self.settings[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        return (x * self.settings["scale"] - mean) / std
+        return self._normalise(x)
+
+    @property
+    def _mode(self) -> str:
+        return {2: "bilinear", 3: "bicubic"}[self.settings["resample"]]
 
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        mode = {2: "bilinear", 3: "bicubic"}[self.settings["resample"]]
-        return interpolate(x, size, mode=mode, antialias=True).round().clamp(0, 255)
+        return interpolate(x, size, mode=self._mode, antialias=True).round().clamp(0, 255)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Crop, scale and normalise images (B, 3, h, w) in [0, 255]."""
+        if self.settings["crop"]:
+            x = _centre_crop(x, *self.settings["crop"])
+        mean = x.new_tensor(self.settings["mean"]).view(1, -1, 1, 1)
+        std = x.new_tensor(self.settings["std"]).view(1, -1, 1, 1)
+        return (x * self.settings["scale"] - mean) / std
 
     def preprocessing(self) -> dict[str, Any]:
-        """Size, resampling, crop, scale, mean and standard deviation."""
+        """Return size, resampling, crop, scale, mean and standard deviation."""
         return self.settings
 
 
 def _processor_settings(processor: Any, path: str) -> dict[str, Any]:
-    """The five facts of a transformers image processor, as JSON values."""
-    sizes = dict(processor.size) if processor.do_resize else {}
-    size = {key: int(value) for key, value in sizes.items() if value}
+    """Return resizing, crop and normalisation of a transformers image processor, as JSON values."""
+    size = {}
+    if processor.do_resize:
+        size = {key: int(value) for key, value in dict(processor.size).items() if value}
     if size and size.keys() not in ({"shortest_edge"}, {"height", "width"}):
-        raise ValueError(f"features {path!r}: cannot resize to {size}; expected shortest_edge, or height and width")
+        raise ValueError(f"features {path!r}: size: expected shortest_edge, or height and width, got {size}")
     if size and int(processor.resample) not in (2, 3):
-        raise ValueError(f"features {path!r}: resample {processor.resample}; expected 2 (bilinear) or 3 (bicubic)")
+        raise ValueError(f"features {path!r}: resample: expected 2 (bilinear) or 3 (bicubic), got {processor.resample}")
     crops = getattr(processor, "do_center_crop", False)
     crop = [int(processor.crop_size["height"]), int(processor.crop_size["width"])] if crops else []
-    normalises = processor.do_normalize
+    mean = list(map(float, processor.image_mean)) if processor.do_normalize else [0.0, 0.0, 0.0]
+    std = list(map(float, processor.image_std)) if processor.do_normalize else [1.0, 1.0, 1.0]
     return {
         "size": size,
         "resample": int(processor.resample),
         "crop": crop,
         "scale": float(processor.rescale_factor) if processor.do_rescale else 1.0,
-        "mean": [float(value) for value in processor.image_mean] if normalises else [0.0, 0.0, 0.0],
-        "std": [float(value) for value in processor.image_std] if normalises else [1.0, 1.0, 1.0],
+        "mean": mean,
+        "std": std,
     }
 
 
-def _output_size(found: tuple[int, ...], wanted: dict[str, int]) -> tuple[int, int]:
-    """Height and width after the resize; the long edge is cut to a whole number as transformers does."""
-    if "height" in wanted:
-        return wanted["height"], wanted["width"]
-    height, width = found
-    short, edge = min(height, width), wanted["shortest_edge"]
+def _block_names(network: nn.Module) -> list[str]:
+    """Return the last blocks of each quarter of a transformer: [2, 5, 8, 11] of twelve, as in StyleGAN-T."""
+    longest, blocks = "", nn.ModuleList()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(blocks):
+            longest, blocks = name, module
+    quarters = min(4, len(blocks))
+    return [f"{longest}.{(i + 1) * len(blocks) // quarters - 1}" for i in range(quarters)]
+
+
+def _output_size(size: tuple[int, ...], settings: dict[str, int]) -> tuple[int, int]:
+    """Return height and width after the resize; the long edge is rounded down, as transformers does."""
+    if "height" in settings:
+        return settings["height"], settings["width"]
+    height, width = size
+    short, edge = min(height, width), settings["shortest_edge"]
     return (edge, int(edge * width / short)) if height <= width else (int(edge * height / short), edge)
 
 
 def _centre_crop(x: Tensor, height: int, width: int) -> Tensor:
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     if top < 0 or left < 0:
-        raise ValueError(f"features: cannot crop {height}x{width} out of {x.shape[-2]}x{x.shape[-1]} images")
+        raise ValueError(
+            f"features: expected images of at least {height}x{width} to crop, got {x.shape[-2]}x{x.shape[-1]}"
+        )
     return x[..., top : top + height, left : left + width]

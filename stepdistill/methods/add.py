@@ -32,7 +32,8 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.discriminators.conditioning import check_classes
-from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_feature_source
+from stepdistill.discriminators.critics import CleanCritic, Conditioning
+from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from stepdistill.evaluation.suite import Judge
-from stepdistill.features.identity import refuse_judge
+from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.features.identity import refuse_same_weights
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller
 from stepdistill.training.config import EvalConfig
@@ -25,7 +25,7 @@ class Evaluation:
         folder: the run's, which keeps the best student.
     """
 
-    def __init__(self, config: EvalConfig, suite: Judge | None, folder: Path) -> None:
+    def __init__(self, config: EvalConfig, suite: MetricSuite | None, folder: Path) -> None:
         self.config = config
         self.suite = suite
         self.best = BestStudent(folder, self.measured_on())
@@ -39,14 +39,14 @@ class Evaluation:
         """
         if not config.every:
             return cls(config, None, folder)
-        suite = Judge.open(config.features, config.reference)
+        suite = MetricSuite.open(config.features, config.reference)
         suite.check(config.metrics)
         return cls(config, suite, folder)
 
     def check_independent(self, networks: Mapping[str, nn.Module]) -> None:
         """Raise ``ValueError`` if one of a method's feature networks is the one that measures."""
         if self.suite is not None:
-            refuse_judge(networks, self.suite.features)
+            refuse_same_weights(networks, self.suite.features)
 
     def is_due(self, step: int, *, finished: bool) -> bool:
         """Whether to measure after ``step``: every ``config.every`` steps, and at the end of the run."""
@@ -73,7 +73,7 @@ class Evaluation:
         return {
             "features": self.suite.features.name,
             "features_sha256": self.suite.features.sha256,
-            "reference": self.suite.describe_reference(),
+            "reference": self.suite.reference.describe(),
             "num_samples": self.config.num_samples,
             "seed": self.config.seed,
         }

@@ -21,7 +21,7 @@ from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, train_missing
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
 from stepdistill.config import build, read_config, to_yaml
-from stepdistill.evaluation.suite import Judge
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within
@@ -44,10 +44,10 @@ def config_of(folder, **changed):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_judge():
+def one_suite():
     """Opened once: it embeds thousands of real images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Judge, "open", functools.cache(Judge.open))
+        patch.setattr(MetricSuite, "open", functools.cache(MetricSuite.open))
         yield
 
 

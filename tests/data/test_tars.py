@@ -12,7 +12,7 @@ from PIL import Image
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.decoding import read_pixels
-from stepdistill.evaluation.image_set import ImageFiles
+from stepdistill.evaluation.image_set import ImageSet
 
 
 def png(shade, size=(8, 8)):
@@ -48,7 +48,7 @@ def test_samples_come_in_any_order_and_nothing_is_unpacked(tmp_path):
     assert ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [20, 0, 10]
     assert batch.captions == ("two", "zero, red", "ü") and sorted(os.listdir(tmp_path)) == before
     assert len(opened(tmp_path / "b.tar")) == 1
-    assert len(ImageFiles(tmp_path)) == 3  # what evaluation compares with
+    assert len(ImageSet(tmp_path)) == 3  # what evaluation compares with
 
 
 def test_labels_and_captions_by_another_name(tmp_path):

@@ -12,16 +12,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.discriminators.augmentation import colour, cutout, diff_augment, shift
-from stepdistill.discriminators.backbones import Backbone, open_backbone, smooth_pixels
+from stepdistill.discriminators.backbones import Backbone, open_backbone
 from stepdistill.discriminators.conditioning import check_classes, condition_vector
-from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, TeacherFeatureSource, open_feature_source
+from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic
+from stepdistill.discriminators.feature_sources import TeacherFeatureSource, open_feature_source
 from stepdistill.discriminators.heads import BottleneckHead, Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
-from stepdistill.evaluation.panel import Panel
-from stepdistill.evaluation.suite import Judge
+from stepdistill.evaluation.reference import Reference
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
-from stepdistill.features.identity import refuse_judge
+from stepdistill.features.identity import refuse_same_weights
 from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 from stepdistill.losses.adversarial import approximate_r1, critic_loss, critic_metrics, generator_loss, r1_penalty
@@ -212,7 +213,7 @@ def test_adapters_of_other_roles_do_not_change_what_the_teacher_sees():
 
 @pytest.fixture
 def small(tmp_path):
-    """The folder of a small classifier of grey images that is nobody's judge."""
+    """The folder of a small classifier of grey images that is not the embedded one."""
     SmallConvNet(width=4, num_features=6).save_pretrained(tmp_path / "small")
     return tmp_path / "small"
 
@@ -245,10 +246,10 @@ def test_vision_models_give_four_layers_of_tokens_and_a_gradient(name, channels)
     assert all(parameter.grad is None for parameter in backbone.network.parameters())
 
 
-def test_the_smooth_resize_is_the_judges_but_for_rounding():
+def test_the_smooth_resize_is_the_metrics_but_for_rounding():
     features = vision_models()["dino"]
     pixels = torch.randint(90, 166, (3, 3, 40, 36), dtype=torch.uint8)  # bicubic overshoots stay in range
-    difference = (smooth_pixels(pixels / 255, PROCESSOR) - features.pixels(pixels)).abs().max()
+    difference = (features.smooth_pixels(pixels / 255) - features.pixels(pixels)).abs().max()
     assert difference < 2.0 / 255 / 0.2
 
 
@@ -261,51 +262,51 @@ def test_a_small_network_sees_images_as_it_was_trained_to(small):
     assert torch.allclose(backbone.embed(pixels / 255), network(pixels), atol=1e-5)
 
 
-def test_the_judge_is_refused_under_whatever_name(tmp_path):
-    with pytest.raises(ValueError, match="is the judge 'embedded'"):
+def test_the_network_that_measures_is_refused_under_whatever_name(tmp_path):
+    with pytest.raises(ValueError, match="has the weights of 'embedded'"):
         open_backbone("embedded", 1, (28, 28))
     load_features("embedded").save_pretrained(tmp_path / "another_name")
-    with pytest.raises(ValueError, match=r"method.features: .* is the judge .*wanted 'teacher'"):
+    with pytest.raises(ValueError, match=r"method.features: .* has the weights of .*expected 'teacher'"):
         open_backbone(str(tmp_path / "another_name"), 1, (28, 28))
     (tmp_path / "link").symlink_to(ASSETS / "features")
-    with pytest.raises(ValueError, match="is the judge 'embedded'"):
+    with pytest.raises(ValueError, match="has the weights of 'embedded'"):
         open_backbone(str(tmp_path / "link"), 1, (28, 28))
 
 
-def test_a_judge_in_other_precision_or_in_part_is_still_the_judge(small):
+def test_a_copy_in_other_precision_or_a_part_has_the_same_weights(small):
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, intermediate_size=16, projection_dim=8))
     half = copy.deepcopy(vision).bfloat16()
     part = copy.deepcopy(vision.vision_model)  # other names, and no projection
     other = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, intermediate_size=16, projection_dim=8))
-    judge = TransformersFeatures(vision, PROCESSOR, "clip")
+    metric = TransformersFeatures(vision, PROCESSOR, "clip")
     for network in (half, part):
-        with pytest.raises(ValueError, match=r"method\.features: this network is the judge 'clip'"):
-            refuse_judge({"method.features": network}, judge)
-    refuse_judge({"method.features": other, "another": load_features(str(small))}, judge)
+        with pytest.raises(ValueError, match=r"method\.features: this network has the weights of 'clip'"):
+            refuse_same_weights({"method.features": network}, metric)
+    refuse_same_weights({"method.features": other, "another": load_features(str(small))}, metric)
 
 
-def test_a_critics_network_may_not_judge_afterwards(small):
+def test_a_critics_network_may_not_measure_afterwards(small):
     network = load_features(str(small))
-    panel = Panel(Judge(network, Moments.of(torch.randn(20, 6))))
-    panel.refuse_critic({})
-    with pytest.raises(ValueError, match="'small' is what this student's critic saw through"):
-        panel.refuse_critic({"method.features": network.sha256})
+    suite = MetricSuite(network, Reference(Moments.of(torch.randn(20, 6))))
+    suite.refuse_critic({})
+    with pytest.raises(ValueError, match="'small' is the feature network of the critic that trained"):
+        suite.refuse_critic({"method.features": network.sha256})
 
 
-def test_the_judge_of_the_run_is_refused_too(small):
+def test_the_network_of_the_runs_metrics_is_refused_too(small):
     backbone = open_backbone(str(small), 1, (16, 16))
-    with pytest.raises(ValueError, match="is the judge 'small'"):
-        refuse_judge({"method.features": backbone.network}, load_features(str(small)))
-    refuse_judge({"method.features": backbone.network}, load_features("embedded"))
+    with pytest.raises(ValueError, match="has the weights of 'small'"):
+        refuse_same_weights({"method.features": backbone.network}, load_features(str(small)))
+    refuse_same_weights({"method.features": backbone.network}, load_features("embedded"))
 
 
 def test_wrong_channels_and_sizes_are_named(small):
-    with pytest.raises(ValueError, match="sees images of 1 channels, but the teacher's have 3"):
+    with pytest.raises(ValueError, match="expects images of 1 channels, but the teacher's have 3"):
         open_backbone(str(small), 3, (16, 16))
     unresized = PROCESSOR | {"size": {}, "crop": []}
     broken = vision_models()["clip"]
     broken.settings = unresized
-    with pytest.raises(ValueError, match="cannot see images of 3 x 20 x 20"):
+    with pytest.raises(ValueError, match="cannot process images of 3 x 20 x 20"):
         Backbone(broken, 3, (20, 20))
 
 
@@ -316,7 +317,7 @@ def test_wrong_channels_and_sizes_are_named(small):
 def test_pixels_in_a_range_that_no_network_knows_are_named(wrong, found):
     network = vision_models()["dino"]
     network.settings = PROCESSOR | wrong
-    with pytest.raises(ValueError, match=rf"image processor of 'dino' makes .*{found}.*preprocessor_config\.json"):
+    with pytest.raises(ValueError, match=rf"image processor of 'dino' maps .*{found}.*preprocessor_config\.json"):
         Backbone(network, 3, (32, 32))
 
 

@@ -12,18 +12,18 @@ from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
 
 from stepdistill.assets import FASHION
 from stepdistill.cli import main
-from stepdistill.evaluation import evaluate
 from stepdistill.evaluation.compare import compare
 from stepdistill.evaluation.cost import flops_per_image, parameter_count
-from stepdistill.evaluation.evaluate import evaluate_files, evaluate_pipeline
-from stepdistill.evaluation.extraction import CHUNK, read_captions
-from stepdistill.evaluation.image_set import ImageFiles
-from stepdistill.evaluation.panel import Panel
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.extraction import CHUNK
+from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.protocol import PRESETS, Protocol, read_protocol
-from stepdistill.evaluation.suite import Judge
+from stepdistill.evaluation.reference import Reference
+from stepdistill.evaluation.sources import FileSource, PipelineSource, read_captions
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
-from stepdistill.inference.sampling import class_count, fixed_rows, sample_images
+from stepdistill.inference.sampling import Images, class_count, fixed_rows, sample_images
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
 EVERYTHING = (
@@ -37,6 +37,16 @@ EVERYTHING = (
     "cmmd",
     "copying",
 )
+
+
+def evaluate_pipeline(piped, suite, *, metrics=("fd",), work=None, **sampling):
+    return evaluate(PipelineSource(pipeline=piped, **sampling), suite, metrics=metrics, name="pipeline", work=work)
+
+
+def evaluate_files(images, suite, metrics=("fd",)):
+    return evaluate(FileSource(images), suite, metrics=metrics, name="images")
+
+
 TIMED = ("seconds_per_image", "peak_memory_mb", "timing")
 
 
@@ -72,8 +82,8 @@ def network(tmp_path_factory):
 
 
 @pytest.fixture
-def judge(tmp_path, network):
-    return Judge.open(str(network), str(archive(tmp_path / "real.npz")))
+def suite(tmp_path, network):
+    return MetricSuite.open(str(network), str(archive(tmp_path / "real.npz")))
 
 
 def plain(result):
@@ -113,34 +123,36 @@ def test_fixed_rows_change_the_order_of_nothing():
     assert "forward" not in vars(unet)
 
 
-def test_results_are_equal_for_every_batch_size(judge):
-    results = [evaluate_pipeline(pipeline(), judge, wanted=EVERYTHING, count=70, batch_size=b) for b in (7, 64)]
+def test_results_are_equal_for_every_batch_size(suite):
+    results = [evaluate_pipeline(pipeline(), suite, metrics=EVERYTHING, count=70, batch_size=b) for b in (7, 64)]
     assert plain(results[0]) == plain(results[1])
 
 
 def in_two_processes(network, real, output):
     PartialState(cpu=True)
     torch.set_num_threads(1)  # accelerate has just set another number
-    result = evaluate_pipeline(pipeline(), Judge.open(network, real), wanted=("fd", "accuracy"), count=60, batch_size=7)
+    result = evaluate_pipeline(
+        pipeline(), MetricSuite.open(network, real), metrics=("fd", "accuracy"), count=60, batch_size=7
+    )
     (output / f"{PartialState().process_index}.json").write_text(json.dumps(plain(result)))
 
 
-def test_two_processes_give_the_result_of_one(tmp_path, network, judge, monkeypatch):
+def test_two_processes_give_the_result_of_one(tmp_path, network, suite, monkeypatch):
     from accelerate import debug_launcher
 
     monkeypatch.setattr(
         "stepdistill.evaluation.extraction.CHUNK", 25
     )  # three chunks for two processes, the last one short
-    one = plain(evaluate_pipeline(pipeline(), judge, wanted=("fd", "accuracy"), count=60))
+    one = plain(evaluate_pipeline(pipeline(), suite, metrics=("fd", "accuracy"), count=60))
     PartialState._reset_state()
     debug_launcher(in_two_processes, (str(network), str(tmp_path / "real.npz"), tmp_path), num_processes=2)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == json.loads(json.dumps(one))
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, judge, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, suite, monkeypatch):
     monkeypatch.setattr("stepdistill.evaluation.extraction.CHUNK", 20)
-    expected = evaluate_pipeline(pipeline(), judge, count=50)
+    expected = evaluate_pipeline(pipeline(), suite, count=50)
     calls, paint = [], ClassConditionalPipeline.__call__
 
     @functools.wraps(paint)
@@ -152,62 +164,62 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, judge, mo
 
     monkeypatch.setattr(ClassConditionalPipeline, "__call__", stopping_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_pipeline(pipeline(), judge, count=50, work=tmp_path / "work")
+        evaluate_pipeline(pipeline(), suite, count=50, work=tmp_path / "work")
     assert len(list(tmp_path.glob("work/*/chunk-*.safetensors"))) == 2
     calls.clear()
-    found = evaluate_pipeline(pipeline(), judge, count=50, work=tmp_path / "work")
+    found = evaluate_pipeline(pipeline(), suite, count=50, work=tmp_path / "work")
     assert len(calls) == 1
     assert plain(found) == plain(expected)
 
 
-def test_chunks_of_another_setting_are_not_used(tmp_path, judge):
+def test_chunks_of_another_setting_are_not_used(tmp_path, suite):
     for seed in (0, 1):
-        evaluate_pipeline(pipeline(), judge, count=10, seed=seed, work=tmp_path / "work")
-    evaluate_pipeline(pipeline(1), judge, count=10, work=tmp_path / "work")
-    evaluate_pipeline(pipeline(), judge, count=10, call={"guidance_scale": 2.0}, work=tmp_path / "work")
+        evaluate_pipeline(pipeline(), suite, count=10, seed=seed, work=tmp_path / "work")
+    evaluate_pipeline(pipeline(1), suite, count=10, work=tmp_path / "work")
+    evaluate_pipeline(pipeline(), suite, count=10, call={"guidance_scale": 2.0}, work=tmp_path / "work")
     assert len(list(tmp_path.glob("work/*/chunk-*.safetensors"))) == 4
 
 
-def test_a_damaged_chunk_is_made_again(tmp_path, judge):
-    expected = evaluate_pipeline(pipeline(), judge, count=10, work=tmp_path / "work")
+def test_a_damaged_chunk_is_made_again(tmp_path, suite):
+    expected = evaluate_pipeline(pipeline(), suite, count=10, work=tmp_path / "work")
     (chunk,) = tmp_path.glob("work/*/chunk-*.safetensors")
     chunk.write_bytes(chunk.read_bytes()[:-9])
-    assert plain(evaluate_pipeline(pipeline(), judge, count=10, work=tmp_path / "work")) == plain(expected)
+    assert plain(evaluate_pipeline(pipeline(), suite, count=10, work=tmp_path / "work")) == plain(expected)
 
 
-def test_each_image_passes_the_feature_network_once(judge, monkeypatch):
+def test_each_image_passes_the_feature_network_once(suite, monkeypatch):
     seen = []
     embed = SmallConvNet.embed
     monkeypatch.setattr(SmallConvNet, "embed", lambda self, images: (seen.append(len(images)), embed(self, images))[1])
-    evaluate_pipeline(pipeline(), judge, wanted=EVERYTHING, count=70)
+    evaluate_pipeline(pipeline(), suite, metrics=EVERYTHING, count=70)
     assert sum(seen) == 70
 
 
 # ----------------------------------------------------------------------------------------------------- what it says
 
 
-def test_a_set_judged_by_itself_is_perfect(tmp_path, network):
-    judge = Judge.open(str(network), str(archive(tmp_path / "real.npz")))
-    result = evaluate_files(ImageFiles(tmp_path / "real.npz"), judge, wanted=EVERYTHING)
+def test_a_set_measured_against_itself_is_perfect(tmp_path, network):
+    suite = MetricSuite.open(str(network), str(archive(tmp_path / "real.npz")))
+    result = evaluate_files(ImageSet(tmp_path / "real.npz"), suite, metrics=EVERYTHING)
     assert result["fd"] == pytest.approx(0, abs=1e-9) and result["mmd"] == pytest.approx(0, abs=1e-9)
     assert result["precision"] == result["recall"] == result["coverage"] == 1
     assert result["spread"] == pytest.approx(1) and result["authenticity"] == result["nearest_min"] == 0
-    dark = judge.score(evaluate.Images(ImageFiles(tmp_path / "real.npz").read(range(120)).pixels // 4), ("kd",))
+    dark = suite.score(Images(ImageSet(tmp_path / "real.npz").read(range(120)).pixels // 4), ("kd",))
     assert abs(result["kd"]) < 0.1 * dark["kd"] and dark["kd_low"] < dark["kd"] < dark["kd_high"]
 
 
 def test_class_means_are_caught_though_their_accuracy_is_perfect():
     """The embedded classifier judges the mean image of each class that it is surest of."""
-    judge = Judge.open("embedded", "embedded", max_images=1000)
-    files = ImageFiles(FASHION / "train_subset.npz", limit=2000)
+    suite = MetricSuite.open("embedded", "embedded", max_images=1000)
+    files = ImageSet(FASHION / "train_subset.npz", limit=2000)
     held_out = files.read(range(1000, 2000))
-    logits = judge._logits(judge.embed(held_out.pixels))
+    logits = suite.logits(suite.features.extract(held_out.pixels))
     best = [int(logits[:, label].argmax()) for label in range(10)]
     labels = torch.arange(1000) % 10
-    collapsed = evaluate.Images(held_out.pixels[torch.tensor(best)][labels], labels)
-    fresh = evaluate.Images(held_out.pixels, held_out.labels)
-    wanted = ("precision_recall", "density_coverage", "spread", "accuracy")
-    bad, good = judge.score(collapsed, wanted), judge.score(fresh, wanted)
+    collapsed = Images(held_out.pixels[torch.tensor(best)][labels], labels)
+    fresh = Images(held_out.pixels, held_out.labels)
+    metrics = ("precision_recall", "density_coverage", "spread", "accuracy")
+    bad, good = suite.score(collapsed, metrics), suite.score(fresh, metrics)
     assert bad["accuracy"] == 1 > good["accuracy"]
     for name, low, high in [("recall", 0.05, 0.5), ("coverage", 0.1, 0.85), ("spread", 1e-6, 0.8)]:
         assert bad[name] < low and good[name] > high
@@ -234,12 +246,12 @@ def test_intervals_of_means_are_as_wide_as_fresh_samples_spread():
     assert high - low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 400) ** 0.5, rel=0.15)
 
 
-def test_cost_is_counted(judge):
+def test_cost_is_counted(suite):
     piped = pipeline()
     one, guided = (flops_per_image(piped, {"guidance_scale": g}) for g in (1.0, 2.0))
     assert guided == 2 * one and flops_per_image(piped, {"num_inference_steps": 4}) == 2 * one
     assert parameter_count(piped) == sum(p.numel() for p in piped.unet.parameters())
-    result = evaluate_pipeline(piped, judge, count=40, batch_size=10)
+    result = evaluate_pipeline(piped, suite, count=40, batch_size=10)
     assert result["calls"] == 2
     assert result["seconds_per_image"] > 0 and result["peak_memory_mb"] > 10
 
@@ -254,14 +266,14 @@ def test_flops_of_known_layers_are_two_a_multiply_add(monkeypatch):
     assert counter.get_total_flops() == 2 * (2 * 2 * 5 * 5 * 4)
 
 
-def test_a_result_holds_what_its_numbers_depend_on(judge):
-    result = evaluate_pipeline(pipeline(), judge, count=10)
+def test_a_result_holds_what_its_numbers_depend_on(suite):
+    result = evaluate_pipeline(pipeline(), suite, count=10)
     setting, subject = result["setting"], result["subject"]
-    assert setting["num_samples"] == 10 and setting["features"]["sha256"] == judge.features.sha256
+    assert setting["num_samples"] == 10 and setting["features"]["sha256"] == suite.features.sha256
     assert setting["reference"]["images"] == 120 and len(setting["reference"]["sha256"]) == 64
     assert {"torch", "diffusers", "stepdistill", "python"} <= setting["versions"].keys()
     assert subject["scheduler"] == "DDIMScheduler" and len(subject["weights_sha256"]) == 64
-    assert evaluate_pipeline(pipeline(1), judge, count=10)["subject"]["weights_sha256"] != subject["weights_sha256"]
+    assert evaluate_pipeline(pipeline(1), suite, count=10)["subject"]["weights_sha256"] != subject["weights_sha256"]
     json.dumps(result)
 
 
@@ -281,11 +293,11 @@ def test_compare_says_what_chance_does_not_allow_to_say():
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_presets_are_whole_once_what_they_need_is_given(file):
-    from stepdistill.evaluation.metrics.names import METRICS, PUBLISHED
+    from stepdistill.evaluation.metrics.table import METRICS
 
     needs = {key: "x" for key in ("reference", "captions")}
     protocol, about = read_protocol(file.stem, {**needs, "seed": None})
-    assert set(protocol.metrics) <= {*METRICS, *PUBLISHED, "clip"}
+    assert set(protocol.metrics) <= METRICS.keys()
     assert about["overridden"].keys() <= {"reference", "captions"}
     if protocol.needs:
         with pytest.raises(ValueError, match=f"{file.stem}.*give --"):
@@ -323,11 +335,11 @@ def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, cap
 # ------------------------------------------------------------------------------------------------------- references
 
 
-def test_a_written_reference_gives_every_number_again(tmp_path, network, judge):
-    judge.statistics().write(tmp_path / "statistics.npz")
-    again = Judge.open(str(network), str(tmp_path / "statistics.npz"))
-    images = ImageFiles(archive(tmp_path / "fake.npz", 90, seed=1))
-    results = [evaluate_files(images, each, wanted=EVERYTHING) for each in (judge, again)]
+def test_a_written_reference_gives_every_number_again(tmp_path, network, suite):
+    suite.statistics().write(tmp_path / "statistics.npz")
+    again = MetricSuite.open(str(network), str(tmp_path / "statistics.npz"))
+    images = ImageSet(archive(tmp_path / "fake.npz", 90, seed=1))
+    results = [evaluate_files(images, each, metrics=EVERYTHING) for each in (suite, again)]
     assert results[0]["setting"]["reference"]["sha256"] == results[1]["setting"]["reference"]["sha256"]
     for key, value in results[0].items():
         if isinstance(value, float):
@@ -335,28 +347,28 @@ def test_a_written_reference_gives_every_number_again(tmp_path, network, judge):
 
 
 def test_adms_file_brings_images_for_recall(tmp_path, network):
-    judge = Judge.open(str(network), str(archive(tmp_path / "real.npz")))
+    suite = MetricSuite.open(str(network), str(archive(tmp_path / "real.npz")))
     pixels = np.load(tmp_path / "real.npz")["images"][..., None]
-    mean, cov = judge.reference.mean.numpy(), judge.reference.cov.numpy()
+    mean, cov = suite.reference.moments.mean.numpy(), suite.reference.moments.cov.numpy()
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=cov, arr_0=pixels, mu_s=mean, sigma_s=cov)
-    judge.features.name = "inception"
-    read = Judge._of_statistics(judge.features, tmp_path / "adm.npz", None, 100)
-    assert read.real_features.shape == (100, 8)
-    assert torch.equal(read.reference.mean, judge.reference.mean)
+    suite.features.name = "inception"
+    read = Reference.of_statistics(suite.features, tmp_path / "adm.npz", 100)
+    assert read.rows.shape == (100, 8)
+    assert torch.equal(read.moments.mean, suite.reference.moments.mean)
 
 
 def test_reference_images_are_fingerprinted(tmp_path, network):
-    first, second = (Judge.open(str(network), str(archive(tmp_path / f"{s}.npz", seed=s))) for s in (0, 1))
-    assert first.about["sha256"] != second.about["sha256"]
-    assert first.about["shape"] == [1, 8, 8]
+    first, second = (MetricSuite.open(str(network), str(archive(tmp_path / f"{s}.npz", seed=s))) for s in (0, 1))
+    assert first.reference.about["sha256"] != second.reference.about["sha256"]
+    assert first.reference.about["shape"] == [1, 8, 8]
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_too_few_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="found 6 images, wanted at least 5000"):
-        ImageFiles(pngs(tmp_path / "few"), limit=5000)
+    with pytest.raises(ValueError, match="expected at least 5000 images, got 6"):
+        ImageSet(pngs(tmp_path / "few"), limit=5000)
 
 
 def test_broken_files_are_named_at_once(tmp_path):
@@ -364,12 +376,12 @@ def test_broken_files_are_named_at_once(tmp_path):
     (folder / "1.png").write_bytes(b"nonsense")
     (folder / "4.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 images cannot be read: .*\.png.*, .*\.png"):
-        ImageFiles(folder)
+        ImageSet(folder)
     whole = (folder / "2.png").read_bytes()
     for name in ("1.png", "4.png"):
         (folder / name).write_bytes(whole)
     (folder / "3.png").write_bytes(whole[: len(whole) // 2])  # a good header, and then nothing
-    files = ImageFiles(folder)
+    files = ImageSet(folder)
     with pytest.raises(ValueError, match=r"1 images cannot be read: .*3\.png"):
         files.read(range(6))
 
@@ -380,29 +392,29 @@ def test_images_that_differ_are_named(tmp_path, size, mode, named):
     pngs(tmp_path / "odd", 1, size, mode)
     (tmp_path / "odd" / "0.png").rename(folder / "odd.png")
     with pytest.raises(ValueError, match="differ in size or mode") as error:
-        ImageFiles(folder)
+        ImageSet(folder)
     assert named in str(error.value) and "8x8 grey" in str(error.value) and "odd.png" in str(error.value)
-    assert ImageFiles(folder, size=8).shape[1:] == (8, 8)
+    assert ImageSet(folder, size=8).shape[1:] == (8, 8)
 
 
 def test_samples_unlike_the_reference_are_refused(tmp_path, network):
-    other = Judge.open(str(network), str(archive(tmp_path / "big.npz", size=16)))
+    other = MetricSuite.open(str(network), str(archive(tmp_path / "big.npz", size=16)))
     with pytest.raises(ValueError, match="images are 8x8 grey, the reference's are 16x16 grey: give --size"):
         evaluate_pipeline(pipeline(), other, count=4)
     assert evaluate_pipeline(pipeline(), other, count=4, size=16)["setting"]["size"] == 16
 
 
-def test_metrics_that_cannot_be_had_are_refused_before_any_work(judge):
-    for wanted, message in [
+def test_metrics_that_cannot_be_had_are_refused_before_any_work(suite):
+    for metrics, message in [
         ("fdd", "'fdd' is unknown; did you mean 'fd'"),
         ("fid", "'fid' is 'fd' on Inception's features; these are.*--features inception"),
         ("clip", "'clip' needs a CLIP: give --clip"),
     ]:
         with pytest.raises(ValueError, match=message):
-            Panel(judge).check([wanted])
-    judge.real_features = None
+            suite.check([metrics])
+    suite.reference.rows = None
     with pytest.raises(ValueError, match="statistics only"):
-        Panel(judge).check(["kd"])
+        suite.check(["kd"])
 
 
 def test_captions_are_counted_and_checked(tmp_path):
@@ -410,7 +422,7 @@ def test_captions_are_counted_and_checked(tmp_path):
     file.write_text("a red apple\na blue house\n", encoding="utf-8")
     assert read_captions(str(file), 2) == ["a red apple", "a blue house"]
     for content, count, message in [
-        (b"a\nb\n", 3, "has 2, wanted 3"),
+        (b"a\nb\n", 3, "expected 3, one an image, got 2"),
         (b"a\n\nb\n", 2, "line 2 is empty"),
         (b"\xff\xfe\x00", 1, "not UTF-8"),
     ]:
@@ -503,14 +515,13 @@ def torchmetrics_score(folder, pixels, captions):
 
 
 def test_clip_score_equals_torchmetrics(clip_folder):
-    from stepdistill.evaluation.suite import embed_pixels
     from stepdistill.features.clip import Clip, clip_scores
 
     pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = ["a red apple", "a blue house", "a very red house", "apple", "blue", "a house"]
     clip = Clip.open(str(clip_folder))
     texts, cut = clip.embed_captions(captions)
-    found = clip_scores(embed_pixels(clip.images, pixels), texts)
+    found = clip_scores(clip.images.extract(pixels), texts)
     assert found.mean().item() == pytest.approx(torchmetrics_score(clip_folder, pixels, captions), abs=1e-4)
     assert found.std() > 0.1 and not cut.any()
 
@@ -535,13 +546,13 @@ def test_clip_score_and_cmmd_come_with_the_other_metrics(tmp_path, clip_folder, 
     protocol = Protocol(
         features=str(clip_folder), clip=str(clip_folder), reference=real, metrics=("fd", "clip", "cmmd"), num_samples=8
     )
-    panel = Panel.open(protocol)
-    result = evaluate_files(ImageFiles(folder), panel, wanted=protocol.metrics)
+    suite = MetricSuite.of_protocol(protocol)
+    result = evaluate_files(ImageSet(folder), suite, metrics=protocol.metrics)
     assert result["clip_score_low"] <= result["clip_score"] <= result["clip_score_high"]
     assert result["captions_cut"] == 1 and result["cmmd"] > 0
     assert len(result["setting"]["clip"]["sha256"]) == 64
     with pytest.raises(ValueError, match="'clip' needs captions"):
-        evaluate_files(ImageFiles(pngs(tmp_path / "bare", 8, 8, "RGB")), panel, wanted=protocol.metrics)
+        evaluate_files(ImageSet(pngs(tmp_path / "bare", 8, 8, "RGB")), suite, metrics=protocol.metrics)
 
 
 def test_a_clip_without_its_halves_is_refused(clip_folder, tmp_path, network):
@@ -549,10 +560,10 @@ def test_a_clip_without_its_halves_is_refused(clip_folder, tmp_path, network):
 
     from stepdistill.features.clip import Clip
 
-    with pytest.raises(ValueError, match="has no text half; wanted a whole CLIP"):
+    with pytest.raises(ValueError, match="expected a whole CLIP, but .* has no text half"):
         Clip.open(str(network))
     shutil.copytree(clip_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "special*"))
-    with pytest.raises(ValueError, match="tokenizer has . tokens, the network 9"):
+    with pytest.raises(ValueError, match="expected a tokenizer of 9 tokens, got"):
         Clip.open(str(tmp_path / "bare"))
 
 

@@ -226,7 +226,7 @@ def test_within_class_spread_is_the_ratio_of_variances():
     centre = torch.stack([real[labels == c].mean(0) for c in range(4)])[labels]
     assert within_class_spread(real, labels, real, labels) == pytest.approx(1)
     assert within_class_spread(real, labels, centre + (real - centre) / 2, labels) == pytest.approx(1 / 4)
-    with pytest.raises(ValueError, match="class 3: spread needs 2 images; found 100 real, 1 fake"):
+    with pytest.raises(ValueError, match="spread: expected 2 images of class 3, got 100 real, 1 fake"):
         within_class_spread(real, labels, real[labels < 4][:4].repeat(2, 1)[:7], torch.tensor([0, 0, 1, 1, 2, 2, 3]))
 
 
@@ -330,9 +330,9 @@ def test_files_without_statistics_are_named(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nonsense")
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     for name, message in [
-        ("images.npz", "expected mu and sigma, found images"),
-        ("broken.npz", "not an .npz of statistics"),
-        ("absent.npz", "not an .npz of statistics"),
+        ("images.npz", "expected mu and sigma, got images"),
+        ("broken.npz", "expected an .npz of statistics"),
+        ("absent.npz", "expected an .npz of statistics"),
         ("odd.npz", r"mu \(3,\) and sigma \(4, 4\) do not fit"),
     ]:
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
@@ -343,9 +343,9 @@ def test_files_without_statistics_are_named(tmp_path):
 
 
 def test_one_image_has_no_covariance():
-    with pytest.raises(ValueError, match="needs at least 2 images; found 1"):
+    with pytest.raises(ValueError, match="expected at least 2 images for a covariance, got 1"):
         frechet_distance(Moments.of(normal(9)), Moments.of(normal(1)))
-    with pytest.raises(ValueError, match="at least 4 images are needed, found 3"):
+    with pytest.raises(ValueError, match="expected at least 4 images, got 3"):
         precision_recall(normal(9), normal(3))
 
 
@@ -358,12 +358,12 @@ def test_nan_features_are_counted_and_located():
 
 
 def test_lengths_that_differ_are_named():
-    with pytest.raises(ValueError, match="length 5 against a reference of length 6"):
+    with pytest.raises(ValueError, match="expected length 6, as the reference has, got 5"):
         cmmd(normal(9), normal(9, 5))
-    with pytest.raises(ValueError, match="length 5 against a reference of length 6"):
+    with pytest.raises(ValueError, match="expected length 6, as the reference has, got 5"):
         frechet_distance(Moments.of(normal(9)), Moments.of(normal(9, 5)))
 
 
 def test_a_subset_larger_than_the_set_is_refused():
-    with pytest.raises(ValueError, match="subset_size: found 1000; there are 9 real and 8 fake images"):
+    with pytest.raises(ValueError, match="subset_size: got 1000 for 9 real and 8 fake images"):
         kernel_distance(normal(9), normal(8))

@@ -223,7 +223,7 @@ def test_weights_that_would_be_random_are_refused(tmp_path):
 
 
 def test_a_resample_that_torch_lacks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="resample 1; expected 2 .bilinear. or 3 .bicubic."):
+    with pytest.raises(ValueError, match="resample: expected 2 .bilinear. or 3 .bicubic., got 1"):
         load_features(str(dinov2(tmp_path / "dino", resample=1)))
 
 
@@ -273,7 +273,8 @@ def test_clean_resize_is_pils_bicubic_on_floats(inception_file):
 def test_a_file_that_is_not_inception_is_refused(inception_file, tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"nonsense")
-    for name, message in [("other", "not Inception"), ("broken", "not a file of tensors"), ("absent", "no such file")]:
+    messages = {"other": "Inception's weights", "broken": "a file of tensors", "absent": "nothing there"}
+    for name, message in messages.items():
         with pytest.raises(ValueError, match=f"{name}.pth.*{message}"):
             load_features(str(tmp_path / f"{name}.pth"))
 
@@ -286,9 +287,9 @@ def test_an_unknown_resize_names_the_known(small):
             for name in INCEPTION_LAYERS:
                 setattr(self, name, torch.nn.Identity())
 
-    with pytest.raises(ValueError, match="resize: found 'clena'; did you mean 'clean'"):
+    with pytest.raises(ValueError, match="resize: expected one of .*, got 'clena'; did you mean 'clean'"):
         InceptionFeatures(Layers(), "clena")
-    with pytest.raises(ValueError, match="resize: 'clean' belongs to Inception"):
+    with pytest.raises(ValueError, match="resize: 'clean' is for Inception only"):
         load_features("embedded", "clean")
 
 
@@ -296,14 +297,14 @@ def test_an_unknown_resize_names_the_known(small):
 
 
 def test_grey_against_colour_is_named(small):
-    with pytest.raises(ValueError, match=r"want colour \(3 channels\) images; found grey \(1 channels\)"):
+    with pytest.raises(ValueError, match=r"expected colour \(3 channels\) images, got grey \(1 channels\)"):
         small(images(2, 1))
-    with pytest.raises(ValueError, match=r"want grey \(1 channels\) images; found colour \(3 channels\)"):
+    with pytest.raises(ValueError, match=r"expected grey \(1 channels\) images, got colour \(3 channels\)"):
         SmallConvNet()(images(2, 3))
 
 
 def test_float_images_are_refused(small):
-    with pytest.raises(ValueError, match="want uint8 images"):
+    with pytest.raises(ValueError, match="expected uint8 images"):
         small(images(2, 3).float() / 255)
 
 
@@ -319,5 +320,5 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'embedded'"):
         load_features("embeded")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no vision model there"):
+    with pytest.raises(ValueError, match="expected a vision model, got none"):
         load_features(str(tmp_path / "empty"))

@@ -1,4 +1,4 @@
-"""A feature network of one's own as an exported program: what a critic and a judge see, and what is refused."""
+"""A feature network of one's own as an exported program: what a critic and a metric see, and what is refused."""
 
 import contextlib
 import io
@@ -62,16 +62,16 @@ def test_a_critic_sees_what_the_network_returns_with_a_gradient_and_its_weights_
     assert len(parameters) == 6 and not any(parameter.requires_grad for parameter in parameters)
 
 
-def test_a_judge_goes_through_the_same_door_and_knows_its_weights(path, critic, tmp_path):
+def test_metrics_use_it_too_and_know_its_weights(path, critic, tmp_path):
     network = load_features(path).eval()
     pixels = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
     assert torch.allclose(network(pixels), critic(pixels / 127.5 - 1)[1].mean(1), atol=1e-5)
     again = load_features(export(tmp_path / "again.pt2", critic))
     other = load_features(export(tmp_path / "other.pt2", Critic().eval()))
     assert again.sha256 == network.sha256 != other.sha256
-    judge = load_features("embedded")
-    disguised = export(tmp_path / "disguised.pt2", nn.Sequential(judge.body, nn.Flatten(2)).eval())
-    with pytest.raises(ValueError, match="is the judge 'embedded'"):
+    network = load_features("embedded")
+    disguised = export(tmp_path / "disguised.pt2", nn.Sequential(network.body, nn.Flatten(2)).eval())
+    with pytest.raises(ValueError, match="has the weights of 'embedded'"):
         open_backbone(disguised, 1, (16, 16))
 
 
@@ -96,18 +96,19 @@ class Returns(nn.Module):
 def test_under_autocast_it_is_as_it_was_exported(path):
     network, images = load_features(path), torch.randn(2, 1, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        features = network.maps(images)
-    assert all(map(torch.equal, features, network.maps(images)))
+        features = network.run(images)
+    assert all(map(torch.equal, features, network.run(images)))
 
 
+SMALLER = "cannot process images of 1 x 16 x 16: .* 32"
 REFUSED = {
-    "a fixed batch": (Critic().eval(), None, None, r"batches of 2 only; wanted any: .*dynamic_shapes"),
-    "training mode": (Critic(), None, ANY_BATCH, r"exported in training mode; call \.eval"),
-    "half precision": (Critic().eval().half(), torch.zeros(2, 1, 16, 16).half(), ANY_BATCH, "takes torch.float16"),
-    "no images": (nn.Linear(3, 2), torch.zeros(4, 3), ANY_BATCH, r"takes \(4, 3\); wanted images"),
-    "a dict": (Returns(lambda x: {"map": x}), None, ANY_BATCH, "returns dict; wanted a tensor"),
+    "a fixed batch": (Critic().eval(), None, None, r"batches of any size, got one of 2 only: .*dynamic_shapes"),
+    "training mode": (Critic(), None, ANY_BATCH, r"expected a program in evaluation mode; call \.eval"),
+    "half precision": (Critic().eval().half(), torch.zeros(2, 1, 16, 16).half(), ANY_BATCH, "got one of torch.float16"),
+    "no images": (nn.Linear(3, 2), torch.zeros(4, 3), ANY_BATCH, r"images \(B, C, H, W\), got one of \(4, 3\)"),
+    "a dict": (Returns(lambda x: {"map": x}), None, ANY_BATCH, "expected a tensor .* got dict"),
     "other channels": (Critic(3).eval(), torch.zeros(2, 3, 16, 16), ANY_BATCH, "images of 3 channels, but .* have 1"),
-    "another size": (Critic().eval(), torch.zeros(2, 1, 32, 32), ANY_BATCH, "cannot see images of 1 x 16 x 16: .* 32"),
+    "another size": (Critic().eval(), torch.zeros(2, 1, 32, 32), ANY_BATCH, SMALLER),
 }
 
 
@@ -153,7 +154,7 @@ def test_a_file_that_would_run_python_is_refused_before_it_does(tmp_path, path, 
         return data
 
     bad = altered(path, tmp_path / "bad.pt2", change)
-    with pytest.raises(ValueError, match=r"bad\.pt2': .*; wanted (tensors|arithmetic)"):
+    with pytest.raises(ValueError, match=r"bad\.pt2': .*expected (tensors|plain tensors|arithmetic)"):
         load_features(bad)
     assert not ran.exists()
     with contextlib.suppress(AttributeError, AssertionError, TypeError):  # else the refusal above shows nothing
@@ -170,8 +171,8 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.pt2': No such file"):
         load_features(str(tmp_path / "nothing.pt2"))
     (tmp_path / "text.pt2").write_text("no program")
-    with pytest.raises(ValueError, match=r"text\.pt2': no program of torch\.export\.save"):
+    with pytest.raises(ValueError, match=r"text\.pt2': expected a program of torch\.export\.save"):
         load_features(str(tmp_path / "text.pt2"))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt2")
-    with pytest.raises(ValueError, match=r"weights\.pt2': holds weights/data\.pkl; wanted tensors and a graph"):
+    with pytest.raises(ValueError, match=r"weights\.pt2': expected tensors and a graph.*got weights/data\.pkl"):
         load_features(str(tmp_path / "weights.pt2"))

@@ -55,9 +55,9 @@ def test_without_a_distance_nothing_is_chosen(tmp_path):
 
 
 def test_the_export_is_the_best_student_and_its_contract_says_on_what_it_was_chosen(tmp_path, monkeypatch):
-    np.savez(tmp_path / "judged.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "measured.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
     mapping = sections(tmp_path, teacher_for("dmd2"), "dmd2")
-    mapping["eval"] = {"every": 1, "num_samples": 5, "seed": 3, "reference": str(tmp_path / "judged.npz")}
+    mapping["eval"] = {"every": 1, "num_samples": 5, "seed": 3, "reference": str(tmp_path / "measured.npz")}
     run = Run(resolve(mapping))
     trainer = run.trainer()
     distances = iter([2.0, 1.0] + [3.0] * 100)
@@ -75,7 +75,7 @@ def test_the_export_is_the_best_student_and_its_contract_says_on_what_it_was_cho
     assert (selected["metric"], selected["value"], selected["step"]) == ("fd", 1.0, 2)
     assert (selected["features"], selected["num_samples"], selected["seed"]) == ("embedded", 5, 3)
     assert selected["features_sha256"] == load_features("embedded").sha256
-    assert selected["reference"]["sha256"] == run.evaluation.suite.describe_reference()["sha256"]
+    assert selected["reference"]["sha256"] == run.evaluation.suite.reference.describe()["sha256"]
     exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert len(students) > 2 and set(exported) == set(students[1])
     assert all(torch.equal(exported[name], students[1][name]) for name in exported)

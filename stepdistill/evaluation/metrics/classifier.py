@@ -8,17 +8,16 @@ from torch import Tensor
 from stepdistill.evaluation.metrics.frechet import checked
 from stepdistill.evaluation.metrics.kernel import Estimate, _estimate
 
-# ----------------------------------------------------------------------------------------- classifier metrics
-
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estimate:
-    """Exponential of the mean KL(p(y|x) || p(y)), in [1, classes]; mean and deviation over random splits.
+    """Return exp of the mean KL(p(y|x) || p(y)), in [1, classes]: mean and deviation over random splits.
 
-    Salimans et al. 2016 (arXiv 1606.03498), section 4. The images are shuffled first, since ours come sorted by class.
+    Salimans et al. 2016 (arXiv 1606.03498), section 4. The images are shuffled first, since they may be in the order of
+    their classes.
 
     Args:
         logits: (N, classes).
-        splits: parts into which the N images fall.
+        splits: number of parts of the N images.
         seed: of the shuffle.
     """
     x = checked(logits, least=splits)
@@ -31,5 +30,5 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estim
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share in [0, 1] of images whose likeliest class by ``logits`` (N, classes) is ``labels`` (N,)."""
+    """Return the share of images, in [0, 1], whose likeliest class by ``logits`` (N, classes) is ``labels`` (N,)."""
     return (checked(logits, least=1).argmax(1) == labels).double().mean().item()

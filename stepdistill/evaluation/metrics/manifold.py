@@ -1,4 +1,4 @@
-"""Fidelity and diversity apart: how much of one set lies among the other, in features (N, d)."""
+"""Fidelity and diversity as two numbers: how much of one set lies within the other, in features (N, d)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stepdistill.evaluation.metrics.frechet import checked_pair
 
-BLOCK = 1000  # rows of a distance matrix held at a time
+BLOCK = 1000
+"""Rows of a distance matrix that are in memory at a time."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -27,10 +28,10 @@ class DensityCoverage(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionRecall:
-    """Share of fakes inside the real manifold, and of reals inside the fake one.
+    """Return the share of fakes inside the real manifold, and of reals inside the fake one.
 
     Kynkäänniemi et al. 2019 (arXiv 1904.06991), eqs. 1-2: a manifold is the union of balls about its points, each
-    reaching to the point's k-th nearest neighbour. Sets of like size make the two comparable.
+    reaching to the point's k-th nearest neighbour. The two are comparable for sets of similar size.
 
     Args:
         real: (N, d) features, N > k.
@@ -42,20 +43,22 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
 
 
 def manifold_hits(real: Tensor, fake: Tensor, *, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Which fakes (M,) lie in the real manifold, which reals (N,) in the fake one; see :func:`precision_recall`."""
+    """Return which fakes (M,) lie in the real manifold, and which reals (N,) in the fake one; both bool."""
     real, fake = checked_pair(real, fake, least=k + 1)
-    inside, covered = (
-        torch.cat([(torch.cdist(rows, points) <= radii).any(1) for rows in queries.split(BLOCK)])
-        for queries, points, radii in [(fake, real, radii_of(real, k)), (real, fake, radii_of(fake, k))]
-    )
-    return inside, covered
+    return _inside(fake, real, k), _inside(real, fake, k)
+
+
+def _inside(queries: Tensor, points: Tensor, k: int) -> Tensor:
+    """Return which queries (N,) lie in the manifold of ``points``."""
+    radii = radii_of(points, k)
+    return torch.cat([(torch.cdist(rows, points) <= radii).any(1) for rows in queries.split(BLOCK)])
 
 
 def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> DensityCoverage:
-    """How many real balls hold a fake on average (over k), and the share of real balls that hold one at all.
+    """Return the mean number of real balls that hold a fake, over k, and the share of real balls that hold one.
 
-    Naeem et al. 2020 (arXiv 2002.09797), eqs. 3-4; unlike precision and recall neither trusts the fakes' own
-    manifold, so outliers cannot inflate them. Expected coverage of equal sets is 1 - 2^-k.
+    Naeem et al. 2020 (arXiv 2002.09797), eqs. 3-4; unlike precision and recall they do not use the
+    manifold of the fakes, which outliers inflate. Expected coverage of equal sets is 1 - 2^-k.
 
     Args:
         real: (N, d) features, N > k.
@@ -67,17 +70,16 @@ def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> DensityCovera
 
 
 def ball_counts(real: Tensor, fake: Tensor, *, k: int = 5) -> tuple[Tensor, Tensor]:
-    """In how many real balls each fake lies (M,), which real balls hold one (N,); see :func:`density_coverage`."""
+    """Return in how many real balls each fake lies (M,), and which real balls hold one (N,)."""
     real, fake = checked_pair(real, fake, least=k + 1)
-    inside = [torch.cdist(rows, fake) <= radii[:, None] for rows, radii in _blocks_with_radii(real, k)]
-    counts = torch.stack([block.double().sum(0) for block in inside]).sum(0)
-    return counts, torch.cat([block.any(1) for block in inside])
+    counts, covered = [], []
+    for rows, radii in zip(real.split(BLOCK), radii_of(real, k).split(BLOCK), strict=True):
+        inside = torch.cdist(rows, fake) <= radii[:, None]
+        counts.append(inside.double().sum(0))
+        covered.append(inside.any(1))
+    return torch.stack(counts).sum(0), torch.cat(covered)
 
 
 def radii_of(points: Tensor, k: int) -> Tensor:
-    """Distance (N,) from each point to its k-th nearest other point."""
+    """Return the distance (N,) of each point to its k-th nearest other point."""
     return torch.cat([torch.cdist(rows, points).kthvalue(k + 1).values for rows in points.split(BLOCK)])
-
-
-def _blocks_with_radii(points: Tensor, k: int) -> zip[tuple[Tensor, Tensor]]:
-    return zip(points.split(BLOCK), radii_of(points, k).split(BLOCK), strict=True)

@@ -1,0 +1,208 @@
+"""Where the images come from that are measured: a pipeline, or files."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from stepdistill.assets import EMBEDDED
+from stepdistill.config import fingerprint_json
+from stepdistill.data.base import DataConfig
+from stepdistill.data.decoding import read_pixels
+from stepdistill.data.listing import list_samples
+from stepdistill.data.text import read_text
+from stepdistill.evaluation.cost import parameter_count, peak_memory
+from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.results import machine
+from stepdistill.export.contract import contract_of
+from stepdistill.inference.sampling import ROWS, Images, class_count, network_of, sample_images
+
+
+class Source(abc.ABC):
+    """A set of images of which any part can be taken, the same every time."""
+
+    count: int
+    critic: Mapping[str, str] = {}
+    """Feature networks, by sha256, that trained what made the images."""
+
+    @abc.abstractmethod
+    def take(self, indices: range) -> Images:
+        """Return the images at ``indices``."""
+
+    @abc.abstractmethod
+    def setting(self) -> dict[str, Any]:
+        """Return what results must share to be compared, as JSON values."""
+
+    @abc.abstractmethod
+    def subject(self) -> dict[str, Any]:
+        """Return what is measured, as JSON values."""
+
+    @abc.abstractmethod
+    def timing(self) -> dict[str, Any]:
+        """Return the machine that times are measured on, as JSON values."""
+
+    def cost(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the cost of an image, from the rows of all chunks; nothing where it is unknown."""
+        del rows
+        return {}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PipelineSource(Source):
+    """Images that a pipeline generates.
+
+    Attributes:
+        pipeline: see :func:`stepdistill.inference.sampling.sample_images`. A safety checker is removed from it, since
+            it would blacken some of the images.
+        count: number of images.
+        seed: of the set.
+        batch_size: images per call of the pipeline; changes the speed only.
+        precision: ``"bf16"`` runs the network under autocast.
+        call: further arguments of the pipeline's call.
+        captions: prompts, one an image.
+        size: images are resized (short side) and cropped to a square of this side.
+        rows: rows that the network sees at a time: what the memory must hold, and what the last digits depend on.
+        name: shown beside the progress.
+    """
+
+    pipeline: Any
+    count: int = 5000
+    seed: int = 0
+    batch_size: int = 100
+    precision: str = "fp32"
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    captions: Sequence[str] | None = None
+    size: int | None = None
+    rows: int = ROWS
+    name: str = "pipeline"
+
+    def __post_init__(self) -> None:
+        self.critic = contract_of(self.pipeline).origin.critic
+        self.num_classes = class_count(self.pipeline)
+        if getattr(self.pipeline, "safety_checker", None) is not None:
+            self.pipeline.safety_checker = None
+
+    def take(self, indices: range) -> Images:
+        images = sample_images(
+            self.pipeline, len(indices), first=indices.start, num_classes=self.num_classes, seed=self.seed,
+            batch_size=self.batch_size, captions=self.captions, precision=self.precision, call=self.call,
+            rows=self.rows, description=self.name,
+        )  # fmt: skip
+        return resized(images, self.size)
+
+    def setting(self) -> dict[str, Any]:
+        hashed = None if self.captions is None else hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
+        return {
+            "num_samples": self.count, "seed": self.seed, "precision": self.precision, "size": self.size,
+            "rows": self.rows, "captions": hashed,
+        }  # fmt: skip
+
+    def subject(self) -> dict[str, Any]:
+        return describe_pipeline(self.pipeline, self.call)
+
+    def timing(self) -> dict[str, Any]:
+        processes = PartialState().num_processes
+        return {**machine(self.pipeline.device), "batch_size": self.batch_size, "processes": processes}
+
+    def cost(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+        calls = (rows["calls"] * rows["images"]).sum() / rows["images"].sum()
+        return {
+            "calls": calls.item(),
+            "seconds_per_image": statistics.median(rows["seconds"].tolist()),
+            "parameters": parameter_count(self.pipeline),
+            **peak_memory(self.pipeline.device),
+        }
+
+
+class FileSource(Source):
+    """Images that were generated elsewhere.
+
+    Args:
+        images: the set.
+        size: what they were resized to, for the result.
+    """
+
+    def __init__(self, images: ImageSet, size: int | None = None) -> None:
+        self.images, self.size, self.count = images, size, len(images)
+
+    def take(self, indices: range) -> Images:
+        return self.images.read(indices)
+
+    def setting(self) -> dict[str, Any]:
+        unknown = dict.fromkeys(("seed", "precision", "rows", "captions"))
+        return {"num_samples": self.count, "size": self.size, **unknown}
+
+    def subject(self) -> dict[str, Any]:
+        return {"kind": "images", "path": str(self.images.path)}
+
+    def timing(self) -> dict[str, Any]:
+        return machine(torch.device("cpu"))
+
+
+def resized(images: Images, size: int | None) -> Images:
+    """Return images with the short side at ``size`` (bicubic, antialiased, as files are), cropped at the centre."""
+    if size is None or images.pixels.shape[-2:] == (size, size):
+        return images
+    arrays = images.pixels.permute(0, 2, 3, 1).numpy()
+    pixels = np.stack([read_pixels(array, array.shape[2], (size, size)) for array in arrays])
+    return dataclasses.replace(images, pixels=torch.from_numpy(pixels))
+
+
+def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a pipeline's images depend on, as JSON values: weights, scheduler, configuration, call."""
+    weights = hashlib.sha256()
+    for key, tensor in network_of(pipeline).state_dict().items():
+        weights.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    config = {key: value for key, value in public(pipeline.config).items() if _is_plain(value)}
+    return {
+        "kind": "pipeline",
+        "pipeline": type(pipeline).__name__,
+        "weights_sha256": weights.hexdigest(),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_config": fingerprint_json(public(pipeline.scheduler.config)),
+        "config": config,
+        "call": {**contract_of(pipeline).call, **call},
+    }
+
+
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a diffusers configuration that do not start with an underscore."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def read_captions(path: str, count: int) -> Sequence[str]:
+    """Return the first ``count`` captions of a text file, one a line, or of images as ``data.path`` takes them.
+
+    Raises:
+        ValueError: if there is no such file, a line is empty, or there are fewer than ``count``.
+    """
+    file = EMBEDDED.get(path, Path(path))
+    if file.is_dir() or file.suffix in (".npz", ".tar"):
+        captions = list_samples(DataConfig(name="images", path=str(file))).captions
+        if captions is None:
+            raise ValueError(f"captions: {path}: expected a metadata.jsonl with 'text', got images without texts")
+        lines = [str(caption) for caption in captions]
+    elif file.is_file():
+        lines = read_text(file).splitlines()
+    else:
+        raise ValueError(f"captions: no file or folder {path!r}")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"captions: {path}: line {number} is empty")
+    if len(lines) < count:
+        raise ValueError(f"captions: {path}: expected {count}, one an image, got {len(lines)}")
+    return lines[:count]
