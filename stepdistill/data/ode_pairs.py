@@ -21,8 +21,8 @@ from stepdistill.config import fingerprint
 from stepdistill.data.shards import Kind, Shards, agree, write_shards
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
-from stepdistill.families.base import Family, check_guidance
-from stepdistill.networks.bank import CopyBank
+from stepdistill.families.base import Family
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.randomness import derive_seed
@@ -67,7 +67,7 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
         ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
             text and there are no prompts.
     """
-    check_guidance(config.guidance_scale, family)
+    family.check_guidance(config.guidance_scale)
     if family.takes_text:
         family.use_captions(_prompts(config))
     folder = Path(config.output_dir)

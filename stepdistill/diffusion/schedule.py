@@ -66,10 +66,19 @@ class NoiseSchedule(abc.ABC):
         alpha_t, sigma_t = self(t)
         return 2 * (alpha_t.log() - sigma_t.log())
 
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(alpha_t, sigma_t)`` of times (B,) as (B, 1, ..., 1), with the dtype and device of ``like``."""
+        alpha_t, sigma_t = self(t)
+        return expand(alpha_t, like), expand(sigma_t, like)
+
+    def trajectory(self, intervals: int) -> Tensor:
+        """Return ``intervals + 1`` descending times from 1 to the end of the trajectory of consistency models."""
+        return self.grid(intervals)
+
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``alpha_t x_0 + sigma_t noise`` for images (B, ...) and times (B,)."""
-        alpha_t, sigma_t = self(t)
-        return expand(alpha_t, x_0) * x_0 + expand(sigma_t, x_0) * noise
+        alpha_t, sigma_t = self.coefficients(t, x_0)
+        return alpha_t * x_0 + sigma_t * noise
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         """The state at t = 1 that a sampler starts from, given unit Gaussian ``noise``."""
@@ -196,6 +205,10 @@ class Karras(NoiseSchedule):
         """EDM's Eq. 5: ``steps`` noise levels from sigma_max to sigma_min, then 0."""
         t_min = (self.sigma_min / self.sigma_max) ** (1 / self.rho)
         return torch.cat([torch.linspace(1, t_min, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+
+    def trajectory(self, intervals: int) -> Tensor:
+        """Return ``intervals + 1`` descending times from 1 to that of ``sigma_min``, where a trajectory ends."""
+        return self.grid(intervals + 1)[:-1]
 
 
 class Trig(NoiseSchedule):

@@ -117,33 +117,3 @@ class Heads(nn.Module):
     def forward(self, features: Sequence[Tensor], cond: Tensor) -> Logits:
         """Logits (B, positions) a head, for features and conditions (B, cond_size)."""
         return [head(feature, cond) for head, feature in zip(self.heads, features, strict=True)]
-
-
-class BottleneckHead(nn.Module):
-    """DMD2's head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1).
-
-    Convolutions of stride 2 down to four pixels, one over what is left, a linear layer. What the image is conditioned
-    on and how noisy it is, the features know already.
-
-    Args:
-        shape: (C, H, W) of the feature map, or (C, N) of tokens, which are averaged.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        channels, *size = shape if len(shape) == 3 else (shape[0], 1, 1)
-        layers: list[nn.Module] = []
-        while min(size) > 4:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
-            size = [n // 2 for n in size]
-        layers += [nn.Conv2d(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """Logits (B, 1) of a feature (B, *shape)."""
-        x = feature if feature.ndim == 4 else feature.mean(2)[:, :, None, None]
-        return self.body(x)
-
-
-def _norm_silu(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]

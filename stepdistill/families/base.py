@@ -24,6 +24,9 @@ from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.config import TeacherConfig
 
+MIN_ALPHA = 0.01
+"""Below this share of signal, the clean image of a noise-predicting network is a division by almost zero."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -114,6 +117,21 @@ class Family(abc.ABC):
             for module, place in zip(self.frozen_modules, places, strict=True):
                 module.to(place)
 
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise ``ValueError`` for a scale below 1, or one other than 1 where the teacher has no null condition."""
+        if guidance_scale < 1:
+            raise ValueError(f"method.guidance_scale: expected at least 1 (1 is no guidance), got {guidance_scale}")
+        if guidance_scale != 1:
+            self.null_cond(self.example_cond([0]))
+
+    def sees_pure_noise(self, t: float = 1.0) -> bool:
+        """Return whether the network can tell the clean image at time ``t``, where there is almost none.
+
+        A network that predicts the noise cannot: its clean image is the prediction's error divided by alpha.
+        """
+        alpha_t, _ = self.schedule(torch.tensor([t], dtype=torch.float64))
+        return self.prediction_type != "epsilon" or alpha_t.item() >= MIN_ALPHA
+
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
         sampler.scheduler(self.scheduler_config)
@@ -197,11 +215,3 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
         """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
-
-
-def check_guidance(guidance_scale: float, family: Family) -> None:
-    """Raise ``ValueError`` for a scale below 1, or any other than 1 where the teacher has no "none" condition."""
-    if guidance_scale < 1:
-        raise ValueError(f"method.guidance_scale: found {guidance_scale}, wanted at least 1 (1 is no guidance)")
-    if guidance_scale != 1:
-        family.null_cond(family.example_cond([0]))

@@ -24,7 +24,9 @@ from stepdistill.features.identity import refuse_judge
 from stepdistill.inference.student import student_images
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
-from stepdistill.networks.bank import AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import FREE_KEYS, BankConfig, RunConfig, resolve

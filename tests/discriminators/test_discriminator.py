@@ -26,7 +26,8 @@ from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 from stepdistill.losses.adversarial import approximate_r1, critic_loss, critic_metrics, generator_loss, r1_penalty
 from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
 from stepdistill.networks.hooks import capture_outputs

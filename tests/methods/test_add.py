@@ -12,7 +12,8 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.add import ADD, NFSD_SCALE, distillation_weight
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)

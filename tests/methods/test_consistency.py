@@ -32,7 +32,7 @@ from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT, num_points, target_decay
 from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run

@@ -30,7 +30,8 @@ from stepdistill.losses.perceptual import check_resemblance, open_distance, open
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT
 from stepdistill.methods.dmd import DMD
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)

@@ -21,7 +21,7 @@ from stepdistill.losses.progressive import halvings
 from stepdistill.methods.base import share_out
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
 from stepdistill.methods.progressive import Progressive
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import classifier_free_guidance
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.config import resolve

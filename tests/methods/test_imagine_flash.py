@@ -16,7 +16,8 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.methods.add import ADD
 from stepdistill.methods.imagine_flash import ImagineFlash, own_sampler
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 

@@ -9,7 +9,8 @@ from oracles import SCHEDULES, three_clusters
 from stepdistill.batch import Batch
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.ladd import LADD
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 

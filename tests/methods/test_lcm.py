@@ -11,7 +11,8 @@ from stepdistill.diffusion.samplers import ConsistencySampler, sample
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid, time_grid
 from stepdistill.methods.lcm import LCM
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 from stepdistill.randomness import Draws
 

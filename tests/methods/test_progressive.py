@@ -31,7 +31,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
 from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.losses.progressive import two_step_target
 from stepdistill.methods.progressive import CONVERT, Progressive
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
 

@@ -16,7 +16,8 @@ from stepdistill.diffusion.samplers import ConsistencySampler
 from stepdistill.diffusion.schedule import Trig, transfer
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, make_sampler
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, forward_mode
 from stepdistill.randomness import Draws
 

@@ -27,7 +27,7 @@ from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.tcd import TCD, jump, midpoint
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)

@@ -14,7 +14,8 @@ from stepdistill.diffusion.schedule import Karras
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.regression import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)

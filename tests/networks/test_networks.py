@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from stepdistill.families.pixel import Pixel
-from stepdistill.networks.bank import AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.copy_bank import CopyBank
 
 
 def tiny() -> Pixel:
