@@ -68,9 +68,8 @@ def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: st
     if not 1 <= steps <= intervals:
         raise ValueError(f"method.steps: expected 1 to {key} = {intervals}, got {steps}")
     if isinstance(schedule, DiscreteVP) and intervals > schedule.num_timesteps:
-        raise ValueError(
-            f"method.{key}: expected at most the teacher's {schedule.num_timesteps} timesteps, got {intervals}"
-        )
+        limit = schedule.num_timesteps
+        raise ValueError(f"method.{key}: expected at most the teacher's {limit} timesteps, got {intervals}")
 
 
 def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
@@ -73,9 +71,8 @@ class CD(Distiller):
         i = draws.integers(0, self.config.intervals)
         t, s = grid[i], grid[i + 1]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
-        with torch.no_grad():
-            x_s = solver_step(self.guided_teacher(batch.cond), x_t, t, s, self.schedule, self.config.solver)
         with self.computing_target(self.target):
+            x_s = solver_step(self.guided_teacher(batch.cond), x_t, t, s, self.schedule, self.config.solver)
             target = consistency(self.target, x_s, s, batch.cond)
         error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})

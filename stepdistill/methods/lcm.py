@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
@@ -86,9 +84,8 @@ class LCM(Distiller):
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         w = draws.uniform(*self.inputs.w) if self.inputs.w else None
         teacher = self.guided_teacher(batch.cond) if w is None else self.teacher.guided(batch.cond, w)
-        with torch.no_grad():
-            x_s = solver_step(teacher, x_t, t, s, self.schedule)
         with self.computing_target(self.target):
+            x_s = solver_step(teacher, x_t, t, s, self.schedule)
             target = consistency(self.target, x_s, s, batch.cond, w)
         error = distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
         return Losses({"loss": error.mean()})

@@ -19,8 +19,8 @@ is that by the log noise level ``nu = log(sigma / alpha)``. With the student's d
 .. math:: \cos\theta \sin\theta x + \sigma_d \dot F \cos\theta \sin\theta
     = \cos\theta \sigma_d \epsilon' - \sin\theta x_0'.
 
-The finished student predicts x_0 and is sampled like every consistency model. On a native TrigFlow schedule, its sampler
-is diffusers' ``SCMScheduler``.
+The finished student predicts x_0 and is sampled like every consistency model. On a native TrigFlow schedule, its
+sampler is diffusers' ``SCMScheduler``.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ class Scm(Distiller):
         warmup: int = 1000
         """Training steps until the tangent has its full weight (r = 1)."""
         norm_floor: float = 0.1
-        """The tangent is divided by its norm plus this (c). Larger values keep the student's mean where norms differ
-        much; for images of thousands of pixels they hardly do."""
+        """The tangent is divided by its norm plus this (c); images of few pixels need more, as their norms differ."""
         guidance_scale: float = 1.0
         """Guidance baked into the student; 1 is none."""
 
@@ -120,9 +119,8 @@ class Scm(Distiller):
         point = self.draw_point(draws, batch.x0)
         noise = draws.normal_like(batch.x0)
         x_t = self.schedule.add_noise(batch.x0, noise, point.t)
-        with torch.no_grad():
-            path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
         with self.computing_target(self.student):
+            path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
             tangent = self.tangent(x_t, point, path, batch.cond)
             norm = tangent.flatten(1).norm(dim=1)
             # the root of the number of pixels brings a pixel's error near 1; only the learnt weight depends on it

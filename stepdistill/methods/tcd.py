@@ -115,9 +115,8 @@ class TCD(Distiller):
         j = i + 1 + (draws.uniform() * (steps - i)).long()  # uniform over the grid points below t
         t, t_next, s = grid[i], grid[i + 1], grid[j]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
-        with torch.no_grad():
-            x_next = solver_step(self.guided_teacher(batch.cond), x_t, t, t_next, self.schedule)
         with self.computing_target(self.target):
+            x_next = solver_step(self.guided_teacher(batch.cond), x_t, t, t_next, self.schedule)
             target = self.jump(self.target, x_next, t_next, s, batch.cond)
         landed = self.jump(self.student, x_t, t, s, batch.cond)
         return Losses({"loss": distance(landed, target, self.config.distance).mean()})

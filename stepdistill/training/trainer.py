@@ -401,6 +401,8 @@ class Trainer:
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         targets = self._weights()
+        unused = self.distiller.unused_roles
+        tensors = {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] not in unused}
         if missing := sorted(set(targets) ^ set(tensors)):
             raise ValueError(f"checkpoint: its tensors are not this run's; first difference: {missing[0]!r}")
         for name, target in targets.items():

@@ -13,9 +13,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.discriminators.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.discriminators.backbones import Backbone, open_backbone, smooth_pixels
+from stepdistill.discriminators.bottleneck import BottleneckHead
 from stepdistill.discriminators.conditioning import check_classes, condition_vector
 from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, TeacherFeatureSource, open_feature_source
-from stepdistill.discriminators.heads import BottleneckHead, Head, Heads, SpectralNorm
+from stepdistill.discriminators.heads import Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.panel import Panel
 from stepdistill.evaluation.suite import Judge
@@ -451,7 +452,8 @@ def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):
     t = torch.full((size,), 0.5, dtype=torch.float64)
     alpha = schedule(t[:1])[0].item()
     for distance in (0.1, 2.0):
-        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size), distance).item()
+        critic.r1_distance = distance
+        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size)).item()
         assert found == pytest.approx(alpha**2 * w.square().sum().item(), rel=0.03)
 
 

@@ -18,7 +18,7 @@ from stepdistill.diffusion.samplers import DoubleStep, sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.progressive import halvings
-from stepdistill.methods.base import share_out
+from stepdistill.methods.base import split_steps
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
 from stepdistill.methods.progressive import Progressive
 from stepdistill.networks.copy_bank import CopyBank
@@ -183,7 +183,7 @@ def test_the_last_edge_of_the_stochastic_student_is_one_step_of_the_mentor(predi
     distiller = stage_named(steered(SteeredNet(oracle), 4, start=16, sampler="stochastic"), STOCHASTIC)
     distiller.family.prediction_type = prediction
     last = COSINE.grid(4)[3:4].expand(8)
-    distiller.jump = lambda draws: (last, torch.zeros(8).double(), torch.zeros(8).double())
+    distiller.draw_times = lambda draws: (last, torch.zeros(8).double(), torch.zeros(8).double())
     batch = batch_of(oracle, 8, 3)
     assert loss_of(distiller, Batch(batch.x0.float(), batch.cond, 8)) < 1e-8
 
@@ -198,7 +198,7 @@ def test_the_stages_are_guidance_then_halvings_then_the_stochastic_student():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 4001])
 def test_stages_share_the_steps_out_exactly(steps):
-    stages = share_out(steps, {"a": (8, 1.0), "b": (4, 1.0), "c": (2, 2.0)})
+    stages = split_steps(steps, {"a": (8, 1.0), "b": (4, 1.0), "c": (2, 2.0)})
     assert sum(stage.steps for stage in stages) == steps
     assert all(abs(stage.steps - steps * part) <= 1 for stage, part in zip(stages, (0.25, 0.25, 0.5), strict=True))
 
@@ -243,7 +243,7 @@ def test_the_sampler_asks_for_the_jumps_that_were_trained_and_no_others(steps):
         assert asked == {(1.0, 0.0)}
         return
     distiller = stage_named(steered(GaussianOfWidth(), steps, start=2 * steps, sampler="stochastic"), STOCHASTIC)
-    t, _, s = distiller.jump(Draws(0, 500))
+    t, _, s = distiller.draw_times(Draws(0, 500))
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == asked
 
 

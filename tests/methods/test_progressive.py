@@ -294,7 +294,7 @@ def test_only_a_teacher_of_the_noise_is_converted_first():
     names = [(stage.name, stage.value) for stage in distiller.stages(100)]
     assert names == [(CONVERT, 8), ("4-steps", 4), ("2-steps", 2)]
     assert distiller.teacher.family.prediction_type == "epsilon"
-    for denoiser in (distiller.student, distiller.mentor, distiller.result):
+    for denoiser in (distiller.student, distiller.last_student, distiller.result):
         assert denoiser.family.prediction_type == "v_prediction"
         assert denoiser.family.scheduler_config["prediction_type"] == "v_prediction"
     for config in (vp_config(), vp_config("linear", "sample"), FLOW_CONFIG):
@@ -352,7 +352,7 @@ def test_guidance_is_baked_in_once(prediction_type):
 
     distiller.stage = first
     wanted = oracle.predict(x_t, t) + 3 * (oracle.predict(x_t, t, labels) - oracle.predict(x_t, t))
-    torch.testing.assert_close(distiller.guided_teacher(x_t, t, batch.cond).x0, wanted, atol=1e-9, rtol=0)
+    torch.testing.assert_close(distiller.guided_teacher(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
     if prediction_type == "epsilon":
         distiller.bank.networks["student"] = perfect
         assert distiller("student", batch, Draws(0, 64)).terms["loss"] < 1e-9
