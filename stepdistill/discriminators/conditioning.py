@@ -46,6 +46,7 @@ def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
         return
     if bool((labels == labels[0]).all()):
         raise ValueError(
-            f"data: expected labels of all {num_classes} classes for a conditional critic, got a first batch with all "
-            f"{len(labels)} labels {int(labels[0])}; check the labels (a method with a key 'conditioning' also takes 'none')"
+            f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, expected the teacher's "
+            f"{num_classes} classes, which a conditional critic needs; check the labels, or set conditioning: none (a "
+            "key of some methods)"
         )

@@ -380,10 +380,10 @@ def test_before_training_the_student_is_the_conditional_teacher_for_every_w(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_min": 2.0, "guidance_max": 1.5}, "guidance_min <= guidance_scale <= guidance_max"),
-        ({"guidance_scale": 9.0}, "found 1.0, 9.0, 5.0"),
-        ({"steps": 3, "start": 8}, "start must be steps times 2, 4, 8"),
-        ({"steps": 1, "sampler": "stochastic"}, "wants at least 2"),
+        ({"guidance_min": 2.0, "guidance_max": 1.5}, "expected guidance_min = 2.0 to guidance_max = 1.5"),
+        ({"guidance_scale": 9.0}, "expected guidance_min = 1.0 to guidance_max = 5.0, got 9.0"),
+        ({"steps": 3, "start": 8}, "start: expected steps times 2, 4, 8"),
+        ({"steps": 1, "sampler": "stochastic"}, "expected at least 2 with the stochastic sampler"),
         ({"sampler": "random"}, "found 'random'"),
     ],
 )

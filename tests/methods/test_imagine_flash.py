@@ -114,8 +114,8 @@ def test_one_step_without_shift_is_adds_target():
     add = taught_by(ADD, ORACLE)
     x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
-    found = flash.target(*flash.start(x0, torch.zeros_like(x0), t, noise), {})
-    assert torch.allclose(found, add.target(x0, noise, t, {}), atol=1e-12)
+    found = flash.reconstruction(*flash.start(x0, torch.zeros_like(x0), t, noise), {})
+    assert torch.allclose(found, add.distillation_target(x0, noise, t, {}), atol=1e-12)
 
 
 def test_without_a_shift_the_teacher_walks_from_what_the_student_was_shown():

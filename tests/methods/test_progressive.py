@@ -315,7 +315,7 @@ def test_a_stage_begins_with_the_weights_that_were_evaluated(ema):
 
 @pytest.mark.parametrize(("start", "steps"), [(12, 4), (4, 4), (2, 4), (8, 0), (8, -1), (10, 4)])
 def test_a_start_that_does_not_halve_to_the_end_is_refused(start, steps):
-    with pytest.raises(ValueError, match=f"found start {start}, steps {steps}"):
+    with pytest.raises(ValueError, match=f"got start {start}, steps {steps}"):
         Progressive.Config(start=start, steps=steps)
 
 
