@@ -28,15 +28,15 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
         A tensor (B, C, N) or (B, C, H, W) per module.
     """
     modules = block_modules(network, names)
-    found: dict[int, Tensor] = {}
+    captured: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             del module, inputs
             # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
             parts = (output,) if torch.is_tensor(output) else output
-            found[index] = as_map([part for part in parts if torch.is_tensor(part)][-1])
-            if len(found) == len(modules) and not sharded:
+            captured[index] = as_map([part for part in parts if torch.is_tensor(part)][-1])
+            if len(captured) == len(modules) and not sharded:
                 raise _AllCaptured
 
         return hook
@@ -45,7 +45,7 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
     for index, module in enumerate(modules):
         handles.append(module.register_forward_hook(keep(index)))
     if sharded := any(is_share(parameter) for parameter in network.parameters()):
-        handles += returned_beside(network, found)
+        handles += also_return(network, captured)
     try:
         call()
     except _AllCaptured:
@@ -53,18 +53,18 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
     finally:
         for handle in handles:
             handle.remove()
-    assert len(found) == len(modules), f"of {len(modules)} modules only {len(found)} ran"
-    return [found[index] for index in range(len(modules))]
+    assert len(captured) == len(modules), f"of {len(modules)} modules only {len(captured)} ran"
+    return [captured[index] for index in range(len(modules))]
 
 
-def returned_beside(network: nn.Module, found: dict[int, Tensor]) -> list[RemovableHandle]:
-    """Make ``found`` an output of a sharded network, which always runs to its end.
+def also_return(network: nn.Module, captured: dict[int, Tensor]) -> list[RemovableHandle]:
+    """Make ``captured`` an output of a sharded network, which always runs to its end.
 
     It gathers its weights again when a gradient reaches one of its outputs; without this, the gradient of a feature
     would find no weights.
     """
     return [
-        network.register_forward_hook(lambda module, inputs, output: (output, dict(found)), prepend=True),
+        network.register_forward_hook(lambda module, inputs, output: (output, dict(captured)), prepend=True),
         network.register_forward_hook(lambda module, inputs, outputs: outputs[0]),
     ]
 
