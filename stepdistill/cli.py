@@ -150,7 +150,7 @@ def add(commands: argparse._SubParsersAction, name: str, function: object, text:
 def train(args: argparse.Namespace) -> None:
     """``stepdistill train``."""
     from stepdistill.config import read_config
-    from stepdistill.export.pipeline import read_contract
+    from stepdistill.export.contract import read_contract
     from stepdistill.networks.sharding import is_main
     from stepdistill.training.config import resolve
     from stepdistill.training.cost import TrainingCost
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> None:
     folder = run.train()
     if not is_main():
         return
-    cost = TrainingCost(**read_contract(folder).get("training", {}))
+    cost = TrainingCost(**read_contract(folder).origin.training)
     print(f"student: {folder}, after {cost}")
 
 

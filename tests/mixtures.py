@@ -13,9 +13,9 @@ from oracles import Oracle, OracleFamily, PointNet, sliced_wasserstein, time_of
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.prediction import edm_scalings, from_x0
+from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.samplers import Sampler, sample
-from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule, edm_scalings, expand
 from stepdistill.methods.base import Distiller, Stage
 from stepdistill.networks.bank import EMA, STUDENT
 from stepdistill.networks.copy_bank import CopyBank

@@ -23,10 +23,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.diffusion.prediction import edm_scalings, from_x0
+from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, expand
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, edm_scalings, expand
+from stepdistill.diffusion.schedulers import read_discrete_vp, read_schedule
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.networks.copy_bank import CopyBank
@@ -41,7 +41,7 @@ VP_PROCESSES = {
 """Noise processes of diffusers' schedulers."""
 
 SCHEDULES: dict[str, NoiseSchedule] = {
-    **{name: DiscreteVP.from_config(process) for name, process in VP_PROCESSES.items()},
+    **{name: read_discrete_vp(process) for name, process in VP_PROCESSES.items()},
     "flow": RectifiedFlow(),
     "karras": Karras(),
     "trig": Trig(),
@@ -298,6 +298,9 @@ class OracleFamily(Family):
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
+        raise NotImplementedError("diffusers has no pipeline for 2-D points")
+
+    def teacher_pipeline(self, scheduler: Any | None) -> Any:
         raise NotImplementedError("diffusers has no pipeline for 2-D points")
 
 

@@ -16,7 +16,7 @@ from stepdistill.diffusion.samplers import DDIM, DoubleStep, sample
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.pixel import Pixel, apart
+from stepdistill.families.pixel import Pixel, split_embedding
 from stepdistill.loading import is_our_code
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -199,7 +199,7 @@ def exports(tmp_path_factory):
     for name, kind, make, inputs in CASES:
         family, bank = student_of(kind, inputs)
         sampler = make(family.schedule, family.schedule.grid(4))
-        export_pipeline(family, bank.extract("student"), sampler, folder / name, about={}, guidance_scale=2.5)
+        export_pipeline(family, bank.extract("student"), sampler, folder / name, guidance_scale=2.5)
         for g in (1.0, 2.5):
             asked = job(folder / name, family, 3, 3, output=f"images-{g}")
             jobs.append(asked | {"call": {"class_labels": [0, 1, 2], "guidance_scale": g}})  # the steps are its own
@@ -259,15 +259,15 @@ def test_every_foreign_file_is_refused_by_name(exports, tmp_path, file):
 
 def test_taking_a_network_apart_leaves_it_whole():
     family = extended()
-    stock, embedding = apart(family.network)
+    stock, embedding = split_embedding(family.network)
     assert embedding is family.network.condition_embedding and "condition_embedding" not in stock._modules
-    assert apart(Pixel.tiny().network)[1] is None
+    assert split_embedding(Pixel.tiny().network)[1] is None
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_a_pipeline_tells_a_two_time_network_where_tcds_jump_lands(eta):
     family = extended(Inputs(s=True))
-    stock, embedding = apart(family.network)
+    stock, embedding = split_embedding(family.network)
     pipeline = ClassConditionalPipeline(stock, LCMScheduler(), eta=eta, condition_embedding=embedding)
     pipeline.scheduler.set_timesteps(4)
     t = pipeline.scheduler.timesteps

@@ -18,6 +18,7 @@ from stepdistill.benchmark.benchmark import Benchmark, BenchmarkConfig
 from stepdistill.cli import main
 from stepdistill.config import build, to_yaml
 from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
@@ -45,8 +46,8 @@ def folder(tmp_path_factory):
     family = SD.tiny()
     pickled(save_teacher(family, folder / "teacher"))
     save_images(family, folder / "images.npz", 8)
-    sampler, about = DDIM(family.schedule, family.schedule.grid(1)), {"teacher": str(folder / "teacher")}
-    export_pipeline(family, family.network, sampler, folder / "student", about=about)
+    sampler, origin = DDIM(family.schedule, family.schedule.grid(1)), Origin(teacher=str(folder / "teacher"))
+    export_pipeline(family, family.network, sampler, folder / "student", origin=origin)
     return folder
 
 
@@ -245,7 +246,7 @@ def test_a_teacher_with_code_of_its_own_is_distilled_when_asked_and_its_student_
     assert type(run.family) is SD and type(run.family.pipe).__name__ == "Mine"
     pixel = Pixel.tiny()
     sampler = DDIM(pixel.schedule, pixel.schedule.grid(1))
-    load_pipeline(export_pipeline(pixel, pixel.network, sampler, tmp_path / "pixel", about={}))  # another pipeline.py
+    load_pipeline(export_pipeline(pixel, pixel.network, sampler, tmp_path / "pixel"))  # another pipeline.py
     student = run.train()
     with pytest.raises(ValueError, match=r"own code \(pipeline\.py, signs\.py, text_encoder/my_encoder\.py\)"):
         load_pipeline(student)

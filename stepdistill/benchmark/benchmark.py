@@ -29,7 +29,8 @@ from stepdistill.evaluation.extraction import read_captions
 from stepdistill.evaluation.panel import Panel
 from stepdistill.evaluation.results import describe_setting, write_result
 from stepdistill.evaluation.suite import Judge
-from stepdistill.export.pipeline import load_pipeline, read_contract
+from stepdistill.export.contract import read_contract
+from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.features.clip import Clip
@@ -179,8 +180,8 @@ class Benchmark:
 
     def student(self, name: str, folder: str) -> Row:
         """An exported student, called as its contract says."""
-        contract = read_contract(Path(folder))
-        about = {key: contract[key] for key in ("method", "steps", "guidance_scale", "training") if key in contract}
+        facts = read_contract(Path(folder)).to_json()
+        about = {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
         source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint(folder)}
         return self._measure(name, self.open_student(folder), {}) | source | about
 

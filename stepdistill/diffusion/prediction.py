@@ -1,7 +1,7 @@
-r"""A network in a role, seen through its schedule.
+r"""Predictions: a network's output as a clean image and noise.
 
-Whatever a network was trained to predict, methods see one thing: a :class:`Prediction` of the clean image and of the
-noise in ``x_t = alpha_t x_0 + sigma_t eps``. The conversions (all elementary algebra):
+Networks are trained to predict different things. Methods see only a :class:`Prediction`: the clean image and the noise
+in ``x_t = alpha_t x_0 + sigma_t eps``. The conversions are elementary algebra:
 
 ================  ==============================  ================================  ================================
 prediction type   the network's output            x_0                               eps
@@ -14,8 +14,8 @@ prediction type   the network's output            x_0                           
 ``trigflow``      F of TrigFlow                   cos x_t - sigma_d sin out         (sin x_t + cos sigma_d out)/sigma_d
 ================  ==============================  ================================  ================================
 
-Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) is linear in every one of them, so it is stated once, on
-predictions, with the papers' ``w``: ``(1 + w) conditional - w unconditional``. Users' scale is ``g = 1 + w``.
+Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) is linear in every one of them, so it is implemented once, on
+predictions, with the papers' ``w``: ``(1 + w) conditional - w unconditional``. The users' scale is ``g = 1 + w``.
 """
 
 from __future__ import annotations
@@ -23,42 +23,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.diffusion.schedule import NoiseSchedule, edm_scalings
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "edm", "trigflow")
 
 
 class Prediction(NamedTuple):
-    """The clean image and the noise that a network sees in ``x_t``, each (B, ...)."""
+    """The clean image and the noise that a network predicts in ``x_t``, each (B, ...)."""
 
     x0: Tensor
     eps: Tensor
 
     def velocity(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """``v = alpha_t eps - sigma_t x_0`` (Salimans & Ho 2022, Section 4), coefficients broadcastable to x0."""
+        """Return ``v = alpha_t eps - sigma_t x_0`` (Salimans & Ho 2022, Section 4)."""
         return alpha_t * self.eps - sigma_t * self.x0
 
     def flow(self) -> Tensor:
-        """The rectified-flow velocity ``eps - x_0``."""
+        """Return the rectified-flow velocity ``eps - x_0``."""
         return self.eps - self.x0
 
     def to_state(self, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-        """``alpha_s x_0 + sigma_s eps``: the DDIM step to the noise level of ``(alpha_s, sigma_s)``."""
+        """Return ``alpha_s x_0 + sigma_s eps``: the DDIM step to the noise level of ``(alpha_s, sigma_s)``."""
         return alpha_s * self.x0 + sigma_s * self.eps
 
 
-def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(c_skip, c_out, c_in)`` of EDM (Karras et al. 2022, Table 1)."""
-    total = (sigma**2 + sigma_data**2).sqrt()
-    return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
-
-
 def to_prediction(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Prediction:
-    """Read a network's raw output (B, ...) at states ``x_t`` and times ``t`` (B,) as ``(x0, eps)``."""
-    alpha, sigma = (expand(coefficient, x_t) for coefficient in schedule(t))
+    """Convert a network's output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,) to ``(x0, eps)``."""
+    alpha, sigma = schedule.coefficients(t, x_t)
     output = output.to(x_t.dtype)
     match prediction_type:
         case "epsilon":
@@ -78,12 +71,12 @@ def to_prediction(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedul
             x0 = alpha * x_t - sigma * output
             return Prediction(x0, (sigma / sigma_data * x_t + alpha * sigma_data * output) / sigma_data)
         case _:
-            raise ValueError(f"prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
 
 
 def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """The output a network would have to give for its prediction to be ``x0``: the inverse of :func:`to_prediction`."""
-    alpha, sigma = (expand(coefficient, x_t) for coefficient in schedule(t))
+    """Return the network output (B, ...) whose clean image is ``x0``: the inverse of :func:`to_prediction`."""
+    alpha, sigma = schedule.coefficients(t, x_t)
     match prediction_type:
         case "epsilon":
             return (x_t - alpha * x0) / sigma
@@ -99,23 +92,9 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, predict
         case "trigflow":
             return (alpha * x_t - x0) / sigma
         case _:
-            raise ValueError(f"prediction type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-
-
-def end_point(prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The consistency function's value (B, ...), its boundary exact, from what a network sees in ``x_t`` at ``t``.
-
-    For EDM, ``c_out F`` is written through the network's clean image: ``(1 - sigma_min / sigma) (x_0 - c_skip x_t)``.
-    """
-    if not isinstance(schedule, Karras):
-        return torch.where(expand(t == 0, x_t) > 0, x_t, prediction.x0)
-    _, sigma = schedule(t)
-    skip, _, _ = edm_scalings(sigma, schedule.sigma_data)
-    shifted_skip, _, _ = edm_scalings(sigma - schedule.sigma_min, schedule.sigma_data)
-    rest = prediction.x0 - expand(skip, x_t) * x_t
-    return expand(shifted_skip, x_t) * x_t + expand(1 - schedule.sigma_min / sigma, x_t) * rest
+            raise ValueError(f"prediction type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
 
 
 Denoise = Callable[..., Prediction]
-"""The prediction at states (B, ...) and times (B,), conditioning and guidance already inside; two-time networks also
-take the times (B,) they are to jump to."""
+"""A function of states (B, ...) and times (B,), with condition and guidance already applied. Two-time networks also
+take the target times (B,)."""

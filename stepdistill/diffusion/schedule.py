@@ -1,12 +1,13 @@
 r"""Noise schedules: how much signal and how much noise is in ``x_t``.
 
-Every diffusion or flow model is seen through the same two numbers,
+Every diffusion or flow model is described by the same two numbers,
 
 .. math:: x_t = \alpha_t x_0 + \sigma_t \epsilon, \qquad \epsilon \sim N(0, I),
 
 with a time ``t`` in [0, 1] that is 0 for clean data and 1 for the noisiest input the network knows. Everything else
-follows from the log signal-to-noise ratio ``log_snr(t) = 2 log(alpha_t / sigma_t)``, which strictly decreases in t: two
-models whose log-SNRs agree see the same picture up to a scale, which is what lets a state travel between schedules.
+follows from the log signal-to-noise ratio ``log_snr(t) = 2 log(alpha_t / sigma_t)``, which strictly decreases in t. Two
+models whose log-SNRs agree see the same image up to a scale, so a state can be moved between schedules
+(:func:`stepdistill.diffusion.ode.transfer`).
 
 ======================  ==================  ====================  ==============================================
 schedule                alpha_t             sigma_t               time
@@ -17,7 +18,7 @@ schedule                alpha_t             sigma_t               time
 :class:`Trig`           cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
 ======================  ==================  ====================  ==============================================
 
-Times and coefficients are float64; they meet the images' precision only where they multiply an image.
+Times and coefficients are float64. They are converted to the images' precision only where they multiply an image.
 
 References: Song et al. 2021 (arXiv 2011.13456); Karras et al. 2022 (2206.00364); Liu et al. 2022 (2209.03003);
 Lu & Song 2024 (2410.11081).
@@ -27,47 +28,63 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A coefficient of shape (B,) as (B, 1, ..., 1) in the dtype and on the device of ``like``."""
+    """Return a coefficient (B,) as (B, 1, ..., 1), in the dtype and on the device of ``like``."""
     return coefficient.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(c_skip, c_out, c_in)`` of EDM (Karras et al. 2022, Table 1)."""
+    total = (sigma**2 + sigma_data**2).sqrt()
+    return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
+
+
 class NoiseSchedule(abc.ABC):
-    """The map from time to ``(alpha_t, sigma_t)``; abstract or final, never overridden."""
+    """The map from time to ``(alpha_t, sigma_t)``."""
 
     sigma_data: float = 1.0
-    """Standard deviation of the data, which EDM's and TrigFlow's preconditioning know."""
+    """Standard deviation of the data, used by EDM's and TrigFlow's preconditioning."""
+
+    def __init__(self) -> None:
+        self._grids: dict[int, Tensor] = {}
 
     @abc.abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(alpha_t, sigma_t)`` in float64, each of the shape of ``t``, for ``t`` in [0, 1]."""
+        """Return ``(alpha_t, sigma_t)`` in float64, each of the shape of ``t``, for ``t`` in [0, 1]."""
 
     @abc.abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network embeds at time ``t``, in float64."""
+        """Return what the network embeds at time ``t``, in float64."""
 
     @abc.abstractmethod
     def inverse(self, log_snr: Tensor) -> Tensor:
-        """The time at which the log-SNR is ``log_snr``: ``inverse(log_snr(t)) == t``."""
+        """Return the time at which the log-SNR is ``log_snr``: ``inverse(log_snr(t)) == t``."""
 
     @abc.abstractmethod
-    def grid(self, steps: int) -> Tensor:
-        """``steps + 1`` descending times from 1 to 0: where a sampler of ``steps`` network calls stops."""
+    def _make_grid(self, steps: int) -> Tensor:
+        """Compute :meth:`grid`."""
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        """``2 log(alpha_t / sigma_t)``; plus infinity at clean data, minus infinity where there is no signal."""
-        alpha_t, sigma_t = self(t)
-        return 2 * (alpha_t.log() - sigma_t.log())
+    @property
+    def lowest_time(self) -> float:
+        """The smallest time at which networks are trained; at 0 a noise prediction has nothing to predict."""
+        return 1e-3
+
+    def grid(self, steps: int) -> Tensor:
+        """Return ``steps + 1`` descending times from 1 to 0, a sampler's grid: float64, on the CPU.
+
+        The tensor is shared by all callers and must not be changed.
+        """
+        if steps not in self._grids:
+            self._grids[steps] = self._make_grid(steps)
+        return self._grids[steps]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(alpha_t, sigma_t)`` of times (B,) as (B, 1, ..., 1), with the dtype and device of ``like``."""
+        """Return ``(alpha_t, sigma_t)`` at times (B,), each expanded to (B, 1, ..., 1) for ``like``."""
         alpha_t, sigma_t = self(t)
         return expand(alpha_t, like), expand(sigma_t, like)
 
@@ -75,48 +92,90 @@ class NoiseSchedule(abc.ABC):
         """Return ``intervals + 1`` descending times from 1 to the end of the trajectory of consistency models."""
         return self.grid(intervals)
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return ``2 log(alpha_t / sigma_t)``: infinity at clean data, minus infinity where there is no signal."""
+        alpha_t, sigma_t = self(t)
+        return 2 * (alpha_t.log() - sigma_t.log())
+
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``alpha_t x_0 + sigma_t noise`` for images (B, ...) and times (B,)."""
+        """Return ``alpha_t x_0 + sigma_t noise`` for images (B, ...) and times (B,)."""
         alpha_t, sigma_t = self.coefficients(t, x_0)
         return alpha_t * x_0 + sigma_t * noise
 
     def initial_noise(self, noise: Tensor) -> Tensor:
-        """The state at t = 1 that a sampler starts from, given unit Gaussian ``noise``."""
+        """Scale unit Gaussian ``noise`` to the state at t = 1 that a sampler starts from."""
         _, sigma_1 = self(torch.ones(1, dtype=torch.float64))
         return noise * max(1.0, sigma_1.item())
+
+    def end_point(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the consistency function (B, ...), whose boundary condition ``f(x, t_min) = x`` holds exactly.
+
+        Args:
+            x_0: the network's prediction of the clean image (B, ...) in ``x_t``.
+            x_t: states (B, ...).
+            t: their times (B,).
+        """
+        return torch.where(expand(t == 0, x_t) > 0, x_t, x_0)
+
+    def shortened(self, t: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        """Return ``fraction * t`` and ``t``, both rounded to whole timesteps where the process is discrete."""
+        return fraction * t, t
+
+    def explicit_timesteps(self, t: Tensor) -> dict[str, list[int]]:
+        """Return the times (n,) as an argument ``timesteps`` of a scheduler; empty if its grid needs no such argument.
+
+        Raises:
+            ValueError: if a time is no whole timestep of a discrete process.
+        """
+        del t
+        return {}
+
+    def explicit_sigmas(self, t: Tensor) -> dict[str, list[float]]:
+        """Return the times (n,) as an argument ``sigmas`` of a pipeline; empty if its scheduler finds them itself."""
+        del t
+        return {}
 
 
 class DiscreteVP(NoiseSchedule):
     """The variance-preserving process of a diffusers scheduler with T timesteps.
 
     Between two timesteps the angle ``atan2(sigma, alpha)`` is interpolated linearly, so that the process keeps unit
-    variance, both ends are exact (clean data, and zero terminal signal where the betas say so) and the map inverts.
+    variance, both ends are exact (clean data, and zero terminal SNR if the betas have it) and the map is invertible.
 
     Args:
         alphas_cumprod: the T cumulative products of ``1 - beta``, shape (T,).
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
+        super().__init__()
         alphas_cumprod = alphas_cumprod.double().cpu()
         angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt())
         self.angles = torch.cat([angles.new_zeros(1), angles])
         self.num_timesteps = len(angles)
+        self._angles_on = {self.angles.device: self.angles}
         if not (self.angles.diff() > 0).all():
-            raise ValueError("alphas_cumprod must strictly decrease from below 1; found a flat or rising stretch")
+            raise ValueError(
+                "alphas_cumprod: expected strictly decreasing values below 1, got a flat or rising stretch"
+            )
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DiscreteVP:
-        """From a diffusers scheduler config: any beta schedule, trained betas, ``rescale_betas_zero_snr``."""
-        from diffusers import DDIMScheduler
+    @property
+    def lowest_time(self) -> float:
+        """The time of diffusers' timestep 0."""
+        return 1 / self.num_timesteps
 
-        return cls(DDIMScheduler(**noise_process(config)).alphas_cumprod)
+    def angles_on(self, device: torch.device) -> Tensor:
+        """Return the table of angles (T + 1,) on a device; it is copied there once."""
+        if device not in self._angles_on:
+            self._angles_on[device] = self.angles.to(device)
+        return self._angles_on[device]
 
     def angle(self, t: Tensor) -> Tensor:
-        """``atan2(sigma_t, alpha_t)`` in [0, pi / 2]."""
-        position = t.double().cpu() * self.num_timesteps
+        """Return ``atan2(sigma_t, alpha_t)`` in [0, pi / 2]."""
+        angles = self.angles_on(t.device)
+        position = t.double() * self.num_timesteps
         left = position.floor().long().clamp(0, self.num_timesteps - 1)
-        # lerp is exact at both ends, so that a timestep of the scheduler keeps its very alpha
-        return torch.lerp(self.angles[left], self.angles[left + 1], position - left).to(t.device)
+        # lerp is exact at both ends, so a timestep of the scheduler keeps exactly its alpha
+        return torch.lerp(angles[left], angles[left + 1], position - left)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = self.angle(t)
@@ -124,29 +183,44 @@ class DiscreteVP(NoiseSchedule):
         return alpha_t, angle.sin()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Diffusers' timestep ``t T - 1``, fractional between two of them."""
+        """Return diffusers' timestep ``t T - 1``, which may be fractional."""
         return t.double() * self.num_timesteps - 1
 
     def inverse(self, log_snr: Tensor) -> Tensor:
-        angle = torch.atan2(torch.ones_like(log_snr).double(), (log_snr.double() / 2).exp()).cpu()
-        right = torch.searchsorted(self.angles, angle.contiguous()).clamp(1, self.num_timesteps)
-        left_angle, right_angle = self.angles[right - 1], self.angles[right]
+        angles = self.angles_on(log_snr.device)
+        angle = torch.atan2(torch.ones_like(log_snr).double(), (log_snr.double() / 2).exp())
+        right = torch.searchsorted(angles, angle.contiguous()).clamp(1, self.num_timesteps)
+        left_angle, right_angle = angles[right - 1], angles[right]
         t = (right - 1 + (angle - left_angle) / (right_angle - left_angle)) / self.num_timesteps
-        return t.clamp(0, 1).to(log_snr.device)
+        return t.clamp(0, 1)
 
-    def grid(self, steps: int) -> Tensor:
-        """Diffusers' "trailing" grid: integer timesteps, so that the network sees what it was trained on.
+    def _make_grid(self, steps: int) -> Tensor:
+        """Compute diffusers' "trailing" grid, whose timesteps are integers, as in training.
 
-        The grids of n and n / 2 steps are nested, also where n does not divide T.
+        The grids of n and n / 2 steps are nested, also if n does not divide T.
         """
         total = self.num_timesteps
         return torch.tensor([round(total * i / steps) / total for i in range(steps, -1, -1)], dtype=torch.float64)
+
+    def shortened(self, t: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        """Round as ``TCDScheduler`` does: the smallest result is timestep 0, and fractions are rounded down."""
+        timestep = (t.double() * self.num_timesteps - 1).round().clamp(min=0)
+        # the scheduler multiplies in float32, where a whole number may come out that float64 puts slightly lower
+        below = torch.floor(fraction * timestep.float()).double()
+        return (below + 1) / self.num_timesteps, (timestep + 1) / self.num_timesteps
+
+    def explicit_timesteps(self, t: Tensor) -> dict[str, list[int]]:
+        timesteps = self.timestep(t)
+        if (timesteps - timesteps.round()).abs().max() > 1e-6:
+            raise ValueError(f"sampler times: expected whole timesteps, got {timesteps.tolist()}")
+        return {"timesteps": timesteps.round().long().tolist()}
 
 
 class RectifiedFlow(NoiseSchedule):
     """Straight lines between data and noise; ``shift`` moves the sampling grid towards noise (SD3, Eq. 23)."""
 
     def __init__(self, shift: float = 1.0, num_timesteps: int = 1000) -> None:
+        super().__init__()
         self.shift = shift
         self.num_timesteps = num_timesteps
 
@@ -155,15 +229,19 @@ class RectifiedFlow(NoiseSchedule):
         return 1 - t, t
 
     def timestep(self, t: Tensor) -> Tensor:
-        """``1000 t``, as diffusers' flow-matching schedulers count."""
+        """Return ``1000 t``, the timestep of diffusers' flow-matching schedulers."""
         return t.double() * self.num_timesteps
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
 
-    def grid(self, steps: int) -> Tensor:
+    def _make_grid(self, steps: int) -> Tensor:
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def explicit_sigmas(self, t: Tensor) -> dict[str, list[float]]:
+        """Return the times as ``sigmas``: an exported scheduler has no shift, so the call gives the grid."""
+        return {"sigmas": t.tolist()}
 
 
 class Karras(NoiseSchedule):
@@ -180,6 +258,7 @@ class Karras(NoiseSchedule):
         sigma_data: float = 0.5,
         noise_scale: float = 1.0,
     ) -> None:
+        super().__init__()
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.rho = rho
@@ -190,8 +269,13 @@ class Karras(NoiseSchedule):
         sigma_t = self.sigma_max * t.double() ** self.rho
         return torch.ones_like(sigma_t), sigma_t
 
+    @property
+    def lowest_time(self) -> float:
+        """The time of ``sigma_min``, where trajectories end."""
+        return (self.sigma_min / self.sigma_max) ** (1 / self.rho)
+
     def time_of(self, sigma: Tensor) -> Tensor:
-        """The time at which the noise level is ``sigma``."""
+        """Return the time at which the noise level is ``sigma``."""
         return (sigma.double() / self.sigma_max) ** (1 / self.rho)
 
     def timestep(self, t: Tensor) -> Tensor:
@@ -201,20 +285,32 @@ class Karras(NoiseSchedule):
     def inverse(self, log_snr: Tensor) -> Tensor:
         return self.time_of((-log_snr.double() / 2).exp())
 
-    def grid(self, steps: int) -> Tensor:
-        """EDM's Eq. 5: ``steps`` noise levels from sigma_max to sigma_min, then 0."""
-        t_min = (self.sigma_min / self.sigma_max) ** (1 / self.rho)
-        return torch.cat([torch.linspace(1, t_min, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    def _make_grid(self, steps: int) -> Tensor:
+        """Compute EDM's Eq. 5: ``steps`` noise levels from sigma_max to sigma_min, then 0."""
+        levels = torch.linspace(1, self.lowest_time, steps, dtype=torch.float64)
+        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
     def trajectory(self, intervals: int) -> Tensor:
         """Return ``intervals + 1`` descending times from 1 to that of ``sigma_min``, where a trajectory ends."""
         return self.grid(intervals + 1)[:-1]
+
+    def end_point(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return ``c_skip(sigma - sigma_min) x_t + (1 - sigma_min / sigma) c_out(sigma) F``: the boundary is sigma_min.
+
+        ``c_out F`` is written as ``x_0 - c_skip(sigma) x_t`` (Song et al. 2023, Appendix C).
+        """
+        _, sigma = self(t)
+        skip, _, _ = edm_scalings(sigma, self.sigma_data)
+        shifted_skip, _, _ = edm_scalings(sigma - self.sigma_min, self.sigma_data)
+        rest = x_0 - expand(skip, x_t) * x_t
+        return expand(shifted_skip, x_t) * x_t + expand(1 - self.sigma_min / sigma, x_t) * rest
 
 
 class Trig(NoiseSchedule):
     """TrigFlow: data of standard deviation ``sigma_data`` turned into noise of the same along a quarter circle."""
 
     def __init__(self, sigma_data: float = 0.5) -> None:
+        super().__init__()
         self.sigma_data = sigma_data
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,48 +318,14 @@ class Trig(NoiseSchedule):
         return torch.where(t == 1, 0.0, angle.cos()), self.sigma_data * angle.sin()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The angle in radians."""
+        """Return the angle in radians."""
         return t.double() * (math.pi / 2)
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         return torch.atan((-log_snr.double() / 2).exp() / self.sigma_data) / (math.pi / 2)
 
-    def grid(self, steps: int) -> Tensor:
+    def _make_grid(self, steps: int) -> Tensor:
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         return noise * self.sigma_data
-
-
-def noise_process(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a VP scheduler's config that says what the network was trained on, and nothing of how it samples.
-
-    What the config leaves out is DDIM's default. It is written out, since the defaults of LCM's and TCD's schedulers
-    are those of another process.
-    """
-    from diffusers import DDIMScheduler
-
-    keys = (
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-        "prediction_type", "rescale_betas_zero_snr",
-    )  # fmt: skip
-    given = {key: config[key] for key in keys if config.get(key) is not None}
-    whole = DDIMScheduler(**given).config
-    return {key: whole[key] for key in keys if whole[key] not in (None, False)}
-
-
-def transfer(x_t: Tensor, t: Tensor, source: NoiseSchedule, target: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """The same state under another schedule: ``(x, t)`` of equal log-SNR, where the probability-flow ODEs coincide.
-
-    Args:
-        x_t: states (B, ...) of ``source`` at times ``t`` (B,).
-        t: times (B,) whose log-SNR lies in the range of ``target``.
-        source: the schedule the states live on.
-        target: the schedule they are wanted on.
-    """
-    t_target = target.inverse(source.log_snr(t))
-    alpha_t, sigma_t = source(t)
-    alpha, sigma = target(t_target)
-    # the radius sqrt(alpha^2 + sigma^2) scales both parts alike and never vanishes, unlike alpha or sigma alone
-    scale = torch.hypot(alpha, sigma) / torch.hypot(alpha_t, sigma_t)
-    return x_t * expand(scale, x_t), t_target

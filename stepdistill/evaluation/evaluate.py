@@ -28,6 +28,7 @@ from stepdistill.evaluation.panel import Panel
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.results import machine, versions, write_result
 from stepdistill.evaluation.suite import Judge
+from stepdistill.export.contract import contract_of
 from stepdistill.inference.sampling import ROWS, Images, network_of
 
 
@@ -76,7 +77,7 @@ def evaluate_pipeline(
         name: of the row.
     """
     panel, call = (judge if isinstance(judge, Panel) else Panel(judge)), dict(call or {})
-    panel.refuse_critic(getattr(pipeline, "contract_critic", {}))
+    panel.refuse_critic(contract_of(pipeline).origin.critic)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would paint some images black
     source = Sampled(
@@ -133,7 +134,7 @@ def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_config": fingerprint(scheduler),
         "config": own,
-        "call": {**getattr(pipeline, "contract_call", {}), **call},
+        "call": {**contract_of(pipeline).call, **call},
     }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import json
 import shutil
@@ -24,13 +23,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
+from stepdistill.export.model_card import model_card
 from stepdistill.families.base import Family
 from stepdistill.loading import open_folder
-
-CONTRACT = "stepdistill.json"
-
 
 CUSTOM_FILE = "pipeline.py"
 
@@ -53,7 +50,7 @@ def export_pipeline(
     sampler: Sampler,
     folder: Path,
     *,
-    about: Mapping[str, Any],
+    origin: Origin | None = None,
     guidance_scale: float = 1.0,
     lora: Mapping[str, Tensor] | None = None,
     links: Mapping[str, Path] = NO_LINKS,
@@ -67,25 +64,31 @@ def export_pipeline(
         network: a plain diffusers model.
         sampler: the rule and grid it was trained for.
         folder: where to write; an older export there is replaced.
-        about: what else belongs into the contract: method, teacher, config hash, measured numbers.
+        origin: where the student comes from, for its contract.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
-        links: parts that are not written but linked to, see :func:`stepdistill.export.links.frozen_folders`.
+        links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
 
     Raises:
         ValueError: if no scheduler can express the sampler, or the file system takes no links.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
-    contract = describe(family, pipeline, sampler, guidance_scale) | dict(about)
-    if links:
-        contract["linked"] = {name: str(target) for name, target in links.items()}
+    contract = describe(
+        family,
+        pipeline,
+        sampler,
+        guidance_scale=guidance_scale,
+        own_code=has_own_class(pipeline) or bool(family.code),
+        origin=origin or Origin(),
+        linked={name: str(target) for name, target in links.items()},
+    )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_pipeline(pipeline, partial, links, family.code)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
-        (partial / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+        write_contract(contract, partial)
         (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of links, this removes the links
         partial.rename(folder)
@@ -142,6 +145,11 @@ def is_our_class(thing: object) -> bool:
     return type(thing).__module__.startswith("stepdistill.pipelines")
 
 
+def has_own_class(pipeline: DiffusionPipeline) -> bool:
+    """Return whether the pipeline or one of its parts has a class of ``stepdistill.pipelines``."""
+    return any(is_our_class(part) for part in (pipeline, *pipeline.components.values()))
+
+
 def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
     """What ``model_index.json`` has to say of classes that diffusers read from a model's folder: module and name."""
     things = {"_class_name": pipeline, **pipeline.components}
@@ -151,43 +159,6 @@ def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
         for name, (module, cls) in homes.items()
         if module.startswith("diffusers_modules.")
     }
-
-
-def describe(family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
-    """The sampling contract."""
-    call = call_arguments(family, pipeline, sampler, guidance_scale)
-    return {
-        "format": 1,
-        "pipeline": type(pipeline).__name__,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "own_code": any(is_our_class(part) for part in (pipeline, *pipeline.components.values())) or bool(family.code),
-        **sampler.contract(),
-        "guidance_scale": call.get("guidance_scale", guidance_scale),
-        "guidance_convention": family.guidance_convention,
-        "prediction_type": family.prediction_type,
-        "conditioning": family.conditioning,
-        "num_classes": family.num_classes,
-        "sample_shape": list(family.sample_shape),
-        "call": call,
-        "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
-    }
-
-
-def call_arguments(
-    family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float
-) -> dict[str, Any]:
-    """The keyword arguments that make a call of the pipeline sample as trained."""
-    wanted = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.pipeline_kwargs}
-    wanted |= family.pipeline_kwargs
-    if isinstance(sampler.schedule, RectifiedFlow):  # the exported scheduler has no shift: the grid is the caller's
-        wanted["sigmas"] = sampler.times[:-1].tolist()
-    return {name: value for name, value in wanted.items() if name in inspect.signature(pipeline.__call__).parameters}
-
-
-def read_contract(folder: Path) -> dict[str, Any]:
-    """The contract of an exported pipeline; empty for a directory that was not made here."""
-    path = folder / CONTRACT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_pipeline(
@@ -220,9 +191,9 @@ def load_pipeline(
     return apply_contract(pipeline, read_contract(folder))
 
 
-def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> DiffusionPipeline:
+def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> DiffusionPipeline:
     """Make the contract's arguments the defaults of a call of this one pipeline object."""
-    defaults = contract.get("call", {})
+    defaults = contract.call
     if not defaults:
         return pipeline
     original = type(pipeline)
@@ -245,46 +216,10 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Mapping[str, Any]) -> 
         {
             "__call__": call,
             "__module__": original.__module__,
-            "contract_call": dict(defaults),
-            "contract_classes": contract.get("num_classes"),
-            "contract_critic": contract.get("critic", {}),
+            "contract": contract,
         },
     )
     return pipeline
-
-
-def model_card(contract: Mapping[str, Any]) -> str:
-    """The README of an export: what it is, how to call it, what it was measured at."""
-    from huggingface_hub import ModelCardData
-
-    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", contract.get("method", "")])
-    custom = ", trust_remote_code=True" if contract["own_code"] else ""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in contract["call"].items())
-    asked = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
-    if contract["pipeline"] == "ConsistencyModelPipeline":  # it does not count the labels
-        asked["class_labels"] += ", batch_size=3"
-    linked = ", ".join(f"`{name}`" for name in contract.get("linked", {}))
-    results = contract.get("results", {})
-    table = "".join(f"| {name} | {value} |\n" for name, value in results.items())
-    return f"""---
-{data.to_yaml()}
----
-# A {contract["steps"]}-step student
-
-Distilled by **{contract.get("method", "?")}** with stepdistill from `{contract.get("teacher", "?")}`.
-
-![samples](samples.png)
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
-images = pipe({asked[contract["conditioning"]]}, {arguments}).images
-```
-
-Scheduler: `{contract["scheduler"]}`, timesteps {contract["timesteps"]}. Other step counts give worse images.
-{linked + " are links into the teacher's folder: `cp -rL` makes a copy that is whole." if linked else ""}
-{"| measured | value |" + chr(10) + "|---|---|" + chr(10) + table if table else ""}"""
 
 
 def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -1,8 +1,8 @@
-"""What a family of teachers has to say about itself.
+"""The interface of a teacher family.
 
 A family hides how its networks are called (time convention, preconditioning, packing, sign, latents) behind one method,
-:meth:`Family.call`, and one pair of maps between what users have and what networks see, :meth:`Family.encode` and
-:meth:`Family.decode`. Methods, trainer, evaluation and export know nothing else of a teacher.
+:meth:`Family.call`, and how images become the networks' inputs and back behind :meth:`Family.encode` and
+:meth:`Family.decode`. Methods, trainer, evaluation and export use a teacher through this interface only.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from torch import Tensor, nn
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
 
 MIN_ALPHA = 0.01
-"""Below this share of signal, the clean image of a noise-predicting network is a division by almost zero."""
+"""Smallest signal with which a noise-predicting network can predict the clean image: a hundredfold error, see
+:meth:`Family.sees_pure_noise`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a student's network sees besides state, time and condition."""
+    """Inputs of a student's network besides state, time and condition."""
 
     w: tuple[float, float] | None = None
-    """The range of guidance weights ``w = guidance_scale - 1`` it is trained for; None where it takes none."""
+    """Range of guidance weights ``w = guidance_scale - 1`` for which it is trained; None without this input."""
     s: bool = False
-    """Whether it takes the time that a step leads to."""
+    """Whether it takes the time at which a step ends."""
 
 
 class Family(abc.ABC):
@@ -44,15 +46,15 @@ class Family(abc.ABC):
     component: ClassVar[str]
     """The network's folder and argument in the pipeline: ``"unet"`` or ``"transformer"``."""
     network_classes: ClassVar[tuple[str, ...]]
-    """Diffusers classes of networks by which a teacher is recognised."""
+    """Diffusers classes of networks by which a teacher of this family is recognised."""
     pipeline_names: ClassVar[tuple[str, ...]] = ()
-    """The diffusers pipelines that a teacher may be, where networks of the class serve several; empty: any."""
+    """Diffusers pipelines of this family, if networks of the class serve several; empty: any."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
     loads_lora: ClassVar[bool] = False
     """Whether the stock pipeline has ``load_lora_weights``."""
     feature_blocks: ClassVar[tuple[str, ...]]
-    """Sub-modules whose outputs are good features for a critic."""
+    """Sub-modules whose outputs are the features of a critic."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Layers that get adapters."""
 
@@ -61,54 +63,54 @@ class Family(abc.ABC):
     prediction_type: str
     scheduler_config: Mapping[str, Any]
     sample_shape: tuple[int, int, int]
-    """(C, H, W) of what the network sees."""
+    """(C, H, W) of the network's input."""
     image_shape: tuple[int, int, int]
-    """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` gives."""
+    """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` returns."""
     frozen_modules: tuple[nn.Module, ...] = ()
-    """What encodes and decodes, beside the network: it is never trained, and no checkpoint holds it."""
+    """VAE and text encoders: never trained, and not in checkpoints."""
     prompts: Sequence[str] = ()
-    """Of a family that takes text: what :meth:`example_cond` asks for, in turn."""
+    """Prompts of :meth:`example_cond`, in turn, of a family that takes text."""
     num_classes: int | None
-    """How many classes a label may name, None for an unconditional teacher."""
+    """Number of class labels; None for a teacher without labels."""
     inputs: Inputs = Inputs()
-    """What the network takes besides state, time and condition; see :meth:`add_inputs`."""
+    """Inputs of the network besides state, time and condition; see :meth:`add_inputs`."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
     pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
-    """What a call of the pipeline must be given, where it takes it, to sample as this family calls its networks."""
+    """Arguments with which a call of the pipeline samples as this family calls its networks, if it accepts them."""
     code: Mapping[str, bytes] = MappingProxyType({})
-    """Python files that the pipeline needs, by their place in its folder: of teachers that bring their own."""
+    """Python files of a teacher with its own code, by their path in its folder; its pipeline needs them."""
 
     @classmethod
     @abc.abstractmethod
     def load(cls, folder: Path, config: TeacherConfig) -> Family:
-        """Open the teacher in ``folder``. Raises ``ValueError`` naming the file that is wrong."""
+        """Open the teacher in ``folder``; raise ``ValueError`` with the name of the file that is wrong."""
 
     @classmethod
     @abc.abstractmethod
     def tiny(cls, seed: int = 0) -> Family:
-        """A random miniature of the real classes, so that contract tests need no download."""
+        """Return a random miniature of the real classes, for tests without a download."""
 
     @classmethod
     def accepts_pipeline(cls, pipeline: str | None) -> bool:
-        """Whether a teacher in a diffusers pipeline of this class (None: in none, or in one of its own) may be ours."""
+        """Return whether a teacher in this diffusers pipeline (None: none, or a custom one) may be of this family."""
         return not cls.pipeline_names or pipeline in cls.pipeline_names
 
     @property
     def conditioning(self) -> str:
-        """What a sample is asked for with: ``"prompt"``, ``"class_labels"`` or ``"none"``."""
+        """The kind of condition: ``"prompt"``, ``"class_labels"`` or ``"none"``."""
         if self.takes_text:
             return "prompt"
         return "none" if self.num_classes is None else "class_labels"
 
     def to(self, device: torch.device) -> None:
-        """Move what encodes and decodes; the networks belong to the bank."""
+        """Move the frozen modules; the networks belong to the bank."""
         for module in self.frozen_modules:
             module.to(device)
 
     @contextlib.contextmanager
     def on_device(self, device: torch.device | str) -> Iterator[None]:
-        """What encodes and decodes is on ``device`` for a while, and then back where it was."""
+        """Have the frozen modules on ``device`` inside the context, and move them back afterwards."""
         places = [next(module.parameters()).device for module in self.frozen_modules]
         self.to(torch.device(device))
         try:
@@ -118,34 +120,35 @@ class Family(abc.ABC):
                 module.to(place)
 
     def check_guidance(self, guidance_scale: float) -> None:
-        """Raise ``ValueError`` for a scale below 1, or one other than 1 where the teacher has no null condition."""
+        """Raise ``ValueError`` for a scale below 1, or one other than 1 if the teacher has no null condition."""
         if guidance_scale < 1:
             raise ValueError(f"method.guidance_scale: expected at least 1 (1 is no guidance), got {guidance_scale}")
         if guidance_scale != 1:
             self.null_cond(self.example_cond([0]))
 
     def sees_pure_noise(self, t: float = 1.0) -> bool:
-        """Return whether the network can tell the clean image at time ``t``, where there is almost none.
+        """Return whether the network can predict the clean image at time ``t``, by default in pure noise.
 
-        A network that predicts the noise cannot: its clean image is the prediction's error divided by alpha.
+        A noise prediction with error ``e`` gives ``x_0 = (x_t - sigma eps) / alpha`` with error ``sigma / alpha e``,
+        which grows without bound as alpha vanishes. Velocity, flow and sample predictions divide by nothing.
         """
         alpha_t, _ = self.schedule(torch.tensor([t], dtype=torch.float64))
         return self.prediction_type != "epsilon" or alpha_t.item() >= MIN_ALPHA
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
-        sampler.scheduler(self.scheduler_config)
+        to_diffusers(sampler, self.scheduler_config)
         if "timesteps" in sampler.pipeline_kwargs:
             raise ValueError(
-                "method.first_time: no pipeline of this teacher's is asked for timesteps; expected first_time: 1"
+                "method.first_time: expected 1: the pipeline of this teacher's students takes no timesteps"
             )
 
     def use_captions(self, captions: Sequence[str]) -> None:
-        """Take note of the training's captions: examples come from them, and those that are too long are counted."""
+        """Use the training's captions as examples, and warn of those that are longer than the text encoder reads."""
         del captions
 
     def with_prediction(self, prediction_type: str) -> Family:
-        """The same family for networks of another prediction type, for students that change it."""
+        """Return the same family for networks of another prediction type, for students that change it."""
         other = copy.copy(self)
         other.prediction_type = prediction_type
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
@@ -154,8 +157,8 @@ class Family(abc.ABC):
     def add_inputs(self, inputs: Inputs) -> None:
         """Give the opened network further inputs, in place, before any role is forked from it.
 
-        The new branches end in zeros: whatever their inputs, the network still is the teacher, bit for bit. A
-        method asks for them in :meth:`stepdistill.methods.base.Distiller.extra_inputs`.
+        The new branches end in zeros, so the network's output stays the teacher's, bit for bit. Methods request
+        inputs in :meth:`stepdistill.methods.base.Distiller.extra_inputs`.
 
         Raises:
             ValueError: if networks of this family cannot take them.
@@ -176,33 +179,37 @@ class Family(abc.ABC):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        """The raw output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it.
+        """Return the output of ``network`` at states (B, C, H, W) and times (B,), as ``prediction_type`` defines it.
 
         Args:
             network: a network of this family; extended if :meth:`add_inputs` was called.
             x_t: noisy images.
             t: times in (0, 1].
             cond: conditioning of the batch.
-            w: guidance weights (B,), 0 is no guidance; None leaves that branch out, as for the teacher.
-            s: target times (B,) in [0, t]; None leaves that branch out.
+            w: guidance weights (B,), 0 is no guidance; None skips that branch, as for the teacher.
+            s: target times (B,) in [0, t]; None skips that branch.
         """
 
     @abc.abstractmethod
     def encode(self, raw: RawBatch) -> Batch:
-        """What users have -> what networks see."""
+        """Convert images and labels or captions to the networks' inputs."""
 
     @abc.abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """What networks see -> images (B, C, H, W) in [0, 1]."""
+        """Convert the networks' clean outputs (B, C, H, W) to images (B, C, H, W) in [0, 1]."""
 
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
-        """The condition that prompts make, of families that take text; with ``null``, that of none in their place."""
+        """Return the condition of prompts, or with ``null`` that of as many missing prompts.
+
+        Raises:
+            ValueError: if the family takes no text.
+        """
         del prompts, null
         raise ValueError(f"{type(self).__name__}: these teachers take no text")
 
     @abc.abstractmethod
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
-        """The conditioning that means "none", of the shapes of ``cond``.
+        """Return the null condition, in the shapes of ``cond``.
 
         Raises:
             ValueError: if the teacher was trained without one, so that it cannot be guided.
@@ -210,8 +217,19 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def example_cond(self, indices: Sequence[int]) -> Cond:
-        """Conditions for sample grids and evaluation, a pure function of the sample's index."""
+        """Return conditions for sample grids and evaluation, a pure function of the sample's index."""
 
     @abc.abstractmethod
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
-        """The diffusers pipeline that samples ``network`` with the twin of ``sampler``."""
+        """Return the diffusers pipeline that samples ``network`` as ``sampler`` does."""
+
+    @abc.abstractmethod
+    def teacher_pipeline(self, scheduler: Any | None) -> Any:
+        """Return the diffusers pipeline that samples the teacher.
+
+        Args:
+            scheduler: of a training-free solver; None is that of the teacher's own pipeline.
+
+        Raises:
+            ValueError: if the teacher has no pipeline of its own and ``scheduler`` is None.
+        """

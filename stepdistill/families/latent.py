@@ -1,8 +1,8 @@
-"""What latent diffusion families share: a stock pipeline around the network, its VAE, its prompts.
+"""The common part of latent diffusion families: the pipeline around the network, its VAE, its prompts.
 
-A teacher is an opened diffusers pipeline. Its VAE and text encoders are used through it and never trained; prompts are
-embedded by its own ``encode_prompt``, so a student sees what the exported pipeline will feed it. Networks see scaled
-latents; a VAE's config says how they are scaled.
+A teacher is an opened diffusers pipeline. Its VAE and text encoders are used through it and never trained. Prompts are
+embedded by its own ``encode_prompt``, so a student is trained on what the exported pipeline will feed it. Networks take
+scaled latents; the VAE's config defines the scaling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import open_pipeline
@@ -32,15 +32,15 @@ class LatentFamily(Family):
 
     Args:
         pipe: the pipeline.
-        resolution: side in pixels of its images; None for the size that its network's config says.
-        guidance_scale: what the network itself is told of guidance, of families where it takes it.
+        resolution: side in pixels of its images; None for the size in its network's config.
+        guidance_scale: the network's guidance input, for families that have one.
     """
 
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
             raise ValueError(
-                f"teacher.guidance_scale: found {guidance_scale}, but {type(self).__name__} takes no guidance as an "
-                "input; wanted method.guidance_scale"
+                f"teacher.guidance_scale: got {guidance_scale}, but {type(self).__name__} takes no guidance as an "
+                "input; expected method.guidance_scale"
             )
         self.pipe = pipe
         self.network = getattr(pipe, self.component)
@@ -54,7 +54,7 @@ class LatentFamily(Family):
         self.image_shape = (pipe.vae.config.in_channels, height, width)
         self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
-        # a safety checker looks at what a call of the pipeline painted: training has no use for its gigabyte
+        # training has no use for a safety checker, which takes a gigabyte
         parts = {name: part for name, part in pipe.components.items() if name not in (self.component, "safety_checker")}
         self.frozen_modules = tuple(
             part.requires_grad_(False).eval() for part in parts.values() if isinstance(part, nn.Module)
@@ -63,67 +63,73 @@ class LatentFamily(Family):
     @classmethod
     def load(cls, folder: Path, config: TeacherConfig) -> LatentFamily:
         if config.null_class is not None:
-            raise ValueError(f"teacher.null_class: found {config.null_class}, but a {cls.__name__} knows its own")
+            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
         pipe = open_pipeline(folder, cls.component, config)
         family = cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
         family.code = read_code(folder)
         return family
 
     def spatial_factor(self) -> int:
-        """Pixels a latent spans on either axis."""
+        """Return the side in pixels of the square that one latent covers."""
         config = self.pipe.vae.config
         return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of what the pipeline samples when nobody says."""
+        """Return the (height, width) in pixels that the pipeline samples by default."""
         size = getattr(self.pipe, self.component).config.get("sample_size") or self.pipe.default_sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.spatial_factor(), width * self.spatial_factor()
 
     @torch.no_grad()
     def encode(self, raw: RawBatch) -> Batch:
-        """Latents are the mean of the VAE's posterior, not a draw from it: the same in a cache and in every run."""
+        """Encode images as the mode of the VAE's posterior: no random draw, so caches and runs agree."""
         images = None if raw.images is None else self.to_latents(raw.images)
         return Batch(images, self.condition(raw), len(raw.indices))
 
     def to_latents(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] as the network's latents, float32."""
+        """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
         encoded = vae.encode(images.to(vae.device, vae.dtype))
         latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent).float()
         shift, scale = latent_statistics(vae.config, latents)
-        return ((latents - shift) * scale).contiguous()  # else in channels_last, and other kernels than from a cache
+        # a cache returns contiguous latents; channels_last would select other kernels
+        return ((latents - shift) * scale).contiguous()
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipe.vae.to(x0.device)  # where it was left behind
+        vae = self.pipe.vae.to(x0.device)  # it may have stayed on another device
         shift, scale = latent_statistics(vae.config, x0)
         images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1)
 
     @abc.abstractmethod
     def condition(self, raw: RawBatch) -> Cond:
-        """What the network is told of a batch."""
+        """Return the condition of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        step, call = sampler.scheduler(self.scheduler_config).step, type(self.pipe).__call__
+        step, call = to_diffusers(sampler, self.scheduler_config).step, type(self.pipe).__call__
         taken = {*inspect.signature(step).parameters, "timesteps"}
         needed = {name for name in sampler.pipeline_kwargs if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
                 f"method: a call of {type(self.pipe).__name__} passes no {', '.join(missing)} on to its scheduler, "
-                "which this sampler needs; wanted a method that samples without (lcm, progressive, ...)"
+                "which this sampler needs; expected a method whose sampler does not (lcm, progressive, ...)"
             )
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
-        scheduler = sampler.scheduler(self.scheduler_config)
-        if "steps_offset" in scheduler.config:  # of no meaning on a trailing grid; pipelines want 1, with a warning
+        scheduler = to_diffusers(sampler, self.scheduler_config)
+        if "steps_offset" in scheduler.config:  # unused on a trailing grid; pipelines warn if it is not 1
             scheduler.register_to_config(steps_offset=1)
         return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})
 
+    def teacher_pipeline(self, scheduler: Any | None) -> Any:
+        if scheduler is not None:
+            self.pipe.scheduler = scheduler
+        return self.pipe
+
 
 class PlainLatentFamily(LatentFamily):
-    """Latent families whose networks take state, time and condition alone."""
+    """Latent families whose networks take state, time and condition only."""
 
     def call(
         self,
@@ -140,11 +146,11 @@ class PlainLatentFamily(LatentFamily):
 
     @abc.abstractmethod
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """:meth:`call` at states that have the network's precision."""
+        """Return the output of :meth:`call`, given states in the network's precision."""
 
 
 class TextToImageFamily(LatentFamily):
-    """A latent diffusion pipeline that is asked with prompts."""
+    """A latent diffusion pipeline that is conditioned on prompts."""
 
     takes_text = True
 
@@ -155,7 +161,7 @@ class TextToImageFamily(LatentFamily):
 
     @abc.abstractmethod
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
-        """The pipeline's own embedding of the prompts; with ``null``, what it takes for no prompt in their place."""
+        """Return the pipeline's own embedding of the prompts, or with ``null`` that of as many missing prompts."""
 
     def condition(self, raw: RawBatch) -> Cond:
         if raw.captions is None:
@@ -166,14 +172,14 @@ class TextToImageFamily(LatentFamily):
         return {name: self.null[name].to(value).expand_as(value) for name, value in cond.items()}
 
     def example_prompts(self, indices: Sequence[int]) -> list[str]:
-        """The prompts of :meth:`example_cond`."""
+        """Return the prompts of :meth:`example_cond`."""
         return [self.prompts[index % len(self.prompts)] for index in indices]
 
     def example_cond(self, indices: Sequence[int]) -> Cond:
         return self.embed(self.example_prompts(indices))
 
     def use_captions(self, captions: Sequence[str]) -> None:
-        self.prompts = tuple(captions)  # all of them: a Fréchet distance to the data's images wants the data's names
+        self.prompts = tuple(captions)  # all: a Fréchet distance to the data's images needs the data's own captions
         tokenizer, limit = prompt_reader(self.pipe, self.pipeline_kwargs)
         warn_too_long(tokenizer, captions, limit=limit)
 
@@ -181,13 +187,13 @@ class TextToImageFamily(LatentFamily):
 def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
     """Raise ``ValueError`` unless the pipeline samples square images of this side."""
     if native != (resolution, resolution) and "height" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"teacher.resolution: found {resolution}, but {type(pipe).__name__} samples {native} only")
+        raise ValueError(f"teacher.resolution: got {resolution}, but {type(pipe).__name__} samples {native} only")
     if resolution < 1 or resolution % factor:
-        raise ValueError(f"teacher.resolution: found {resolution}, wanted a multiple of {factor}")
+        raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
 
 
 def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """``(shift, scale)``, (1, C, 1, 1) or scalars, of ``network's = (VAE's - shift) * scale``."""
+    """Return ``(shift, scale)``, (1, C, 1, 1) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
     scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
@@ -195,7 +201,7 @@ def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, 
 
 
 def rebuild(pipe: Any, **parts: Any) -> Any:
-    """The same pipeline with other parts; the rest is shared."""
+    """Return the same pipeline with other parts; the rest is shared."""
     wanted = inspect.signature(type(pipe).__init__).parameters
     parts = {**pipe.components, **parts}
     options = {name: value for name, value in pipe.config.items() if name in wanted and name not in parts}

@@ -1,7 +1,7 @@
 """Pixel-space UNets (``UNet2DModel``): unconditional, or conditioned on class labels.
 
-The network sees images in [-1, 1], diffusers' timestep, and a class label where it has an embedding for one. EDM-style
-networks (a Karras schedule) are preconditioned here: they see ``c_in x_t`` and return F.
+The network takes images in [-1, 1], diffusers' timestep, and a class label if it has an embedding for one. EDM-style
+networks (a Karras schedule) are preconditioned here: they take ``c_in x_t`` and return F.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.diffusion.prediction import edm_scalings
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import expand
-from stepdistill.diffusion.schedulers import read_schedule
+from stepdistill.diffusion.schedule import edm_scalings, expand
+from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import cannot_open
@@ -54,17 +53,17 @@ class Pixel(Family):
     ) -> None:
         size = network.config.sample_size
         if size is None:
-            raise ValueError("unet/config.json: sample_size is missing; wanted the height (and width) of the images")
+            raise ValueError("unet/config.json: expected sample_size, the height (and width) of images; got none")
         height, width = (size, size) if isinstance(size, int) else size
         if network.config.class_embed_type is not None:
             raise ValueError(
-                f"unet/config.json: class_embed_type {network.config.class_embed_type!r} is no teacher's (a student "
-                "with further inputs cannot be distilled again); wanted null: labels, or no condition"
+                f"unet/config.json: class_embed_type: expected null, got {network.config.class_embed_type!r}; a "
+                "student with further inputs cannot be distilled again"
             )
         labels = network.config.num_class_embeds
         if null_class is not None and (labels is None or not 0 <= null_class < labels):
             raise ValueError(
-                f"teacher.null_class: found {null_class}, but the network "
+                f"teacher.null_class: got {null_class}, but the network "
                 + ("has no class embedding" if labels is None else f"embeds the labels 0 to {labels - 1}")
             )
         self.network = network
@@ -82,7 +81,7 @@ class Pixel(Family):
                 raise ValueError(f"teacher.path: {folder / name} is missing")
         for name in ("resolution", "guidance_scale"):
             if getattr(config, name) is not None:
-                raise ValueError(f"teacher.{name}: found {getattr(config, name)}, but a pixel teacher takes none")
+                raise ValueError(f"teacher.{name}: got {getattr(config, name)}, but a pixel teacher takes none")
         if not config.trust_pickles:
             refuse_pickles(folder / "unet")
         safe, dtype = wants_safetensors(config.trust_pickles), getattr(torch, config.dtype)
@@ -142,10 +141,10 @@ class Pixel(Family):
         return network(x_t.to(next(network.parameters()).dtype), timestep, class_labels=labels).sample
 
     def add_inputs(self, inputs: Inputs) -> None:
-        """Move the label embedding into a :class:`ConditionEmbedding`, whose vector a stock ``UNet2DModel`` adds.
+        """Move the label embedding into a :class:`ConditionEmbedding`, whose output a stock ``UNet2DModel`` adds.
 
-        It is a child of the network, so that every role has its own (or its own adapters), and a component of its own
-        in an exported pipeline.
+        It is a child of the network, so that every role has its own (or its own adapters). In an exported pipeline it
+        is a separate component.
         """
         if inputs == Inputs():
             return
@@ -179,7 +178,7 @@ class Pixel(Family):
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         if self.null_class is None:
             raise ValueError(
-                "guidance needs a teacher that knows 'no class': set teacher.null_class, "
+                "guidance needs a teacher with a null class: set teacher.null_class, "
                 + ("but this teacher is unconditional" if self.num_classes is None else "if it was trained with one")
             )
         return {name: torch.full_like(labels, self.null_class) for name, labels in cond.items()}
@@ -190,17 +189,15 @@ class Pixel(Family):
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> DiffusionPipeline:
-        scheduler = sampler.scheduler(self.scheduler_config)
-        network, embedding = apart(network)
+        scheduler = to_diffusers(sampler, self.scheduler_config)
+        network, embedding = split_embedding(network)
         if embedding is None and self.num_classes is None and type(scheduler) is DDIMScheduler:
             return DDIMPipeline(network, scheduler)
         if embedding is None and self.num_classes is None and isinstance(scheduler, LCMScheduler):
             return DDPMPipeline(network, scheduler)
         if embedding is None and isinstance(scheduler, CMStochasticIterativeScheduler):
             return ConsistencyModelPipeline(network, scheduler)
-        sigmas = None
-        if self.prediction_type == "flow":
-            sigmas = sampler.times[:-1].tolist()
+        sigmas = sampler.times[:-1].tolist() if self.prediction_type == "flow" else None
         return ClassConditionalPipeline(
             network,
             scheduler,
@@ -213,9 +210,14 @@ class Pixel(Family):
             condition_embedding=embedding,
         )
 
+    def teacher_pipeline(self, scheduler: Any | None) -> ClassConditionalPipeline:
+        if scheduler is None:
+            raise ValueError("solver: expected a teacher with betas; this one is a flow without a pipeline of its own")
+        return ClassConditionalPipeline(self.network, scheduler, null_class=self.null_class)
 
-def apart(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:
-    """A stock ``UNet2DModel`` of the same weights, and what embeds its further inputs, if it was extended."""
+
+def split_embedding(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:
+    """Return a stock ``UNet2DModel`` with the same weights, and the embedding of its further inputs if it has any."""
     stock = copy.copy(network)
     stock._modules = dict(network._modules)
     return stock, cast("ConditionEmbedding | None", stock._modules.pop("condition_embedding", None))

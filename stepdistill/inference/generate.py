@@ -23,7 +23,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from stepdistill.config import build
 from stepdistill.data.text import decode_text, prompt_lines, read_prompts
-from stepdistill.export.pipeline import load_pipeline, read_contract
+from stepdistill.export.contract import contract_of, read_contract
+from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.inference.grids import save_grid, to_pil
@@ -126,7 +127,7 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     check_negative_prompt(pipeline, path, request, "--guidance_scale")
     if takes_text:
-        tokenizer, limit = prompt_reader(pipeline, getattr(pipeline, "contract_call", {}))
+        tokenizer, limit = prompt_reader(pipeline, contract_of(pipeline).call)
         warn_too_long(tokenizer, request.prompts, limit=limit, what="prompts")
         if request.negative_prompt is not None:
             warn_too_long(tokenizer, [request.negative_prompt], limit=limit, what="negative prompts")
@@ -153,7 +154,7 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str)
     # FLUX.1 has a guidance of its own for it, which no student is made for; its guidance_scale is an input, or nothing
     if "true_cfg_scale" in taken or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
         raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
-    usual = getattr(pipeline, "contract_call", {}).get("guidance_scale", taken["guidance_scale"].default)
+    usual = contract_of(pipeline).call.get("guidance_scale", taken["guidance_scale"].default)
     scale = request.call.get("guidance_scale", usual)
     if scale <= 1:
         raise ValueError(f"--negative_prompt: {path} is called without guidance ({scale:g}); wanted {flag} above 1")
@@ -179,13 +180,14 @@ def beside_teacher(
             images differ in size.
     """
     contract = read_contract(Path(path))
-    teacher = contract.get("teacher") if other == "teacher" else other
+    teacher = contract.origin.teacher if other == "teacher" else other
     if teacher is None:
         raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
     pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **trust}, "--compare"), "DDIM")
     taken = inspect.signature(type(pipeline).__call__).parameters
-    call = {name: value for name, value in contract.get("call", {}).items() if name in WHAT and name in taken}
-    call |= {"num_inference_steps": steps, "guidance_scale": distilled_at(contract) if guidance is None else guidance}
+    call = {name: value for name, value in contract.call.items() if name in WHAT and name in taken}
+    guidance = contract.reproduced_guidance if guidance is None else guidance
+    call |= {"num_inference_steps": steps, "guidance_scale": guidance}
     asked = dataclasses.replace(request, call=call)
     check_negative_prompt(pipeline, teacher, asked, "--compare_guidance_scale")
     right = generate_images(pipeline, asked)
@@ -193,12 +195,6 @@ def beside_teacher(
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")
     return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
-
-
-def distilled_at(contract: Mapping[str, Any]) -> float:
-    """The guidance scale whose images a student was to make: baked in, or else what a call of it asks with."""
-    baked = contract.get("guidance_distilled", 1.0)
-    return contract.get("guidance_scale", 1.0) if baked == 1 else baked
 
 
 def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:

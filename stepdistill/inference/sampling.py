@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from stepdistill.export.contract import contract_of
 from stepdistill.inference.grids import to_uint8
 from stepdistill.randomness import derive_seed
 
@@ -143,8 +144,8 @@ def class_count(pipeline: Any) -> int | None:
     """How many classes may be asked of a pipeline; None where it takes no labels."""
     if "class_labels" not in inspect.signature(type(pipeline).__call__).parameters:
         return None
-    if (told := getattr(pipeline, "contract_classes", None)) is not None:
-        return told  # stock pipelines do not know that one label of the network's means "none"
+    if (num_classes := contract_of(pipeline).num_classes) is not None:
+        return num_classes  # stock pipelines do not know that one label of the network's means "none"
     config = network_of(pipeline).config
     embedded = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
     null_class = pipeline.config.get("null_class")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.prediction import end_point
 from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
 from stepdistill.networks.denoiser import Denoiser
@@ -30,7 +29,7 @@ from stepdistill.networks.denoiser import Denoiser
 
 def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
     """Return ``f(x_t, t)`` (B, ...) of a network, for times (B,) not below the trajectory's end."""
-    return end_point(denoiser(x_t, t, cond, w=w), x_t, t, denoiser.schedule)
+    return denoiser.schedule.end_point(denoiser(x_t, t, cond, w=w).x0, x_t, t)
 
 
 def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:

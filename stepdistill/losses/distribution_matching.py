@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.prediction import Denoise, from_x0
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.losses.regression import mean_square
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
@@ -28,8 +28,6 @@ MATCHED = (0.02, 0.98)
 """The range of times at which scores are compared: beyond it the divisor or the difference is uninformative."""
 
 SMALLEST_DIVISOR = 1e-6
-
-LOWEST_TIME = 1e-3
 
 NOISE_BANDS = ("low_noise", "middle_noise", "high_noise")
 
@@ -94,13 +92,7 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, con
 
 def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Return uniform times (B,) between the shares ``low`` and ``high`` of the times that networks are trained at."""
-    match schedule:
-        case DiscreteVP():
-            lowest = 1 / schedule.num_timesteps
-        case Karras():
-            lowest = (schedule.sigma_min / schedule.sigma_max) ** (1 / schedule.rho)
-        case _:
-            lowest = LOWEST_TIME
+    lowest = schedule.lowest_time
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 

@@ -91,4 +91,4 @@ class LCM(Distiller):
         return Losses({"loss": error.mean()})
 
     def contract(self) -> dict[str, object]:
-        return {"guidance_baked_in": self.config.guidance_scale, "guidance_range": list(self.config.guidance_range)}
+        return {"guidance_range": list(self.config.guidance_range)}

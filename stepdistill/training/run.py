@@ -15,8 +15,9 @@ from stepdistill.data.base import Dataset, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheData
 from stepdistill.evaluation.suite import Judge
+from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
-from stepdistill.export.pipeline import export_pipeline, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
@@ -187,31 +188,29 @@ class Run:
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the student as it is now, and what it cost."""
         start = self.config.bank.init_from
-        earlier = {} if start is None else read_contract(Path(start)).get("training", {})
+        earlier = {} if start is None else read_contract(Path(start)).origin.training
         cost += TrainingCost(**earlier)
         critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
-        about = {
-            "method": self.config.method_name,
-            "teacher": self.config.teacher.path,
-            "teacher_sha256": self.teacher_fingerprint,
-            "guidance_distilled": getattr(self.config.method, "guidance_scale", 1.0),
-            "config_hash": configuration.fingerprint(self.config.as_sections()),
-            **({"training": dataclasses.asdict(cost)} if cost.steps else {}),
-            **({"critic": critic} if critic else {}),
-            **({} if start is None else {"start": {"path": start, "training": earlier}}),
-            **self.distiller.contract(),
-        }
-        if self.selected is not None:
-            about["selected"] = self.selected
-        if self.judge is not None:
-            about["results"] = self.measure() | {"num_samples": self.config.eval.num_samples}
+        origin = Origin(
+            method=self.config.method_name,
+            teacher=self.config.teacher.path,
+            teacher_sha256=self.teacher_fingerprint,
+            guidance_distilled=getattr(self.config.method, "guidance_scale", 1.0),
+            config_hash=configuration.fingerprint(self.config.as_sections()),
+            training=dataclasses.asdict(cost) if cost.steps else {},
+            critic=critic,
+            start={} if start is None else {"path": start, "training": earlier},
+            method_facts=self.distiller.contract(),
+            selected=self.selected or {},
+            results={} if self.judge is None else self.measure() | {"num_samples": self.config.eval.num_samples},
+        )
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # a process that has only given its share of the weights
             return folder
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
             self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
-            about=about, guidance_scale=scale, lora=lora, links=self.links,
+            origin=origin, guidance_scale=scale, lora=lora, links=self.links,
         )  # fmt: skip
         grids = sorted((self.folder / "samples").glob("step-*.png"))
         if grids:

@@ -15,7 +15,7 @@ import torch
 from contracts.cases import asked_of
 from torch import Tensor
 
-from stepdistill.export.pipeline import read_contract
+from stepdistill.export.contract import read_contract
 from stepdistill.families.base import Family
 
 PROGRAM = Path(__file__).with_name("without_stepdistill.py")
@@ -31,9 +31,9 @@ def job(
     ``lora/``.
     """
     contract = read_contract(export)
-    call = {**asked_of(family, count), **contract["call"], **options}
+    call = {**asked_of(family, count), **contract.call, **options}
     return {
-        "export": str(export), "own_code": contract["own_code"], "call": call, "seed": seed,
+        "export": str(export), "own_code": contract.own_code, "call": call, "seed": seed,
         "output": str(export / output), "teacher": teacher,
     }  # fmt: skip
 

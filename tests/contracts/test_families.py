@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from stepdistill import load_pipeline
 from stepdistill.batch import RawBatch
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, noise_process
-from stepdistill.export.pipeline import call_arguments
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.diffusion.schedulers import noise_process
+from stepdistill.export.contract import call_arguments
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux
 from stepdistill.families.loading import families, load_teacher

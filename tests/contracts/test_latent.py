@@ -97,7 +97,7 @@ def test_measured_samples_are_asked_for_with_every_caption():
 def test_a_student_may_begin_below_pure_noise(tmp_path):
     run = train_student(tmp_path, PixArt.tiny(), "dmd2", "adapter", options={"steps": 1, "first_time": 0.4})
     check_export(run)
-    call = load_pipeline(run.folder / "pipeline").contract_call
+    call = load_pipeline(run.folder / "pipeline").contract.call
     assert call["timesteps"] == [399] and call["num_inference_steps"] == 1
 
 
@@ -283,7 +283,7 @@ def test_a_family_gives_a_lora_file_where_its_pipelines_load_one(name):
 def test_a_student_of_dit_is_measured(tmp_path):
     family = DiT.tiny()
     sampler = DDIM(family.schedule, family.schedule.grid(2))
-    pipeline = load_pipeline(export_pipeline(family, family.network, sampler, tmp_path / "student", about={}))
+    pipeline = load_pipeline(export_pipeline(family, family.network, sampler, tmp_path / "student"))
     assert (count := class_count(pipeline)) == 1000
     whole, parts = (sample_images(pipeline, 5, num_classes=count, batch_size=n, rows=4) for n in (5, 2))
     assert torch.equal(whole.pixels, parts.pixels) and whole.labels.tolist() == [0, 1, 2, 3, 4]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from stepdistill import load_pipeline
 from stepdistill.config import to_yaml
-from stepdistill.export.pipeline import read_contract
+from stepdistill.export.contract import read_contract
 from stepdistill.families.sd import SD
 from stepdistill.methods import method_names
 from stepdistill.randomness import Draws
@@ -188,7 +188,7 @@ def check_same_training(one, two):
         expected, found = load_file(one / file), load_file(two / file)
         assert expected.keys() == found.keys()
         assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-5
-    costs = [read_contract(folder / "pipeline")["training"] for folder in (one, two)]
+    costs = [read_contract(folder / "pipeline").origin.training for folder in (one, two)]
     assert all(costs[0][name] == costs[1][name] > 0 for name in ("steps", "images", "teacher_forwards"))
 
 

@@ -8,7 +8,8 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_den
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import to_prediction
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, rollout, sample
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, expand
+from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
+from stepdistill.diffusion.schedulers import read_discrete_vp, to_diffusers
 
 vp_teachers = pytest.mark.parametrize(
     ("process", "prediction_type"),
@@ -59,9 +60,9 @@ def rounding(sampler, prediction_type, x, t, s):
 def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type, steps):
     # a teacher's own way of sampling must not leak into the student's
     teacher = DDIMScheduler(**process, prediction_type=prediction_type, clip_sample=True, set_alpha_to_one=False)
-    schedule = DiscreteVP.from_config(teacher.config)
+    schedule = read_discrete_vp(teacher.config)
     sampler = rule(schedule, schedule.grid(steps))
-    assert_twins(sampler, sampler.scheduler(teacher.config), prediction_type, num_inference_steps=steps)
+    assert_twins(sampler, to_diffusers(sampler, teacher.config), prediction_type, num_inference_steps=steps)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -70,13 +71,13 @@ def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type,
 def test_flow_samplers_equal_their_diffusers_twins(rule, shift, steps):
     schedule = RectifiedFlow(shift)
     sampler = rule(schedule, schedule.grid(steps))
-    assert_twins(sampler, sampler.scheduler({"shift": shift}), "flow", sigmas=sampler.times[:-1].tolist())
+    assert_twins(sampler, to_diffusers(sampler, {"shift": shift}), "flow", sigmas=sampler.times[:-1].tolist())
 
 
 @pytest.mark.parametrize("steps", [2, 5, 18])
 def test_edm_sampler_equals_its_diffusers_twin(steps):
     sampler = DDIM(Karras(), Karras().grid(steps))
-    assert_twins(sampler, sampler.scheduler({}), "edm", num_inference_steps=steps)
+    assert_twins(sampler, to_diffusers(sampler, {}), "edm", num_inference_steps=steps)
 
 
 @pytest.mark.parametrize("times", [[0.4, 0.0], [0.9, 0.5, 0.25, 0.0]])
@@ -84,7 +85,7 @@ def test_renoising_from_below_pure_noise_equals_its_twin_at_named_timesteps(time
     schedule = SCHEDULES["linear"]
     sampler = ConsistencySampler(schedule, torch.tensor(times, dtype=torch.float64))
     assert sampler.pipeline_kwargs == {"timesteps": [round(1000 * t) - 1 for t in times[:-1]]}
-    scheduler = sampler.scheduler({**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
+    scheduler = to_diffusers(sampler, {**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
     assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
 
 
@@ -96,12 +97,12 @@ def test_a_grid_that_no_stock_scheduler_samples_is_refused(rule, times):
     schedule = SCHEDULES["linear"]
     grid = schedule.grid(16) if times is None else torch.tensor(times)
     with pytest.raises(ValueError, match="must divide the teacher's 1000 timesteps"):
-        rule(schedule, grid).scheduler(VP_PROCESSES["linear"])
+        to_diffusers(rule(schedule, grid), VP_PROCESSES["linear"])
 
 
 @pytest.mark.parametrize("times", [[1.0], [1.0, 0.5], [0.5, 1.0, 0.0], [1.0, 1.0, 0.0], [[1.0, 0.0]]])
 def test_times_that_do_not_descend_to_zero_are_refused(times):
-    with pytest.raises(ValueError, match="strictly descend to 0"):
+    with pytest.raises(ValueError, match="expected strictly descending times that end at 0"):
         DDIM(RectifiedFlow(), torch.tensor(times))
 
 
@@ -215,11 +216,13 @@ def test_what_a_schedulers_config_leaves_out_is_the_same_for_schedule_and_twins(
     """LCM's and TCD's own defaults are another process than DDIM's, which the schedule is read with."""
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.015}
     config = {name: value for name, value in config.items() if name != left_out}
-    schedule = DiscreteVP.from_config(config)
+    schedule = read_discrete_vp(config)
     alpha, _ = schedule(torch.arange(1, 1001) / 1000)
     for sampler in (
         DDIM(schedule, schedule.grid(4)),
         ConsistencySampler(schedule, schedule.grid(4)),
         StrategicStochasticSampler(schedule, schedule.grid(4), 0.3),
     ):
-        torch.testing.assert_close(sampler.scheduler(config).alphas_cumprod.double(), alpha**2, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            to_diffusers(sampler, config).alphas_cumprod.double(), alpha**2, atol=1e-6, rtol=1e-6
+        )

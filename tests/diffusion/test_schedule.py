@@ -8,9 +8,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, three_clusters, time_of
 
-from stepdistill.diffusion.ode import ode_step
+from stepdistill.diffusion.ode import ode_step, transfer
 from stepdistill.diffusion.prediction import to_prediction
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig, transfer
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig
+from stepdistill.diffusion.schedulers import read_discrete_vp
 
 TIMES = torch.linspace(0, 1, 129, dtype=torch.float64)
 INSIDE = torch.linspace(0.1, 0.7, 13, dtype=torch.float64)  # log-SNRs that every schedule has
@@ -25,7 +26,7 @@ every_process = pytest.mark.parametrize("process", VP_PROCESSES.values(), ids=VP
 @every_process
 def test_vp_adds_noise_as_diffusers_at_every_timestep(process):
     scheduler = DDPMScheduler(**process)
-    schedule = DiscreteVP.from_config(scheduler.config)
+    schedule = read_discrete_vp(scheduler.config)
     timesteps = torch.arange(1000)
     t = (timesteps + 1).double() / 1000
     x_0, noise = torch.randn(2, 1000, 1, 4, 4)
@@ -38,7 +39,7 @@ def test_vp_adds_noise_as_diffusers_at_every_timestep(process):
 def test_trained_betas_and_another_number_of_timesteps():
     betas = torch.linspace(1e-4, 0.2, 50).tolist()
     scheduler = DDPMScheduler(num_train_timesteps=50, trained_betas=betas)
-    alpha, _ = DiscreteVP.from_config(scheduler.config)(torch.arange(1, 51).double() / 50)
+    alpha, _ = read_discrete_vp(scheduler.config)(torch.arange(1, 51).double() / 50)
     torch.testing.assert_close(alpha, scheduler.alphas_cumprod.double().sqrt(), atol=1e-12, rtol=0)
 
 
@@ -112,11 +113,32 @@ def test_half_precision_images_keep_their_precision(schedule):
 
 @pytest.mark.parametrize("alphas", [[0.9, 0.9, 0.1], [1.0, 0.5], [0.2, 0.5]])
 def test_a_schedule_that_does_not_fall_is_refused(alphas):
-    with pytest.raises(ValueError, match="strictly decrease"):
+    with pytest.raises(ValueError, match="expected strictly decreasing values"):
         DiscreteVP(torch.tensor(alphas))
 
 
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_coefficients_are_the_schedule_in_the_shape_and_precision_of_the_images(schedule, dtype):
+    t, like = TIMES[1:4], torch.zeros(3, 2, 4, 4, dtype=dtype)
+    for found, exact in zip(schedule.coefficients(t, like), schedule(t), strict=True):
+        assert found.shape == (3, 1, 1, 1) and found.dtype == dtype
+        assert torch.equal(found.flatten(), exact.to(dtype))
+
+
+def test_the_lowest_time_is_that_of_the_cleanest_image_in_training():
+    assert SCHEDULES["linear"].timestep(torch.tensor(SCHEDULES["linear"].lowest_time, dtype=torch.float64)).item() == 0
+    _, sigma = Karras()(torch.tensor(Karras().lowest_time, dtype=torch.float64))
+    assert sigma.item() == pytest.approx(0.002, rel=1e-12)
+    assert RectifiedFlow().lowest_time == Trig().lowest_time == 1e-3
+
+
 # ------------------------------------------------------------------------------------------------------- grids
+
+
+@every_schedule
+def test_a_grid_is_made_once(schedule):
+    assert schedule.grid(5) is schedule.grid(5)
 
 
 @every_schedule

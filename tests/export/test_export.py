@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
+from stepdistill.export.contract import read_contract
 from stepdistill.export.links import frozen_folders
-from stepdistill.export.pipeline import export_pipeline, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.networks.copy_bank import CopyBank
@@ -83,7 +84,7 @@ def exports(tmp_path_factory):
     for name, make in TEACHERS.items():
         for how in SAMPLERS:
             family, export = make(), folder / f"{name}_{how}"
-            export_pipeline(family, family.network, make_sampler(family, how), export, about={})
+            export_pipeline(family, family.network, make_sampler(family, how), export)
             jobs.append(job(export, family, 3, 3))
     images_without_stepdistill(jobs, tmp_path_factory.mktemp("elsewhere"))
     return folder
@@ -155,7 +156,7 @@ def test_a_loaded_student_can_be_saved_again(exports, tmp_path):
 
 def test_foreign_code_is_refused_and_not_run(exports, tmp_path):
     family = TEACHERS["conditional"]()
-    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student", about={})
+    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student")
     sentinel = tmp_path / "it-ran"
     code = folder / "pipeline.py"
     code.write_text(f"open({str(sentinel)!r}, 'w').close()\n" + code.read_text())
@@ -166,7 +167,7 @@ def test_foreign_code_is_refused_and_not_run(exports, tmp_path):
 
 def test_code_beside_a_component_is_refused(tmp_path):
     family = TEACHERS["unconditional"]()
-    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student", about={})
+    folder = export_pipeline(family, family.network, make_sampler(family, "ddim-1"), tmp_path / "student")
     (folder / "unet" / "modeling.py").write_text("")
     with pytest.raises(ValueError, match="brings its own code"):
         load_pipeline(folder)
@@ -182,13 +183,13 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 
 def test_the_contract_says_how_to_sample(exports):
     contract = read_contract(exports / "conditional_ddim-4")
-    assert contract["format"] == 1
-    assert (contract["pipeline"], contract["scheduler"]) == ("ClassConditionalPipeline", "DDIMScheduler")
-    assert (contract["sampler"], contract["steps"], contract["timesteps"]) == ("DDIM", 4, [999.0, 749.0, 499.0, 249.0])
-    assert (contract["conditioning"], contract["num_classes"]) == ("class_labels", 3)
-    assert contract["sample_shape"] == [1, 8, 8] and contract["prediction_type"] == "v_prediction"
-    assert contract["guidance_scale"] == 1 and contract["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert read_contract(exports / "unconditional_ddim-4")["call"] == {"num_inference_steps": 4}
+    assert contract.format == 1
+    assert (contract.pipeline, contract.scheduler) == ("ClassConditionalPipeline", "DDIMScheduler")
+    assert (contract.sampler, contract.steps, contract.timesteps) == ("DDIM", 4, [999.0, 749.0, 499.0, 249.0])
+    assert (contract.conditioning, contract.num_classes) == ("class_labels", 3)
+    assert contract.sample_shape == [1, 8, 8] and contract.prediction_type == "v_prediction"
+    assert contract.guidance_scale == 1 and contract.call == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert read_contract(exports / "unconditional_ddim-4").call == {"num_inference_steps": 4}
 
 
 def test_the_card_shows_a_call_that_works(exports):
@@ -201,15 +202,15 @@ def test_a_grid_that_no_scheduler_has_is_refused_before_anything_is_written(tmp_
     family = TEACHERS["unconditional"]()
     sampler = DDIM(family.schedule, torch.tensor([1.0, 0.3, 0.0]))
     with pytest.raises(ValueError, match="no stock scheduler"):
-        export_pipeline(family, family.network, sampler, tmp_path / "student", about={})
+        export_pipeline(family, family.network, sampler, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_older_export_is_replaced(tmp_path):
     family = TEACHERS["unconditional"]()
     for how in ("ddim-1", "ddim-4"):
-        export_pipeline(family, family.network, make_sampler(family, how), tmp_path / "student", about={})
-    assert read_contract(tmp_path / "student")["steps"] == 4
+        export_pipeline(family, family.network, make_sampler(family, how), tmp_path / "student")
+    assert read_contract(tmp_path / "student").steps == 4
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -224,18 +225,18 @@ def teacher(tmp_path):
 def export_linked(teacher, folder):
     family = SD.tiny()
     links = frozen_folders(teacher, family)
-    return export_pipeline(family, family.network, make_sampler(family, "ddim-4"), folder, about={}, links=links)
+    return export_pipeline(family, family.network, make_sampler(family, "ddim-4"), folder, links=links)
 
 
 def test_a_linked_export_is_the_copied_one_to_stock_diffusers(teacher, tmp_path):
     family = SD.tiny()
-    copied = export_pipeline(family, family.network, make_sampler(family, "ddim-4"), tmp_path / "copied", about={})
+    copied = export_pipeline(family, family.network, make_sampler(family, "ddim-4"), tmp_path / "copied")
     moved = tmp_path / "elsewhere"
     export_linked(teacher, tmp_path / "linked").rename(moved)
     assert {path.name for path in moved.iterdir() if path.is_symlink()} == {"vae", "text_encoder", "tokenizer"}
     assert (moved / "vae").samefile(teacher / "vae") and not (moved / "unet").is_symlink()
     assert (moved / "model_index.json").read_text() == (copied / "model_index.json").read_text()
-    assert "`cp -rL` makes a copy that is whole" in (moved / "README.md").read_text()
+    assert "`cp -rL` makes a complete copy" in (moved / "README.md").read_text()
     images = [
         pipeline_images(DiffusionPipeline.from_pretrained(folder), family, 2, seed=3, num_inference_steps=4)
         for folder in (copied, moved)
@@ -287,9 +288,9 @@ def test_a_run_links_and_its_checkpoint_can_be_exported_whole(tmp_path):
     wanted = linked_sections(tmp_path)
     folder = Run(resolve(wanted)).train()
     assert (folder / "vae").is_symlink() and (folder / "lora/pytorch_lora_weights.safetensors").is_file()
-    assert set(read_contract(folder)["linked"]) == {"vae", "text_encoder", "tokenizer"}
+    assert set(read_contract(folder).linked) == {"vae", "text_encoder", "tokenizer"}
     whole = Run(resolve(wanted | {"export": {"frozen": "copy"}})).export_checkpoint(tmp_path / "whole")
-    assert not any(path.is_symlink() for path in whole.rglob("*")) and "linked" not in read_contract(whole)
+    assert not any(path.is_symlink() for path in whole.rglob("*")) and not read_contract(whole).linked
     family = SD.tiny()
     assert torch.equal(*(pipeline_images(load_pipeline(path), family, 2, seed=3) for path in (folder, whole)))
 

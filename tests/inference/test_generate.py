@@ -15,6 +15,7 @@ from stepdistill.cli import main
 from stepdistill.data.base import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
@@ -38,8 +39,10 @@ def student(tmp_path_factory, teacher):
     """The teacher itself, exported as a student of two steps."""
     family = SD.tiny()
     sampler = DDIM(family.schedule, family.schedule.grid(2))
-    about = {"method": "progressive", "teacher": teacher, "guidance_distilled": 3.0}
-    return str(export_pipeline(family, family.network, sampler, tmp_path_factory.mktemp("s") / "pipeline", about=about))
+    origin = Origin(method="progressive", teacher=teacher, guidance_distilled=3.0)
+    return str(
+        export_pipeline(family, family.network, sampler, tmp_path_factory.mktemp("s") / "pipeline", origin=origin)
+    )
 
 
 def generate(*arguments):
@@ -71,9 +74,7 @@ def test_a_folder_of_samples_is_data_with_what_they_were_asked_for(tmp_path, stu
     listing = list_samples(DataConfig(name="images", path=str(tmp_path / "text")))
     assert listing.captions == ["a crème brûlée", "a dog"] and listing.labels is None
     family = Pixel.tiny()
-    folder = export_pipeline(
-        family, family.network, DDIM(family.schedule, family.schedule.grid(1)), tmp_path / "p", about={}
-    )
+    folder = export_pipeline(family, family.network, DDIM(family.schedule, family.schedule.grid(1)), tmp_path / "p")
     generate("--pipeline", folder, "--num_images", 4, "--output", tmp_path / "classes")
     listing = list_samples(DataConfig(name="images", path=str(tmp_path / "classes")))
     assert listing.labels.tolist() == [0, 1, 2, 0] and len(listing.images) == 4
@@ -160,8 +161,8 @@ def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidan
     family = Flux.tiny()  # of 16 pixels, where its pipeline paints 256 unless told; asked with a guidance of 3.5
     family.pipe.save_pretrained(tmp_path / "teacher")
     sampler = DDIM(family.schedule, family.schedule.grid(2))
-    about = {"teacher": str(tmp_path / "teacher"), "guidance_distilled": 1.0}
-    student = export_pipeline(family, family.network, sampler, tmp_path / "student", about=about)
+    origin = Origin(teacher=str(tmp_path / "teacher"), guidance_distilled=1.0)
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student", origin=origin)
     generate(
         "--pipeline", student, "--prompt", "a cat", "--num_images", 1, "--compare", "teacher", "--compare_steps", 2,
         "--output", tmp_path / "out",
@@ -207,7 +208,7 @@ def test_long_prompts_are_counted(tmp_path, student):
 def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
     family = Pixel.tiny()
     sampler = DDIM(family.schedule, family.schedule.grid(1))
-    pixel = export_pipeline(family, family.network, sampler, tmp_path / "pixel", about={})
+    pixel = export_pipeline(family, family.network, sampler, tmp_path / "pixel")
     for arguments, message in [
         (("--pipeline", student), "paints from text; give --prompt or --prompt_file"),
         (("--pipeline", pixel, "--prompt", "a cat"), "takes no text; give --class_labels"),

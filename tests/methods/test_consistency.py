@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 from stepdistill import load_pipeline
 from stepdistill.config import read_config
 from stepdistill.diffusion.ode import solver_step
-from stepdistill.diffusion.prediction import Prediction, end_point, to_prediction
+from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import DDIM, ConsistencyKarras, sample
 from stepdistill.diffusion.schedule import Karras
-from stepdistill.export.pipeline import export_pipeline, read_contract
+from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.inference.sampling import class_count, sample_images
 from stepdistill.losses.consistency import consistency, skip_grid
@@ -61,7 +63,7 @@ def test_at_the_end_of_a_trajectory_the_function_is_the_identity_whatever_the_ne
     x, output = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     end = at(schedule.trajectory(10)[-1], 4)
     prediction = to_prediction(output, x, end, schedule, kind)
-    assert torch.allclose(end_point(prediction, x, end, schedule), x, atol=1e-9)
+    assert torch.allclose(schedule.end_point(prediction.x0, x, end), x, atol=1e-9)
 
 
 def test_edm_scalings_are_those_of_the_paper():
@@ -70,7 +72,9 @@ def test_edm_scalings_are_those_of_the_paper():
     t = schedule.time_of(torch.tensor([0.002, 0.01, 0.5, 3.0, 20.0, 80.0]))
     c_skip, c_out = CMStochasticIterativeScheduler().get_scalings_for_boundary_condition(schedule(t)[1])
     expected = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * output
-    assert torch.allclose(end_point(to_prediction(output, x, t, schedule, "edm"), x, t, schedule), expected, atol=1e-12)
+    assert torch.allclose(
+        schedule.end_point(to_prediction(output, x, t, schedule, "edm").x0, x, t), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -271,7 +275,7 @@ EDM = {
 def test_the_exported_edm_pipeline_samples_as_the_student_was_trained(tmp_path, teacher, steps):
     family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
     sampler = ConsistencyKarras(family.schedule, steps, points=41)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "cd"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="cd"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     assert type(pipeline).__name__ == "ConsistencyModelPipeline" and type(pipeline.scheduler).__name__ == EDM[teacher]
     check_samples(pipeline, family, sampler, batch_size=3)
@@ -281,7 +285,7 @@ def test_a_loaded_consistency_pipeline_is_asked_as_every_other_and_can_be_evalua
     """Stock, it takes one noise for all labels unless it is told their number, and counts "no class" as a class."""
     family = Pixel.tiny(scheduler={"_class_name": "EDMEulerScheduler", "sigma_max": 20.0}, num_classes=3)
     sampler = ConsistencyKarras(family.schedule, 2, points=41)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "ect"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="ect"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     assert class_count(pipeline) == 3
@@ -301,7 +305,7 @@ def test_a_loaded_consistency_pipeline_is_asked_as_every_other_and_can_be_evalua
 def test_an_edm_student_of_one_euler_step_keeps_its_teachers_embedding(tmp_path, teacher):
     family = Pixel.tiny(scheduler={"_class_name": teacher, "sigma_max": 20.0})
     sampler = DDIM(family.schedule, family.schedule.grid(1))
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "dmd"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="dmd"))
     check_samples(load_pipeline(tmp_path / "pipeline"), family, sampler)
 
 
@@ -335,7 +339,7 @@ def test_two_calls_are_at_the_papers_noise_levels():
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([80.0, 1.382, 0.002]), atol=1e-3, rtol=0)
     assert Karras().grid(40)[22].pow(7).item() * 80 == pytest.approx(1.382, abs=1e-3)
     sampler = ConsistencyKarras(Karras(noise_scale=1000.0), 2, points=40)
-    own = sampler.scheduler({})
+    own = to_diffusers(sampler, {})
     own.set_timesteps(2)
     levels = sampler.schedule(sampler.times)[1]
     torch.testing.assert_close(own.sigmas[:-1].double(), levels[:-1], rtol=1e-4, atol=0)
@@ -441,7 +445,7 @@ def test_one_training_is_exported_for_every_number_of_calls_it_serves(tmp_path, 
     run.train()
     mapping = read_config(run.folder / "config.yaml", ["method.steps=1"])
     folder = Run(resolve(mapping)).export_checkpoint(tmp_path / "one")
-    assert read_contract(folder)["steps"] == 1
+    assert read_contract(folder).steps == 1
     before, after = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in
                      (run.folder / "pipeline", folder))  # fmt: skip
     assert all(torch.equal(before[name], after[name]) for name in before)

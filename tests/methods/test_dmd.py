@@ -15,6 +15,7 @@ from stepdistill.batch import Batch
 from stepdistill.data.ode_pairs import Pairs, PairsConfig, make_pairs
 from stepdistill.data.shards import shard_path
 from stepdistill.diffusion.samplers import DDIM, sample
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.losses.distribution_matching import (
@@ -236,7 +237,7 @@ def test_the_student_is_sampled_by_a_stock_scheduler_in_one_step(family, twin):
     DMD.check(DMD.Config(), family)
     sampler = tiny(family=family).sampler()
     assert sampler.times.tolist() == [1.0, 0.0]
-    assert isinstance(sampler.scheduler(family.scheduler_config), twin)
+    assert isinstance(to_diffusers(sampler, family.scheduler_config), twin)
 
 
 def edm():

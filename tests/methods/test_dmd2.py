@@ -11,6 +11,7 @@ from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, rollout
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.student_inputs import backward_simulation
 from stepdistill.methods.dmd2 import DMD2
@@ -189,7 +190,7 @@ def test_processes_agree_on_the_step():
 @pytest.mark.parametrize(("steps", "timesteps"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])])
 def test_the_export_samples_at_the_papers_timesteps_with_a_stock_scheduler(steps, timesteps):
     distiller = tiny(steps=steps)
-    scheduler = distiller.sampler().scheduler(distiller.family.scheduler_config)
+    scheduler = to_diffusers(distiller.sampler(), distiller.family.scheduler_config)
     scheduler.set_timesteps(steps)
     assert isinstance(scheduler, LCMScheduler)
     assert scheduler.timesteps.tolist() == timesteps

@@ -11,6 +11,8 @@ from torch import nn
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import from_x0, to_prediction
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, rollout, sample
+from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
@@ -198,8 +200,8 @@ def test_the_sampler_is_stock_wherever_it_can_be():
     assert isinstance(sampler_of(family("flow", "flow"), 3), DDIM)
     assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 1), DDIM)
     assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
-    with pytest.raises(ValueError, match="noise correction is exported for VP teachers only"):
-        sampler_of(family("karras", "edm"), 2).scheduler({})
+    with pytest.raises(ValueError, match="NoiseCorrected is exported for VP teachers only"):
+        to_diffusers(sampler_of(family("karras", "edm"), 2), {})
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -208,7 +210,7 @@ def test_the_exported_scheduler_corrects_the_noise_as_the_sampler_does(tmp_path,
     config = dict(DDIMScheduler(**EPSILON).config)
     family = Pixel.tiny(scheduler=config, num_classes=num_classes)
     sampler = sampler_of(family, steps)
-    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", about={"method": "imagine_flash"})
+    export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="imagine_flash"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     cond = family.example_cond(range(4))

@@ -11,6 +11,7 @@ from oracles import SCHEDULES, PointNet, teacher_denoiser, three_clusters
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import ConsistencySampler, sample
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.cd import CD
@@ -100,7 +101,7 @@ def test_the_target_is_an_average():
 def test_the_sampler_is_lcm_schedulers_own_grid(steps):
     family = Pixel.tiny()
     sampler = ConsistencySampler(family.schedule, skip_grid(family.schedule, steps, 50))
-    scheduler = sampler.scheduler(family.scheduler_config)
+    scheduler = to_diffusers(sampler, family.scheduler_config)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == family.schedule.timestep(sampler.times[:-1]).round().tolist()
     pipeline = family.pipeline(family.network, sampler, 1.0)

@@ -11,9 +11,11 @@ from oracles import SCHEDULES, Gaussian, OracleFamily, PointNet, three_clusters
 from torch import nn
 
 from stepdistill.batch import Batch
+from stepdistill.diffusion.ode import transfer
 from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import ConsistencySampler
-from stepdistill.diffusion.schedule import Trig, transfer
+from stepdistill.diffusion.schedule import Trig
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, sampling_times
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -362,7 +364,7 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused():
 def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
     trig = SCHEDULES["trig"]
     oracle, sampler = three_clusters(trig, "trigflow"), ConsistencySampler(trig, sampling_times(trig, steps))
-    scheduler = sampler.scheduler({})
+    scheduler = to_diffusers(sampler, {})
     assert isinstance(scheduler, SCMScheduler)
     angles = trig.timestep(sampler.times)
     scheduler.set_timesteps(steps, timesteps=angles.tolist(), max_timesteps=None, intermediate_timesteps=None)

@@ -24,6 +24,7 @@ from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Prediction, from_x0
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, sample
 from stepdistill.diffusion.schedule import expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.tcd import TCD, jump, midpoint
@@ -139,7 +140,7 @@ def test_the_exact_solution_is_an_optimum_only_in_the_limit_of_a_fine_grid():
 def test_the_sampler_equals_tcd_scheduler(name, gamma, steps):
     schedule = SCHEDULES[name]
     sampler = StrategicStochasticSampler(schedule, skip_grid(schedule, steps, 50), gamma)
-    scheduler = sampler.scheduler(DDIMScheduler(**VP_PROCESSES[name], prediction_type="v_prediction").config)
+    scheduler = to_diffusers(sampler, DDIMScheduler(**VP_PROCESSES[name], prediction_type="v_prediction").config)
     assert isinstance(scheduler, TCDScheduler)
     teacher = teacher_denoiser(three_clusters(schedule, "v_prediction"))
     noises = torch.randn(steps, 4, 2, 1, 1, dtype=torch.float64)
@@ -374,6 +375,6 @@ def test_gamma_out_of_range_is_refused():
 
 def test_a_flow_student_with_fresh_noise_has_no_stock_scheduler():
     family = Pixel.tiny(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    with pytest.raises(ValueError, match="wanted 0"):
+    with pytest.raises(ValueError, match="gamma: expected 0, got 0.3"):
         TCD.check(TCD.Config(gamma=0.3), family)
     TCD.check(TCD.Config(gamma=0.0), family)

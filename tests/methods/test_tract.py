@@ -11,6 +11,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import invert_step, ode_step, solver_step
 from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.schedule import Karras
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.regression import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
@@ -275,7 +276,7 @@ def test_edm_takes_one_step_or_is_refused_before_training():
 
 def test_the_grid_of_a_phase_is_the_one_diffusers_samples_on():
     distiller = tiny(start=512, via=(), steps=8)
-    scheduler = distiller.sampler().scheduler(distiller.family.scheduler_config)
+    scheduler = to_diffusers(distiller.sampler(), distiller.family.scheduler_config)
     assert isinstance(scheduler, DDIMScheduler)
     scheduler.set_timesteps(8)
     assert scheduler.timesteps.tolist() == distiller.schedule.timestep(distiller.sampler().times[:-1]).tolist()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.config import ConfigError, parse_yaml, read_config
-from stepdistill.export.pipeline import read_contract
+from stepdistill.export.contract import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.training.checkpoint import Checkpoint, check_identity
 from stepdistill.training.config import resolve
@@ -192,8 +192,8 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     assert torch.equal(bank.state("fake")[name], bank.state("teacher")[name])
     assert not torch.equal(bank.state("teacher")[name], weights[name])
     contract, before = read_contract(run.train()), read_contract(first)
-    assert contract["start"] == {"path": str(first), "training": before["training"]}
-    assert contract["training"]["steps"] == 2 * before["training"]["steps"]
+    assert contract.origin.start == {"path": str(first), "training": before.origin.training}
+    assert contract.origin.training["steps"] == 2 * before.origin.training["steps"]
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):

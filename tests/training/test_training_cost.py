@@ -6,7 +6,7 @@ import pytest
 import torch
 from contracts.cases import make_run, train_until
 
-from stepdistill.export.pipeline import read_contract
+from stepdistill.export.contract import read_contract
 from stepdistill.families.pixel import Pixel
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.bank import TEACHER
@@ -24,10 +24,10 @@ def counts(cost):
 def test_progressive_costs_two_mentor_forwards_and_a_student_step(tmp_path, bank):
     make_run(tmp_path, "progressive", bank, steps=6, accumulation=2, ema=0.9).train()
     images = 6 * 2 * 4  # steps, micro-batches, images of each
-    cost = read_contract(tmp_path / "run/pipeline")["training"]
+    cost = read_contract(tmp_path / "run/pipeline").origin.training
     assert counts(cost) == [6, images, (2 + 3) * images]
     assert cost["cpu_minutes"] > 0 and 0 < cost["wall_minutes"] < 1
-    first_halving = read_contract(tmp_path / "run/pipeline-4-steps")["training"]
+    first_halving = read_contract(tmp_path / "run/pipeline-4-steps").origin.training
     assert counts(first_halving) == [2, images / 3, 5 * images / 3]  # the last halving is twice as long
     assert first_halving["wall_minutes"] < cost["wall_minutes"]
 
@@ -37,11 +37,11 @@ def test_a_resumed_run_costs_what_a_straight_one_does(tmp_path):
     before = json.loads((tmp_path / "run/checkpoint-2/state.json").read_text())["cost"]
     assert counts(before) == [2, 8, 40]
     make_run(tmp_path, "progressive", steps=6).train()
-    cost = read_contract(tmp_path / "run/pipeline")["training"]
+    cost = read_contract(tmp_path / "run/pipeline").origin.training
     assert counts(cost) == [6, 24, 120]
     assert cost["wall_minutes"] > before["wall_minutes"] and cost["cpu_minutes"] > before["cpu_minutes"]
     make_run(tmp_path, "progressive", steps=6).train()  # finished: nothing is trained, and nothing is added
-    assert read_contract(tmp_path / "run/pipeline")["training"] == cost
+    assert read_contract(tmp_path / "run/pipeline").origin.training == cost
 
 
 @pytest.mark.parametrize("adapters", [False, True])

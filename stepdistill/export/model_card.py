@@ -1,0 +1,53 @@
+"""The README of an export."""
+
+from __future__ import annotations
+
+from stepdistill.export.contract import Contract
+
+EXAMPLES = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
+"""Arguments of an example call, by the kind of condition."""
+
+
+def model_card(contract: Contract) -> str:
+    """Return the README of an export: what it is, how to call it, its measured results."""
+    from huggingface_hub import ModelCardData
+
+    origin = contract.origin
+    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", origin.method or ""])
+    custom = ", trust_remote_code=True" if contract.own_code else ""
+    linked = ", ".join(f"`{name}`" for name in contract.linked)
+    return f"""---
+{data.to_yaml()}
+---
+# A {contract.steps}-step student
+
+Distilled by **{origin.method or "?"}** with stepdistill from `{origin.teacher or "?"}`.
+
+![samples](samples.png)
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
+images = pipe({example_call(contract)}).images
+```
+
+Scheduler: `{contract.scheduler}`, timesteps {contract.timesteps}. Other step counts give worse images.
+{linked + " are links into the teacher's folder: `cp -rL` makes a complete copy." if linked else ""}
+{results_table(contract)}"""
+
+
+def example_call(contract: Contract) -> str:
+    """Return the arguments of a call that samples as trained, as Python source."""
+    condition = EXAMPLES[contract.conditioning or "none"]
+    if contract.pipeline == "ConsistencyModelPipeline" and contract.conditioning == "class_labels":
+        condition += ", batch_size=3"  # it does not count the labels
+    return ", ".join([condition, *(f"{name}={value!r}" for name, value in contract.call.items())])
+
+
+def results_table(contract: Contract) -> str:
+    """Return the measured results as a table; empty if there are none."""
+    if not contract.origin.results:
+        return ""
+    rows = [f"| {name} | {value} |\n" for name, value in contract.origin.results.items()]
+    return "| measured | value |\n|---|---|\n" + "".join(rows)
