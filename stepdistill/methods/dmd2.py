@@ -89,14 +89,14 @@ class DMD2(Distiller):
 
     def build(self) -> None:
         self.fake = self.add_role("fake")
+        trained = []
+        if self.config.gan_weight:
+            self.conditional_critic = True
+            self.critic = BottleneckCritic(self.fake)
+            self.head = self.critic.head  # a module of the method, so that it is saved
+            trained.append(self.head)
         self.add_turn("student", self.student_loss, when=self.updates_student)
-        if not self.config.gan_weight:
-            self.add_turn("fake", self.fake_loss, when=self.updates_fake)
-            return
-        self.conditional_critic = True
-        self.critic = BottleneckCritic(self.fake)
-        self.head = self.critic.head  # a module of the method, to be trained and saved
-        self.add_turn("fake", self.fake_loss, self.head, when=self.updates_fake)
+        self.add_turn("fake", self.fake_loss, *trained, when=self.updates_fake)
 
     def updates_student(self, step: int) -> bool:
         """Return whether ``step`` is the last of an interval: the fake score comes first."""
