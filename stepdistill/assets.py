@@ -1,4 +1,4 @@
-"""Files: those that travel with the package, and writing one whole or not at all."""
+"""Files of the package, and atomic writing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 FASHION = ASSETS / "fashion"
-"""The embedded teacher, its data and its classifier."""
+"""Folder of the embedded teacher, its data and its classifier."""
 
 EMBEDDED = {"embedded": FASHION / "train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
-"""Data sets, by what ``data.path`` calls them."""
+"""Embedded data sets, by their ``data.path``."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; it takes the place of ``path`` if nothing was raised.
+    """Yield a temporary path beside ``path`` to write to; it replaces ``path`` if nothing is raised.
 
-    A reader therefore sees the old file or the new one, never a part.
+    A reader therefore sees the old file or the new one, never a partial one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")

@@ -1,4 +1,4 @@
-"""Batches: what data sources yield, and what methods train on."""
+"""Batches of data sources, and batches of methods."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class RawBatch:
-    """What a data source yields: before any family has encoded it.
+    """A batch of a data source, before a family encodes it.
 
     Attributes:
-        images: (B, C, H, W) float32 in [-1, 1]; None where a method needs no data.
+        images: (B, C, H, W) float32 in [-1, 1]; None if a method needs no data.
         labels: (B,) int64 in [0, num_classes); None for a teacher without classes.
-        captions: B texts, as written (possibly empty); None where the data has none.
+        captions: B texts, as written (possibly empty); None if the data has none.
         indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
-        mirrored: (B,) bool, which samples are to be mirrored, where ``images`` is None and a cache has them.
-        unreadable: ``"name: reason"`` of every file that was skipped on the way to these B samples.
+        mirrored: (B,) bool, which samples a cache must mirror; only if ``images`` is None.
+        unreadable: ``"name: reason"`` of every file that was skipped before these B samples.
     """
 
     images: Tensor | None
@@ -30,12 +30,12 @@ class RawBatch:
 
 
 Cond = dict[str, Tensor]
-"""What a network is conditioned on, by the argument's name; every tensor's first axis is the batch."""
+"""A network's condition, by argument name; the first axis of every tensor is the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What methods see: clean images in the network's space (B, C, H, W) and their conditions."""
+    """A batch of a method: clean images in the network's space (B, C, H, W) and their conditions."""
 
     images: Tensor | None
     """None for data-free training."""
@@ -43,7 +43,7 @@ class Batch:
     size: int
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
+        """Return the batch on another device."""
         images = None if self.images is None else self.images.to(device, non_blocking=True)
         return Batch(
             images, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size

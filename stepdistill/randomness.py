@@ -1,9 +1,9 @@
 """Random numbers as a pure function of where they are used.
 
-Nothing in training may depend on the history of a random number generator: a run that was stopped and started again
-has another history, and so has each of several processes. Every draw is therefore seeded by (seed, step, turn,
-micro-batch), made for the *global* batch, and cut to the rows of this process. So a resumed run repeats exactly, and
-n processes with batches of B see what one process with a batch of n B sees.
+Training may not depend on the history of a random number generator: a resumed run has another history, and so has each
+of several processes. Every draw is therefore seeded by (seed, step, turn, micro-batch), made for the *global* batch,
+and cut to the rows of this process. So a resumed run repeats exactly, and n processes with batches of B get the numbers
+of one process with a batch of n B.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from numbers and names; nearby inputs give unrelated seeds."""
+    """Return a 63-bit seed from numbers and names; nearby inputs give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class Draws:
-    """The random numbers of one micro-batch of one turn.
+    """Random numbers of one micro-batch of one turn.
 
     Args:
         seed: the seed of this place in the run, see :func:`derive_seed`.
         batch_size: rows of this process.
-        rank: this process.
-        world: how many processes there are.
-        device: where the numbers are made and wanted.
+        rank: index of this process.
+        world: number of processes.
+        device: where the numbers are made.
     """
 
     def __init__(
@@ -39,36 +39,36 @@ class Draws:
         self.world = world
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        # numbers that cost no synchronisation with an accelerator; of another seed, or they would repeat the batch's
+        # numbers on the CPU need no synchronisation; with the same seed they would repeat the others
         self.host = torch.Generator().manual_seed(derive_seed(seed, "host"))
 
     def _rows(self, of_all: Tensor) -> Tensor:
         return of_all[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
     def normal_like(self, x: Tensor) -> Tensor:
-        """Unit Gaussian noise of the shape (B, ...) and dtype of ``x``."""
+        """Return unit Gaussian noise of the shape (B, ...) and dtype of ``x``."""
         return self.normal(*x.shape[1:]).to(x.dtype)
 
     def normal(self, *shape: int) -> Tensor:
-        """Unit Gaussian noise (B, *shape) in float32."""
+        """Return unit Gaussian noise (B, *shape) in float32."""
         every = (self.world * self.batch_size, *shape)
         return self._rows(torch.randn(every, generator=self.generator, device=self.device))
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform numbers (B,) in [low, high), float64."""
+        """Return uniform numbers (B,) in [low, high), float64."""
         every = self.world * self.batch_size
         numbers = torch.rand(every, generator=self.generator, device=self.device, dtype=torch.float64)
         return self._rows(low + (high - low) * numbers)
 
     def integers(self, low: int, high: int) -> Tensor:
-        """Uniform integers (B,) in {low, ..., high - 1}."""
+        """Return uniform integers (B,) in {low, ..., high - 1}."""
         every = (self.world * self.batch_size,)
         return self._rows(torch.randint(low, high, every, generator=self.generator, device=self.device))
 
     def rows_of(self, length: int) -> list[int]:
-        """Indices, one a sample, into a table of ``length`` rows; known to the host."""
+        """Return B indices into a table of ``length`` rows, on the CPU."""
         return self._rows(torch.randint(length, (self.world * self.batch_size,), generator=self.host)).tolist()
 
     def shared_integer(self, low: int, high: int) -> int:
-        """One integer in {low, ..., high - 1}, the same in every process."""
+        """Return one integer in {low, ..., high - 1}, the same in every process."""
         return int(torch.randint(low, high, (1,), generator=self.host))

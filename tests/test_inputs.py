@@ -297,7 +297,7 @@ def test_a_network_is_not_asked_for_an_input_it_lacks():
 
 
 def test_a_student_with_inputs_is_no_teacher(exports):
-    with pytest.raises(ValueError, match="class_embed_type 'identity'"):
+    with pytest.raises(ValueError, match="class_embed_type: expected null, got 'identity'"):
         Pixel.load(exports / "v_prediction_ddim", TeacherConfig(path="x"))
 
 

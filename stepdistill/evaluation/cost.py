@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepdistill.inference.sampling import asked_labels, class_count, condition_of, network_of
+from stepdistill.inference.sampling import class_count, condition_of, cycle_labels, network_of
 
 
 def flops_per_image(pipeline: Any, call: Mapping[str, Any], captions: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def flops_per_image(pipeline: Any, call: Mapping[str, Any], captions: Sequence[s
     the counter knows no fused kernel of the CPU.
     """
     classes = class_count(pipeline)
-    labels = None if classes is None else asked_labels(1, range(classes))
+    labels = None if classes is None else cycle_labels(1, range(classes))
     condition = condition_of(pipeline, range(1), labels, captions and captions[:1])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         pipeline(**condition, generator=[torch.Generator("cpu").manual_seed(0)], output_type="np", **call)

@@ -1,8 +1,8 @@
 """A student as a plain diffusers directory, and back.
 
-The export is what stock diffusers loads: stock pipeline and scheduler wherever they can express the student, else one
-self-contained file of ``stepdistill.pipelines`` beside the weights. ``stepdistill.json`` is the *sampling contract*:
-everything a caller must know to sample as trained. :func:`load_pipeline` applies it, so that a bare call is right.
+Stock diffusers loads the export: its pipeline and scheduler are stock wherever they can express the student, else one
+self-contained file of ``stepdistill.pipelines`` lies beside the weights. :func:`load_pipeline` applies the sampling
+contract (:mod:`stepdistill.export.contract`), so that a call without arguments samples as trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CUSTOM_FILE = "pipeline.py"
 
 
 GRIDS = ("sigmas", "timesteps")
-"""Arguments of a call that name its grid."""
+"""Arguments of a call that contain its grid of times."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ExportConfig:
     """The ``export`` section."""
 
     frozen: Literal["copy", "link"] = "copy"
-    """Whether the export holds what was not trained (VAE, text encoders, tokenizers), or links to the teacher's."""
+    """Whether VAE, text encoders and tokenizers are copied into the export, or links to the teacher's."""
 
 
 def export_pipeline(
@@ -57,20 +57,20 @@ def export_pipeline(
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
-    The directory appears whole or not at all: it is written beside and renamed.
+    The directory appears complete or not at all: it is written under another name and renamed.
 
     Args:
         family: the student's family.
         network: a plain diffusers model.
         sampler: the rule and grid it was trained for.
-        folder: where to write; an older export there is replaced.
+        folder: where to write; an existing export is replaced.
         origin: where the student comes from, for its contract.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
         links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
 
     Raises:
-        ValueError: if no scheduler can express the sampler, or the file system takes no links.
+        ValueError: if no scheduler can express the sampler, or the file system has no links.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
     contract = describe(
@@ -101,13 +101,13 @@ def save_pipeline(
     pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS,
     code: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:  # fmt: skip
-    """``save_pretrained``, and the files of classes that are not diffusers' in it, where diffusers looks for them.
+    """Save a pipeline together with the files of its custom classes, where diffusers looks for them.
 
     Args:
         pipeline: what is saved.
         folder: where.
         links: parts that are linked to.
-        code: files that the teacher brought, by their place.
+        code: Python files of a teacher with its own code, by their path in its folder.
     """
     if links:
         save_parts(pipeline, folder, links)
@@ -131,7 +131,7 @@ def save_pipeline(
 
 
 def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:
-    """As ``save_pretrained`` does, but for the parts that are linked."""
+    """Save the parts of a pipeline as ``save_pretrained`` does, and link those in ``links``."""
     pipeline.save_config(folder)
     for name, part in pipeline.components.items():
         if name in links:
@@ -141,7 +141,7 @@ def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Pa
 
 
 def is_our_class(thing: object) -> bool:
-    """Whether the class of ``thing`` is one of ``stepdistill.pipelines``."""
+    """Return whether the class of ``thing`` is one of ``stepdistill.pipelines``."""
     return type(thing).__module__.startswith("stepdistill.pipelines")
 
 
@@ -151,32 +151,33 @@ def has_own_class(pipeline: DiffusionPipeline) -> bool:
 
 
 def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
-    """What ``model_index.json`` has to say of classes that diffusers read from a model's folder: module and name."""
-    things = {"_class_name": pipeline, **pipeline.components}
-    homes = {name: (type(thing).__module__, type(thing).__name__) for name, thing in things.items()}
-    return {
-        name: [module.rpartition(".")[2], cls]
-        for name, (module, cls) in homes.items()
-        if module.startswith("diffusers_modules.")
-    }
+    """Return the entries of ``model_index.json`` for classes that diffusers read from a model's folder.
+
+    An entry is a module and a class name.
+    """
+    entries = {}
+    for name, thing in {"_class_name": pipeline, **pipeline.components}.items():
+        module = type(thing).__module__
+        if module.startswith("diffusers_modules."):
+            entries[name] = [module.rpartition(".")[2], type(thing).__name__]
+    return entries
 
 
 def load_pipeline(
     path: str | Path, *, trust_remote_code: bool = False, trust_pickles: bool = False, **options: Any
 ) -> DiffusionPipeline:
-    """Load a pipeline directory with its contract applied: a bare call samples as trained.
+    """Load a pipeline directory and apply its contract: a call without arguments samples as trained.
 
-    Code in the directory runs only if it is, byte for byte, a file of this package, or if ``trust_remote_code`` is set.
+    Code in the directory runs only if it is identical to a file of this package, or if ``trust_remote_code`` is set.
 
     Args:
         path: an exported directory, or any diffusers pipeline directory.
         trust_remote_code: run other Python files that lie in the directory.
-        trust_pickles: read weights that are there as pickles only; an export has none.
+        trust_pickles: read weights that exist only as pickles; an export has none.
         options: passed to ``DiffusionPipeline.from_pretrained``, for example ``dtype``.
 
     Raises:
-        ValueError: if the directory is missing, is no pipeline, would run what is not trusted, or links to what is
-            gone.
+        ValueError: if the directory is missing or no pipeline, would run untrusted code, or has broken links.
     """
     folder = Path(path)
     if not (folder / "model_index.json").is_file():
@@ -192,7 +193,7 @@ def load_pipeline(
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> DiffusionPipeline:
-    """Make the contract's arguments the defaults of a call of this one pipeline object."""
+    """Make the contract's arguments the defaults of this pipeline object's call."""
     defaults = contract.call
     if not defaults:
         return pipeline
@@ -204,12 +205,12 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
         bound = inspect.signature(original.__call__).bind_partial(self, *args, **kwargs).arguments
         own = {name: value for name, value in defaults.items() if name not in bound}
         if bound.get("num_inference_steps", defaults.get("num_inference_steps")) != defaults.get("num_inference_steps"):
-            own = {name: value for name, value in own.items() if name not in GRIDS}  # of another number of steps
+            own = {name: value for name, value in own.items() if name not in GRIDS}  # they have another number of steps
         if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
-            own["batch_size"] = len(bound["class_labels"])  # else all images would share one noise
+            own["batch_size"] = len(bound["class_labels"])  # or all images would share one noise
         return original.__call__(self, *args, **(own | kwargs))
 
-    # a call looks its method up on the class; the name stays, since save_pretrained writes it
+    # Python looks __call__ up on the class; the name stays because save_pretrained writes it
     pipeline.__class__ = type(
         original.__name__,
         (original,),
@@ -223,6 +224,6 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
 
 
 def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Silence a pipeline's progress bar, for use inside other loops."""
+    """Turn off a pipeline's progress bar, for use inside other loops."""
     pipeline.set_progress_bar_config(disable=True, file=sys.stderr)
     return pipeline

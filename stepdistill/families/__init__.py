@@ -1,5 +1,5 @@
-"""Teacher families: everything that is peculiar to one kind of diffusers model, one file each.
+"""Teacher families: everything specific to one kind of diffusers model, one file each.
 
-There is no registry: a family's file is found because it lies here, and the classes of networks it names are what
-:func:`~stepdistill.families.loading.load_teacher` recognises a teacher by.
+There is no registry: every family's file in this folder is found, and
+:func:`~stepdistill.families.loading.load_teacher` recognises a teacher by the network classes that it names.
 """

@@ -17,14 +17,14 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; students always train in float32."""
     family: str | None = None
-    """Overrides the detection: the name of a file in ``stepdistill/families``."""
+    """Name of a file in ``stepdistill/families``, in place of detection."""
     null_class: int | None = None
-    """The class label that means "no class", where the teacher was trained with one."""
+    """The class label that means "no class", if the teacher was trained with one."""
     resolution: int | None = None
-    """Side in pixels of the (square) images, where not the one that the teacher samples at when nobody says."""
+    """Side in pixels of the (square) images; None is the teacher's default."""
     guidance_scale: float | None = None
-    """What a teacher that takes guidance as an input (FLUX.1-dev) is asked with; others are guided by the method."""
+    """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
     trust_remote_code: bool = False
-    """Whether Python files that lie in the teacher's folder may run; its student's export then brings them along."""
+    """Whether Python files in the teacher's folder may run; its student's export then contains them."""
     trust_pickles: bool = False
-    """Whether weights may be read that are there as pickles (``.bin``) only; what is exported is safetensors."""
+    """Whether weights that exist only as pickles (``.bin``) may be read; exports are safetensors."""

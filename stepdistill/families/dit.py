@@ -1,4 +1,4 @@
-"""DiT: a class-conditional transformer on latents that also predicts a variance, which samplers here do not use."""
+"""DiT: a class-conditional transformer on latents. It also predicts a variance, which no sampler here uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepdistill.batch import Cond, RawBatch
 from stepdistill.families.latent import PlainLatentFamily
 
-NULL_CLASS = 1000  # written into DiTPipeline
+NULL_CLASS = 1000  # hard-coded in DiTPipeline
 
 
 class DiT(PlainLatentFamily):
@@ -32,7 +32,7 @@ class DiT(PlainLatentFamily):
         self.num_classes = pipe.transformer.config.num_embeds_ada_norm
         for module in self.network.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # dropping labels is the data's matter, also while training
+                module.dropout_prob = 0.0  # the data drops labels, not the network
 
     @classmethod
     def tiny(cls, seed: int = 0) -> DiT:
@@ -56,8 +56,8 @@ class DiT(PlainLatentFamily):
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         if self.num_classes != NULL_CLASS:
             raise ValueError(
-                f"guidance: DiTPipeline takes class {NULL_CLASS} for 'no class', but the teacher has "
-                f"{self.num_classes} classes; wanted guidance_scale: 1"
+                f"guidance: expected guidance_scale: 1: DiTPipeline uses class {NULL_CLASS} as the null class, but the "
+                f"teacher has {self.num_classes} classes"
             )
         return {name: torch.full_like(labels, NULL_CLASS) for name, labels in cond.items()}
 
@@ -67,4 +67,4 @@ class DiT(PlainLatentFamily):
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(x_t, timestep=self.schedule.timestep(t).float(), class_labels=cond["class_labels"]).sample
-        return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance
+        return output[:, : x_t.shape[1]]  # the other channels, if any, are the variance

@@ -1,7 +1,7 @@
-"""FLUX.1: a flow transformer on packed latents, told a prompt through CLIP and T5, and in "dev" its guidance scale.
+"""FLUX.1: a flow transformer on packed latents, conditioned on a prompt through CLIP and T5.
 
-"dev" is itself distilled to take its guidance as an input: it is asked with ``teacher.guidance_scale``, and so is its
-student. "schnell" takes none. Neither knows an unconditional prediction in its pipeline's own call.
+"dev" is itself distilled to take its guidance scale as an input; ``teacher.guidance_scale`` sets that input for the
+teacher and the student. "schnell" takes none. Neither makes an unconditional prediction in its pipeline's own call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 
-GUIDANCE_SCALE = 3.5  # what FluxPipeline asks with when nobody says
+GUIDANCE_SCALE = 3.5  # the default of FluxPipeline
 
 
 class Flux(PlainLatentFamily, TextToImageFamily):
@@ -38,13 +38,14 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None and not pipe.transformer.config.guidance_embeds:
             raise ValueError(
-                f"teacher.guidance_scale: found {guidance_scale}, but this teacher (guidance_embeds: false, as "
+                f"teacher.guidance_scale: got {guidance_scale}, but this teacher (guidance_embeds: false, as "
                 "FLUX.1-schnell) takes none; leave it out"
             )
         super().__init__(pipe, resolution=resolution)
         _, height, width = self.sample_shape
         if height % 2 or width % 2:
-            raise ValueError(f"teacher.resolution: {resolution} is no multiple of {2 * self.spatial_factor()}")
+            factor = 2 * self.spatial_factor()
+            raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
         self.guidance_scale = None
         if pipe.transformer.config.guidance_embeds:
@@ -57,7 +58,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a prompt that T5 reads: 256 for "schnell", which was trained so, and 512 for "dev"."""
+        """Number of prompt tokens that T5 reads: 256 for "schnell", as in its training, and 512 for "dev"."""
         return 512 if self.pipe.transformer.config.guidance_embeds else 256
 
     @classmethod
@@ -81,7 +82,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
         )
 
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
-        del null  # a network that takes its guidance knows no other prompt than the one it is given
+        del null  # the network has no null prompt
         prompt, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.pipe.text_encoder.device, max_sequence_length=self.sequence_length
         )
@@ -90,13 +91,14 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         del cond
         raise ValueError(
-            "guidance: FLUX.1 takes its guidance as an input, or none; wanted guidance_scale: 1 in the method, and for "
-            "FLUX.1-dev teacher.guidance_scale"
+            "guidance: expected guidance_scale: 1 in the method, and for FLUX.1-dev teacher.guidance_scale: FLUX.1 "
+            "takes its guidance as an input, or none"
         )
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         _, _, height, width = x_t.shape
-        places = torch.cartesian_prod(*(torch.arange(n // 2, device=x_t.device) for n in (height, width)))
+        rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
+        places = torch.cartesian_prod(rows, columns)
         text = cond["encoder_hidden_states"]
         guidance = (
             None if self.guidance_scale is None else torch.full((len(x_t),), self.guidance_scale, device=x_t.device)
@@ -113,19 +115,20 @@ class Flux(PlainLatentFamily, TextToImageFamily):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as tokens (B, H W / 4, 4 C), one for every square of four."""
+    """Return latents (B, C, H, W) as tokens (B, H W / 4, 4 C), one for every 2 x 2 square."""
     return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`pack`."""
+    """Invert :func:`pack`."""
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift of the grid for images of so many tokens: linear in them, in the logarithm unless the config says not.
+    """Return the shift of the grid for images of ``tokens`` tokens.
 
-    What ``FluxPipeline`` makes its ``mu`` of (Esser et al. 2024, arXiv 2403.03206, Section 5.3.2, as FLUX.1 fits it).
+    ``mu``, by default the shift's logarithm, is linear in the tokens, as in ``FluxPipeline`` (Esser et al. 2024, arXiv
+    2403.03206, Section 5.3.2, with FLUX.1's constants).
     """
     fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

@@ -1,8 +1,4 @@
-"""Teacher families: everything that is peculiar to one kind of diffusers model, one file each.
-
-There is no registry: a family's file is found because it lies here, and the classes of networks it names are what
-:func:`load_teacher` recognises a teacher by.
-"""
+"""Finding the family of a teacher, and opening teachers."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from stepdistill.loading import open_folder, own_class, permission_hint, read_in
 
 
 def families() -> dict[str, type[Family]]:
-    """Every family, by the name of its file."""
+    """Return every family, by the name of its file."""
     found: dict[str, type[Family]] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
@@ -39,12 +35,12 @@ def load_teacher(config: TeacherConfig) -> Family:
     """Open a teacher: a diffusers pipeline directory, a bare ``unet/`` or ``transformer/`` folder, or a hub id.
 
     Raises:
-        ValueError: if there is no such folder, its network's class belongs to no family, or it would run what is not
-            trusted.
+        ValueError: if there is no such folder, its network's class belongs to no family, or it would run untrusted
+            code.
     """
     known = families()
     if config.family is not None and config.family not in known:
-        raise ValueError(f"teacher.family: {config.family!r} is not a family{nearest(config.family, known)}")
+        raise ValueError(f"teacher.family: unknown family {config.family!r}{nearest(config.family, known)}")
     folder = locate(config)
     if config.family is not None:
         return known[config.family].load(folder, config)
@@ -57,14 +53,14 @@ def load_teacher(config: TeacherConfig) -> Family:
     found = network_class(folder, "unet") or network_class(folder, "transformer")
     supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))
     raise ValueError(
-        f"teacher.path: {config.path}: no family knows the network {found!r} in the pipeline {pipeline!r}; "
+        f"teacher.path: {config.path}: no family has the network {found!r} in the pipeline {pipeline!r}; "
         f"known: {', '.join(supported)}. "
         "A new family is one file in stepdistill/families/, see CONTRIBUTING.md."
     )
 
 
 def locate(config: TeacherConfig) -> Path:
-    """The local folder of ``config.path``: the folder itself, the embedded teacher's, or a downloaded snapshot."""
+    """Return the local folder of ``config.path``: itself, the embedded teacher's, or a downloaded snapshot."""
     if config.path == "embedded":
         return FASHION / "teacher"
     folder = Path(config.path)
@@ -81,15 +77,15 @@ def locate(config: TeacherConfig) -> Path:
 
 
 def network_class(folder: Path, component: str) -> str | None:
-    """The class name in ``<component>/config.json``, or None where there is no such component."""
+    """Return the class name in ``<component>/config.json``, or None if there is no such component."""
     path = folder / component / "config.json"
     return json.loads(path.read_text())["_class_name"] if path.is_file() else None
 
 
 def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
-    """The diffusers class of the pipeline in a folder, or the one that the folder's own class derives from.
+    """Return the diffusers class of the pipeline in a folder, or the one that its custom class derives from.
 
-    None where there is no ``model_index.json``, or the code that would tell must not run.
+    None if there is no ``model_index.json``, or if the custom code must not run.
     """
     own = own_class(folder)
     if own is None:
@@ -98,21 +94,21 @@ def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
 
 
 def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
-    """What to raise where diffusers raises ``error`` at a teacher's folder."""
+    """Return the error to raise if diffusers raises ``error`` for a teacher's folder."""
     fetched = not (config.trust_pickles or Path(config.path).exists())
-    hint = f"; pickles (.bin) are not fetched from a hub id: if it has no other, {permission_hint('trust_pickles')}"
+    hint = f"; pickles (.bin) are not downloaded: if it has no other weights, {permission_hint('trust_pickles')}"
     return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
 
 
 def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
-    """A teacher's pipeline, its network in the wanted precision and all beside it in float32, as the student will be.
+    """Open a teacher's pipeline, its network in the configured precision and all other parts in float32.
 
     Raises:
-        ValueError: if it is incomplete, or would run what is not trusted.
+        ValueError: if it is incomplete, or would run untrusted code.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"teacher.path: {folder}: no model_index.json; wanted a whole pipeline (VAE, text encoder, ...)"
+            f"teacher.path: {folder}: no model_index.json; expected a complete pipeline (VAE, text encoder, ...)"
         )
     dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
     try:

@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-sigma: a transformer on latents, told a prompt through T5, that also predicts a variance."""
+"""PixArt-alpha and PixArt-sigma: a transformer on latents with a prompt through T5. It also predicts a variance."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
         length = default_of(pipe, "max_sequence_length")
-        # captions as they are: cleaning needs packages that a caller may not have, who would see other images
+        # no cleaning of captions: it needs packages that a caller may lack, who would then get other images
         self.pipeline_kwargs = {**self.pipeline_kwargs, "clean_caption": False, "max_sequence_length": length}
 
     @classmethod
     def tiny(cls, seed: int = 0, *, sigma: bool = False) -> PixArt:
-        """PixArt-alpha as it is told resolution and aspect ratio; or PixArt-sigma, which is told neither."""
+        """Return PixArt-alpha, which takes resolution and aspect ratio, or with ``sigma`` PixArt-sigma."""
         from diffusers import (
             DPMSolverMultistepScheduler,
             PixArtAlphaPipeline,
@@ -64,10 +64,10 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
             timestep=self.schedule.timestep(t).float(),
             added_cond_kwargs=self.sizes(x_t),
         ).sample
-        return output[:, : x_t.shape[1]]  # the rest, where there is one, is the variance
+        return output[:, : x_t.shape[1]]  # the other channels, if any, are the variance
 
     def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
-        """What the network is told of the image's size, where it is."""
+        """Return the network's resolution and aspect ratio inputs; None for networks without them."""
         if not self.pipe.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         _, height, width = self.image_shape

@@ -1,4 +1,4 @@
-"""Prompts of latent families: examples, masks, and how many tokens are read."""
+"""Prompts of latent families: examples, masks, and the number of tokens that are read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stepdistill.batch import Cond
 
 
 def warn_too_long(tokenizer: Any, texts: Sequence[str], *, limit: int, what: str = "captions") -> None:
-    """Count the texts that are longer than the encoder reads, and warn if there are any.
+    """Warn if texts are longer than the text encoder reads.
 
     Args:
         tokenizer: of the text encoder.
         texts: captions or prompts.
-        limit: tokens that it reads.
-        what: they are called.
+        limit: number of tokens that it reads.
+        what: name of the texts in the warning.
     """
     too_long = [text for text in texts if len(tokenizer(text).input_ids) > limit]
     if too_long:
@@ -43,13 +43,13 @@ EXAMPLE_PROMPTS = (
 
 
 def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
-    """Of (prompt, its mask, negative prompt, its mask), as an ``encode_prompt`` returns them, the condition."""
+    """Return the condition out of (prompt, its mask, negative prompt, its mask), as ``encode_prompt`` returns them."""
     prompt, mask = embedded[2:] if null else embedded[:2]
     return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
 
 
 def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
-    """The tokenizer that reads most of a prompt in a call of the pipeline (its last), and how many tokens it reads."""
+    """Return the tokenizer that reads most of a prompt (the pipeline's last), and its limit in tokens."""
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")
     tokenizer = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
     length = call.get("max_sequence_length")
@@ -59,5 +59,5 @@ def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
 
 
 def default_of(pipe: Any, name: str) -> Any:
-    """What a call of the pipeline takes for an argument that is not given."""
+    """Return the default of an argument of the pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters[name].default

@@ -1,4 +1,4 @@
-"""Sana: a flow transformer with linear attention on the latents of a deep autoencoder, told a prompt through Gemma."""
+"""Sana: a flow transformer with linear attention on latents of a deep autoencoder, with a prompt through Gemma."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sana(PlainLatentFamily, TextToImageFamily):
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
         if any(side % 32 for side in self.image_shape[1:]):
-            raise ValueError(f"teacher.resolution: found {self.image_shape[1:]}, SanaPipeline wants multiples of 32")
+            raise ValueError(f"teacher.resolution: expected multiples of 32, got {self.image_shape[1:]}")
         length = default_of(pipe, "max_sequence_length")
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": length}
 
@@ -65,4 +65,4 @@ class Sana(PlainLatentFamily, TextToImageFamily):
             encoder_attention_mask=cond["encoder_attention_mask"],
             timestep=self.schedule.timestep(t).float() * self.pipe.transformer.config.timestep_scale,
         ).sample
-        return output[:, : x_t.shape[1]]  # the rest, where there is one, is a variance
+        return output[:, : x_t.shape[1]]  # the other channels, if any, are a variance

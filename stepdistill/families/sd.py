@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a ``UNet2DConditionModel`` on latents, told a prompt through one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a ``UNet2DConditionModel`` on latents with a prompt through one CLIP encoder."""
 
 from __future__ import annotations
 

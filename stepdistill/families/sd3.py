@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: a flow transformer on latents, told a prompt through two CLIP encoders and T5."""
+"""Stable Diffusion 3: a flow transformer on latents with a prompt through two CLIP encoders and T5."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class SD3(PlainLatentFamily, TextToImageFamily):
         from stepdistill.families.tiny import tiny_clip, tiny_vae
 
         torch.manual_seed(seed)
-        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = (tiny_clip(projection=True) for _ in range(2))
+        tokenizer, text_encoder = tiny_clip(projection=True)
+        tokenizer_2, text_encoder_2 = tiny_clip(projection=True)
         tokenizer_3, text_encoder_3 = tiny_t5(width=32)
         transformer = SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, their pooled embedding, and the sizes of the image as further conditions."""
+"""Stable Diffusion XL: conditioned on two text encoders, a pooled embedding, and the sizes of the image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SDXL(TextToImageFamily):
         prompt, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             list(prompts), device=self.pipe.text_encoder_2.device, do_classifier_free_guidance=null
         )
-        if null:  # zeros or the embedding of "", as the pipeline's force_zeros_for_empty_prompt says
+        if null:  # zeros or the embedding of "", by the pipeline's force_zeros_for_empty_prompt
             prompt, pooled = negative, negative_pooled
         return {"encoder_hidden_states": prompt.float(), "text_embeds": pooled.float()}
 
@@ -69,7 +69,7 @@ class SDXL(TextToImageFamily):
         assert s is None, "this network takes no second time"
         dtype = next(network.parameters()).dtype
         _, height, width = self.image_shape
-        # original size, crop, target size: what a call of the pipeline says when nobody says otherwise
+        # original size, crop, target size: the defaults of a call of the pipeline
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x_t.device)
         return network(
             x_t.to(dtype),

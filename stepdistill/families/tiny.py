@@ -1,4 +1,4 @@
-"""Random miniatures of the parts of pipelines, for contract tests without a download."""
+"""Random miniatures of the parts of pipelines, for tests without a download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tiny_gemma(width: int) -> tuple[Any, Any]:
-    """A tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
+    """Return a tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     pairs = list(itertools.product("abcdefghijklmnopqrstuvwxyz\u2581", repeat=2))
@@ -21,11 +21,8 @@ def tiny_gemma(width: int) -> tuple[Any, Any]:
     return tokenizer, Gemma2Model(config)
 
 
-# ---------------------------------------------------------------------------------------------- miniatures
-
-
 def tiny_unet(**options: Any) -> Any:
-    """A random ``UNet2DConditionModel`` on latents of 8 x 8."""
+    """Return a random ``UNet2DConditionModel`` on latents of 8 x 8."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -36,7 +33,7 @@ def tiny_unet(**options: Any) -> Any:
 
 
 def tiny_vae(**options: Any) -> Any:
-    """A random ``AutoencoderKL`` that halves the size of images."""
+    """Return a random ``AutoencoderKL`` that halves the size of images."""
     from diffusers import AutoencoderKL
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -44,7 +41,7 @@ def tiny_vae(**options: Any) -> Any:
 
 
 def tiny_clip(*, projection: bool = False, width: int = 16) -> tuple[Any, Any]:
-    """A tokenizer of bytes, made in memory, and a random CLIP text encoder for it."""
+    """Return a tokenizer of bytes, made in memory, and a random CLIP text encoder for it."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -60,7 +57,7 @@ def tiny_clip(*, projection: bool = False, width: int = 16) -> tuple[Any, Any]:
 
 
 def tiny_t5(width: int) -> tuple[Any, Any]:
-    """A tokenizer of letters, made in memory, and a random T5 encoder for it."""
+    """Return a tokenizer of letters, made in memory, and a random T5 encoder for it."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.'"]

@@ -1,4 +1,4 @@
-"""What the UNets of Stable Diffusion and SDXL share."""
+"""The common part of the UNets of Stable Diffusion and SDXL."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ UNET_LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj", "conv_in", "conv_out", "cond_proj",
 )  # fmt: skip
-"""LCM-LoRA's layers (Luo et al. 2023, arXiv 2311.05556), both ends, and the guidance input where there is one."""
+"""LCM-LoRA's layers (Luo et al. 2023, arXiv 2311.05556), both ends, and the guidance input if there is one."""
 
 
 W_FEATURES = 256
+"""Fourier features of the guidance weight."""
 
 
 def check_unet(unet: Any) -> None:
-    """Refuse networks that are no text-to-image teacher's."""
+    """Raise ``ValueError`` unless the network is a text-to-image teacher."""
     if unet.config.time_cond_proj_dim is not None:
         raise ValueError(
-            "unet/config.json: time_cond_proj_dim is set: this is a student that takes its guidance as an input, and "
-            "cannot be distilled again; wanted its teacher"
+            "unet/config.json: time_cond_proj_dim is set: this is a student that takes its guidance as an input and "
+            "cannot be distilled again; expected its teacher"
         )
     if unet.config.in_channels != unet.config.out_channels:
         raise ValueError(
             f"unet/config.json: {unet.config.in_channels} channels in, {unet.config.out_channels} out: an inpainting "
-            "or image-conditioned network; wanted text-to-image"
+            "or image-conditioned network; expected text-to-image"
         )
 
 
@@ -37,7 +38,7 @@ def extend_unet(unet: Any, inputs: Inputs) -> None:
     """Give the network diffusers' guidance input (``time_cond_proj_dim``), zero at first.
 
     Raises:
-        ValueError: if a second time is asked for, which no stock pipeline would pass on.
+        ValueError: if a second time is requested, which no stock pipeline would pass on.
     """
     if inputs.s:
         raise ValueError("teacher.family: UNet2DConditionModel takes no second time; choose one-time students")
@@ -51,7 +52,7 @@ def extend_unet(unet: Any, inputs: Inputs) -> None:
 
 
 def guidance_features(pipe: Any, w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The pipeline's own Fourier features (B, 256) of guidance weights (B,)."""
+    """Return the pipeline's own Fourier features (B, 256) of guidance weights (B,); None without weights."""
     if w is None:
         return None
     with torch.device(w.device):

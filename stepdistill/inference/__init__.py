@@ -1,1 +1,1 @@
-"""Images on request: of pipelines, of running students, of training-free solvers."""
+"""Sampling images: from pipelines, running students and training-free solvers."""

@@ -1,10 +1,10 @@
-"""Images on request: prompts or labels in, a grid or single files out, beside the teacher's where that is asked for.
+"""``stepdistill generate``: from prompts or labels to a grid or single files, optionally beside the teacher's images.
 
-Image i of a call is a pure function of (pipeline, seed, i, its prompt), whatever the batch size. A single file carries
-what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
-image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
-``pipeline`` and, where there is one, ``negative_prompt``. A folder of them is data to train on, as ``metadata.jsonl``
-says what each was asked for: a teacher's own samples are what LADD and others learn from where there are no images.
+Image i is a pure function of (pipeline, seed, i, its prompt); the batch size does not change it. A single file records
+how it was made as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
+image from both), ``generator_seed`` (for ``torch.Generator().manual_seed`` in diffusers), ``pipeline`` and, if there is
+one, ``negative_prompt``. A folder of such files with its ``metadata.jsonl`` is training data: LADD and other methods
+can learn from a teacher's own samples.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from stepdistill.inference.solvers import teacher_pipeline
 from stepdistill.randomness import derive_seed
 
 NUM_IMAGES = 16
-"""Where neither a number nor several prompts are given."""
+"""Number of images if neither a number nor several prompts are given."""
 
 
-WHAT = ("height", "width", "use_resolution_binning", "max_sequence_length", "clean_caption")
-"""Arguments of a student's call that say what is painted, and not in which steps: its teacher gets them too."""
+CONTENT_ARGUMENTS = ("height", "width", "use_resolution_binning", "max_sequence_length", "clean_caption")
+"""Arguments of a student's call that its teacher gets too: they define the image, not the steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for.
+    """The images to generate.
 
     Attributes:
         prompts: of a text-to-image pipeline; image i gets prompt i modulo their number.
         negative_prompt: what guidance leads every image away from.
-        labels: of a class-conditional one, likewise; all classes in turn where there are none.
-        num_images: how many; None is one a prompt, or 16 where there is one prompt or none.
+        labels: of a class-conditional pipeline, likewise; None is all classes in turn.
+        num_images: number of images; None is one per prompt, or 16 for at most one prompt.
         seed: of the whole set.
-        batch_size: images a call; changes nothing but the speed.
+        batch_size: images per call; changes only the speed.
         call: further arguments of the pipeline's call.
     """
 
@@ -66,26 +66,26 @@ class Request:
         for name in ("num_images", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name}: found {value}, wanted at least 1")
+                raise ValueError(f"--{name}: expected at least 1, got {value}")
 
     @property
     def count(self) -> int:
-        """How many images."""
+        """Number of images."""
         if self.num_images is not None:
             return self.num_images
         return len(self.prompts) if len(self.prompts) > 1 else NUM_IMAGES
 
 
 def decode_flag(text: str, flag: str) -> str:
-    """A text of the command line; raises ``ValueError`` with the flag's name if it is no UTF-8."""
+    """Return a text of the command line; raise ``ValueError`` with the flag's name if it is not UTF-8."""
     return decode_text(os.fsencode(text), flag)
 
 
 def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the command line, then those of a file (``-``: standard input), one a line.
+    """Return the prompts of the command line, then those of a file (``-``: standard input), one per line.
 
     Raises:
-        ValueError: if the file is missing or holds none, or anything is no UTF-8 text; it names the line.
+        ValueError: if the file is missing or has no prompts, or a text is not UTF-8; it names the line.
     """
     given = [decode_flag(line, "--prompt") for line in lines]
     if file is None:
@@ -99,7 +99,7 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
 
 
 def generate_images(pipeline: Any, request: Request) -> Images:
-    """The images of a request by one pipeline."""
+    """Return the images of a request, sampled from one pipeline."""
     return sample_images(
         pipeline, request.count, seed=request.seed, batch_size=request.batch_size, num_classes=class_count(pipeline),
         labels=request.labels, captions=list(request.prompts) or None,
@@ -108,21 +108,21 @@ def generate_images(pipeline: Any, request: Request) -> Images:
 
 
 def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any:
-    """A pipeline that can take the request.
+    """Open a pipeline for a request.
 
     Args:
         path: its folder.
-        request: what is asked for.
-        trust: what of it may run, as :func:`stepdistill.load_pipeline` takes it.
+        request: the images to generate.
+        trust: arguments of :func:`stepdistill.load_pipeline` about untrusted files.
 
     Raises:
-        ValueError: if there is none, or it wants prompts and has none, or the other way round, or it would not heed the
-            negative prompt.
+        ValueError: if there is no pipeline, prompts are missing or not accepted, or the negative prompt would be
+            ignored.
     """
     pipeline = load_pipeline(path, **trust)
     takes_text = "prompt" in inspect.signature(type(pipeline).__call__).parameters
     if takes_text and not request.prompts:
-        raise ValueError(f"{path} paints from text; give --prompt or --prompt_file")
+        raise ValueError(f"{path} generates images from text; give --prompt or --prompt_file")
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     check_negative_prompt(pipeline, path, request, "--guidance_scale")
@@ -135,70 +135,67 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
 
 
 def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str) -> None:
-    """Refuse a negative prompt that a call of the pipeline would ignore.
+    """Raise ``ValueError`` with the reason if a call of the pipeline would ignore the negative prompt.
 
     Args:
-        pipeline: what is called.
+        pipeline: the pipeline.
         path: its folder.
-        request: what is asked for.
-        flag: what sets the guidance of the call.
-
-    Raises:
-        ValueError: saying why it would be ignored.
+        request: the images to generate.
+        flag: the command-line flag that sets the guidance of the call.
     """
     if request.negative_prompt is None:
         return
-    taken = inspect.signature(type(pipeline).__call__).parameters
-    if "negative_prompt" not in taken:
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "negative_prompt" not in accepted:
         raise ValueError(f"--negative_prompt: {path} ({type(pipeline).__name__}) takes none")
-    # FLUX.1 has a guidance of its own for it, which no student is made for; its guidance_scale is an input, or nothing
-    if "true_cfg_scale" in taken or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
+    # FLUX.1 reads a negative prompt with true_cfg_scale only, which no student is trained for
+    if "true_cfg_scale" in accepted or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
         raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
-    usual = contract_of(pipeline).call.get("guidance_scale", taken["guidance_scale"].default)
+    usual = contract_of(pipeline).call.get("guidance_scale", accepted["guidance_scale"].default)
     scale = request.call.get("guidance_scale", usual)
     if scale <= 1:
-        raise ValueError(f"--negative_prompt: {path} is called without guidance ({scale:g}); wanted {flag} above 1")
+        raise ValueError(f"--negative_prompt: expected {flag} above 1: {path} is called without guidance ({scale:g})")
 
 
 def beside_teacher(
     images: Images, path: str, other: str, request: Request, steps: int, guidance: float | None,
     trust: Mapping[str, bool],
 ) -> Images:  # fmt: skip
-    """Every image with another pipeline's for the same noise and prompt on its right.
+    """Return every image with the teacher's for the same noise and prompt on its right.
 
     Args:
         images: of the pipeline at ``path``.
-        path: its folder, whose contract knows its teacher, and the guidance it was distilled at.
+        path: its folder, whose contract names its teacher and the guidance of the distillation.
         other: ``"teacher"``, or a teacher's folder.
-        request: what was asked for.
-        steps: of the teacher, by DDIM or, where it is a flow, by its own scheduler.
-        guidance: of the teacher; None is what the student was distilled at.
-        trust: what of the teacher may run, as the ``teacher`` section says it.
+        request: the request of ``images``.
+        steps: of the teacher, by DDIM or, if it is a flow, by its own scheduler.
+        guidance: of the teacher; None is that of the distillation.
+        trust: keys of the ``teacher`` section about untrusted files.
 
     Raises:
-        ValueError: if the contract names no teacher, it would not heed the negative prompt, or the two pipelines'
-            images differ in size.
+        ValueError: if the contract names no teacher, the teacher would ignore the negative prompt, or the two
+            pipelines' images differ in size.
     """
     contract = read_contract(Path(path))
     teacher = contract.origin.teacher if other == "teacher" else other
     if teacher is None:
-        raise ValueError(f"--compare: {path} does not say what its teacher was; give the teacher's folder")
+        raise ValueError(f"--compare: the contract of {path} names no teacher; give the teacher's folder")
     pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **trust}, "--compare"), "DDIM")
-    taken = inspect.signature(type(pipeline).__call__).parameters
-    call = {name: value for name, value in contract.call.items() if name in WHAT and name in taken}
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance
     call |= {"num_inference_steps": steps, "guidance_scale": guidance}
-    asked = dataclasses.replace(request, call=call)
-    check_negative_prompt(pipeline, teacher, asked, "--compare_guidance_scale")
-    right = generate_images(pipeline, asked)
+    teacher_request = dataclasses.replace(request, call=call)
+    check_negative_prompt(pipeline, teacher, teacher_request, "--compare_guidance_scale")
+    right = generate_images(pipeline, teacher_request)
     if right.pixels.shape != images.pixels.shape:
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
-        raise ValueError(f"--compare: {path} and {teacher} paint images of different sizes: {sizes}")
+        raise ValueError(f"--compare: {path} and {teacher} generate images of different sizes: {sizes}")
     return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
 
 
 def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:
-    """Write a grid (a ``.png``) or single images (a folder of data), the latter with what made them as PNG text."""
+    """Write a grid (a ``.png``) or a folder of single images, which record how they were made as PNG text."""
     if output.suffix == ".png":
         save_grid(images.pixels / 255, output)
         return
@@ -217,7 +214,7 @@ def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, 
 
 
 def png_text(facts: Mapping[str, Any]) -> PngInfo:
-    """Facts as international text chunks of a PNG."""
+    """Return facts as international text chunks of a PNG."""
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, str(value))

@@ -1,4 +1,4 @@
-"""Grids of images, for people who would rather look than read."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] as rounded bytes; metrics and files see the same numbers."""
+    """Round images in [0, 1] to bytes, the same for metrics and files."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W), bytes, as PIL: grey, RGB, or (other channel counts) the first channel in grey."""
+    """Convert one image (C, H, W), bytes, to PIL: grey, RGB, or (other channel counts) the first channel in grey."""
     array = image.cpu().numpy()
     return Image.fromarray(array.transpose(1, 2, 0)) if len(array) == 3 else Image.fromarray(array[0])
 
 
 def make_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] in rows of ``columns``, enlarged ``scale`` times, on white."""
+    """Arrange images (N, C, H, W) in [0, 1] in rows of ``columns``, enlarged ``scale`` times, on white."""
     count, channels, height, width = images.shape
     shown = channels if channels == 3 else 1
     rows = math.ceil(count / columns)
@@ -36,13 +36,13 @@ def make_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) ->
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write a grid, small images enlarged so that they can be seen."""
+    """Write a grid; small images are enlarged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     make_grid(images, columns, scale=max(1, 64 // images.shape[-1])).save(path)
 
 
 def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> None:
-    """One labelled row of images a name, the same seeds above each other; values (N, C, H, W) in [0, 1]."""
+    """Write one labelled row of images per name, with images (N, C, H, W) in [0, 1] of the same seeds in columns."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
 """Images sampled from a pipeline, each a pure function of the set's seed and its own index.
 
-So a set depends neither on the batch size nor on how many processes share the work. Two things make that exact, to the
-last bit: every image has a random generator of its own, and the denoising network sees a fixed number of rows at a time
-(the kernels of a linear layer or a convolution are chosen by the number of rows, and the last bits with them). Images
-are rounded to bytes, as a file would be, before any metric sees them.
+So a set depends neither on the batch size nor on the number of processes. Two things make that exact, to the last bit:
+every image has its own random generator, and the denoising network processes a fixed number of rows at a time (the
+number of rows selects the kernels of a linear layer or a convolution, and these the last bits). Images are rounded to
+bytes, as in a file, before any metric is computed.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from stepdistill.inference.grids import to_uint8
 from stepdistill.randomness import derive_seed
 
 ROWS = 16
-"""Rows that the network sees at a time while it is measured."""
+"""Rows that the network processes at a time in an evaluation."""
 
 
 SHARED = ("img_ids", "txt_ids")
-"""Arguments of transformers that all rows share, however long they are."""
+"""Arguments of transformers that all rows share, whatever their length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A set of images as bytes (N, C, H, W), the labels (N,) that were asked for, and what making them cost."""
+    """A set of images as bytes (N, C, H, W), their labels (N,), and their cost."""
 
     pixels: Tensor
     labels: Tensor | None = None
     calls: float = 0.0
-    """Network calls an image; a guided call counts as two."""
+    """Network calls per image; a guided step counts two."""
     seconds: float = 0.0
-    """Median over batches of the wall-clock seconds an image takes, the first batch left out."""
+    """Median over batches of the wall-clock seconds per image, without the first batch."""
     captions: Sequence[str] | None = None
-    """N texts that were asked for, or that describe the images."""
+    """N prompts, or texts that describe the images."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,25 +70,25 @@ def sample_images(
     """Sample images ``first`` to ``first + count - 1`` of a set from a diffusers pipeline, labels in turn.
 
     Args:
-        pipeline: takes ``generator`` (a list) and ``output_type="np"``; ``class_labels`` or ``prompt`` where it is
+        pipeline: takes ``generator`` (a list) and ``output_type="np"``, and ``class_labels`` or ``prompt`` if it is
             conditional.
-        count: how many images.
-        seed: of the whole set; image i depends on (seed, i) alone.
-        batch_size: images a call; changes nothing but the speed.
+        count: number of images.
+        seed: of the whole set; image i depends on (seed, i) only.
+        batch_size: images per call; changes only the speed.
         num_classes: image i gets label i modulo this; None for a pipeline without labels.
         labels: image i gets label ``labels[i modulo their number]`` instead.
         captions: image i gets the prompt ``captions[i modulo their number]``.
-        negative_prompt: what every image is led away from, by a pipeline that takes it.
+        negative_prompt: what guidance leads every image away from, for pipelines that accept it.
         precision: ``"bf16"`` runs the network under autocast.
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
-        rows: if given, the network sees exactly so many rows at a time, filled up where a batch has fewer: then the
-            batch size changes no bit. None takes a batch as it comes, and a few pixels in 100,000 may be one level off.
-        description: what the progress bar says.
+        rows: number of rows that the network processes at a time, padded in smaller batches, so that the batch size
+            changes no bit. None takes a batch as it comes; then a few pixels in 100,000 may be one level off.
+        description: text of the progress bar.
     """
     pipeline.set_progress_bar_config(disable=True)
     device, stop = pipeline.device, first + count
-    asked = None if num_classes is None else asked_labels(stop, range(num_classes) if labels is None else labels)
+    label_of = None if num_classes is None else cycle_labels(stop, range(num_classes) if labels is None else labels)
     prompts = None if captions is None else [captions[index % len(captions)] for index in range(first, stop)]
     pixels, seconds = [], []
     network = network_of(pipeline)
@@ -96,33 +96,43 @@ def sample_images(
     with counted_rows(network) as counted, in_pieces, autocast(device, precision):
         for start in tqdm(range(first, stop, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, stop))
-            generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
             condition = condition_of(
-                pipeline, indices, asked, prompts and prompts[start - first : indices.stop - first]
+                pipeline, indices, label_of, prompts and prompts[start - first : indices.stop - first]
             )
             if negative_prompt is not None:
                 condition["negative_prompt"] = [negative_prompt] * len(indices)
-            began = time.perf_counter()
-            output = pipeline(**condition, generator=generators, output_type="np", **(call or {})).images
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append((time.perf_counter() - began) / len(indices))
-            pixels.append(to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)))
-    labels_of = None if asked is None else asked[first:]
-    return Images(torch.cat(pixels), labels_of, counted[0] / count, statistics.median(seconds[1:] or seconds), prompts)
+            batch, elapsed = _sample_batch(pipeline, indices, seed, condition, call or {})
+            pixels.append(batch)
+            seconds.append(elapsed / len(indices))
+    sampled_labels = None if label_of is None else label_of[first:]
+    per_image = statistics.median(seconds[1:] or seconds)
+    return Images(torch.cat(pixels), sampled_labels, counted[0] / count, per_image, prompts)
+
+
+def _sample_batch(
+    pipeline: Any, indices: range, seed: int, condition: Mapping[str, Any], call: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """Sample the images (B, C, H, W) of these indices as bytes, and return them with the seconds that it took."""
+    generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
+    began = time.perf_counter()
+    output = pipeline(**condition, generator=generators, output_type="np", **call).images
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    elapsed = time.perf_counter() - began
+    return to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)), elapsed
 
 
 def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments that ask a pipeline for the images ``indices``: labels, prompts, and a batch size if it takes one.
+    """Return the arguments of a call for the images ``indices``: labels, prompts, and the batch size if it is accepted.
 
     Raises:
-        ValueError: a text-to-image pipeline without captions, or captions for another kind.
+        ValueError: if a text-to-image pipeline has no captions, or another pipeline has some.
     """
-    taken = inspect.signature(type(pipeline).__call__).parameters
-    if ("prompt" in taken) != (prompts is not None):
-        found, wanted = ("no captions", "some") if prompts is None else ("captions", "none")
-        raise ValueError(f"captions: {type(pipeline).__name__} wants {wanted}; found {found}")
-    condition: dict[str, Any] = {"batch_size": len(indices)} if "batch_size" in taken else {}
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if ("prompt" in accepted) != (prompts is not None):
+        expected, found = ("captions", "none") if prompts is None else ("no captions", "some")
+        raise ValueError(f"captions: {type(pipeline).__name__}: expected {expected}, got {found}")
+    condition: dict[str, Any] = {"batch_size": len(indices)} if "batch_size" in accepted else {}
     if labels is not None:
         condition["class_labels"] = labels[indices]
     if prompts is not None:
@@ -130,22 +140,22 @@ def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: 
     return condition
 
 
-def asked_labels(count: int, labels: Sequence[int]) -> Tensor:
-    """Labels in turn, (count,)."""
+def cycle_labels(count: int, labels: Sequence[int]) -> Tensor:
+    """Return labels in turn, (count,)."""
     return torch.tensor(list(labels))[torch.arange(count) % len(labels)]
 
 
 def network_of(pipeline: Any) -> Any:
-    """The denoising network of a pipeline."""
+    """Return the denoising network of a pipeline."""
     return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
 def class_count(pipeline: Any) -> int | None:
-    """How many classes may be asked of a pipeline; None where it takes no labels."""
+    """Return the number of class labels of a pipeline; None if it takes none."""
     if "class_labels" not in inspect.signature(type(pipeline).__call__).parameters:
         return None
     if (num_classes := contract_of(pipeline).num_classes) is not None:
-        return num_classes  # stock pipelines do not know that one label of the network's means "none"
+        return num_classes  # stock pipelines do not know which label of the network is the null class
     config = network_of(pipeline).config
     embedded = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
     null_class = pipeline.config.get("null_class")
@@ -154,9 +164,9 @@ def class_count(pipeline: Any) -> int | None:
 
 @contextlib.contextmanager
 def fixed_rows(network: torch.nn.Module, rows: int) -> Iterator[None]:
-    """Within, ``network`` runs on exactly ``rows`` rows at a time, the last ones filled up by repeating a row.
+    """Run ``network`` on exactly ``rows`` rows at a time inside the context; a shorter last piece repeats its last row.
 
-    Every tensor among the arguments whose length is the batch's is cut; every tensor of the output is put together.
+    Arguments of the batch's length are cut into pieces, and the outputs are concatenated.
     """
     original = network.forward
 
@@ -186,7 +196,7 @@ def fixed_rows(network: torch.nn.Module, rows: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Counts the images that pass through a network, in a list of one number."""
+    """Count the images that pass through a network, in a list of one number."""
     rows = [0]
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -202,5 +212,5 @@ def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Autocast to bfloat16, or nothing."""
+    """Return a context of autocast to bfloat16, or one that does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

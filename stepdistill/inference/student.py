@@ -1,4 +1,4 @@
-"""Samples of the student of a running distillation."""
+"""Images from the student of a running distillation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def student_images(
     distiller: Distiller, count: int, *, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu"
 ) -> Images:
-    """What the student of a running distillation samples: the images its export will give for the same seeds."""
+    """Sample the student of a running distillation: its export will give the same images for the same seeds."""
     family = distiller.family
     distiller.bank.eval()
     began, pixels, labels = time.perf_counter(), [], []
@@ -31,14 +31,14 @@ def student_images(
             images, cond = _student_batch(distiller, indices, seed, device)
             pixels.append(to_uint8(images).cpu())
             labels.append(cond.get("class_labels", torch.zeros(0)).cpu())
-    asked = torch.cat(labels) if family.num_classes else None
-    return Images(torch.cat(pixels), asked, distiller.sampler().steps, (time.perf_counter() - began) / count)
+    sampled_labels = torch.cat(labels) if family.num_classes else None
+    return Images(torch.cat(pixels), sampled_labels, distiller.sampler().steps, (time.perf_counter() - began) / count)
 
 
 def _student_batch(
     distiller: Distiller, indices: range, seed: int, device: torch.device | str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The images (B, C, H, W) of these indices, in [0, 1], and what they were asked for with."""
+    """Return the images (B, C, H, W) of these indices, in [0, 1], and their conditions."""
     family = distiller.family
     generators = [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
     cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
