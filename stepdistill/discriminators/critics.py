@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,9 +21,8 @@ from torch.nn.functional import normalize
 
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.schedule import expand
-from stepdistill.discriminators.augmentation import diff_augment
-from stepdistill.discriminators.backbones import Backbone, open_backbone
 from stepdistill.discriminators.conditioning import condition_vector
+from stepdistill.discriminators.feature_sources import FeatureSource
 from stepdistill.discriminators.heads import Heads
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
@@ -48,80 +46,6 @@ MIN_TIME = 1e-3
 
 TIME_WAVES = 4
 """Cosines of the time that the heads are conditioned on."""
-
-
-class FeatureSource(abc.ABC):
-    """What a critic sees of clean images; a plain object, so that no checkpoint holds its weights."""
-
-    shapes: Sequence[Sequence[int]]
-    """Shapes of the features, without the batch."""
-    num_embedded: int
-    """Length of an image's embedding."""
-
-    @abc.abstractmethod
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
-        """Features of clean images (B, ...) of the network's space."""
-
-    @abc.abstractmethod
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        """One vector an image (B, num_embedded), without gradient."""
-
-    def networks(self) -> dict[str, FeatureExtractor]:
-        """The feature network by its configuration key, unless it is the teacher."""
-        return {}
-
-
-class ImageFeatureSource(FeatureSource):
-    """A feature network on decoded images, real and fake augmented alike."""
-
-    def __init__(self, family: Family, backbone: Backbone, *, augment: bool) -> None:
-        self.family = family
-        self.backbone = backbone
-        self.augment = augment
-        self.shapes, self.num_embedded = backbone.shapes, backbone.num_features
-
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
-        del cond
-        images = self.family.decode(x0)
-        return self.backbone(diff_augment(images, draws) if self.augment else images)
-
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        del cond
-        return self.backbone.embed(self.family.decode(x0))
-
-    def networks(self) -> dict[str, FeatureExtractor]:
-        return {"method.features": self.backbone.network}
-
-
-class TeacherFeatureSource(FeatureSource):
-    """The teacher's own blocks on clean images."""
-
-    def __init__(self, teacher: Denoiser) -> None:
-        self.blocks = BlockFeatures(teacher)
-        self.shapes = self.blocks.shapes()
-        self.num_embedded = self.shapes[-1][0]
-
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
-        del draws
-        return self.blocks.clean(x0, cond)
-
-    @torch.no_grad()
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        return self.blocks.clean(x0, cond)[-1].flatten(2).mean(2)
-
-
-def open_feature_source(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> FeatureSource:
-    """What ``method.features`` names: ``"teacher"``, or a feature network.
-
-    Raises:
-        ValueError: if it is a judge, or cannot see the teacher's images.
-    """
-    if features == "teacher":
-        return TeacherFeatureSource(teacher)
-    device = next(family.network.parameters()).device
-    with torch.no_grad():
-        channels, height, width = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]
-    return ImageFeatureSource(family, open_backbone(features, channels, (height, width)), augment=augment)
 
 
 class Critic(nn.Module, abc.ABC):

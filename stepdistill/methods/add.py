@@ -29,7 +29,8 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
-from stepdistill.discriminators.critics import CleanCritic, Conditioning, open_feature_source
+from stepdistill.discriminators.critics import CleanCritic, Conditioning
+from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss

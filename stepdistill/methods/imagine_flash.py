@@ -33,7 +33,8 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP
-from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic, open_feature_source
+from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic
+from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss

@@ -8,9 +8,7 @@ from stepdistill.config import fingerprint
 
 
 def fingerprint_weights(network: nn.Module) -> str:
-    """Return sixteen hex digits that identify a network's weights: two float64 moments of every tensor, hashed."""
-    moments = []
-    for name, parameter in network.state_dict().items():
-        values = parameter.double()
-        moments.append((name, f"{values.mean():.12e}", f"{values.square().mean():.12e}"))
+    """Sixteen hex digits of a network's weights: two float64 moments of every tensor, hashed."""
+    moments = [(name, *(f"{m:.12e}" for m in (p.double().mean(), p.double().square().mean())))
+               for name, p in network.state_dict().items()]  # fmt: skip
     return fingerprint(moments)

@@ -15,7 +15,8 @@ from stepdistill.discriminators.augmentation import colour, cutout, diff_augment
 from stepdistill.discriminators.backbones import Backbone, open_backbone, smooth_pixels
 from stepdistill.discriminators.bottleneck import BottleneckHead
 from stepdistill.discriminators.conditioning import check_classes, condition_vector
-from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic, TeacherFeatureSource, open_feature_source
+from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic
+from stepdistill.discriminators.feature_sources import TeacherFeatureSource, open_feature_source
 from stepdistill.discriminators.heads import Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.panel import Panel

@@ -209,7 +209,7 @@ def test_bad_options_and_teachers_are_refused():
         ADD.Config(steps=0)
     with pytest.raises(ValueError, match="guidance_scale"):
         ADD.check(ADD.Config(guidance_scale=0.5), Pixel.tiny())
-    with pytest.raises(ValueError, match="no class"):
+    with pytest.raises(ValueError, match="null class"):
         ADD.check(ADD.Config(weighting="nfsd"), Pixel.tiny(num_classes=None))
     with pytest.raises(ValueError, match="takes no text"):
         ADD.check(ADD.Config(weighting="nfsd", negative_prompt="dull"), Pixel.tiny())
