@@ -74,7 +74,7 @@ def refuse_pickles(part: Path) -> None:
     """Raise ``ValueError`` if the weights of a part exist only as pickles."""
     if (pickle := only_pickle(part)) is not None:
         raise ValueError(
-            f"{pickle}: expected .safetensors, got a pickle, which can run code when it is read. If you trust its "
+            f"{pickle} is a pickle, which can run code when it is read; expected .safetensors. If you trust its "
             f"author, {permission_hint('trust_pickles')}"
         )
 

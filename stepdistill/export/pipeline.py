@@ -73,15 +73,11 @@ def export_pipeline(
         ValueError: if no scheduler can express the sampler, or the file system has no links.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
+    linked = {name: str(target) for name, target in links.items()}
     contract = describe(
-        family,
-        pipeline,
-        sampler,
-        guidance_scale=guidance_scale,
+        family, pipeline, sampler, guidance_scale=guidance_scale, origin=origin or Origin(), linked=linked,
         own_code=has_own_class(pipeline) or bool(family.code),
-        origin=origin or Origin(),
-        linked={name: str(target) for name, target in links.items()},
-    )
+    )  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -52,21 +52,11 @@ class Images:
 
 
 def sample_images(
-    pipeline: Any,
-    count: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 100,
-    num_classes: int | None = None,
-    labels: Sequence[int] | None = None,
-    captions: Sequence[str] | None = None,
-    negative_prompt: str | None = None,
-    precision: str = "fp32",
-    call: Mapping[str, Any] | None = None,
-    first: int = 0,
-    rows: int | None = None,
+    pipeline: Any, count: int, *, seed: int = 0, batch_size: int = 100, num_classes: int | None = None,
+    labels: Sequence[int] | None = None, captions: Sequence[str] | None = None, negative_prompt: str | None = None,
+    precision: str = "fp32", call: Mapping[str, Any] | None = None, first: int = 0, rows: int | None = None,
     description: str = "sampling",
-) -> Images:
+) -> Images:  # fmt: skip
     """Sample images ``first`` to ``first + count - 1`` of a set from a diffusers pipeline, labels in turn.
 
     Args:

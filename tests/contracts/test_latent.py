@@ -205,10 +205,10 @@ def test_half_a_pipeline_is_refused(teacher):
 @pytest.mark.parametrize(
     ("make", "options", "why"),
     [
-        (SD.tiny, {"guidance_scale": 3.5}, "guidance_scale: found 3.5, but SD takes no guidance as an input"),
+        (SD.tiny, {"guidance_scale": 3.5}, "guidance_scale: got 3.5, but SD takes no guidance as an input"),
         (lambda: Flux.tiny(guidance_embeds=False), {"guidance_scale": 3.5}, "guidance_embeds: false"),
-        (Flux.tiny, {"resolution": 18}, "18 is no multiple of 4"),
-        (SD.tiny, {"resolution": 17}, "found 17, wanted a multiple of 2"),
+        (Flux.tiny, {"resolution": 18}, "expected a multiple of 4, got 18"),
+        (SD.tiny, {"resolution": 17}, "expected a multiple of 2, got 17"),
         (DiT.tiny, {"resolution": 32}, r"DiTPipeline samples \(16, 16\) only"),
     ],
 )

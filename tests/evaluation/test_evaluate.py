@@ -576,7 +576,7 @@ def test_a_text_pipeline_gets_its_prompts_by_index():
     captions = ["one", "two", "three", "four", "five"]
     images = sample_images(Painter(), 3, first=2, batch_size=2, captions=captions)
     assert asked == [["three", "four"], ["five"]] and images.captions == captions[2:]
-    with pytest.raises(ValueError, match="Painter wants some; found no captions"):
+    with pytest.raises(ValueError, match="Painter: expected captions, got none"):
         sample_images(Painter(), 3)
-    with pytest.raises(ValueError, match="ClassConditionalPipeline wants none; found captions"):
+    with pytest.raises(ValueError, match="ClassConditionalPipeline: expected no captions, got some"):
         sample_images(pipeline(), 3, num_classes=3, captions=captions)

@@ -255,7 +255,7 @@ def test_without_its_teacher_only_a_copy_loads(teacher, tmp_path):
     whole = shutil.copytree(export_linked(teacher, tmp_path / "student"), tmp_path / "whole")  # follows links: cp -rL
     shutil.rmtree(teacher)
     load_pipeline(whole)
-    with pytest.raises(ValueError, match=r"text_encoder: a link to .*teacher/text_encoder, which is not there"):
+    with pytest.raises(ValueError, match=r"text_encoder: broken link to .*teacher/text_encoder"):
         load_pipeline(tmp_path / "student")
 
 
@@ -272,7 +272,7 @@ def test_where_no_links_can_be_made_nothing_half_written_is_left(tmp_path, monke
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    with pytest.raises(ValueError, match=r"export.frozen: .*vae.*Operation not permitted.*export.frozen=copy"):
+    with pytest.raises(ValueError, match=r"export.frozen: expected copy: .*vae.*Operation not permitted"):
         export_linked(tmp_path / "teacher", tmp_path / "student")
     with pytest.raises(ValueError, match=r"export.frozen: .*Operation not permitted"):  # before the first step
         Run(resolve(wanted)).train()
@@ -297,8 +297,8 @@ def test_a_run_links_and_its_checkpoint_can_be_exported_whole(tmp_path):
 
 def test_a_teacher_that_has_nothing_to_link_to_is_refused(teacher, tmp_path):
     wanted = sections(tmp_path / "pixel", Pixel.tiny(), "lcm", "copy", steps=1) | {"export": {"frozen": "link"}}
-    with pytest.raises(ValueError, match=r"export.frozen: .*nothing beside its network.*wanted copy"):
+    with pytest.raises(ValueError, match=r"export.frozen: expected copy: .*nothing but its network"):
         Run(resolve(wanted))
     shutil.rmtree(teacher / "vae")
-    with pytest.raises(ValueError, match=r"export.frozen: no folder .*vae to link to"):
+    with pytest.raises(ValueError, match=r"no folder .*vae to link to"):
         frozen_folders(teacher, SD.tiny())

@@ -125,10 +125,10 @@ def test_guidance_leads_away_from_the_negative_prompt_on_both_sides(tmp_path, st
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), r"is called without guidance \(1\); wanted --guidance_scale above 1"),
+        ((), r"expected --guidance_scale above 1: .*is called without guidance \(1\)"),
         (
             ("--guidance_scale", 3, "--compare", "teacher", "--compare_guidance_scale", 1),
-            r"teacher.*is called without guidance \(1\); wanted --compare_guidance_scale above 1",
+            r"expected --compare_guidance_scale above 1: .*teacher.*is called without guidance \(1\)",
         ),
     ],
 )
@@ -210,11 +210,11 @@ def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
     sampler = DDIM(family.schedule, family.schedule.grid(1))
     pixel = export_pipeline(family, family.network, sampler, tmp_path / "pixel")
     for arguments, message in [
-        (("--pipeline", student), "paints from text; give --prompt or --prompt_file"),
+        (("--pipeline", student), "generates images from text; give --prompt or --prompt_file"),
         (("--pipeline", pixel, "--prompt", "a cat"), "takes no text; give --class_labels"),
-        (("--pipeline", pixel, "--compare", "teacher"), "does not say what its teacher was"),
+        (("--pipeline", pixel, "--compare", "teacher"), "names no teacher"),
         (("--pipeline", student, "--prompt_file", tmp_path / "none.txt"), "--prompt_file: no such file"),
-        (("--pipeline", pixel, "--num_images", 0), "--num_images: found 0, wanted at least 1"),
+        (("--pipeline", pixel, "--num_images", 0), "--num_images: expected at least 1, got 0"),
     ]:
         with pytest.raises(SystemExit):
             generate(*arguments, "--output", tmp_path / "x.png")
