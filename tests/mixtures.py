@@ -17,7 +17,8 @@ from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.samplers import Sampler, sample
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, edm_scalings, expand
 from stepdistill.methods.base import Distiller, Stage
-from stepdistill.networks.bank import EMA, STUDENT, CopyBank
+from stepdistill.networks.bank import EMA, STUDENT
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
 

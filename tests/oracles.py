@@ -29,7 +29,7 @@ from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, Re
 from stepdistill.diffusion.schedulers import read_discrete_vp, read_schedule
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 
 VP_PROCESSES = {

@@ -18,7 +18,8 @@ from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel, split_embedding
 from stepdistill.loading import is_our_code
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 

@@ -22,7 +22,7 @@ from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_c
 from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.randomness import derive_seed

@@ -1,1 +1,1 @@
-"""Discriminators: heads on frozen features, what they are told, and what they see."""
+"""Discriminators: heads on frozen features, their conditioning, augmentation and feature networks."""

@@ -1,6 +1,6 @@
-"""DiffAugment (Zhao et al. 2020, arXiv 2006.10738): what a critic sees of real and fake images alike, varied at random.
+"""DiffAugment (Zhao et al. 2020, arXiv 2006.10738): differentiable random augmentation of real and generated images.
 
-A critic of few images learns them by heart; one that sees them varied does not, and gradients pass through.
+A critic memorises a small data set; with augmentation it cannot, and gradients still reach the student.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stepdistill.randomness import Draws
 
 
 def diff_augment(images: Tensor, draws: Draws, *, translate: float = 0.125, cut: float = 0.2) -> Tensor:
-    """Colour, translation, cutout.
+    """Return images with random colour, translation and cutout.
 
     Args:
         images: (B, C, H, W) in [0, 1]; the result may leave the range, as in the paper.
-        draws: what is drawn is independent for every image.
+        draws: source of random numbers, independent for every image.
         translate: largest shift, as a share of the side.
         cut: side of the square that is cut out, as a share of the side.
     """
@@ -26,7 +26,7 @@ def diff_augment(images: Tensor, draws: Draws, *, translate: float = 0.125, cut:
 
 
 def colour(images: Tensor, draws: Draws) -> Tensor:
-    """Brightness moved by up to 0.5, saturation by up to a factor of 2, contrast by up to 1.5."""
+    """Change brightness by up to 0.5, saturation by a factor of 0 to 2, and contrast by one of 0.5 to 1.5."""
     x = images + expand(draws.uniform(-0.5, 0.5), images)
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * expand(draws.uniform(0, 2), x)
@@ -35,7 +35,7 @@ def colour(images: Tensor, draws: Draws) -> Tensor:
 
 
 def shift(images: Tensor, draws: Draws, ratio: float) -> Tensor:
-    """Images moved by whole pixels, up to ``ratio`` of each side, zeros behind them."""
+    """Move images by whole pixels, up to ``ratio`` of each side, and fill with zeros."""
     theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     for axis, side in enumerate((images.shape[3], images.shape[2])):
         pixels = (draws.uniform(-1, 1) * (ratio * side + 0.5)).trunc()
@@ -45,7 +45,7 @@ def shift(images: Tensor, draws: Draws, ratio: float) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Draws, ratio: float) -> Tensor:
-    """Images with a rectangle of ``ratio`` of each side set to zero, somewhere."""
+    """Set a random rectangle of ``ratio`` of each side to zero."""
     inside = torch.ones(len(images), 1, *images.shape[2:], device=images.device, dtype=torch.bool)
     for axis in (2, 3):
         side = images.shape[axis]

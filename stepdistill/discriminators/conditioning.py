@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, one_hot
 
 MASK = "encoder_attention_mask"
-"""What families call the mask of their prompts' tokens."""
-
-
-# ------------------------------------------------------------------------------------------- conditions
+"""Name of the mask of a prompt's tokens among the conditions."""
 
 
 def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
-    """What a batch is conditioned on as vectors (B, D), D = 0 where on nothing.
+    """Return the conditions of a batch as vectors (B, D); without conditions, D = 0.
 
-    A class becomes one of ``num_classes`` unit vectors ("no class" the zero vector); an embedding (B, d), or the mean
-    of one (B, n, d) over the tokens that its mask does not hide, is normalised to mean 0 and variance 1.
+    A class becomes one of ``num_classes`` unit vectors, and "no class" the zero vector. An embedding (B, d), or the
+    mean of one (B, n, d) over its unmasked tokens, is normalised to mean 0 and variance 1.
     """
     parts = [torch.zeros(size, 0)]
     for name, value in sorted(cond.items()):
@@ -32,7 +29,7 @@ def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | N
 
 
 def _mean_token(embedding: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean (B, d) of tokens (B, n, d), of those where the mask (B, n) is 1."""
+    """Return the mean (B, d) of the tokens (B, n, d) whose mask (B, n) is 1."""
     if mask is None:
         return embedding.mean(1)
     kept = mask.to(embedding)[..., None]
@@ -40,16 +37,16 @@ def _mean_token(embedding: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:
-    """Raise ``ValueError`` for a batch of one class that cannot be an accident; waits for the device.
+    """Raise ``ValueError`` for a batch of a single class that is no coincidence; synchronises with the device.
 
-    A critic conditioned on classes would see one of them only, and a student of the others would learn from noise.
+    A critic conditioned on classes would only ever see this one, and its logits of all others would be noise.
     """
     labels = cond.get("class_labels")
     if labels is None or num_classes is None or num_classes ** (1 - len(labels)) > 1e-6:
         return
     if bool((labels == labels[0]).all()):
         raise ValueError(
-            f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, but the teacher knows "
-            f"{num_classes} classes, and a conditional critic needs them all; look at the labels (of methods with a "
-            "key 'conditioning', 'none' does without them)"
+            f"data: all {len(labels)} labels of the first batch are {int(labels[0])}, expected the teacher's "
+            f"{num_classes} classes, which a conditional critic needs; check the labels, or set conditioning: none (a "
+            "key of some methods)"
         )

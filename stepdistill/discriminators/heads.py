@@ -1,20 +1,21 @@
-r"""Critics: small heads on frozen features, what they are trained on, and what a student learns from them.
+r"""Heads of critics on frozen features.
 
-A critic tells real images from a student's. Heads of few parameters on the features of a frozen network do that better
-and far more stably than a network of their own (projected GANs; ADD, Sauer et al. 2023, arXiv 2311.17042). With
-logits ``D_k`` of the heads on features ``F_k`` of real and fake images, a critic descends
+A critic tells real images from a student's. Small heads on the features of a frozen network do that better, and train
+more stably, than a network of their own (projected GANs; ADD, Sauer et al. 2023, arXiv 2311.17042). With logits ``D_k``
+of the heads on features ``F_k`` of real images x and generated images x', a critic minimises
 
 .. math:: \sum_k \max(0, 1 - D_k(F_k(x))) + \max(0, 1 + D_k(F_k(\hat x))) + \gamma \|\nabla_{F_k} D_k\|^2
 
-(hinge, Eq. 2, with R1 on the features of real images) or ``softplus(-D(x)) + softplus(D(x'))``, and a student descends
-``-D(x')`` or ``softplus(-D(x'))``. Conditions enter by projection: the logit at a position is the inner product of
-the head's vector there and the projected condition ``c``, so it is 0 for ``c = 0``.
+(hinge, Eq. 2, with R1 on the features of real images) or ``softplus(-D(x)) + softplus(D(x'))``, and a student
+minimises ``-D(x')`` or ``softplus(-D(x'))``. Conditions enter by projection: the logit at a position is the inner
+product of the head's vector there and the projected condition ``c``, so it is 0 for ``c = 0``.
 
-Against the StyleGAN-T heads of ADD: weights are divided by their exact spectral norm instead of an estimate that moves
-with every forward, and positions are normalised within a sample instead of across a part of the batch. Both make a
-logit depend on the sample and the weights alone: the same in n processes as in one, and after resuming.
+Two things differ from the StyleGAN-T heads of ADD. Weights are divided by their exact spectral norm, instead of an
+estimate that changes with every forward pass; and positions are normalised within a sample, instead of across a part of
+the batch. A logit thus depends on the sample and the weights alone: it is the same in any number of processes, and
+after resuming.
 
-Features are ``(B, C, N)`` (tokens) or ``(B, C, H, W)`` (maps); logits are ``(B, positions)`` a head.
+Features are ``(B, C, N)`` (tokens) or ``(B, C, H, W)`` (maps); logits are ``(B, positions)`` per head.
 """
 
 from __future__ import annotations
@@ -31,22 +32,20 @@ from torch.nn.utils.parametrize import register_parametrization
 from stepdistill.losses.adversarial import Logits
 
 MAX_WIDTH = 256
-
+"""Most channels inside a head."""
 
 PROJECTION = 64
-
-
-# ------------------------------------------------------------------------------------------------- heads
+"""Length of the projected condition."""
 
 
 class SpectralNorm(nn.Module):
     """A weight (out, ...) divided by its largest singular value (Miyato et al. 2018, arXiv 1802.05957), without state.
 
-    Seven squarings of the Gram matrix are 128 power iterations from the best start there is.
+    Seven squarings of the Gram matrix equal 128 power iterations, here from the column of largest norm.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with spectral norm 1; its gradient is that of the quotient."""
+        """Return the weight with spectral norm 1; its gradient is that of the quotient."""
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.float().flatten(1)
             with torch.no_grad():
@@ -60,9 +59,9 @@ class SpectralNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit a position.
+    """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit per position.
 
-    The last layer has no spectral norm: behind normalised layers it alone sets how loudly a critic speaks.
+    The last layer has no spectral norm: behind normalised layers, it alone sets the scale of the logits.
 
     Args:
         shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3.
@@ -78,7 +77,7 @@ class Head(nn.Module):
         self.project = nn.Linear(cond_size, PROJECTION, bias=False) if cond_size else None
 
     def forward(self, feature: Tensor, cond: Tensor) -> Tensor:
-        """Logits (B, positions) of features (B, *shape) under conditions (B, cond_size)."""
+        """Return logits (B, positions) of features (B, *shape) under conditions (B, cond_size)."""
         x = self.narrow(feature.float())
         x = self.last((x + self.wide(x)) / math.sqrt(2)).flatten(2)
         if self.project is None:
@@ -95,14 +94,14 @@ def _convolution(shape: Sequence[int], before: int, after: int, kernel: int) -> 
     if len(shape) == 3:
         convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2)
     else:
-        kernel = kernel if shape[1] >= kernel else 1  # a circle shorter than the kernel would meet itself
+        kernel = kernel if shape[1] >= kernel else 1  # circular padding needs at least as many positions
         convolution = nn.Conv1d(before, after, kernel, padding=kernel // 2, padding_mode="circular")
     register_parametrization(convolution, "weight", SpectralNorm())
     return convolution
 
 
 class Heads(nn.Module):
-    """A head a feature.
+    """One head per feature.
 
     Args:
         shapes: of the features, without the batch.
@@ -115,35 +114,5 @@ class Heads(nn.Module):
         self.cond_size = cond_size
 
     def forward(self, features: Sequence[Tensor], cond: Tensor) -> Logits:
-        """Logits (B, positions) a head, for features and conditions (B, cond_size)."""
+        """Return logits (B, positions) per head, of features under conditions (B, cond_size)."""
         return [head(feature, cond) for head, feature in zip(self.heads, features, strict=True)]
-
-
-class BottleneckHead(nn.Module):
-    """DMD2's head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1).
-
-    Convolutions of stride 2 down to four pixels, one over what is left, a linear layer. What the image is conditioned
-    on and how noisy it is, the features know already.
-
-    Args:
-        shape: (C, H, W) of the feature map, or (C, N) of tokens, which are averaged.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        channels, *size = shape if len(shape) == 3 else (shape[0], 1, 1)
-        layers: list[nn.Module] = []
-        while min(size) > 4:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
-            size = [n // 2 for n in size]
-        layers += [nn.Conv2d(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """Logits (B, 1) of a feature (B, *shape)."""
-        x = feature if feature.ndim == 4 else feature.mean(2)[:, :, None, None]
-        return self.body(x)
-
-
-def _norm_silu(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]

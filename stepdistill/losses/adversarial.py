@@ -1,4 +1,4 @@
-"""Losses of critics and generators, and gradient penalties."""
+"""Adversarial losses of critics and students, and gradient penalties."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from torch.nn.functional import relu, softplus
 
 AdversarialLoss = Literal["hinge", "softplus"]
 
-
 Logits = list[Tensor]
-"""A tensor (B, positions) a head."""
-
-
-# ------------------------------------------------------------------------------------------------ losses
+"""A tensor (B, positions) per head."""
 
 
 def critic_loss(real: Logits, fake: Logits, kind: AdversarialLoss) -> Tensor:
-    """What a critic descends: the sum over heads of the mean over samples and positions.
+    """Return the critic's loss: the sum over heads of the mean over samples and positions.
 
-    Logits of 0 cost 2 a head (hinge) or 2 ln 2 (softplus).
+    Logits of 0 have a loss of 2 per head (hinge) or 2 ln 2 (softplus).
     """
-    if kind == "hinge":
-        return _sum([relu(1 - r).mean() + relu(1 + f).mean() for r, f in _pairs(real, fake)])
-    return _sum([softplus(-r).mean() + softplus(f).mean() for r, f in _pairs(real, fake)])
+    losses = []
+    for r, f in _pairs(real, fake):
+        if kind == "hinge":
+            losses.append(relu(1 - r).mean() + relu(1 + f).mean())
+        else:
+            losses.append(softplus(-r).mean() + softplus(f).mean())
+    return _sum(losses)
 
 
 def generator_loss(fake: Logits, kind: AdversarialLoss) -> Tensor:
-    """What a student descends: ``-D`` (hinge), or the non-saturating ``softplus(-D)``, summed over heads."""
-    return _sum([-f.float().mean() if kind == "hinge" else softplus(-f.float()).mean() for f in fake])
+    """Return the student's loss: ``-D`` (hinge), or the non-saturating ``softplus(-D)``, summed over heads."""
+    losses = []
+    for logits in fake:
+        losses.append(-logits.float().mean() if kind == "hinge" else softplus(-logits.float()).mean())
+    return _sum(losses)
 
 
 def critic_metrics(real: Logits, fake: Logits) -> dict[str, Tensor]:
-    """How well a critic does: shares of its logits of real and of fake images with the right sign, and their means.
+    """Return a critic's accuracy on real and on generated images (the share of logits with the right sign), and means.
 
-    About 0.5 to 0.9 trains a student; 1 on both is a saturated critic, whose gradient says little.
+    Accuracies of about 0.5 to 0.9 train a student. At 1 the critic is saturated, and its gradient carries little.
     """
-    r, f = (torch.cat(logits, 1).detach().float() for logits in (real, fake))
+    r, f = torch.cat(real, 1).detach().float(), torch.cat(fake, 1).detach().float()
     hits = {"accuracy_real": (r > 0).float().mean(), "accuracy_fake": (f < 0).float().mean()}
     return hits | {"logit_real": r.mean(), "logit_fake": f.mean()}
 
 
 def r1_penalty(heads: Callable[[list[Tensor]], Logits], features: Sequence[Tensor]) -> Tensor:
-    """``||grad_F D(F)||^2`` summed over heads, the mean over samples: Mescheder et al. 2018 (1801.04406) on features.
+    """Return ``||grad_F D(F)||^2``, the sum over heads and mean over samples (Mescheder et al. 2018, arXiv 1801.04406).
 
     ``D`` is the mean over positions; for ``D(F) = <w, F>`` the penalty is ``||w||^2``.
     """
@@ -59,14 +62,14 @@ def r1_penalty(heads: Callable[[list[Tensor]], Logits], features: Sequence[Tenso
 def approximate_r1(
     heads: Callable[[list[Tensor]], Logits], features: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float
 ) -> Tensor:
-    """``((D(F') - D(F)) / alpha)^2`` summed over heads, the mean over samples: R1 without a second derivative.
+    """Return ``((D(F') - D(F)) / alpha)^2``, the sum over heads and mean over samples: R1 without a second derivative.
 
     Args:
         heads: the critic.
         features: of real images.
-        perturbed: of the same images plus ``alpha`` times unit Gaussian noise (or those features plus as much): the
-            expectation over the noise then is R1's, up to ``alpha^2``.
-        alpha: how far.
+        perturbed: of the same images plus ``alpha`` times unit Gaussian noise (or those features plus as much), so that
+            the expectation over the noise is R1, up to ``alpha^2``.
+        alpha: standard deviation of the noise.
     """
     before, after = heads(list(features)), heads(list(perturbed))
     return _sum([((a.mean(1) - b.mean(1)) / alpha).square().mean() for a, b in _pairs(after, before)])

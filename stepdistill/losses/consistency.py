@@ -1,48 +1,39 @@
-r"""What the consistency family shares: functions that are constant along a trajectory of the teacher.
+r"""Consistency functions: constant along a trajectory of the teacher.
 
-The probability-flow ODE carries ``x_t`` to one clean image. A *consistency function* names it from anywhere on the way,
+The probability-flow ODE carries every state ``x_t`` to one clean image. A *consistency function* maps any state of a
+trajectory to that trajectory's end,
 
-.. math:: f(x_t, t) = f(x_s, s), \qquad f(x, t_{end}) = x,
+.. math:: f(x_t, t) = f(x_s, s), \qquad f(x, t_{end}) = x.
 
-and the second equation, the boundary, must hold by construction, or a constant would satisfy the first. Which end, and
-how the network's own clean image is bent to it:
+The second equation, the boundary condition, must hold by construction, since a constant satisfies the first. Where the
+end is, and how the network's clean image is made to satisfy the boundary, depends on the schedule:
 
-- variance preserving, flow, TrigFlow: the end is clean data, where ``sigma = 0`` and ``x_0 = x_t`` holds of itself;
+- variance preserving, flow, TrigFlow: the end is clean data, where ``sigma = 0`` and ``x_0 = x_t``;
 - EDM: the end is ``sigma_min``, and ``f = c_skip x_t + c_out F`` with the shifted scalings of Song et al. 2023
-  (arXiv 2303.01469, Appendix C), which is what diffusers' ``CMStochasticIterativeScheduler`` computes.
+  (arXiv 2303.01469, Appendix C), which are those of diffusers' ``CMStochasticIterativeScheduler``.
 
-Every member trains a student on a pair ``(x_t, x_s)`` of neighbours on one trajectory: made by a step of the (guided)
-teacher (CD, LCM, TCD), or by the same noise on the same image (CT, iCT, ECT), which agrees with it in expectation.
+A student is trained on pairs ``(x_t, x_s)`` of neighbours on one trajectory. They are either joined by a step of the
+(guided) teacher (CD, LCM, TCD), or made of the same image and noise (CT, iCT, ECT), which is right in expectation.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-
 import torch
 from torch import Tensor
 
+from stepdistill.batch import Cond
 from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
-from stepdistill.networks.bank import STUDENT, NetworkBank
 from stepdistill.networks.denoiser import Denoiser
 
 
-def consistency(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], w: Tensor | None = None
-) -> Tensor:
-    """``f(x_t, t)`` (B, ...) of the network in ``denoiser``'s role, for times (B,) not below the trajectory's end."""
+def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+    """Return ``f(x_t, t)`` (B, ...) of a network, for times (B,) not below the trajectory's end."""
     return denoiser.schedule.end_point(denoiser(x_t, t, cond, w=w).x0, x_t, t)
 
 
-def time_grid(schedule: NoiseSchedule, intervals: int) -> Tensor:
-    """``intervals + 1`` descending times from 1 to the end of the trajectory (``sigma_min`` for EDM, else 0)."""
-    return schedule.trajectory(intervals)
-
-
 def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
-    """``steps + 1`` times of ``schedule.grid(intervals)``, as ``LCMScheduler`` and ``TCDScheduler`` choose them.
+    """Return ``steps + 1`` times of ``schedule.grid(intervals)``, chosen as ``LCMScheduler`` and ``TCDScheduler`` do.
 
     >>> from stepdistill.diffusion.schedule import DiscreteVP
     >>> vp = DiscreteVP((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
@@ -53,39 +44,34 @@ def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
     return torch.cat([grid[[intervals * i // steps for i in range(steps)]], grid[-1:]])
 
 
-def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int) -> Sampler:
-    """Multistep consistency sampling (Song et al. 2023, Algorithm 1) at times out of ``intervals``."""
+def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int, key: str) -> Sampler:
+    """Return multistep consistency sampling (Song et al. 2023, Algorithm 1) at times out of ``intervals``.
+
+    Args:
+        schedule: the networks' schedule.
+        steps: sampling steps.
+        intervals: intervals of the grid that the times are chosen from.
+        key: the configuration key of ``intervals``.
+
+    Raises:
+        ValueError: see :func:`check_intervals`.
+    """
+    check_intervals(schedule, steps, intervals, key)
     if isinstance(schedule, Karras):
         return ConsistencyKarras(schedule, steps, points=intervals + 1)
     return ConsistencySampler(schedule, skip_grid(schedule, steps, intervals))
 
 
-def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, name: str) -> None:
-    """Raise ``ValueError`` unless the trajectory can be cut into ``intervals`` and sampled in ``steps``."""
+def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: str) -> None:
+    """Raise ``ValueError`` unless the time axis can be cut into ``intervals`` and sampled in ``steps``."""
     if not 1 <= steps <= intervals:
-        raise ValueError(f"method.steps: found {steps}, wanted 1 to {name} = {intervals}")
+        raise ValueError(f"method.steps: expected 1 to {key} = {intervals}, got {steps}")
     if isinstance(schedule, DiscreteVP) and intervals > schedule.num_timesteps:
-        raise ValueError(f"method.{name}: found {intervals}, but the teacher has {schedule.num_timesteps} timesteps")
+        limit = schedule.num_timesteps
+        raise ValueError(f"method.{key}: expected at most the teacher's {limit} timesteps, got {intervals}")
 
 
 def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """EDM's noise level of any schedule, ``sigma_t / alpha_t`` (B,), float64; infinite where there is no signal."""
+    """Return EDM's noise level ``sigma_t / alpha_t`` (B,), float64; infinite where there is no signal."""
     alpha_t, sigma_t = schedule(t)
     return sigma_t / alpha_t
-
-
-@contextlib.contextmanager
-def shared_dropout(bank: NetworkBank, role: str, x: Tensor) -> Iterator[None]:
-    """``role``, called inside, drops the units that the student drops next: the passes shall differ in time alone.
-
-    Song et al. 2023 and Geng et al. 2024 do so in their code. Without dropout in the student there is none in ``role``.
-    """
-    with bank.using(STUDENT) as student:
-        drops = student.training
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), bank.using(role) as network:
-        before = network.training
-        network.train(drops)
-        try:
-            yield
-        finally:
-            network.train(before)

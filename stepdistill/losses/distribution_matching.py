@@ -1,21 +1,18 @@
-r"""Distribution matching: what DMD and DMD2 share.
+r"""Distribution matching, the idea of DMD and DMD2.
 
-The gradient of the Kullback-Leibler divergence from a student's images to the teacher's, both blurred by noise, is a
-difference of two scores: the frozen teacher's ("real"), and that of a second network ("fake") which keeps learning to
-denoise whatever the student makes. With ``x`` an image of the student's, ``x_t`` the same noised, and both networks
-read as clean images (Yin et al. 2023, arXiv 2311.18828, Eq. 7-8 and Algorithm 2),
+Blur the student's images and the teacher's with noise. The gradient of the Kullback-Leibler divergence between the two
+distributions is then a difference of two scores: that of the frozen teacher ("real"), and that of a second network
+("fake"), which keeps learning to denoise the student's images. With ``x`` an image of the student, ``x_t`` the same
+image with noise, and both networks read as clean images (Yin et al. 2023, arXiv 2311.18828, Eq. 7-8 and Algorithm 2),
 
 .. math:: g = \frac{\hat x_{fake}(x_t) - \hat x_{real}(x_t)}{\mathrm{mean} |x - \hat x_{real}(x_t)|},
     \qquad \nabla_\theta = \frac{g}{\mathrm{numel}} \frac{\partial x}{\partial \theta}.
 
-The divisor, one number a sample, makes all noise levels count alike. Like the authors' code, and unlike Eq. 8, it
-leaves out a factor ``alpha_t``. Images move away from where the fake score sees them and to where the real one does.
+The divisor, one number per sample, gives all noise levels the same weight. Like the authors' code, and unlike Eq. 8,
+this leaves out a factor ``alpha_t``. Images move away from the fake score's prediction, towards the real one's.
 """
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,85 +25,101 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 MATCHED = (0.02, 0.98)
-"""The noise levels at which scores are compared: at either end the divisor, or the difference, says nothing."""
-
+"""The range of times at which scores are compared: beyond it the divisor or the difference is uninformative."""
 
 SMALLEST_DIVISOR = 1e-6
 
-
 NOISE_BANDS = ("low_noise", "middle_noise", "high_noise")
+
+
+def distribution_matching(
+    teacher: Denoise, fake: Denoiser, x0: Tensor, cond: Cond, draws: Draws
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of the student's images and diagnostics for the log.
+
+    Args:
+        teacher: the real score, its conditioning and guidance fixed.
+        fake: the fake score.
+        x0: images (B, ...) of the student, with their gradient.
+        cond: conditioning of the batch.
+        draws: source of noise levels and noise.
+    """
+    t = sample_times(fake.schedule, draws, *MATCHED)
+    real, seen = both_scores(teacher, fake, x0.detach(), draws.normal_like(x0), t, cond)
+    return matching_loss(x0, real, seen).mean(), diagnostics(x0, real, seen, t)
+
+
+def fake_score_loss(fake: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
+    """Return the denoising loss of the fake score on images (B, ...) of the student."""
+    t = sample_times(fake.schedule, draws)
+    return denoising_loss(fake, x0, draws.normal_like(x0), t, cond).mean()
 
 
 @torch.no_grad()
 def both_scores(
     teacher: Denoise, fake: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond
 ) -> tuple[Tensor, Tensor]:
-    """The clean images (B, ...) that the teacher and the fake score see in ``x0``, noised to times (B,)."""
+    """Return the clean images (B, ...) that the teacher and the fake score predict of ``x0``, noised to times (B,)."""
     x_t = fake.schedule.add_noise(x0, noise, t)
-    with eval_mode(fake):
-        seen = fake(x_t, t, cond).x0
+    seen = fake(x_t, t, cond).x0
     return teacher(x_t, t).x0, seen
 
 
 def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """``(fake - real) / mean|x0 - real|``, the mean over each sample; all (B, ...), float32 at least."""
-    x0, real, fake = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (x0, real, fake))
+    """Return ``(fake - real) / mean|x0 - real|``, the mean over each sample; all (B, ...), float32 at least."""
+    x0, real, fake = _at_least_single(x0), _at_least_single(real), _at_least_single(fake)
     scale = (x0 - real).abs().flatten(1).mean(1).clamp(min=SMALLEST_DIVISOR)
     return (fake - real) / scale.reshape(-1, *[1] * (x0.ndim - 1))
 
 
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def matching_loss(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """A loss (B,) whose mean has the gradient ``g / numel`` at ``x0``, ``g`` being :func:`matching_gradient`."""
+    """Return a loss (B,) whose mean has the gradient ``g / numel`` at ``x0``, with g of :func:`matching_gradient`."""
     gradient = matching_gradient(x0.detach(), real, fake).detach()
     shifted = x0 - x0.detach() + gradient  # exact, where x0 - (x0 - gradient) would round
     return 0.5 * shifted.square().flatten(1).mean(1)
 
 
 def denoising_loss(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The squared error (B,) of the network's own output at noised images: the loss it was once trained with."""
+    """Return the squared error (B,) of the network's own output at noised images: its pretraining loss."""
     x_t = denoiser.schedule.add_noise(x0, noise, t)
     target = from_x0(x0, x_t, t, denoiser.schedule, denoiser.family.prediction_type)
     return mean_square(denoiser.raw(x_t, t, cond), target)
 
 
 def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Times (B,), uniform between the shares ``low`` and ``high`` of those at which networks are trained."""
+    """Return uniform times (B,) between the shares ``low`` and ``high`` of the times that networks are trained at."""
     lowest = schedule.lowest_time
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 
-def score_gap(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean absolute difference of the two denoisings by third of the times; 0 where no time of the batch fell.
-
-    It shrinks as the student's images become the teacher's. One that grows at high noise is a fake score that lags.
-    """
-    difference = (fake - real).detach().float().abs().flatten(1).mean(1)
-    bands = (t * len(NOISE_BANDS)).long().clamp(max=len(NOISE_BANDS) - 1)
-    means = [(difference * (bands == i)).sum() / (bands == i).sum().clamp(min=1) for i in range(len(NOISE_BANDS))]
-    return {f"score_gap_{name}": mean for name, mean in zip(NOISE_BANDS, means, strict=True)}
-
-
-def fake_score_error_ratio(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Squared error of the fake score's denoising of a student's images over that of the real one's.
-
-    The fake score is trained to denoise these images, the real one was not: 1 at the start, at most 1 where it follows.
-    """
-    errors = [(seen.detach().float() - x0.detach().float()).square().mean() for seen in (fake, real)]
-    return errors[0] / errors[1].clamp(min=SMALLEST_DIVISOR)
-
-
 def diagnostics(x0: Tensor, real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """What the log shows of a student's images (B, ...) and both denoisings of them at times (B,)."""
+    """Return metrics of a student's images (B, ...) and of both denoisings of them at times (B,)."""
     return {**score_gap(real, fake, t), "fake_score_error_ratio": fake_score_error_ratio(x0, real, fake)}
 
 
-@contextlib.contextmanager
-def eval_mode(denoiser: Denoiser) -> Iterator[None]:
-    """The network in evaluation mode, without dropout, while another one's turn asks it."""
-    with denoiser.bank.using(denoiser.role) as network:
-        training = network.training
-        network.eval()
-        try:
-            yield
-        finally:
-            network.train(training)
+def score_gap(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Return the mean absolute difference of the two denoisings by third of the times; 0 for a third without a time.
+
+    It shrinks as the student's images approach the teacher's. If it grows at high noise, the fake score lags behind.
+    """
+    difference = (fake - real).detach().float().abs().flatten(1).mean(1)
+    bands = (t * len(NOISE_BANDS)).long().clamp(max=len(NOISE_BANDS) - 1)
+    gaps = {}
+    for i, name in enumerate(NOISE_BANDS):
+        inside = bands == i
+        gaps[f"score_gap_{name}"] = (difference * inside).sum() / inside.sum().clamp(min=1)
+    return gaps
+
+
+def fake_score_error_ratio(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Return the fake score's squared error in denoising a student's images, over that of the real score.
+
+    Only the fake score is trained on these images: the ratio is 1 at the start, and at most 1 while it keeps up.
+    """
+    clean = x0.detach().float()
+    error = (fake.detach().float() - clean).square().mean()
+    return error / (real.detach().float() - clean).square().mean().clamp(min=SMALLEST_DIVISOR)

@@ -1,10 +1,10 @@
-"""How far apart two images are that should be the same: distances for regression, and for consistency.
+"""Distances of two images that should be the same, for regression and for consistency.
 
-- ``l1``, ``l2``, ``huber``: of :func:`stepdistill.losses.regression.distance`;
-- ``pixels``: pseudo-Huber on pixels (or latents), robust where one noise could have become two images;
-- ``features``: that, and the distance of the teacher's own features, unit vectors at every position as in LPIPS;
-- ``lpips``: the learned distance that DMD and consistency models were made with (Zhang et al. 2018, arXiv 1801.03924),
-  VGG on images of 224 pixels. It is an extra, since it brings torchvision.
+- ``l1``, ``l2``, ``huber``: those of :func:`stepdistill.losses.regression.distance`;
+- ``pixels``: pseudo-Huber on pixels (or latents), which is robust where a noise could lead to two different images;
+- ``features``: the same plus a distance of the teacher's features, as unit vectors at every position like in LPIPS;
+- ``lpips``: the learned distance of the DMD and consistency model papers (Zhang et al. 2018, arXiv 1801.03924), VGG on
+  images of 224 pixels. It is an optional dependency, since it needs torchvision.
 """
 
 from __future__ import annotations
@@ -24,28 +24,24 @@ from stepdistill.networks.features import BlockFeatures
 
 ConsistencyDistance = Literal["l1", "l2", "huber", "lpips"]
 
-
 Resemblance = Literal["pixels", "features", "lpips"]
-
 
 Compare = Callable[[Tensor, Tensor, Cond], Tensor]
 """The distance (B,) of images (B, ...) and (B, ...) of the network's space, under their conditions."""
 
-
 HUBER_WIDTH = 0.03
-
 
 LPIPS_SIZE = (224, 224)
 
 
 def check_resemblance(kind: Resemblance | ConsistencyDistance) -> None:
-    """Raise ``ValueError`` if what ``kind`` needs is not installed."""
+    """Raise ``ValueError`` if a package that ``kind`` needs is not installed."""
     if kind == "lpips" and importlib.util.find_spec("lpips") is None:
         raise ValueError("method.distance: 'lpips' needs pip install 'stepdistill[lpips]'; or choose another distance")
 
 
 def open_resemblance(kind: Resemblance, teacher: Denoiser) -> Compare:
-    """The distance that ``kind`` names; gradients reach its first argument, and no parameters."""
+    """Return the distance of this name; gradients reach its first argument, and no parameters."""
     match kind:
         case "pixels":
             return pixels
@@ -57,23 +53,23 @@ def open_resemblance(kind: Resemblance, teacher: Denoiser) -> Compare:
 
 
 def open_distance(kind: ConsistencyDistance, teacher: Denoiser) -> Compare:
-    """The distance that ``kind`` names between two ends of a trajectory."""
+    """Return the distance of this name, for two predictions of a trajectory's end."""
     if kind == "lpips":
         return _lpips(teacher)
     return lambda a, b, cond: distance(a, b, kind)
 
 
 def pixels(a: Tensor, b: Tensor, cond: Cond) -> Tensor:
-    """Pseudo-Huber, the mean over pixels."""
+    """Return the pseudo-Huber distance, the mean over pixels."""
     del cond
     return distance(a, b, "huber", HUBER_WIDTH)
 
 
 def features(blocks: BlockFeatures, a: Tensor, b: Tensor, cond: Cond) -> Tensor:
-    """Half the squared difference of unit feature vectors, the mean over positions and blocks: from 0 to 2."""
+    """Return half the squared difference of unit feature vectors, the mean over positions and blocks: 0 to 2."""
     with torch.no_grad():
-        wanted = blocks.clean(b, cond)
-    return torch.stack([_angle(x, y) for x, y in zip(blocks.clean(a, cond), wanted, strict=True)]).mean(0)
+        target = blocks.clean(b, cond)
+    return torch.stack(list(map(_angle, blocks.clean(a, cond), target))).mean(0)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
@@ -87,7 +83,7 @@ def _lpips(teacher: Denoiser) -> Compare:
     network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
 
     def view(x0: Tensor) -> Tensor:
-        # pixels as they are: decoding clamps, and one beyond white would feel no pull
+        # pixels as they are: decoding clamps, and a pixel beyond white would have no gradient
         images = teacher.family.decode(x0).float() * 2 - 1 if teacher.family.frozen_modules else x0.float()
         colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         return interpolate(colour, LPIPS_SIZE, mode="bilinear")

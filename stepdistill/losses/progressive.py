@@ -1,4 +1,4 @@
-"""What progressive and guided distillation share: two steps of a mentor as one, and a stage a halving."""
+"""Progressive halving: two steps of a teacher as one step of the student."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ def two_step_target(
     s: Tensor,
     schedule: NoiseSchedule,
 ) -> Tensor:
-    """Two DDIM steps ``t -> t_mid -> s`` as the clean image of one (Salimans & Ho 2022, Eq. 8), float64.
+    """Return the clean image whose DDIM step equals the steps ``t -> t_mid -> s`` (Salimans & Ho 2022, Eq. 8).
 
     Args:
-        denoise: the mentor, its conditioning bound.
+        denoise: the teacher of the stage, its conditioning fixed.
         x_t: states (B, ...) at ``t``.
         t: times (B,).
         t_mid: times (B,) between.
-        s: times (B,) where both roads end.
+        s: times (B,) at which both paths end.
         schedule: the networks' schedule.
+
+    Returns:
+        Images (B, ...) in float64.
     """
     x_mid = ode_step(denoise(x_t, t), schedule, t_mid)
     x_s = ode_step(denoise(x_mid, t_mid), schedule, s)
@@ -33,7 +36,7 @@ def two_step_target(
 
 
 def halvings(start: int, steps: int) -> list[int]:
-    """The students' numbers of steps, from ``start / 2`` down to ``steps``.
+    """Return the students' numbers of steps, from ``start / 2`` down to ``steps``.
 
     >>> halvings(32, 4)
     [16, 8, 4]
@@ -43,12 +46,12 @@ def halvings(start: int, steps: int) -> list[int]:
     """
     ratio, rest = divmod(start, steps) if steps > 0 else (0, 1)
     if rest or ratio < 2 or ratio & (ratio - 1):
-        raise ValueError(f"start must be steps times 2, 4, 8, ...; found start {start}, steps {steps}")
+        raise ValueError(f"start: expected steps times 2, 4, 8, ..., got start {start}, steps {steps}")
     return [start >> k for k in range(1, ratio.bit_length())]
 
 
 def nested_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
-    """``steps + 1`` of the times of the first mentor's grid: what a student steps on, its mentor steps on too.
+    """Return ``steps + 1`` of the times of ``schedule.grid(start)``, so that a student's times are its teacher's too.
 
     It is ``schedule.grid(steps)`` itself except for Karras' grids, which are not nested.
     """

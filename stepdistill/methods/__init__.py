@@ -1,7 +1,4 @@
-"""Distillation methods, one file each: a file's name is the method's name in a configuration.
-
-There is no registry: a method is found because its file lies here.
-"""
+"""Distillation methods, one file each. A file's name is the method's name in a configuration; there is no registry."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from stepdistill.methods.base import Distiller
 
 
 def method_names() -> tuple[str, ...]:
-    """The methods there are."""
+    """Return the names of all methods."""
     return tuple(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
 
 
 def find_method(name: str) -> type[Distiller]:
-    """The distiller of ``methods/<name>.py``.
+    """Return the distiller of ``methods/<name>.py``.
 
     Raises:
         ConfigError: if there is no such method, with the nearest name.
@@ -27,9 +24,7 @@ def find_method(name: str) -> type[Distiller]:
     if name not in method_names():
         raise ConfigError([f"method.name: {name!r} is not a method{nearest(str(name), method_names())}"])
     module = importlib.import_module(f"{__name__}.{name}")
-    (found,) = (
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Distiller) and cls.__module__ == module.__name__
-    )
-    return found
+    for _, found in inspect.getmembers(module, inspect.isclass):
+        if issubclass(found, Distiller) and found.__module__ == module.__name__:
+            return found
+    raise AssertionError(f"{module.__name__} defines no distiller")

@@ -1,42 +1,42 @@
-"""What every distillation method is made of: turns and stages.
+"""The base of every distillation method: roles, turns and stages.
 
-A *turn* is one optimiser's move, stated once: whose parameters, which loss, on which steps. Most methods have one; a
-method with a critic or a fake score has two. A *stage* is a stretch of training with its own learning-rate schedule and
-fresh optimisers; progressive distillation has one a halving. The loop over both is
-:mod:`stepdistill.training.trainer`; a method is only its algorithm box.
+A method trains a student against a frozen teacher. It is written in three terms:
+
+- A *role* is a network of the bank: the teacher, the student, a slow copy of the student, a fake score.
+- A *turn* is one optimiser's move: whose parameters, which loss, on which steps. Most methods have one turn; a method
+  with a critic or a fake score has two.
+- A *stage* is a stretch of training with fresh optimisers and its own learning-rate schedule. Progressive distillation
+  has one for every halving, most methods have one in all.
+
+The loop over stages and turns is :mod:`stepdistill.training.trainer`. A method is only the algorithm box of its paper.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from stepdistill.batch import Batch
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.discriminators.conditioning import check_classes
+from stepdistill.discriminators.critics import Critic
 from stepdistill.families.base import Family, Inputs
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.networks.bank import EMA, STUDENT, NetworkBank
+from stepdistill.networks.bank import EMA, STUDENT, TEACHER, NetworkBank
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.modes import in_mode, shared_dropout
 from stepdistill.randomness import Draws
 
-
-def share_out(steps: int, shares: Mapping[str, tuple[int, float]]) -> list[Stage]:
-    """Stages of ``steps`` training steps in all.
-
-    Args:
-        steps: what there is to spend.
-        shares: by a stage's name, its ``value`` and what part of the steps it gets, in any unit.
-    """
-    unit = steps / sum(share for _, share in shares.values())
-    ends = [round(unit * end) for end in accumulate((share for _, share in shares.values()), initial=0.0)]
-    spans = [end - begin for begin, end in pairwise(ends)]
-    return [Stage(name, span, value) for (name, (value, _)), span in zip(shares.items(), spans, strict=True)]
+TARGET = "target"
 
 
 class Losses(NamedTuple):
@@ -65,94 +65,204 @@ class Stage:
 
     name: str
     steps: int
-    """How many training steps it lasts."""
+    """Training steps of the stage."""
     value: Any = None
-    """What the method wants to know about it, for example the student's number of sampling steps."""
+    """A parameter of the stage, by default the number of sampling steps of its student."""
+
+
+def split_steps(steps: int, shares: Mapping[str, tuple[int, float]]) -> list[Stage]:
+    """Return stages of ``steps`` training steps in total.
+
+    Args:
+        steps: training steps of the whole run.
+        shares: by a stage's name, its ``value`` and its share of the steps, in any unit.
+    """
+    unit = steps / sum(share for _, share in shares.values())
+    ends = [round(unit * end) for end in accumulate((share for _, share in shares.values()), initial=0.0)]
+    stages = []
+    for (name, (value, _)), (begin, end) in zip(shares.items(), pairwise(ends), strict=True):
+        stages.append(Stage(name, end - begin, value))
+    return stages
 
 
 class Distiller(nn.Module, abc.ABC):
-    """A distillation method: an abstract base, one final class a file.
+    """A distillation method: an abstract base, and one final class per file.
 
-    A subclass declares a nested frozen ``Config`` dataclass with a field ``steps`` (what the finished student takes)
-    and ``turn_names``; it adds its roles and states its turns in :meth:`build`.
+    A subclass declares a nested frozen ``Config`` dataclass with a field ``steps`` (sampling steps of the finished
+    student) and its ``turn_names``. It implements :meth:`build` and :meth:`make_sampler`.
 
     Args:
-        family: the opened teacher's family.
-        bank: the networks; this adds ``student`` and, where wanted, ``ema``.
-        config: the method's own options.
-        ema: whether an average of the student is kept and is what gets evaluated and exported.
-        start: the weights the student starts from, by name; None is the teacher's.
+        family: the family of the opened teacher.
+        bank: the networks; the role ``student`` is added here and, with ``ema``, the role ``ema``.
+        config: the method's options.
+        ema: whether an average of the student is kept, and is the network that is evaluated and exported.
+        start: the weights the student starts from, by name; by default the teacher's.
     """
 
     Config: ClassVar[type]
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
     optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
-    """By turn, what the paper's optimiser has other than :class:`~stepdistill.training.optimizers.OptimConfig`."""
+    """By turn, where the paper's optimiser differs from :class:`~stepdistill.training.optimizers.OptimConfig`."""
     sampling_options: ClassVar[frozenset[str]] = frozenset()
-    """Options that the sampler alone reads: one training serves all their values, on resuming and at export."""
+    """Options that only the sampler reads: they may change on resuming and at export."""
     needs_images: ClassVar[bool] = True
-    """Whether the method trains on real images, or on noise and conditions alone."""
+    """Whether the method trains on real images; otherwise it needs only noise and conditions."""
+    predicts_velocity: ClassVar[bool] = False
+    """Whether the student of a noise-predicting teacher predicts the velocity, see ``progressive``."""
 
     def __init__(
         self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.family = family
+        self.converts = self.predicts_velocity and family.prediction_type == "epsilon"
+        """Whether the student's prediction type is not the teacher's."""
+        self.family = family.with_prediction("v_prediction") if self.converts else family
         self.bank = bank
         self.config = config
+        self.inputs = self.extra_inputs(config)
         self.schedule = family.schedule
         self.stage = Stage("train", 0)
         self.step_in_stage = 0
-        """Training steps of the stage that were made before the present one; the trainer keeps it, also on resuming."""
-        self.teacher = Denoiser(family, bank, "teacher")
-        bank.fork(STUDENT)
+        """Training steps of the stage before the present one; the trainer keeps it, also on resuming."""
+        self.turns: dict[str, Turn] = {}
+        self.conditional_critic = False
+        """Whether a critic is given the class labels: a first batch of a single class is then refused."""
+        self.unused_roles: frozenset[str] = frozenset()
+        """Roles whose weights an older version of the method wrote into checkpoints; they are ignored."""
+        self._averages: dict[str, Callable[[], float]] = {}
+        self._times: dict[Any, Tensor] = {}
+        self._sampler: tuple[Any, Sampler] | None = None
+        self.teacher = Denoiser(family, bank, TEACHER)
+        self.student = self.add_role(STUDENT)
         if start is not None:
             bank.load_or_project(STUDENT, start)
-        self.student = Denoiser(family, bank, STUDENT)
-        self.turns = {turn.name: turn for turn in self.build()}
+        self.build()
         assert tuple(self.turns) == self.turn_names
         if ema:
             bank.fork(EMA, STUDENT, trainable=False)
         self.result_role = EMA if ema else STUDENT
-        self.result = Denoiser(self.student.family, bank, self.result_role, w=self.student.w)
+        self.result = Denoiser(self.family, bank, self.result_role, w=self.student.w)
+
+    # ------------------------------------------------------------------------------- what a method implements
+
+    @abc.abstractmethod
+    def build(self) -> None:
+        """Add the roles, modules and turns of the method."""
+
+    @classmethod
+    @abc.abstractmethod
+    def make_sampler(cls, config: Any, family: Family) -> Sampler:
+        """Return the sampler of the finished student."""
 
     @classmethod
     def check(cls, config: Any, family: Family) -> None:
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
+        family.check_guidance(getattr(config, "guidance_scale", 1.0))
+        family.check_sampler(cls.make_sampler(config, family))
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:
-        """What the networks must take besides state, time and condition; added before any role is forked."""
+        """Return the inputs of the student besides state, time and condition; added before any role is forked."""
         del config
         return Inputs()
 
-    @abc.abstractmethod
-    def build(self) -> Sequence[Turn]:
-        """Add the roles and modules the method needs, and state its turns."""
-
-    @abc.abstractmethod
-    def sampler(self) -> Sampler:
-        """How the student of the current stage is sampled."""
-
     def stages(self, steps: int) -> list[Stage]:
-        """The stages that ``steps`` training steps are spent on."""
+        """Return the stages of a run of ``steps`` training steps."""
         return [Stage("train", steps)]
 
     def begin_stage(self) -> None:
         """Move weights between roles at the start of ``self.stage``; not called when a stage is resumed."""
 
-    def after_step(self) -> None:
-        """Move weights between roles after every step, for example a target's average."""
-
-    def forward(self, turn: str, batch: Batch, draws: Draws) -> Losses:
-        """The loss of a turn: the one entry that is wrapped for distributed training."""
-        return self.turns[turn].loss(batch, draws)
+    def stage_sampler(self) -> Sampler:
+        """Return a new sampler of the present stage's student, where it is not yet that of the finished one."""
+        return self.make_sampler(self.config, self.family)
 
     def contract(self) -> dict[str, Any]:
-        """What else a caller of the finished student must know: JSON values."""
+        """Return what a caller of the finished student must know besides its sampler: JSON values."""
         return {}
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
-        """The frozen networks that a critic sees through, by their configuration key: none of them may judge."""
+        """Return the frozen feature networks of a critic by their configuration key: none of them may evaluate."""
         return {}
+
+    # ----------------------------------------------------------------------------------- what a method builds
+
+    def add_role(self, role: str, from_: str = TEACHER, *, trainable: bool = True) -> Denoiser:
+        """Add a network that starts with the weights of the role ``from_``."""
+        self.bank.fork(role, from_, trainable=trainable)
+        return Denoiser(self.family, self.bank, role)
+
+    def add_average(self, role: str, decay: Callable[[], float]) -> Denoiser:
+        """Add an average of the student: after every step it keeps ``decay()`` of itself."""
+        self._averages[role] = decay
+        return self.add_role(role, STUDENT, trainable=False)
+
+    def add_target(self, decay: float) -> Denoiser:
+        """Add the target of a consistency method: an average of the student; with ``decay`` 0 the student itself."""
+        if decay == 0:
+            self.unused_roles = frozenset({TARGET})
+            return self.student
+        return self.add_average(TARGET, lambda: decay)
+
+    def add_turn(
+        self, name: str, loss: Callable[[Batch, Draws], Losses], *modules: nn.Module,
+        when: Callable[[int], bool] = lambda step: True,
+    ) -> None:  # fmt: skip
+        """Add a turn that trains the role ``name``, if there is one, and ``modules``."""
+        params = list(self.bank.params(name)) if name in self.bank.roles else []
+        for module in modules:
+            params.extend(module.parameters())
+        self.turns[name] = Turn(name, params, loss, when)
+
+    def add_critic(self, critic: Critic, loss: Callable[[Batch, Draws], Losses]) -> Critic:
+        """Add a turn that trains ``critic``."""
+        self.conditional_critic = critic.conditional
+        self.add_turn("critic", loss, critic)
+        return critic
+
+    # ------------------------------------------------------------------------------------- what a loss uses
+
+    def guided_teacher(self, cond: Cond) -> Denoise:
+        """Return the teacher under ``config.guidance_scale``; a scale of 1 costs one call, any other two."""
+        return self.teacher.guided(cond, self.config.guidance_scale - 1)
+
+    def times(self, grid: Callable[[int], Tensor], intervals: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return ``grid(intervals)``, a grid of the schedule, on a device; it is computed once."""
+        key = grid, intervals, str(device)
+        if key not in self._times:
+            self._times[key] = grid(intervals).to(device)
+        return self._times[key]
+
+    @contextlib.contextmanager
+    def computing_target(self, target: Denoiser) -> Iterator[None]:
+        """Compute without gradient, and with the dropout masks that the student will draw next."""
+        with torch.no_grad(), shared_dropout(self.bank, target.role):
+            yield
+
+    # ------------------------------------------------------------------------------------ what the loop calls
+
+    def forward(self, turn: str, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of a turn: the one entry that is wrapped for distributed training.
+
+        A network that only judges in another network's turn, such as the fake score, has no dropout there.
+        """
+        if self.step_in_stage == 0 and self.conditional_critic:
+            check_classes(batch.cond, self.family.num_classes)
+        with contextlib.ExitStack() as stack:
+            for role in self.turns:
+                if role not in (turn, STUDENT) and role in self.bank.roles:
+                    stack.enter_context(in_mode(self.bank, role, training=False))
+            return self.turns[turn].loss(batch, draws)
+
+    def after_step(self) -> None:
+        """Move the averages towards the student."""
+        for role, decay in self._averages.items():
+            self.bank.blend(role, STUDENT, decay())
+
+    def sampler(self) -> Sampler:
+        """Return the sampler of the present stage's student; it is made once per stage."""
+        key = self.stage, self.config
+        if self._sampler is None or self._sampler[0] != key:
+            self._sampler = key, self.stage_sampler()
+        return self._sampler[1]

@@ -1,38 +1,33 @@
 r"""Consistency training (Song et al. 2023, arXiv 2303.01469, Algorithm 3).
 
-The neighbour of ``x_t = alpha_t x_0 + sigma_t z`` is ``x_s = alpha_s x_0 + sigma_s z``, the same image and noise: it
-stands for the teacher's solver step without bias, but with a variance that only a fine grid makes harmless. Training
-therefore starts coarse and ends fine, while the target follows ever more slowly (Appendix C):
+The neighbour of ``x_t = alpha_t x_0 + sigma_t z`` is ``x_s = alpha_s x_0 + sigma_s z``, the same image with the same
+noise. It replaces the teacher's solver step without bias, but with a variance that only a fine grid makes small.
+Training therefore starts on a coarse grid and ends on a fine one, while the target moves ever more slowly
+(Appendix C),
 
 .. math::
     N(k) = \left\lceil \sqrt{\tfrac{k}{K} ((s_1 + 1)^2 - s_0^2) + s_0^2} - 1 \right\rceil + 1, \qquad
     \mu(k) = \exp\!\left(s_0 \ln \mu_0 / N(k)\right).
 
-The teacher gives the student its first weights and nothing more.
+The teacher only provides the student's first weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
-from stepdistill.losses.consistency import check_intervals, consistency, consistency_sampler, shared_dropout, time_grid
+from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
-from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.denoiser import Denoiser
+from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
 
 def num_points(step: int, steps: int, first: int, last: int) -> int:
-    """N(k) for ``step`` k of ``steps`` K, from ``first`` s_0 to ``last`` s_1 + 1.
+    """Return N(k) for ``step`` k of ``steps`` K, from ``first`` s_0 to ``last`` s_1 + 1.
 
     >>> num_points(0, 1000, 2, 150), num_points(500, 1000, 2, 150), num_points(1000, 1000, 2, 150)
     (2, 107, 151)
@@ -41,7 +36,7 @@ def num_points(step: int, steps: int, first: int, last: int) -> int:
 
 
 def target_decay(points: int, first: int, decay: float) -> float:
-    """mu(k) at N(k) = ``points``, where mu is ``decay`` at N = ``first``.
+    """Return mu(k) at N(k) = ``points``, where mu is ``decay`` at N = ``first``.
 
     >>> target_decay(2, 2, 0.9), round(target_decay(150, 2, 0.9), 4)
     (0.9, 0.9986)
@@ -50,48 +45,47 @@ def target_decay(points: int, first: int, decay: float) -> float:
 
 
 class CT(Distiller):
-    """A student, its slow target, and a time axis that gets finer."""
+    """A student, its slowly moving target, and a time grid that becomes finer."""
 
-    sampling_options: ClassVar = frozenset({"steps"})
+    sampling_options = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of consistency training."""
 
         steps: int = 2
-        """Network calls of a sample."""
+        """Sampling steps."""
         first_points: int = 10
-        """N at the start (s_0); the paper, from random weights, has 2."""
+        """N at the start (s_0); the paper, which starts from random weights, uses 2."""
         last_points: int = 150
-        """N at the end, less one (s_1)."""
+        """N - 1 at the end (s_1)."""
         distance: ConsistencyDistance = "l2"
-        """``lpips`` is the paper's choice for pictures; it is an extra."""
+        """``lpips`` is the paper's choice for images; it is an optional dependency."""
         first_decay: float = 0.9
         """mu at the start (mu_0)."""
 
         def __post_init__(self) -> None:
             if not 2 <= self.first_points <= self.last_points:
                 raise ValueError(
-                    "wanted 2 <= first_points <= last_points; "
-                    f"found first_points {self.first_points}, last_points {self.last_points}"
+                    f"first_points: expected 2 to last_points = {self.last_points}, got {self.first_points}"
                 )
             if not 0 < self.first_decay < 1:
-                raise ValueError(f"first_decay: found {self.first_decay}, wanted 0 < first_decay < 1")
+                raise ValueError(f"first_decay: expected 0 < first_decay < 1, got {self.first_decay}")
 
     @classmethod
-    def check(cls, config: Any, family: Family) -> None:
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        return consistency_sampler(family.schedule, config.steps, config.last_points, "last_points")
+
+    @classmethod
+    def check(cls, config: Config, family: Family) -> None:
+        super().check(config, family)
         check_resemblance(config.distance)
-        check_intervals(family.schedule, config.steps, config.last_points, "last_points")
-        to_diffusers(consistency_sampler(family.schedule, config.steps, config.last_points), family.scheduler_config)
 
-    def build(self) -> Sequence[Turn]:
-        self.bank.fork("target", "student", trainable=False)
-        self.target = Denoiser(self.family, self.bank, "target")
+    def build(self) -> None:
+        first = self.config.first_points
+        self.target = self.add_average("target", lambda: target_decay(self.points, first, self.config.first_decay))
         self.distance = open_distance(self.config.distance, self.teacher)
-        return [Turn("student", self.bank.params("student"), self.loss)]
-
-    def sampler(self) -> Sampler:
-        return consistency_sampler(self.schedule, self.config.steps, self.config.last_points)
+        self.add_turn("student", self.loss)
 
     @property
     def points(self) -> int:
@@ -99,16 +93,13 @@ class CT(Distiller):
         return num_points(self.step_in_stage, self.stage.steps, self.config.first_points, self.config.last_points)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        grid = time_grid(self.schedule, self.points - 1).to(batch.x0.device)
+        grid = self.times(self.schedule.trajectory, self.points - 1, draws.device)
         i = draws.integers(0, self.points - 1)
         t, s = grid[i], grid[i + 1]
         noise = draws.normal_like(batch.x0)
-        x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), shared_dropout(self.bank, "target", x_s):
+        x_t = self.schedule.add_noise(batch.x0, noise, t)
+        x_s = self.schedule.add_noise(batch.x0, noise, s)
+        with self.computing_target(self.target):
             target = consistency(self.target, x_s, s, batch.cond)
         error = self.distance(consistency(self.student, x_t, t, batch.cond), target, batch.cond)
         return Losses({"loss": error.mean()})
-
-    def after_step(self) -> None:
-        keep = target_decay(self.points, self.config.first_points, self.config.first_decay)
-        self.bank.blend("target", "student", keep)

@@ -1,22 +1,20 @@
 r"""Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548).
 
-A diffusion model is a consistency model whose neighbour is clean data: ``x_s = x_0``. Tuning starts there, from the
-teacher's weights, and moves the neighbour towards ``x_t``, with noise levels ``sigma`` (of t) and ``r`` (of s)
+A diffusion model is a consistency model whose neighbour is clean data, ``x_s = x_0``. Tuning starts there, from the
+teacher's weights, and moves the neighbour towards ``x_t``. With noise levels ``sigma`` at t and ``r`` at s,
 
 .. math:: r = \max\left(0, \sigma \left(1 - q^{-(j + 1)} (1 + k\, \mathrm{sigmoid}(-b \sigma))\right)\right), \qquad
     \ln \sigma \sim N(m, v^2),
 
-where the stage j counts up from 0. The student itself, without gradient, is the target, and a pseudo-Huber error counts
-for ``1 / (sigma - r)``. Noise levels are EDM's, ``sigma_t / alpha_t``, whatever the schedule; the teacher's clean image
-is used as it is, since ``r = 0`` is exact under every schedule.
+where the stage j counts up from 0. The target is the student itself, without gradient. A pseudo-Huber error is weighted
+by ``1 / (sigma - r)``. Noise levels are EDM's, ``sigma_t / alpha_t``, for every schedule. The network's clean image
+needs no boundary correction, because ``r = 0`` is exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,20 +22,18 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import expand
-from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
-from stepdistill.losses.consistency import check_intervals, consistency_sampler, noise_to_signal, shared_dropout
+from stepdistill.losses.consistency import consistency_sampler, noise_to_signal
 from stepdistill.losses.regression import pseudo_huber, weighted
-from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.bank import STUDENT
+from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
 SAMPLING_GRID = 40
-"""Sampling times are every n-th of so many intervals; training knows no grid."""
+"""Intervals of the grid that sampling times are chosen from; training uses no grid."""
 
 
 def neighbour(sigma: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """The noise level r that ``sigma`` is paired with, 0 <= r < sigma.
+    """Return the noise level r that ``sigma`` is paired with, 0 <= r < sigma.
 
     >>> [round(r, 4) for r in neighbour(torch.tensor([1.0, 10.0]), stage=0, q=2.0).tolist()]
     [0.0, 4.9982]
@@ -48,41 +44,37 @@ def neighbour(sigma: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.
 class ECT(Distiller):
     """A student tuned from denoising to consistency."""
 
-    sampling_options: ClassVar = frozenset({"steps"})
+    sampling_options = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of easy consistency tuning."""
 
         steps: int = 2
-        """Network calls of a sample."""
+        """Sampling steps."""
         q: float = 2.0
-        """How much closer the neighbour comes from stage to stage."""
+        """Factor by which the neighbour moves closer from stage to stage."""
         num_stages: int = 8
-        """Into how many equal parts the training steps are cut; q = 256 in one part is the short recipe."""
+        """Number of equal parts of the training; q = 256 in one part is the paper's short recipe."""
         noise_mean: float = -1.1
-        """Mean m of ln sigma; larger favours few steps."""
+        """Mean m of ln sigma; larger values favour few sampling steps."""
         noise_std: float = 2.0
         """Standard deviation v of ln sigma."""
         huber: float = 0.00054
-        """The pseudo-Huber constant, times the root of the number of pixels."""
+        """The pseudo-Huber constant, divided by the root of the number of pixels."""
 
         def __post_init__(self) -> None:
             if self.q <= 1:
-                raise ValueError(f"q: found {self.q}, wanted more than 1")
+                raise ValueError(f"q: expected more than 1, got {self.q}")
             if self.num_stages < 1:
-                raise ValueError(f"num_stages: found {self.num_stages}, wanted at least 1")
+                raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
     @classmethod
-    def check(cls, config: Any, family: Family) -> None:
-        check_intervals(family.schedule, config.steps, SAMPLING_GRID, "the sampling grid")
-        to_diffusers(consistency_sampler(family.schedule, config.steps, SAMPLING_GRID), family.scheduler_config)
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        return consistency_sampler(family.schedule, config.steps, SAMPLING_GRID, "the sampling grid")
 
-    def build(self) -> Sequence[Turn]:
-        return [Turn("student", self.bank.params("student"), self.loss)]
-
-    def sampler(self) -> Sampler:
-        return consistency_sampler(self.schedule, self.config.steps, SAMPLING_GRID)
+    def build(self) -> None:
+        self.add_turn("student", self.loss)
 
     @property
     def stage_index(self) -> int:
@@ -91,13 +83,14 @@ class ECT(Distiller):
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         config = self.config
-        largest = noise_to_signal(self.schedule, torch.ones(1, dtype=torch.float64)).to(batch.x0.device)
+        largest = noise_to_signal(self.schedule, torch.ones(1, dtype=torch.float64)).to(draws.device)
         sigma = (config.noise_mean + config.noise_std * draws.normal().double()).exp().minimum(largest)
         r = neighbour(sigma, self.stage_index, config.q)
-        t, s = (self.schedule.inverse(-2 * level.log()) for level in (sigma, r))
+        t, s = self.schedule.inverse(-2 * sigma.log()), self.schedule.inverse(-2 * r.log())
         noise = draws.normal_like(batch.x0)
-        x_t, x_s = (self.schedule.add_noise(batch.x0, noise, time) for time in (t, s))
-        with torch.no_grad(), shared_dropout(self.bank, STUDENT, x_s):
+        x_t = self.schedule.add_noise(batch.x0, noise, t)
+        x_s = self.schedule.add_noise(batch.x0, noise, s)
+        with self.computing_target(self.student):
             target = self.student(x_s, s, batch.cond).x0
         target = torch.where(expand(r == 0, target) > 0, batch.x0, target)
         error = pseudo_huber(self.student(x_t, t, batch.cond).x0, target, config.huber * math.sqrt(batch.x0[0].numel()))

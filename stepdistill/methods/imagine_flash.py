@@ -1,31 +1,30 @@
 r"""Imagine Flash: backward distillation, shifted reconstruction, noise correction (Kohler et al. 2024, 2405.05224).
 
-*Backward distillation*: what the student is shown at a time t is never a noised image but the end of its own rollout
-from pure noise down to t, by the sampler it will be used with. Nothing of a real image leaks into training, and
-training and use see the same inputs.
+*Backward distillation*: the student's input at a time t is never a noised image. It is the student's own output after
+sampling from pure noise down to t, by the sampler it will be used with. Nothing of a real image leaks into training,
+and the inputs are the same in training and in use.
 
-*Shifted reconstruction*: its clean image ``x`` is noised again, to ``gamma(t)``, and the guided teacher walks k DDIM
-steps down from there; where it arrives is the target,
+*Shifted reconstruction*: the student's clean image ``x`` is noised again, to ``gamma(t)``. From there the guided
+teacher takes k DDIM steps to the target,
 
 .. math:: \| \hat x_\Phi(f^k_\Phi(\alpha_\gamma x + \sigma_\gamma \epsilon)) - x \|^2, \qquad \gamma(t) = g\, t^p.
 
-Early steps are thus taught structure, late ones detail. The paper's gamma is not published; p = 1 shifts nothing, and
-g < 1 leaves the teacher something of ``x`` to reconstruct at t = 1, where the target else has nothing to do with it.
-``reconstruction: plain`` is backward distillation alone: the teacher walks from what the student was shown.
+Early steps thus learn structure, and late ones detail. The paper's gamma is not published. With p = 1 nothing is
+shifted; g < 1 leaves the teacher some of ``x`` to reconstruct at t = 1, where the target would be unrelated to it.
+``reconstruction: plain`` is backward distillation alone: the teacher starts from the student's input.
 
-*Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Networks that predict a velocity or the clean
-image at zero terminal SNR, and flows, say so of themselves; others go by
+*Noise correction*: at pure noise, the noise in ``x_T`` is ``x_T`` itself. Flows, and networks that predict a velocity
+or the clean image at zero terminal SNR, satisfy this; for all others there is
 :class:`~stepdistill.diffusion.samplers.NoiseCorrected`.
 
-The critic, of which the paper's text tells little, is LADD's, heads on the teacher's features of re-noised images, or
-ADD's, heads on what a feature network sees in clean ones (``features``).
+The paper says little about its critic. Here it is LADD's, heads on the teacher's features of re-noised images, or
+ADD's, heads on a feature network's features of clean ones (``features``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,24 +33,22 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP
-from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.discriminators.conditioning import check_classes
-from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic
+from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic
 from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import backward_simulation, check_first_step, diversity_ratio
-from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
 NO_SIGNAL = 1e-3
-"""An alpha_T below it: what networks of velocities or clean images take for the noise in pure noise is that itself."""
+"""Below this alpha_T, a network of velocities or clean images predicts pure noise to be the noise in it."""
 
 
 class ImagineFlash(Distiller):
-    """A student that learns on its own rollouts, and a critic on its teacher's features."""
+    """A student that is trained on its own samples, and a critic."""
 
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
@@ -61,119 +58,109 @@ class ImagineFlash(Distiller):
         """Options of Imagine Flash."""
 
         steps: int = 3
-        """Network calls of the finished student, 1 to 3 in the paper."""
+        """Sampling steps of the finished student, 1 to 3 in the paper."""
         teacher_steps: int = 4
         """k, the DDIM steps of the teacher to a target."""
         guidance_scale: float = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         reconstruction: Literal["shifted", "plain"] = "shifted"
-        """Where the teacher starts: at the student's answer noised again to gamma, or at what the student was shown."""
+        """Where the teacher starts: at the student's image noised again to gamma, or at the student's input."""
         shift_power: float = 2.0
         """p of gamma."""
         shift_top: float = 0.95
-        """g of gamma, the noisiest time a teacher starts from."""
+        """g of gamma, the noisiest time the teacher starts from."""
         adversarial_weight: float = 0.1
-        """What a logit counts for against the squared error; 0 is no critic's word."""
+        """Weight of the adversarial loss, relative to the squared error."""
         adversarial: AdversarialLoss = "hinge"
         features: str = "teacher"
-        """What the critic sees through: the ``teacher``, or a feature network that is not the judge."""
+        """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
         augment: bool = True
-        """Whether a feature network sees augmented images (DiffAugment)."""
+        """Whether images are augmented for a feature network (DiffAugment)."""
         location: float = 0.0
-        """Of the logit-normal noise levels at which a critic on the teacher looks."""
+        """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
         scale: float = 1.0
-        """Of the logit-normal noise levels at which a critic on the teacher looks."""
+        """Standard deviation of these noise levels."""
 
         def __post_init__(self) -> None:
             if min(self.steps, self.teacher_steps) < 1:
-                raise ValueError(f"wanted steps, teacher_steps >= 1; found {self.steps}, {self.teacher_steps}")
+                raise ValueError(f"expected steps, teacher_steps >= 1, got {self.steps}, {self.teacher_steps}")
             if not (0 < self.shift_top <= 1 and self.shift_power > 0):
                 raise ValueError(
-                    f"wanted 0 < shift_top <= 1 and shift_power > 0; found {self.shift_top}, {self.shift_power}"
+                    f"expected 0 < shift_top <= 1 and shift_power > 0, got {self.shift_top}, {self.shift_power}"
                 )
             if not (self.adversarial_weight >= 0 and self.scale > 0):
                 raise ValueError(
-                    f"wanted adversarial_weight >= 0, scale > 0; found {self.adversarial_weight}, {self.scale}"
+                    f"expected adversarial_weight >= 0, scale > 0, got {self.adversarial_weight}, {self.scale}"
                 )
 
     @classmethod
-    def check(cls, config: Any, family: Family) -> None:
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        """Return DDIM, noise-corrected at the first step unless the network does so by itself.
+
+        The scheduler of the corrected sampler also takes numbers of steps that stock DDIM cannot, such as 3 of 1000.
+        """
+        schedule, steps = family.schedule, config.steps
+        alpha_1, _ = schedule(torch.ones(1))
+        exact = family.prediction_type not in ("epsilon", "edm") and alpha_1.item() < NO_SIGNAL
+        stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
+        return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
+
+    @classmethod
+    def check(cls, config: Config, family: Family) -> None:
         check_first_step(family)
-        family.check_guidance(config.guidance_scale)
-        to_diffusers(own_sampler(family, config.steps), family.scheduler_config)
+        super().check(config, family)
 
-    def build(self) -> Sequence[Turn]:
-        self.critic = self.make_critic()
-        return [
-            Turn("student", self.bank.params("student"), self.student_loss),
-            Turn("critic", list(self.critic.heads.parameters()), self.critic_loss),
-        ]
+    def build(self) -> None:
+        self.add_turn("student", self.student_loss)
+        self.critic = self.add_critic(self.make_critic(), self.critic_loss)
 
-    def make_critic(self) -> CleanCritic | RenoisedCritic:
-        """Heads on what ``features`` names; a student of noise alone has no image that a critic could be told of."""
-        if self.config.features == "teacher":
-            return RenoisedCritic(self.teacher, self.config.location, self.config.scale)
-        eyes = open_feature_source(self.config.features, self.family, self.teacher, augment=self.config.augment)
-        return CleanCritic(self.family, eyes, "condition")
+    def make_critic(self) -> Critic:
+        """Return heads on ``features``; the student's input contains no image that a critic could be given."""
+        config = self.config
+        if config.features == "teacher":
+            return RenoisedCritic(self.teacher, config.location, config.scale, loss=config.adversarial)
+        features = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
+        return CleanCritic(self.family, features, "condition", loss=config.adversarial)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
-        return self.critic.eyes.networks() if isinstance(self.critic, CleanCritic) else {}
-
-    def sampler(self) -> Sampler:
-        return own_sampler(self.family, self.config.steps)
+        return self.critic.feature_networks()
 
     def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward distillation: the student's clean images (B, ...) of states (B, ...) of its own, at times (B,)."""
+        """Return the student's clean images (B, ...), and its inputs (B, ...) at times (B,), from its own sampling."""
         x_t, t = backward_simulation(self.student, self.sampler(), batch, draws)
         return self.student(x_t, t, batch.cond).x0, x_t, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, x_t, t = self.generate(batch, draws)
         with torch.no_grad():
-            target = self.target(*self.start(x0.detach(), x_t, t, draws.normal_like(x0)), batch.cond)
-        logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
+            start = self.start(x0.detach(), x_t, t, draws.normal_like(x0))
+            target = self.reconstruction(*start, batch.cond)
         terms = {
             "reconstruction": mean_square(x0, target).mean(),
-            "adversarial": self.config.adversarial_weight * generator_loss(logits, self.config.adversarial),
+            "adversarial": self.config.adversarial_weight * self.critic.student_loss(x0, batch, t, draws),
         }
         return Losses(terms, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
-        if self.step_in_stage == 0:
-            check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0, *_ = self.generate(batch, draws)
-        view = self.critic.view(batch, draws)
-        real, fake = (self.critic(x, batch.cond, view, draws) for x in (batch.x0, x0))
-        return Losses({"loss": critic_loss(real, fake, self.config.adversarial)}, critic_metrics(real, fake))
+            x0, _, t = self.generate(batch, draws)
+        return Losses(*self.critic.critic_loss(x0, batch, t, draws))
 
     def gamma(self, t: Tensor) -> Tensor:
-        """Where the teacher starts that teaches the student at ``t``, (B,)."""
+        """Return the times (B,) that the teacher starts from where the student's inputs are at ``t``."""
         return self.config.shift_top * t**self.config.shift_power
 
     def start(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """State (B, ...) and times (B,) that the teacher walks down from, of a student that saw ``x0`` in ``x_t``."""
+        """Return the teacher's first states (B, ...) and times (B,), where the student predicts ``x0`` from ``x_t``."""
         if self.config.reconstruction == "plain":
             return x_t, t
         start = self.gamma(t)
         return self.schedule.add_noise(x0, noise, start), start
 
-    def target(self, x: Tensor, start: Tensor, cond: Cond) -> Tensor:
-        """The clean image (B, ...) that k steps of the teacher make of states (B, ...) at times (B,)."""
-        teacher = self.teacher.guided(cond, self.config.guidance_scale - 1)
+    def reconstruction(self, x: Tensor, start: Tensor, cond: Cond) -> Tensor:
+        """Return the clean images (B, ...) that k steps of the teacher make of states (B, ...) at times (B,)."""
+        teacher = self.guided_teacher(cond)
         k = self.config.teacher_steps
         for i in range(k, 1, -1):
             x = ode_step(teacher(x, start * i / k), self.schedule, start * (i - 1) / k)
         return teacher(x, start / k).x0
-
-
-def own_sampler(family: Family, steps: int) -> Sampler:
-    """DDIM, noise-corrected at the first step where the network does not do so of itself.
-
-    The corrected sampler's own scheduler also takes numbers of steps that stock DDIM cannot, such as 3 of 1000.
-    """
-    schedule, grid = family.schedule, family.schedule.grid(steps)
-    alpha_1, _ = schedule(torch.ones(1))
-    knows = steps == 1 or (family.prediction_type not in ("epsilon", "edm") and alpha_1.item() < NO_SIGNAL)
-    stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
-    return (DDIM if knows and stock else NoiseCorrected)(schedule, grid)

@@ -1,40 +1,37 @@
 r"""Latent adversarial diffusion distillation (Sauer et al. 2024, arXiv 2403.12015).
 
-The teacher is also the critic's eyes. Real images and a student's are noised again, to levels that are logit-normal,
+The teacher provides the features of the critic. Real images and the student's are noised again, to logit-normal times
 
 .. math:: \hat t = \mathrm{sigmoid}(m + s n), \qquad n \sim N(0, 1),
 
-in a flow's time (and at the same signal-to-noise ratio on other schedules), and heads on the teacher's own blocks tell
-them apart. Large ``m`` judges structure, small ``m`` texture. There is no other loss, no decoding, no second network:
-the images to learn from are best the teacher's own samples at a good guidance scale, whose condition they follow.
+of a flow (on other schedules: to the same signal-to-noise ratio), and heads on the teacher's blocks tell them apart. A
+large ``m`` judges structure, a small ``m`` texture. There is no other loss, no decoding and no second network. The best
+training images are the teacher's own samples at a good guidance scale, because they match their conditions.
 
-What the paper leaves open and is chosen here: the hinge loss (SANA-Sprint, arXiv 2503.09641, which follows LADD), and
-R1, off by default and approximated by finite differences of the logits (as NVIDIA's FastGen does).
+The paper leaves two choices open. The loss here is the hinge loss, as in SANA-Sprint (arXiv 2503.09641), which follows
+LADD. R1 is off by default, and approximated by finite differences of the logits, as in NVIDIA's FastGen.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
-from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
-from stepdistill.losses.adversarial import AdversarialLoss, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, student_input
-from stepdistill.methods.base import Distiller, Losses, Turn
+from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
 
 class LADD(Distiller):
-    """A student, and heads on its teacher's features."""
+    """A student, and a critic on its teacher's features."""
 
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
@@ -44,20 +41,20 @@ class LADD(Distiller):
         """Options of latent adversarial diffusion distillation."""
 
         steps: int = 4
-        """Network calls of the finished student."""
+        """Sampling steps of the finished student."""
         first_share: float = 0.7
-        """How often the student is asked at pure noise; the rest is spread evenly over its other times."""
+        """Share of training at pure noise; the rest is divided evenly among the student's other times."""
         warmup: int = 500
-        """Training steps in which it is asked at the less noisy half of its times only, where there are several."""
+        """Training steps at the less noisy half of its times only, for a student of several steps."""
         location: float = 1.0
-        """``m`` of the noise levels at which the critic looks."""
+        """``m`` of the noise levels at which the critic judges."""
         scale: float = 1.0
-        """``s`` of the noise levels at which the critic looks."""
+        """``s`` of the noise levels at which the critic judges."""
         adversarial: AdversarialLoss = "hinge"
         r1: float = 0.0
-        """Weight of the approximate R1; FastGen takes 0.1 to 1000."""
+        """Weight of the approximate R1; FastGen uses 0.1 to 1000."""
         r1_distance: float = 0.1
-        """How far, in standard deviations of noise on a real image, R1's finite difference reaches."""
+        """Distance of R1's finite difference, in standard deviations of noise on a real image."""
         student_update_interval: int = 1
         """The student is updated on every n-th step, the critic on each."""
 
@@ -67,61 +64,52 @@ class LADD(Distiller):
                     f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
                 )
             if not 0 < self.first_share <= 1:
-                raise ValueError(f"first_share: found {self.first_share}, wanted 0 < first_share <= 1")
+                raise ValueError(f"first_share: expected 0 < first_share <= 1, got {self.first_share}")
             if not (self.scale > 0 and self.r1_distance > 0 and self.r1 >= 0):
-                raise ValueError("wanted scale, r1_distance > 0 and r1 >= 0")
+                raise ValueError("expected scale, r1_distance > 0 and r1 >= 0")
 
     @classmethod
-    def check(cls, config: Any, family: Family) -> None:
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        return ConsistencySampler(family.schedule, family.schedule.grid(config.steps))
+
+    @classmethod
+    def check(cls, config: Config, family: Family) -> None:
         check_first_step(family)
-        to_diffusers(ConsistencySampler(family.schedule, family.schedule.grid(config.steps)), family.scheduler_config)
+        super().check(config, family)
 
-    def build(self) -> Sequence[Turn]:
-        self.critic = RenoisedCritic(self.teacher, self.config.location, self.config.scale)
-        return [
-            Turn(
-                "student",
-                self.bank.params("student"),
-                self.student_loss,
-                lambda step: step % self.config.student_update_interval == 0,
-            ),
-            Turn("critic", list(self.critic.parameters()), self.critic_loss),
-        ]
-
-    def sampler(self) -> Sampler:
-        return ConsistencySampler(self.schedule, self.schedule.grid(self.config.steps))
+    def build(self) -> None:
+        config = self.config
+        critic = RenoisedCritic(
+            self.teacher, config.location, config.scale,
+            loss=config.adversarial, r1_weight=config.r1, r1_distance=config.r1_distance,
+        )  # fmt: skip
+        self.add_turn("student", self.student_loss, when=lambda step: step % config.student_update_interval == 0)
+        self.critic = self.add_critic(critic, self.critic_loss)
 
     def shares(self) -> Tensor:
-        """How often each of the student's times is asked for, (steps,), at the present training step."""
-        steps = self.config.steps
+        """Return the probability of each of the student's times, (steps,), at the present training step."""
+        steps, first = self.config.steps, self.config.first_share
         if steps == 1:
             return torch.ones(1, dtype=torch.float64)
-        shares = torch.full((steps,), (1 - self.config.first_share) / (steps - 1), dtype=torch.float64)
-        shares[0] = self.config.first_share
-        late = torch.arange(steps) >= steps // 2
-        return late / late.sum().double() if self.step_in_stage < self.config.warmup else shares
+        if self.step_in_stage < self.config.warmup:
+            late = torch.arange(steps) >= steps // 2
+            return late / late.sum().double()
+        return torch.tensor([first, *[(1 - first) / (steps - 1)] * (steps - 1)], dtype=torch.float64)
 
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """The student's clean images (B, ...)."""
-        edges = self.shares().cumsum(0).to(batch.x0.device)[:-1]
-        t = self.sampler().times.to(batch.x0.device)[torch.searchsorted(edges, draws.uniform(), right=True)]
+    def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return the student's clean images (B, ...), and the times (B,) of its inputs."""
+        boundaries = self.shares().cumsum(0).to(draws.device)[:-1]
+        times = self.times(self.schedule.grid, self.config.steps, draws.device)
+        t = times[torch.searchsorted(boundaries, draws.uniform(), right=True)]
         x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
-        return self.student(x_t, t, batch.cond).x0
+        return self.student(x_t, t, batch.cond).x0, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0 = self.generate(batch, draws)
-        logits = self.critic(x0, batch.cond, self.critic.view(batch, draws), draws)
-        loss = generator_loss(logits, self.config.adversarial)
+        x0, t = self.generate(batch, draws)
+        loss = self.critic.student_loss(x0, batch, t, draws)
         return Losses({"loss": loss}, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
-        if self.step_in_stage == 0:
-            check_classes(batch.cond, self.family.num_classes)
         with torch.no_grad():
-            x0 = self.generate(batch, draws)
-        t = self.critic.view(batch, draws)
-        real, fake = (self.critic(x, batch.cond, t, draws) for x in (batch.x0, x0))
-        terms = {"loss": critic_loss(real, fake, self.config.adversarial)}
-        if self.config.r1:
-            terms["r1"] = self.config.r1 * self.critic.r1(batch.x0, batch.cond, t, draws, self.config.r1_distance)
-        return Losses(terms, critic_metrics(real, fake))
+            x0, t = self.generate(batch, draws)
+        return Losses(*self.critic.critic_loss(x0, batch, t, draws))

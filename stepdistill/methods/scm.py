@@ -1,34 +1,33 @@
 r"""sCM: continuous-time consistency models (Lu & Song 2024, arXiv 2410.11081), for teachers of any schedule.
 
-A consistency model f maps every point of an ODE path to the path's end, so along the path it must not change. TrigFlow
-says it with an angle theta, ``x = cos(theta) x_0 + sin(theta) z`` with noise z of the data's standard deviation
-sigma_d, and a network F for the velocity ``sigma_d F = cos(theta) z - sin(theta) x_0``; then
-``f = cos(theta) x - sin(theta) sigma_d F``, and Algorithm 1 moves F against the tangent
+A consistency model f maps every point of an ODE path to the path's end, so it must not change along the path. TrigFlow
+parametrises the path by an angle theta, ``x = cos(theta) x_0 + sin(theta) z``, where z is noise with the standard
+deviation sigma_d of the data. Its network F predicts the velocity ``sigma_d F = cos(theta) z - sin(theta) x_0``, and
+``f = cos(theta) x - sin(theta) sigma_d F``. Algorithm 1 moves F against the tangent
 
 .. math:: g = -\cos^2\theta (\sigma_d F - \dot x)
     - r (\cos\theta \sin\theta x + \sigma_d \dot F \cos\theta \sin\theta), \qquad r: 0 \to 1,
 
-which at r = 1 is ``cos(theta) df/dtheta``. The path's direction ``dx/dtheta`` comes from the teacher (sCD), or from the
-very data and noise that made x (sCT).
+which at r = 1 is ``cos(theta) df/dtheta``. The direction ``dx/dtheta`` of the path comes from the teacher (sCD), or
+from the data and noise that x is made of (sCT).
 
-**Any teacher, no change of architecture.** Schedules differ by a scale of the state only, and (x_0, eps) have none: a
-network of any schedule *is* a TrigFlow network, with ``theta = atan(sigma / (alpha sigma_d))`` and ``z = sigma_d eps``.
-So all of this happens in the teacher's own coordinates. The angle's derivative weighed by cos sin is the derivative by
-the log noise level ``nu = log(sigma / alpha)``, and with (x_0', eps') the student's derivatives by it along the path,
+**Any teacher, without a change of architecture.** Schedules differ by a scale of the state, on which (x_0, eps) do not
+depend. A network of any schedule is therefore a TrigFlow network with ``theta = atan(sigma / (alpha sigma_d))`` and
+``z = sigma_d eps``, and all is computed in the teacher's own coordinates. The derivative by the angle, times cos sin,
+is that by the log noise level ``nu = log(sigma / alpha)``. With the student's derivatives (x_0', eps') by nu,
 
 .. math:: \cos\theta \sin\theta x + \sigma_d \dot F \cos\theta \sin\theta
     = \cos\theta \sigma_d \epsilon' - \sin\theta x_0'.
 
-The finished student predicts x_0 as its teacher does, so what samples it is the same re-noising as every consistency
-model's; on a native TrigFlow schedule that is diffusers' ``SCMScheduler``.
+The finished student predicts x_0 and is sampled like every consistency model. On a native TrigFlow schedule, its
+sampler is diffusers' ``SCMScheduler``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,86 +37,81 @@ from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
-from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
-from stepdistill.losses.consistency import shared_dropout
-from stepdistill.methods.base import Distiller, Losses, Turn
-from stepdistill.networks.bank import STUDENT, CopyBank
+from stepdistill.losses.student_inputs import check_first_step
+from stepdistill.methods.base import Distiller, Losses
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 
 class Point(NamedTuple):
-    """Times (B,) of the teacher's schedule, and how TrigFlow sees them."""
+    """Times of the teacher's schedule, with their TrigFlow angle theta."""
 
     t: Tensor
+    """Times (B,)."""
     cos: Tensor
-    """Of the TrigFlow angle, (B, 1, ..., 1)."""
+    """``cos(theta)``, (B, 1, ..., 1)."""
     sin: Tensor
+    """``sin(theta)``, (B, 1, ..., 1)."""
 
 
 class Scm(Distiller):
-    """One student and a weight that it learns for every time."""
+    """A student, and a loss weight that is learnt for every time."""
 
     optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
-    sampling_options: ClassVar = frozenset({"steps"})
+    sampling_options = frozenset({"steps"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of sCM."""
 
         steps: int = 2
-        """Network calls of the finished student."""
+        """Sampling steps of the finished student."""
         path: Literal["teacher", "data"] = "teacher"
-        """Where the direction of the path comes from: distillation (sCD), or training on data alone (sCT)."""
+        """Source of the path's direction: distillation (sCD), or training on data alone (sCT)."""
         sigma_data: float = 0.5
-        """The data's standard deviation; a teacher whose schedule has one of its own keeps that."""
+        """The data's standard deviation; schedules that define one of their own keep it."""
         log_sigma_mean: float = -1.0
-        """Mean of the log noise level ``log(sigma / alpha)`` that the student is trained at (P_mean)."""
+        """Mean of the log noise level ``log(sigma / alpha)`` in training (P_mean)."""
         log_sigma_std: float = 1.4
         """Its standard deviation (P_std)."""
         tangent: Literal["jvp", "difference"] = "jvp"
         """The student's derivative: exact, by forward-mode differentiation, or by a difference of two calls."""
         difference: float = 2e-3
-        """How far apart these two calls are, as an angle."""
+        """Distance of these two calls, as an angle."""
         warmup: int = 1000
-        """Training steps until the tangent counts in full (r = 1)."""
+        """Training steps until the tangent has its full weight (r = 1)."""
         norm_floor: float = 0.1
-        """The tangent is divided by its norm plus this (c). More keeps a student's mean where norms differ much: for
-        images of thousands of numbers they hardly do."""
+        """The tangent is divided by its norm plus this (c); images of few pixels need more, as their norms differ."""
         guidance_scale: float = 1.0
         """Guidance baked into the student; 1 is none."""
 
         def __post_init__(self) -> None:
             for name in ("steps", "sigma_data", "log_sigma_std", "difference", "norm_floor"):
                 if getattr(self, name) <= 0:
-                    raise ValueError(f"{name}: found {getattr(self, name)}, wanted a positive number")
+                    raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
             if self.warmup < 0:
-                raise ValueError(f"warmup: found {self.warmup}, wanted 0 or more steps")
+                raise ValueError(f"warmup: expected 0 or more steps, got {self.warmup}")
             if self.path == "data" and self.guidance_scale != 1:
-                raise ValueError("guidance_scale: only a teacher can be guided; wanted 1, or path 'teacher'")
+                raise ValueError(f"guidance_scale: expected 1 with path 'data', got {self.guidance_scale}")
 
     @classmethod
-    def check(cls, config: Any, family: Family) -> None:
-        family.check_guidance(config.guidance_scale)
-        alpha, _ = family.schedule(torch.ones(1))
-        if family.prediction_type == "epsilon" and alpha.item() < 0.01:
-            raise ValueError(
-                f"an epsilon-network at alpha = {alpha.item():.1e} cannot tell the clean image of pure noise, which is "
-                "where a student starts; wanted a teacher of another prediction type (progressive converts this one)"
-            )
-        to_diffusers(make_sampler(family.schedule, config.steps), family.scheduler_config)
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        return ConsistencySampler(family.schedule, sampling_times(family.schedule, config.steps))
+
+    @classmethod
+    def check(cls, config: Config, family: Family) -> None:
+        check_first_step(family)
+        super().check(config, family)
         if config.tangent == "jvp":
             check_forward_mode(family)
 
-    def build(self) -> Sequence[Turn]:
-        knows = isinstance(self.schedule, (Karras, Trig))
-        self.sigma_data = self.schedule.sigma_data if knows else self.config.sigma_data
+    def build(self) -> None:
+        defines = isinstance(self.schedule, (Karras, Trig))
+        self.sigma_data = self.schedule.sigma_data if defines else self.config.sigma_data
         self.time_weight = TimeWeight()
-        return [Turn(STUDENT, [*self.bank.params(STUDENT), *self.time_weight.parameters()], self.loss)]
-
-    def sampler(self) -> Sampler:
-        return make_sampler(self.schedule, self.config.steps)
+        self.add_turn("student", self.loss, self.time_weight)
 
     # --------------------------------------------------------------------------------------------------- loss
 
@@ -125,12 +119,11 @@ class Scm(Distiller):
         point = self.draw_point(draws, batch.x0)
         noise = draws.normal_like(batch.x0)
         x_t = self.schedule.add_noise(batch.x0, noise, point.t)
-        with torch.no_grad():
+        with self.computing_target(self.student):
             path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
-            with shared_dropout(self.bank, STUDENT, x_t):
-                tangent = self.tangent(x_t, point, path, batch.cond)
+            tangent = self.tangent(x_t, point, path, batch.cond)
             norm = tangent.flatten(1).norm(dim=1)
-            # the root of the number of pixels only moves the learned weight: a pixel's error is then near 1
+            # the root of the number of pixels brings a pixel's error near 1; only the learnt weight depends on it
             step = tangent / expand((norm + self.config.norm_floor) / math.sqrt(tangent[0].numel()), tangent)
         velocity = self.velocity(self.student(x_t, point.t, batch.cond), point).float()
         error = (velocity - velocity.detach() - step).square().flatten(1).mean(1)
@@ -141,30 +134,30 @@ class Scm(Distiller):
         )
 
     def draw_point(self, draws: Draws, like: Tensor) -> Point:
-        """Log-normal noise levels: far from where nothing is to be learnt."""
+        """Return points at log-normal noise levels."""
         normal = draws.normal().double()
         log_sigma = self.config.log_sigma_mean + self.config.log_sigma_std * normal
         return self.point(self.schedule.inverse(-2 * log_sigma).clamp(max=1), like)
 
     def point(self, t: Tensor, like: Tensor) -> Point:
-        """Times (B,) of the teacher's schedule as TrigFlow's, coefficients for images ``like``."""
+        """Return times (B,) of the teacher's schedule with their angle, in the shape of images ``like``."""
         alpha, sigma = self.schedule(t)
         radius = torch.hypot(alpha, sigma / self.sigma_data)
         return Point(t, expand(alpha / radius, like), expand(sigma / self.sigma_data / radius, like))
 
     def path(self, x_t: Tensor, t: Tensor, data: Prediction, cond: Cond) -> Prediction:
-        """The (x_0, eps) that the ODE's path through ``x_t`` heads for, float32 at least."""
+        """Return (x_0, eps) of the ODE path's direction at ``x_t``, float32 at least."""
         if self.config.path == "data":
             return data
-        x_0, eps = self.teacher.guided(cond, self.config.guidance_scale - 1)(x_t, t)
+        x_0, eps = self.guided_teacher(cond)(x_t, t)
         return Prediction(x_0.to(x_t.dtype), eps.to(x_t.dtype))
 
     def velocity(self, prediction: Prediction, point: Point) -> Tensor:
-        """TrigFlow's F."""
+        """Return TrigFlow's F."""
         return prediction.velocity(point.cos, point.sin / self.sigma_data)
 
     def tangent(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
-        """The tangent g of Algorithm 1, before its normalisation."""
+        """Return the tangent g of Algorithm 1, before its normalisation."""
         if self.config.tangent == "difference":
             return self.tangent_by_difference(x_t, point, path, cond)
         student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond)
@@ -172,15 +165,15 @@ class Scm(Distiller):
         return -(point.cos**2) * self.residual(student, path, point) - self.tangent_warmup() * turn
 
     def tangent_warmup(self) -> float:
-        """How much the student's derivative counts: r, from 0 to 1."""
+        """Return r, the weight of the student's derivative, from 0 to 1."""
         return min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
 
     def residual(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
-        """``sigma_d F - dx/dtheta``."""
+        """Return ``sigma_d F - dx/dtheta``."""
         return self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
 
     def derive(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> tuple[Prediction, Prediction]:
-        """The student's prediction, and its derivative by the log noise level along the path."""
+        """Return the student's prediction, and its derivative by the log noise level along the path."""
         one = torch.ones_like(point.t)
         (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(self.schedule, (point.t,), (one,))[:2]
         dt = alpha * sigma / (d_sigma * alpha - d_alpha * sigma)  # dt / d log(sigma / alpha)
@@ -188,10 +181,11 @@ class Scm(Distiller):
         return self.student.jvp(x_t, point.t, cond, dx, dt)
 
     def tangent_by_difference(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
-        """The same of the discrete algorithm (dsCD, Appendix D), whose limit g is: two calls in one batch, in float32.
+        """Return the tangent of the discrete algorithm (dsCD, Appendix D), whose limit is g.
 
-        In full it is the change of the consistency function itself, by the angle. So however far apart the calls are,
-        it is at rest where consistency distillation by Euler steps of that angle is, and not at another function.
+        It takes two calls, in one batch and in float32. At r = 1 it is the change of the consistency function itself
+        over the angle. At any distance of the calls, its fixed point is that of consistency distillation by Euler steps
+        of this angle.
         """
         trig = Trig(self.sigma_data)
         theta = trig.inverse(self.schedule.log_snr(point.t))
@@ -209,7 +203,7 @@ class Scm(Distiller):
 
 
 class TimeWeight(nn.Module):
-    """The log weight w(t) of the loss: where the error is small, the weight grows until both balance."""
+    """The log weight w(t) of the loss; it grows where the error is small, until both balance."""
 
     def __init__(self, waves: int = 16) -> None:
         super().__init__()
@@ -218,27 +212,27 @@ class TimeWeight(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Times (B,) -> log weights (B,), 0 at first."""
+        """Return log weights (B,) of times (B,), 0 at first."""
         k = torch.arange(1, self.linear.in_features + 1, device=t.device)
         with torch.autocast(t.device.type, enabled=False):
             return self.linear((math.pi * k * t[:, None]).cos().to(self.linear.weight.dtype)).squeeze(1)
 
 
-def make_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
-    """Re-noising, on the schedule's grid, or for EDM on even angles: its rho-grid would spend a call on no noise."""
+def sampling_times(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Return the schedule's grid, or for EDM even angles: the rho-grid would spend a step on almost no noise."""
     if not isinstance(schedule, Karras):
-        return ConsistencySampler(schedule, schedule.grid(steps))
+        return schedule.grid(steps)
     trig = Trig(schedule.sigma_data)
     top = trig.inverse(schedule.log_snr(torch.ones(1, dtype=torch.float64)))
     between = schedule.inverse(trig.log_snr(top * trig.grid(steps)[1:-1]))
-    return ConsistencySampler(schedule, torch.cat([torch.ones(1), between, torch.zeros(1)]))
+    return torch.cat([torch.ones(1), between, torch.zeros(1)])
 
 
 def check_forward_mode(family: Family) -> None:
     """Differentiate the teacher forward once, on one image.
 
     Raises:
-        ValueError: if one of its operations cannot be, for example an attention kernel that was chosen by hand.
+        ValueError: if one of its operations has no forward derivative, such as a fused attention kernel.
     """
     x, t = torch.zeros(1, *family.sample_shape), torch.full((1,), 0.5, dtype=torch.float64)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
@@ -247,6 +241,6 @@ def check_forward_mode(family: Family) -> None:
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"method.tangent: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, but: "
+            f"method.tangent: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, got: "
             f"{reason} Set tangent: difference, or give the network its default attention processor."
         ) from error

@@ -1,1 +1,1 @@
-"""Networks by role: full copies or adapters, seen through their schedule, recomputed, sharded, watched."""
+"""Networks by role, as full copies or adapters, with gradient checkpointing, sharding and captured features."""

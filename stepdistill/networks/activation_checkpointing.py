@@ -1,4 +1,4 @@
-"""Activations that are recomputed at backward instead of kept, in the context that was there at forward."""
+"""Gradient checkpointing: activations are recomputed in the backward pass, under the context of the forward pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]
-"""Asked at every forward of a block: the contexts of that forward and of its recomputation."""
+"""Called at every forward pass of a block: the contexts of that pass and of its recomputation."""
 
 
 def enable_checkpointing(network: nn.Module, contexts: Contexts) -> None:
-    """Recompute the activations of a diffusers network at backward.
+    """Recompute the activations of a diffusers network in the backward pass.
 
     Raises:
         ValueError: if the network's class has no gradient checkpointing.
@@ -25,7 +25,7 @@ def enable_checkpointing(network: nn.Module, contexts: Contexts) -> None:
 
 
 def without_checkpointing(network: nn.Module) -> nn.Module:
-    """Return the same network, keeping its activations again and holding no ``contexts``."""
+    """Return the same network without checkpointing, and without a reference to its contexts."""
     for module in network.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # type: ignore[assignment]

@@ -1,10 +1,9 @@
-"""A network in a role, called through its family and read through its schedule."""
+"""Denoisers: networks in a role, called through their family and read as predictions."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,15 @@ from stepdistill.diffusion.schedule import NoiseSchedule, expand
 from stepdistill.families.base import Family
 from stepdistill.networks.bank import NetworkBank
 
-if TYPE_CHECKING:
-    from stepdistill.families.base import Family
-    from stepdistill.networks.bank import NetworkBank
-
 
 class Denoiser:
     """The network that plays ``role`` in a bank, called through its family and its schedule.
 
     Args:
-        family: how its networks are called.
+        family: the family of the networks.
         bank: the networks.
-        role: which of them this is.
-        w: the guidance weight of a call that names none, for networks that take one.
+        role: the role of this one.
+        w: the default guidance weight of a call, for networks that take one as an input.
     """
 
     def __init__(self, family: Family, bank: NetworkBank, role: str, *, w: float | None = None) -> None:
@@ -45,7 +40,7 @@ class Denoiser:
     def raw(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
     ) -> Tensor:
-        """The network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,)."""
+        """Return the network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,)."""
         if w is None and self.w is not None:
             w = torch.full((len(x_t),), self.w, device=x_t.device)
         with self.bank.using(self.role) as network:
@@ -54,7 +49,7 @@ class Denoiser:
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
     ) -> Prediction:
-        """What the network sees in ``x_t``.
+        """Return the clean image and the noise that the network predicts in ``x_t``.
 
         Args:
             x_t: noisy images (B, ...) of the family's schedule.
@@ -71,7 +66,7 @@ class Denoiser:
 
     def guided(self, cond: Cond, w: Tensor | float) -> Denoise:
         """Return the denoiser under guidance weight ``w``, its conditioning fixed; 0 is none, at half the cost."""
-        if not isinstance(w, Tensor) and w == 0:
+        if not torch.is_tensor(w) and w == 0:
             return self.conditioned(cond)
         null = self.family.null_cond(cond)
         return lambda x_t, t: classifier_free_guidance(self, x_t, t, cond, null, w)
@@ -80,18 +75,18 @@ class Denoiser:
     def jvp(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
     ) -> tuple[Prediction, Prediction]:
-        """The prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
+        """Return the prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
 
         Args:
             x_t: noisy images (B, ...).
             t: times (B,).
             cond: conditioning of the batch.
-            dx: the direction of the images, (B, ...).
-            dt: the direction of the times, (B,).
+            dx: direction of the images, (B, ...).
+            dt: direction of the times, (B,).
 
         Raises:
-            NotImplementedError, RuntimeError: torch's own, for a network with an operation that has no forward
-                derivative, for example a fused attention kernel that was chosen by hand.
+            NotImplementedError, RuntimeError: from torch, for a network with an operation that has no forward
+                derivative, such as a fused attention kernel.
         """
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
             prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
@@ -100,10 +95,10 @@ class Denoiser:
 
 @contextlib.contextmanager
 def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Make ``network`` differentiable forward for a while: full precision, plain attention, contiguous norm inputs.
+    """Make ``network`` differentiable in forward mode: full precision, plain attention, contiguous norm inputs.
 
     Torch's fused attention kernels have no forward derivative (pytorch#128971, #165530), and its group norm cannot
-    view the tangent of a transposed input, which diffusers' attention blocks give it.
+    view the tangent of a transposed input, as in diffusers' attention blocks.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
@@ -128,14 +123,14 @@ def classifier_free_guidance(
     null: Mapping[str, Tensor],
     w: Tensor | float,
 ) -> Prediction:
-    """Classifier-free guidance ``(1 + w) conditional - w unconditional``, both halves in one batched call.
+    """Return the guided prediction ``(1 + w) conditional - w unconditional``, both halves in one batched call.
 
     Args:
         denoiser: any conditional denoiser.
         x_t: noisy images (B, ...).
         t: times (B,).
         cond: conditioning of the batch.
-        null: the conditioning that means "none", same shapes.
+        null: the null conditioning, of the same shapes.
         w: guidance weights (B,) or one number; 0 is the conditional prediction, -1 the unconditional one.
     """
     both = {name: torch.cat([cond[name], null[name]]) for name in cond}

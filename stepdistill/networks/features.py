@@ -1,7 +1,7 @@
-"""What a network's blocks return, watched while it runs: features for critics and for distances.
+"""Outputs of a denoiser's blocks, as features for critics and for distances.
 
-Features are ``(B, C, N)`` (tokens) or ``(B, C, H, W)`` (maps). The forward itself is nobody's copy: it is the network's
-own, watched by hooks and left when all is seen.
+Features are ``(B, C, N)`` (tokens) or ``(B, C, H, W)`` (maps). Hooks capture them in the network's own forward pass,
+which ends as soon as all are captured.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.hooks import capture_outputs
 
 CLEAN = 0.02
-"""The time a network is told that looks at clean images: below it, its features grow empty."""
+"""The time given to a network on clean images: at lower times its features carry little information."""
 
 
 class BlockFeatures:
-    """A denoiser's own features, at noisy images: gradients pass through them to the image.
+    """Features of a denoiser at noisy images; gradients pass through them to the image.
 
     Args:
         denoiser: the teacher (LADD), or a fake score (DMD2).
-        names: sub-modules; by default those that the family names.
+        names: sub-modules; by default the family's ``feature_blocks``.
     """
 
     def __init__(self, denoiser: Denoiser, names: Sequence[str] = ()) -> None:
@@ -31,21 +31,21 @@ class BlockFeatures:
         self.names = tuple(names) or denoiser.family.feature_blocks
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of images (B, ...) at times (B,), in float32 as heads are, whatever the network is in.
+        """Return features of images (B, ...) at times (B,), in float32 for any precision of the network.
 
-        Only the part of the network below the last of them is run.
+        Only the part of the network up to the last of them is run.
         """
         with self.denoiser.bank.using(self.denoiser.role) as network:
             features = capture_outputs(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
         return [feature.float() for feature in features]
 
     def clean(self, x0: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of clean images (B, ...), told to be at a noise too small to see."""
+        """Return features of clean images (B, ...), at a time of almost no noise."""
         return self(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
 
     @torch.no_grad()
     def shapes(self) -> list[torch.Size]:
-        """The features' shapes, without the batch; runs the network once."""
+        """Return the shapes of the features, without the batch; runs the network once."""
         family = self.denoiser.family
         x = torch.zeros(1, *family.sample_shape)
         return [feature.shape[1:] for feature in self(x, torch.full((1,), 0.5), family.example_cond([0]))]

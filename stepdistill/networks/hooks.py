@@ -5,44 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stepdistill.networks.sharding import is_share
+from stepdistill.networks.sharding import is_share, members
 
 
-class _AllCaptured(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not wanted
-    """The last feature has been seen."""
+class _AllCaptured(Exception):  # noqa: N818  # no error: it ends a forward pass whose rest is not needed
+    """The last output has been captured."""
 
 
 def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[], object]) -> list[Tensor]:
-    """What the sub-modules ``names`` of ``network`` return while ``call`` runs it, as far as the last of them.
+    """Run ``network`` up to the last of the sub-modules ``names``, and return their outputs.
 
     Args:
         network: the network that ``call`` runs.
-        names: sub-modules, a list of blocks standing for each of its blocks; each runs once.
+        names: sub-modules, each of which runs once; a list of blocks stands for its members.
         call: runs the network.
 
     Returns:
-        A tensor (B, C, N) or (B, C, H, W) a module.
+        A tensor (B, C, N) or (B, C, H, W) per module.
     """
     modules = block_modules(network, names)
-    found: dict[int, Tensor] = {}
+    captured: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             del module, inputs
             # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
-            parts = output if isinstance(output, tuple) else (output,)
-            found[index] = as_map([part for part in parts if isinstance(part, Tensor)][-1])
-            if len(found) == len(modules) and not sharded:
+            parts = (output,) if torch.is_tensor(output) else output
+            captured[index] = as_map([part for part in parts if torch.is_tensor(part)][-1])
+            if len(captured) == len(modules) and not sharded:
                 raise _AllCaptured
 
         return hook
 
-    handles = [module.register_forward_hook(keep(index)) for index, module in enumerate(modules)]
+    handles = []
+    for index, module in enumerate(modules):
+        handles.append(module.register_forward_hook(keep(index)))
     if sharded := any(is_share(parameter) for parameter in network.parameters()):
-        handles += returned_beside(network, found)
+        handles += also_return(network, captured)
     try:
         call()
     except _AllCaptured:
@@ -50,27 +53,31 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
     finally:
         for handle in handles:
             handle.remove()
-    assert len(found) == len(modules), f"of {len(modules)} modules only {len(found)} ran"
-    return [found[index] for index in range(len(modules))]
+    assert len(captured) == len(modules), f"of {len(modules)} modules only {len(captured)} ran"
+    return [captured[index] for index in range(len(modules))]
 
 
-def returned_beside(network: nn.Module, found: dict[int, Tensor]) -> list[RemovableHandle]:
-    """Let a sharded network, which runs to its end, take ``found`` for outputs of its own as well.
+def also_return(network: nn.Module, captured: dict[int, Tensor]) -> list[RemovableHandle]:
+    """Make ``captured`` an output of a sharded network, which always runs to its end.
 
-    It gathers its weights again when a gradient reaches one of its outputs; a feature's would find no weights there.
+    It gathers its weights again when a gradient reaches one of its outputs; without this, the gradient of a feature
+    would find no weights.
     """
     return [
-        network.register_forward_hook(lambda module, inputs, output: (output, dict(found)), prepend=True),
+        network.register_forward_hook(lambda module, inputs, output: (output, dict(captured)), prepend=True),
         network.register_forward_hook(lambda module, inputs, outputs: outputs[0]),
     ]
 
 
 def block_modules(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The sub-modules of these names; a ``ModuleList`` stands for its members."""
-    modules = [network.get_submodule(name) for name in names]
-    return [m for module in modules for m in (module if isinstance(module, nn.ModuleList) else [module])]
+    """Return the sub-modules of these names; a ``ModuleList`` stands for its members."""
+    modules: list[nn.Module] = []
+    for name in names:
+        module = network.get_submodule(name)
+        modules.extend(members(module) or [module])
+    return modules
 
 
 def as_map(output: Tensor) -> Tensor:
-    """A block's output (B, C), (B, N, C) or (B, C, H, W) with its channels second and at least one position."""
+    """Return an output (B, C), (B, N, C) or (B, C, H, W) with channels second and at least one position."""
     return {2: output[..., None], 3: output.transpose(1, -1), 4: output}[output.ndim]

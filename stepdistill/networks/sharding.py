@@ -1,11 +1,10 @@
 """Sharded training: every network of a bank split over all processes, block by block (FSDP2, ``fully_shard``).
 
-``accelerate launch --config_file configs/accelerate/fsdp2.yaml`` asks for it. Each process then holds its share of
-every parameter and of its optimiser's state, and sees a block whole only while that block runs. What a run computes,
-and what its checkpoints and exports hold, is what one process would have made of it: a checkpoint knows nothing of
-shares.
+``accelerate launch --config_file configs/accelerate/fsdp2.yaml`` turns it on. Each process then holds its share of
+every parameter and of its optimiser's state, and a whole block only while that block runs. A run computes the same as
+one process would, and its checkpoints and exports contain whole tensors.
 
-A process can neither run nor read a sharded network alone: what is sampled, saved or exported is so by all together.
+No process can run or read a sharded network alone: all of them sample, save and export together.
 """
 
 from __future__ import annotations
@@ -24,23 +23,30 @@ if TYPE_CHECKING:
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a network in place: the members of its lists of blocks one by one, and what is left as a whole.
+    """Shard a network in place: the members of its lists of blocks one by one, and the rest as a whole.
 
-    What embeds further inputs is called beside the network, and so stays whole.
+    Modules that embed further inputs are called outside the network, and are therefore not sharded.
     """
     from torch.distributed.fsdp import fully_shard
 
     for child in network.children():
-        for block in child if isinstance(child, nn.ModuleList) else ():
+        for block in members(child):
             fully_shard(block, mesh=mesh)
-    beside = [module for module in network.modules() if isinstance(module, ConditionEmbedding)]
-    kept = {parameter for module in beside for parameter in module.parameters()}
-    # at once after a forward, or weights that are read after sampling would be no shares
+    kept = set()
+    for module in network.modules():
+        if isinstance(module, ConditionEmbedding):
+            kept.update(module.parameters())
+    # reshard directly after a forward pass, or weights that are read after sampling are no shares
     fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
+def members(module: nn.Module) -> list[nn.Module]:
+    """Return the members of a ``ModuleList``; no other module has any."""
+    return list(module) if isinstance(module, nn.ModuleList) else []
+
+
 def blueprint(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a network without its weights, which a sharded one cannot give any more; see :func:`assembled`."""
+    """Return a copy of a network without its weights, from which :func:`assembled` copies it once it is sharded."""
     for parameter in network.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in network.buffers():
@@ -49,42 +55,42 @@ def blueprint(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def assembled(plain: nn.Module, network: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a sharded network as it was before, on the CPU of the main process; elsewhere it has no weights."""
+    """Return an unsharded copy of a sharded network, on the CPU of the main process; elsewhere it has no weights."""
     tensors = gathered(dict([*network.named_parameters(), *network.named_buffers()]), keep=is_main())
-    for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
-        if name in tensors:
-            memo[id(tensor)] = _like(tensor, tensors[name])
+    # copies, because tensors that were never sharded are the network's own
+    whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    for name, parameter in plain.named_parameters():
+        if name in whole:
+            memo[id(parameter)] = nn.Parameter(whole[name], parameter.requires_grad)
+    for name, buffer in plain.named_buffers():
+        if name in whole:
+            memo[id(buffer)] = whole[name]
     return copy.deepcopy(plain, memo)
 
 
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    value = value.detach().to("cpu", copy=True)  # what was whole all along is the network's own
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
 def is_main() -> bool:
-    """Whether this is the process that writes files."""
+    """Return whether this is the process that writes files."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def is_share(tensor: Tensor) -> bool:
-    """Whether a tensor is this process's share of a larger one."""
+    """Return whether a tensor is this process's share of a larger one."""
     if not torch.distributed.is_initialized():
         return False
-    from torch.distributed.tensor import DTensor  # a slow import, which one process has no need of
+    from torch.distributed.tensor import DTensor  # a slow import that a single process does not need
 
     return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, where it is a share the whole of it: all processes have to ask."""
+    """Return the whole tensor that a share belongs to, and any other tensor itself; all processes must call it."""
     return cast(Any, tensor).full_tensor() if is_share(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """The whole of each tensor, shares put together on the CPU; without ``keep`` this process only gives its shares."""
+    """Return whole tensors, put together on the CPU; without ``keep``, this process only contributes its shares."""
     found = {}
-    for name, tensor in sorted(tensors.items()):  # in one order in all processes
+    for name, tensor in sorted(tensors.items()):  # in the same order in all processes
         full = whole(tensor.detach())
         if keep:
             found[name] = full.cpu() if is_share(tensor) else full
@@ -93,7 +99,7 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, the same in all processes, into one that may be a share."""
+    """Copy a whole tensor, which all processes have, into one that may be a share."""
     if is_share(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -104,5 +110,5 @@ def write(target: Tensor, value: Tensor) -> None:
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
-    """This process's shares, for what is done element by element."""
+    """Return this process's shares, for operations on single elements."""
     return [cast(Any, tensor).to_local() if is_share(tensor) else tensor for tensor in tensors]

@@ -22,7 +22,9 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
-from stepdistill.networks.bank import AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve

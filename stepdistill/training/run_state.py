@@ -36,6 +36,8 @@ def load_weights(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
         ValueError: if they are those of another distiller.
     """
     targets = trained_weights(distiller)
+    # an older run kept a copy of the student where its average has no decay
+    tensors = {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] not in distiller.unused_roles}
     if differing := sorted(set(targets) ^ set(tensors)):
         raise ValueError(f"checkpoint: its tensors are not this run's; the first difference is {differing[0]!r}")
     for name, target in targets.items():

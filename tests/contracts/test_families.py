@@ -18,7 +18,7 @@ from stepdistill.families.flux import Flux
 from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS

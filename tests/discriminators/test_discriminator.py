@@ -13,10 +13,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.discriminators.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.discriminators.backbones import Backbone, open_backbone
+from stepdistill.discriminators.bottleneck import BottleneckHead
 from stepdistill.discriminators.conditioning import check_classes, condition_vector
 from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic
 from stepdistill.discriminators.feature_sources import TeacherFeatureSource, open_feature_source
-from stepdistill.discriminators.heads import BottleneckHead, Head, Heads, SpectralNorm
+from stepdistill.discriminators.heads import Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.suite import MetricSuite
@@ -27,7 +28,8 @@ from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 from stepdistill.losses.adversarial import approximate_r1, critic_loss, critic_metrics, generator_loss, r1_penalty
 from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
 from stepdistill.networks.hooks import capture_outputs
@@ -153,7 +155,7 @@ def test_padding_says_nothing_of_a_prompt(kind):
 
 
 def test_a_batch_of_one_class_is_refused_unless_it_may_be_chance():
-    with pytest.raises(ValueError, match=r"all 64 labels of the first batch are 3, .* knows 10 classes"):
+    with pytest.raises(ValueError, match=r"all 64 labels of the first batch are 3, .* 10 classes"):
         check_classes({"class_labels": torch.full((64,), 3)}, 10)
     check_classes({"class_labels": torch.full((4,), 3)}, 10)
     check_classes({"class_labels": torch.arange(64) % 10}, 10)
@@ -451,7 +453,8 @@ def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):
     t = torch.full((size,), 0.5, dtype=torch.float64)
     alpha = schedule(t[:1])[0].item()
     for distance in (0.1, 2.0):
-        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size), distance).item()
+        critic.r1_distance = distance
+        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size)).item()
         assert found == pytest.approx(alpha**2 * w.square().sum().item(), rel=0.03)
 
 

@@ -18,7 +18,7 @@ from stepdistill.export.links import frozen_folders
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run

@@ -12,7 +12,8 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.add import ADD, NFSD_SCALE, distillation_weight
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_at_early_times_noise_free_score_distillation_leads_away_from_the_negati
     domain = torch.cat([free[:2], (free - negative)[2:]])
     alpha, sigma = (expand(coefficient, x0) for coefficient in COSINE(t))
     expected = x0 - sigma / alpha * (domain + NFSD_SCALE * (given - free))
-    torch.testing.assert_close(distiller.target(x0, noise, t, cond), expected)
+    torch.testing.assert_close(distiller.distillation_target(x0, noise, t, cond), expected)
 
 
 def test_an_answer_that_is_the_data_costs_nothing():
@@ -172,7 +173,7 @@ def test_of_latents_the_teachers_part_compares_images_where_that_is_wanted():
         assert gradient.flatten(1).abs().max(1).values.min() > 0
     t, noise = Fixed(0, 2).uniform(1e-3, 1.0), Fixed(0, 2).normal(*family.sample_shape)
     with torch.no_grad():
-        target = distiller.target(x0, noise, t, cond)
+        target = distiller.distillation_target(x0, noise, t, cond)
         images = (family.decode(x0) - family.decode(target)).square().flatten(1).mean(1)
     weight = distillation_weight(family.schedule, t, "exponential").float()
     torch.testing.assert_close(losses[True].detach(), (weight * images).mean(), rtol=1e-4, atol=1e-7)
@@ -204,15 +205,15 @@ def family_batch(family, size):
 def test_bad_options_and_teachers_are_refused():
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         ADD.check(ADD.Config(), Pixel.tiny(prediction_type="epsilon"))
-    with pytest.raises(ValueError, match="steps: found 0"):
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         ADD.Config(steps=0)
     with pytest.raises(ValueError, match="guidance_scale"):
         ADD.check(ADD.Config(guidance_scale=0.5), Pixel.tiny())
-    with pytest.raises(ValueError, match="no class"):
+    with pytest.raises(ValueError, match="null class"):
         ADD.check(ADD.Config(weighting="nfsd"), Pixel.tiny(num_classes=None))
     with pytest.raises(ValueError, match="takes no text"):
         ADD.check(ADD.Config(weighting="nfsd", negative_prompt="dull"), Pixel.tiny())
-    with pytest.raises(ValueError, match="wanted with weighting 'nfsd'"):
+    with pytest.raises(ValueError, match="expected only with weighting 'nfsd'"):
         ADD.Config(negative_prompt="dull")
 
 

@@ -29,13 +29,14 @@ from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.inference.sampling import class_count, sample_images
-from stepdistill.losses.consistency import consistency, shared_dropout, skip_grid, time_grid
+from stepdistill.losses.consistency import consistency, skip_grid
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ct import CT, num_points, target_decay
 from stepdistill.methods.ect import ECT, neighbour
 from stepdistill.methods.ict import ICT, lognormal_shares, num_intervals
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.modes import shared_dropout
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -60,7 +61,7 @@ def at(time, size):
 def test_at_the_end_of_a_trajectory_the_function_is_the_identity_whatever_the_network_says(name, kind):
     schedule = SCHEDULES[name]
     x, output = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
-    end = at(time_grid(schedule, 10)[-1], 4)
+    end = at(schedule.trajectory(10)[-1], 4)
     prediction = to_prediction(output, x, end, schedule, kind)
     assert torch.allclose(schedule.end_point(prediction.x0, x, end), x, atol=1e-9)
 
@@ -81,7 +82,7 @@ def test_the_gaussian_oracles_optimum_is_the_closed_form(name):
     """EDM: mu + (x - mu) sqrt((s^2 + sigma_min^2) / (s^2 + sigma^2)); else mu + (x - alpha mu) s / sqrt(...)."""
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
-    grid = time_grid(schedule, 200)
+    grid = schedule.trajectory(200)
     x = torch.randn(5, 2, 1, 1, dtype=torch.float64) * max(1.0, schedule(grid[:1])[1].item())
     start, denoise = x, teacher_denoiser(oracle).conditioned({})
     for t, s in zip(grid[:-1], grid[1:], strict=True):
@@ -157,7 +158,7 @@ def test_a_pair_on_one_image_and_noise_is_an_euler_step_of_the_image_as_teacher(
     """x_t + (s - t) (x_t - x_0) / t = x_0 + s z: CT's neighbour needs no network."""
     schedule = SCHEDULES["karras"]
     x0, z = torch.randn(2, 6, 2, 1, 1, dtype=torch.float64)
-    t, s = time_grid(schedule, 12)[:6], time_grid(schedule, 12)[1:7]
+    t, s = schedule.trajectory(12)[:6], schedule.trajectory(12)[1:7]
     (_, sigma_t), (_, sigma_s) = ([c[:, None, None, None] for c in schedule(time)] for time in (t, s))
     x_t = schedule.add_noise(x0, z, t)
     stepped = solver_step(lambda x, time: Prediction(x0, (x - x0) / sigma_t), x_t, t, s, schedule)
@@ -202,7 +203,7 @@ def test_cd_is_zero_at_the_product_of_the_teachers_gains(name):
     schedule = SCHEDULES[name]
     oracle = Gaussian(TWO, 0.5, schedule, main_type(name))
     distiller = make(CD, oracle, oracle, intervals=10, steps=2, solver="euler")
-    grid = time_grid(schedule, 10)
+    grid = schedule.trajectory(10)
     gains = torch.cat([oracle.gain(grid[:-1], grid[1:]), torch.ones(1)]).flip(0).cumprod(0).flip(0)
 
     def end(x_t, t, labels):
@@ -219,7 +220,7 @@ def test_cd_is_zero_at_the_teachers_own_guided_heun_solver():
     schedule = SCHEDULES["cosine"]
     oracle = three_clusters(schedule, "v_prediction", conditional=True)
     distiller = make(CD, oracle, oracle, 3, intervals=8, guidance_scale=2.5)
-    grid = time_grid(schedule, 8)
+    grid = schedule.trajectory(8)
 
     def end(x, t, labels):
         denoise = distiller.teacher.guided({"class_labels": labels}, 1.5)
@@ -243,7 +244,7 @@ def test_training_from_data_is_zero_where_the_data_is_one_point(name, method, do
     oracle = Gaussian(TWO, 0.0, schedule, main_type(name))
     distiller = make(method, oracle, oracle)
     distiller.step_in_stage = done
-    end = time_grid(schedule, 10)[-1] if method is not ECT else torch.zeros(1)
+    end = schedule.trajectory(10)[-1] if method is not ECT else torch.zeros(1)
     if method is not ECT:
         put(distiller, Known(schedule, oracle.prediction_type, lambda x, t, _: oracle.solve(x, t, at(end, len(x)))))
     assert loss_of(distiller, batch_of(oracle, 64)) < 1e-6
@@ -382,11 +383,11 @@ def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(method
         (CD, {"steps": 3, "intervals": 40}, "multiple of steps = 3"),
         (CD, {"steps": 3, "intervals": 48}, "must divide the teacher's 1000"),
         (CD, {"guidance_scale": 0.5}, "at least 1"),
-        (CD, {"steps": 0}, "wanted 1 to"),
+        (CD, {"steps": 0}, "expected 1 to"),
         (CD, {"steps": 50, "intervals": 50, "guidance_scale": 2.0}, "unconditional"),
-        (CT, {"last_points": 2000}, "has 1000 timesteps"),
-        (ICT, {"last_intervals": 1280}, "has 1000 timesteps"),
-        (ECT, {"steps": 41}, "wanted 1 to"),
+        (CT, {"last_points": 2000}, "1000 timesteps"),
+        (ICT, {"last_intervals": 1280}, "1000 timesteps"),
+        (ECT, {"steps": 41}, "expected 1 to"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_step(method, options, message):
@@ -400,7 +401,7 @@ def test_what_cannot_work_is_said_before_the_first_step(method, options, message
         (CD, {"target_ema": 1.0}, "target_ema"),
         (CT, {"first_points": 1}, "first_points"),
         (ICT, {"first_intervals": 800}, "first_intervals"),
-        (ECT, {"q": 1.0}, "q: found"),
+        (ECT, {"q": 1.0}, "q: expected"),
     ],
 )
 def test_options_out_of_range_are_refused(method, options, message):
@@ -422,7 +423,7 @@ def test_the_target_drops_the_units_that_the_student_drops(role):
 
     @torch.no_grad()
     def both_ends():
-        with shared_dropout(distiller.bank, role, x):
+        with shared_dropout(distiller.bank, role):
             target = Denoiser(family, distiller.bank, role)(x, t, cond).x0
         return target, distiller.student(x, t, cond).x0
 

@@ -15,7 +15,8 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.student_inputs import backward_simulation
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 COSINE = SCHEDULES["cosine"]

@@ -18,10 +18,10 @@ from stepdistill.diffusion.samplers import DoubleStep, sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.progressive import halvings
-from stepdistill.methods.base import share_out
+from stepdistill.methods.base import split_steps
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
 from stepdistill.methods.progressive import Progressive
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import classifier_free_guidance
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.config import resolve
@@ -183,7 +183,7 @@ def test_the_last_edge_of_the_stochastic_student_is_one_step_of_the_mentor(predi
     distiller = stage_named(steered(SteeredNet(oracle), 4, start=16, sampler="stochastic"), STOCHASTIC)
     distiller.family.prediction_type = prediction
     last = COSINE.grid(4)[3:4].expand(8)
-    distiller.jump = lambda draws: (last, torch.zeros(8).double(), torch.zeros(8).double())
+    distiller.draw_times = lambda draws: (last, torch.zeros(8).double(), torch.zeros(8).double())
     batch = batch_of(oracle, 8, 3)
     assert loss_of(distiller, Batch(batch.x0.float(), batch.cond, 8)) < 1e-8
 
@@ -198,7 +198,7 @@ def test_the_stages_are_guidance_then_halvings_then_the_stochastic_student():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 4001])
 def test_stages_share_the_steps_out_exactly(steps):
-    stages = share_out(steps, {"a": (8, 1.0), "b": (4, 1.0), "c": (2, 2.0)})
+    stages = split_steps(steps, {"a": (8, 1.0), "b": (4, 1.0), "c": (2, 2.0)})
     assert sum(stage.steps for stage in stages) == steps
     assert all(abs(stage.steps - steps * part) <= 1 for stage, part in zip(stages, (0.25, 0.25, 0.5), strict=True))
 
@@ -243,7 +243,7 @@ def test_the_sampler_asks_for_the_jumps_that_were_trained_and_no_others(steps):
         assert asked == {(1.0, 0.0)}
         return
     distiller = stage_named(steered(GaussianOfWidth(), steps, start=2 * steps, sampler="stochastic"), STOCHASTIC)
-    t, _, s = distiller.jump(Draws(0, 500))
+    t, _, s = distiller.draw_times(Draws(0, 500))
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == asked
 
 
@@ -380,10 +380,10 @@ def test_before_training_the_student_is_the_conditional_teacher_for_every_w(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_min": 2.0, "guidance_max": 1.5}, "guidance_min <= guidance_scale <= guidance_max"),
-        ({"guidance_scale": 9.0}, "found 1.0, 9.0, 5.0"),
-        ({"steps": 3, "start": 8}, "start must be steps times 2, 4, 8"),
-        ({"steps": 1, "sampler": "stochastic"}, "wants at least 2"),
+        ({"guidance_min": 2.0, "guidance_max": 1.5}, "expected guidance_min = 2.0 to guidance_max = 1.5"),
+        ({"guidance_scale": 9.0}, "expected guidance_min = 1.0 to guidance_max = 5.0, got 9.0"),
+        ({"steps": 3, "start": 8}, "start: expected steps times 2, 4, 8"),
+        ({"steps": 1, "sampler": "stochastic"}, "expected at least 2 with the stochastic sampler"),
         ({"sampler": "random"}, "found 'random'"),
     ],
 )

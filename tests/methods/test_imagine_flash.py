@@ -17,8 +17,9 @@ from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.methods.add import ADD
-from stepdistill.methods.imagine_flash import ImagineFlash, own_sampler
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.methods.imagine_flash import ImagineFlash
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -107,7 +108,7 @@ def test_the_teachers_walk_is_a_product_of_gains(name, k):
     x, start = distiller.start(x0, torch.zeros_like(x0), t, noise)
     assert torch.equal(x, schedule.add_noise(x0, noise, grid[0])) and torch.equal(start, grid[0])
     expected = oracle.centre(x, grid[-1]) + gain[:, None, None, None] * (x - oracle.centre(x, grid[0]))
-    assert torch.allclose(distiller.target(x, start, {}), expected, atol=1e-9)
+    assert torch.allclose(distiller.reconstruction(x, start, {}), expected, atol=1e-9)
 
 
 def test_one_step_without_shift_is_adds_target():
@@ -115,8 +116,8 @@ def test_one_step_without_shift_is_adds_target():
     add = taught_by(ADD, ORACLE)
     x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
-    found = flash.target(*flash.start(x0, torch.zeros_like(x0), t, noise), {})
-    assert torch.allclose(found, add.target(x0, noise, t, {}), atol=1e-12)
+    found = flash.reconstruction(*flash.start(x0, torch.zeros_like(x0), t, noise), {})
+    assert torch.allclose(found, add.distillation_target(x0, noise, t, {}), atol=1e-12)
 
 
 def test_without_a_shift_the_teacher_walks_from_what_the_student_was_shown():
@@ -125,7 +126,7 @@ def test_without_a_shift_the_teacher_walks_from_what_the_student_was_shown():
     for kind in ("plain", "shifted"):
         distiller = taught_by(ImagineFlash, ORACLE, teacher_steps=1, reconstruction=kind)
         x0, x_t, t = distiller.generate(batch_of(ORACLE, 50), Draws(0, 50))
-        target = distiller.target(*distiller.start(x0, x_t, t, torch.randn_like(x0)), {})
+        target = distiller.reconstruction(*distiller.start(x0, x_t, t, torch.randn_like(x0)), {})
         losses[kind] = (x0 - target).square().mean().item()
     assert losses["plain"] == 0 and losses["shifted"] > 1e-3
     x_t, t = torch.randn(4, 2, 1, 1), torch.full((4,), 0.5)
@@ -138,7 +139,7 @@ def test_an_answer_that_is_the_data_costs_nothing():
     distiller = taught_by(ImagineFlash, point)
     answer = TWO[:, None, None].expand(5, -1, -1, -1)
     noise, t = torch.randn_like(answer), torch.full((5,), 0.5).double()
-    target = distiller.target(*distiller.start(answer, noise, t, noise), {})
+    target = distiller.reconstruction(*distiller.start(answer, noise, t, noise), {})
     assert torch.allclose(target, answer, atol=1e-9)
 
 
@@ -185,18 +186,22 @@ def test_the_corrected_step_keeps_the_marginals_of_a_student_that_answers_with_d
     assert corrected.std().item() == pytest.approx((alpha**2 * std**2 + sigma**2) ** 0.5, rel=0.01)
 
 
+def sampler_of(family, steps):
+    return ImagineFlash.make_sampler(ImagineFlash.Config(steps=steps), family)
+
+
 def test_the_sampler_is_stock_wherever_it_can_be():
     def family(name, kind):
         return OracleFamily(nn.Identity(), SCHEDULES[name], kind)
 
-    assert isinstance(own_sampler(family("zero_snr", "v_prediction"), 2), DDIM)
-    assert isinstance(own_sampler(family("zero_snr", "v_prediction"), 3), NoiseCorrected)  # 3 does not divide 1000
-    assert isinstance(own_sampler(family("scaled_linear", "v_prediction"), 2), NoiseCorrected)  # a signal at the end
-    assert isinstance(own_sampler(family("flow", "flow"), 3), DDIM)
-    assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 1), DDIM)
-    assert isinstance(own_sampler(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
+    assert isinstance(sampler_of(family("zero_snr", "v_prediction"), 2), DDIM)
+    assert isinstance(sampler_of(family("zero_snr", "v_prediction"), 3), NoiseCorrected)  # 3 does not divide 1000
+    assert isinstance(sampler_of(family("scaled_linear", "v_prediction"), 2), NoiseCorrected)  # a signal at the end
+    assert isinstance(sampler_of(family("flow", "flow"), 3), DDIM)
+    assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 1), DDIM)
+    assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
     with pytest.raises(ValueError, match="NoiseCorrected is exported for VP teachers only"):
-        to_diffusers(own_sampler(family("karras", "edm"), 2), {})
+        to_diffusers(sampler_of(family("karras", "edm"), 2), {})
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -204,7 +209,7 @@ def test_the_sampler_is_stock_wherever_it_can_be():
 def test_the_exported_scheduler_corrects_the_noise_as_the_sampler_does(tmp_path, num_classes, steps):
     config = dict(DDIMScheduler(**EPSILON).config)
     family = Pixel.tiny(scheduler=config, num_classes=num_classes)
-    sampler = own_sampler(family, steps)
+    sampler = sampler_of(family, steps)
     export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=Origin(method="imagine_flash"))
     pipeline = load_pipeline(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)

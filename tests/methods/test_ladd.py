@@ -9,7 +9,8 @@ from oracles import SCHEDULES, three_clusters
 from stepdistill.batch import Batch
 from stepdistill.families.pixel import Pixel
 from stepdistill.methods.ladd import LADD
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -94,17 +95,17 @@ def test_r1_counts_as_much_as_it_should(weight):
     draws = Draws(0, 4)
     with torch.no_grad():
         distiller.generate(batch, draws)
-        t = distiller.critic.view(batch, draws)
+        t = distiller.critic.view(batch, torch.ones(4), draws)
         for _ in range(2):  # real images and fake ones
             distiller.critic(batch.x0, batch.cond, t, draws)
-        expected = weight * distiller.critic.r1(batch.x0, batch.cond, t, draws, 0.1)
+        expected = weight * distiller.critic.r1(batch.x0, batch.cond, t, draws)
     torch.testing.assert_close(term.detach(), expected)
 
 
 def test_bad_options_and_teachers_are_refused():
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         LADD.check(LADD.Config(), Pixel.tiny(prediction_type="epsilon"))
-    with pytest.raises(ValueError, match="first_share: found 0"):
+    with pytest.raises(ValueError, match="first_share: expected 0 < first_share <= 1, got 0"):
         LADD.Config(first_share=0.0)
     with pytest.raises(ValueError, match="all 16 labels"):
         batch = pixel_batch(16)

@@ -31,7 +31,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
 from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.losses.progressive import two_step_target
 from stepdistill.methods.progressive import CONVERT, Progressive
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
 
@@ -294,7 +294,7 @@ def test_only_a_teacher_of_the_noise_is_converted_first():
     names = [(stage.name, stage.value) for stage in distiller.stages(100)]
     assert names == [(CONVERT, 8), ("4-steps", 4), ("2-steps", 2)]
     assert distiller.teacher.family.prediction_type == "epsilon"
-    for denoiser in (distiller.student, distiller.mentor, distiller.result):
+    for denoiser in (distiller.student, distiller.last_student, distiller.result):
         assert denoiser.family.prediction_type == "v_prediction"
         assert denoiser.family.scheduler_config["prediction_type"] == "v_prediction"
     for config in (vp_config(), vp_config("linear", "sample"), FLOW_CONFIG):
@@ -315,7 +315,7 @@ def test_a_stage_begins_with_the_weights_that_were_evaluated(ema):
 
 @pytest.mark.parametrize(("start", "steps"), [(12, 4), (4, 4), (2, 4), (8, 0), (8, -1), (10, 4)])
 def test_a_start_that_does_not_halve_to_the_end_is_refused(start, steps):
-    with pytest.raises(ValueError, match=f"found start {start}, steps {steps}"):
+    with pytest.raises(ValueError, match=f"got start {start}, steps {steps}"):
         Progressive.Config(start=start, steps=steps)
 
 
@@ -352,7 +352,7 @@ def test_guidance_is_baked_in_once(prediction_type):
 
     distiller.stage = first
     wanted = oracle.predict(x_t, t) + 3 * (oracle.predict(x_t, t, labels) - oracle.predict(x_t, t))
-    torch.testing.assert_close(distiller.guided_teacher(x_t, t, batch.cond).x0, wanted, atol=1e-9, rtol=0)
+    torch.testing.assert_close(distiller.guided_teacher(batch.cond)(x_t, t).x0, wanted, atol=1e-9, rtol=0)
     if prediction_type == "epsilon":
         distiller.bank.networks["student"] = perfect
         assert distiller("student", batch, Draws(0, 64)).terms["loss"] < 1e-9

@@ -17,8 +17,9 @@ from stepdistill.diffusion.samplers import ConsistencySampler
 from stepdistill.diffusion.schedule import Trig
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
-from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, make_sampler
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, sampling_times
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, forward_mode
 from stepdistill.randomness import Draws
 
@@ -335,11 +336,11 @@ def test_attention_without_a_derivative_is_refused_with_a_way_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps: found 0"),
-        ({"difference": 0.0}, "difference: found 0"),
-        ({"warmup": -1}, "warmup: found -1"),
-        ({"norm_floor": 0.0}, "norm_floor: found 0"),
-        ({"path": "data", "guidance_scale": 2.0}, "only a teacher can be guided"),
+        ({"steps": 0}, "steps: expected a positive number, got 0"),
+        ({"difference": 0.0}, "difference: expected a positive number, got 0"),
+        ({"warmup": -1}, "warmup: expected 0 or more steps, got -1"),
+        ({"norm_floor": 0.0}, "norm_floor: expected a positive number, got 0"),
+        ({"path": "data", "guidance_scale": 2.0}, "expected 1 with path 'data'"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(options, message):
@@ -348,7 +349,7 @@ def test_a_configuration_that_cannot_be_meant_is_refused(options, message):
 
 
 def test_a_teacher_that_cannot_be_distilled_so_is_refused():
-    with pytest.raises(ValueError, match="cannot tell the clean image of pure noise"):
+    with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         Scm.check(Scm.Config(), Pixel.tiny(prediction_type="epsilon"))
     with pytest.raises(ValueError, match="unconditional"):
         Scm.check(Scm.Config(guidance_scale=2.0), Pixel.tiny(num_classes=None))
@@ -362,7 +363,7 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused():
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
     trig = SCHEDULES["trig"]
-    oracle, sampler = three_clusters(trig, "trigflow"), make_sampler(trig, steps)
+    oracle, sampler = three_clusters(trig, "trigflow"), ConsistencySampler(trig, sampling_times(trig, steps))
     scheduler = to_diffusers(sampler, {})
     assert isinstance(scheduler, SCMScheduler)
     angles = trig.timestep(sampler.times)
@@ -379,7 +380,7 @@ def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
 
 
 def test_edm_students_are_called_at_even_angles():
-    sampler = make_sampler(SCHEDULES["karras"], 2)
+    sampler = ConsistencySampler(SCHEDULES["karras"], sampling_times(SCHEDULES["karras"], 2))
     assert isinstance(sampler, ConsistencySampler)
     _, sigma = sampler.schedule(sampler.times)
     angle = (sigma / sampler.schedule.sigma_data).atan()

@@ -28,7 +28,7 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.tcd import TCD, jump, midpoint
-from stepdistill.networks.bank import CopyBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_a_two_time_student_is_told_its_jump_in_training_sampling_and_export(gam
 
 
 def test_two_time_and_a_second_call_exclude_each_other():
-    with pytest.raises(ValueError, match="wanted 1 with two_time"):
+    with pytest.raises(ValueError, match="expected 1 with two_time"):
         TCD.Config(two_time=True, order=2)
 
 
@@ -359,7 +359,7 @@ def test_one_that_is_told_where_it_jumps_lands_in_one_call_too():
     ("options", "message"),
     [
         ({"guidance_scale": 3.0}, "unconditional"),
-        ({"steps": 51}, "wanted 1 to solver_steps = 50"),
+        ({"steps": 51}, "expected 1 to solver_steps = 50"),
         ({"steps": 3, "solver_steps": 30}, "must divide the teacher's 1000"),
     ],
 )
@@ -369,7 +369,7 @@ def test_what_cannot_work_is_said_before_the_first_step(options, message):
 
 
 def test_gamma_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="gamma: found 1.5"):
+    with pytest.raises(ValueError, match="gamma: expected 0 to 1, got 1.5"):
         TCD.Config(gamma=1.5)
 
 

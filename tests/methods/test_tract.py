@@ -15,7 +15,8 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.regression import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
-from stepdistill.networks.bank import AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
 
 TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
@@ -29,8 +30,8 @@ class Closure(Oracle):
     def __init__(self, teacher, distiller):
         super().__init__(teacher.means, teacher.std, teacher.schedule, teacher.prediction_type)
         self.denoise = teacher_denoiser(teacher).conditioned({})
-        self.times = distiller.grid(distiller.mentor_steps)
-        self.width = distiller.mentor_steps // distiller.stage.value
+        self.times = distiller.grid(distiller.teacher_steps)
+        self.width = distiller.teacher_steps // distiller.stage.value
 
     def rollout(self, x, i):
         end = (i // self.width + 1) * self.width
@@ -75,7 +76,7 @@ def test_the_target_is_the_formula_of_the_papers_code():
     expected = (x_t * (1 - g_end).sqrt() - x_end * (1 - g).sqrt()) / (
         (g * (1 - g_end)).sqrt() - (g_end * (1 - g)).sqrt()
     )
-    torch.testing.assert_close(distiller.target(x_t, t, t_next, t_end, {}), expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(distiller.closure(x_t, t, t_next, t_end, {}), expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
@@ -86,7 +87,7 @@ def test_an_exact_self_teacher_gives_the_teachers_own_rollout_and_is_the_optimum
     put(distiller, closure)
     x_t, t, t_next, t_end = drawn(distiller, oracle)
     x_end, _ = closure.rollout(x_t, (closure.times[:-1] - t[:, None]).abs().argmin(1))
-    target = distiller.target(x_t, t, t_next, t_end, {})
+    target = distiller.closure(x_t, t, t_next, t_end, {})
     student = distiller.student(x_t, t, {})
     torch.testing.assert_close(target, invert_step(x_t, x_end, t, t_end, oracle.schedule), atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(ode_step(student, oracle.schedule, t_end), x_end, atol=1e-7, rtol=1e-7)
@@ -103,7 +104,7 @@ def test_for_a_gaussian_the_fixed_point_is_the_product_of_gains():
     gains = torch.stack([gaussian.gain(t[None], s[None]) for t, s in zip(grid[1:4], grid[2:5], strict=True)]).prod()
     expected = gaussian.centre(x, grid[4:5]) + gains * (x - gaussian.centre(x, grid[1:2]))
     put(distiller, closure)
-    target = distiller.target(x, grid[1:2], grid[2:3], grid[4:5], {})
+    target = distiller.closure(x, grid[1:2], grid[2:3], grid[4:5], {})
     torch.testing.assert_close(target, invert_step(x, expected, grid[1:2], grid[4:5], gaussian.schedule))
 
 
@@ -121,13 +122,13 @@ def test_the_last_step_of_a_group_asks_the_teacher_alone(name, kind):
     grid = distiller.grid(24)
     t, s = grid[[3, 23]], grid[[4, 24]]
     x_t = distiller.schedule.add_noise(oracle.draw(2), torch.randn(2, 2, 1, 1, dtype=torch.float64), t)
-    target = distiller.target(x_t, t, s, s, {})
+    target = distiller.closure(x_t, t, s, s, {})
     denoise = distiller.teacher.conditioned({})
     solver = "heun" if name == "karras" else "euler"
     expected = solver_step(denoise, x_t, t, s, distiller.schedule, solver)
     torch.testing.assert_close(target, invert_step(x_t, expected, t, s, distiller.schedule))
     torch.testing.assert_close(target[1], denoise(x_t, t).x0[1])  # to clean data, the teacher's own answer
-    assert distiller.target(x_t, t, grid[[4, 24]], grid[[8, 24]], {})[0].isnan().all()
+    assert distiller.closure(x_t, t, grid[[4, 24]], grid[[8, 24]], {})[0].isnan().all()
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -136,12 +137,12 @@ def test_times_lie_on_the_grid_and_every_one_is_drawn(name, kind, phase):
     oracle = three_clusters(SCHEDULES[name], kind)
     distiller = make(Tract, oracle, oracle, **LADDER)
     distiller.stage = distiller.stages(10)[phase]
-    mentor_steps, width = [(24, 4), (6, 3)][phase]
-    grid = distiller.schedule.grid(24)[:: 24 // mentor_steps]
+    teacher_steps, width = [(24, 4), (6, 3)][phase]
+    grid = distiller.schedule.grid(24)[:: 24 // teacher_steps]
     times = distiller.draw_times(Draws(0, 4000))
     i, i_next, i_end = (torch.searchsorted(-grid, -time) for time in times)
     assert all(torch.equal(grid[index], time) for index, time in zip((i, i_next, i_end), times, strict=True))
-    assert sorted(set(i.tolist())) == list(range(mentor_steps))
+    assert sorted(set(i.tolist())) == list(range(teacher_steps))
     assert torch.equal(i_next, i + 1)
     assert torch.equal(i_end, (i // width + 1) * width)
 
@@ -196,7 +197,7 @@ def test_a_new_phase_takes_the_average_as_its_teacher_and_leaves_the_student_alo
     distiller.begin_stage()
     found = {role: distiller.bank.params(role)[0].mean().item() for role in ("student", "self_teacher", "mentor")}
     assert found == {"student": 1.0, "self_teacher": 2.0, "mentor": 3.0}
-    assert distiller.mentor_steps == 10
+    assert distiller.teacher_steps == 10
     assert distiller.sampler().times.tolist() == [1.0, 0.0]
 
 

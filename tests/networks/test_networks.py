@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from stepdistill.families.pixel import Pixel
-from stepdistill.networks.bank import AdapterBank, CopyBank, NetworkBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.copy_bank import CopyBank
 
 
 def tiny() -> Pixel:
@@ -101,7 +103,7 @@ def test_adapters_imitate_the_best_that_their_rank_can_hold(x):
     family, student = tiny(), adapted_student()
     bank = AdapterBank(family.network, rank=1, targets=family.lora_targets)
     bank.fork("student")
-    with pytest.warns(UserWarning, match=r"adapters of rank 1 hold [5-9]\d% of what"):
+    with pytest.warns(UserWarning, match=r"adapters of rank 1 represent [5-9]\d% of the"):
         bank.load_or_project("student", student.state_dict())
     teacher, found = tiny().network.state_dict(), bank.extract("student").state_dict()
     name = "mid_block.resnets.0.conv1.weight"

@@ -41,7 +41,7 @@ def test_every_problem_of_every_section_is_reported_at_once(mapping):
         ({}, "method.name: missing"),
         ({"name": "progresive"}, "progressive"),
         ({"name": "progressive", "stpes": 4}, "method.stpes"),
-        ({"name": "progressive", "steps": 3, "start": 8}, "start must be steps times"),
+        ({"name": "progressive", "steps": 3, "start": 8}, "start: expected steps times"),
     ],
 )
 def test_a_wrong_method_section_names_what_is_wrong(mapping, method, message):

@@ -8,7 +8,9 @@ from contracts.cases import make_run, train_until
 
 from stepdistill.export.contract import read_contract
 from stepdistill.families.pixel import Pixel
-from stepdistill.networks.bank import TEACHER, AdapterBank, CopyBank
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import TEACHER
+from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.training.cost import TrainingCost, counted
 
 COUNTS = ("steps", "images", "teacher_forwards")

@@ -1,0 +1,81 @@
+"""The critic of DMD2: a head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.batch import Cond
+from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
+from stepdistill.losses.distribution_matching import sample_times
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.features import BlockFeatures
+from stepdistill.randomness import Draws
+
+
+class BottleneckHead(nn.Module):
+    """Convolutions of stride 2 down to four pixels, one over the remaining pixels, and a linear layer.
+
+    The features already contain the image's condition and its noise level.
+
+    Args:
+        shape: (C, H, W) of the feature map, or (C, N) of tokens, which are averaged.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        channels, *size = shape if len(shape) == 3 else (shape[0], 1, 1)
+        layers: list[nn.Module] = []
+        while min(size) > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
+            size = [n // 2 for n in size]
+        layers += [nn.Conv2d(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return logits (B, 1) of a feature (B, *shape)."""
+        x = feature if feature.ndim == 4 else feature.mean(2)[:, :, None, None]
+        return self.body(x)
+
+
+def _norm_silu(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]
+
+
+class BottleneckCritic:
+    """A head on the last feature of the fake score, at noised images.
+
+    It is a plain object, since the fake score belongs to the bank; the method registers and trains :attr:`head`.
+    """
+
+    def __init__(self, fake: Denoiser) -> None:
+        self.blocks = BlockFeatures(fake, fake.family.feature_blocks[-1:])
+        self.head = BottleneckHead(self.blocks.shapes()[-1])
+        self.schedule = fake.schedule
+
+    def __call__(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:
+        """Return the logits of several batches of clean images (B, ...), noised to independent times, in one call."""
+        times, noises = [], []
+        for _ in images:
+            times.append(sample_times(self.schedule, draws))
+        for x0 in images:
+            noises.append(draws.normal_like(x0))
+        t = torch.cat(times)
+        x_t = self.schedule.add_noise(torch.cat(list(images)), torch.cat(noises), t)
+        repeated = {name: torch.cat([value] * len(images)) for name, value in cond.items()}
+        logits = self.head(self.blocks(x_t, t, repeated)[-1])
+        return [[part] for part in logits.chunk(len(images))]
+
+    def generator_loss(self, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
+        """Return the student's loss on its images (B, ...)."""
+        (logits,) = self([x0], cond, draws)
+        return generator_loss(logits, "softplus")
+
+    def critic_loss(self, real: Tensor, fake: Tensor, cond: Cond, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the critic's loss on real and generated images (B, ...), and metrics for the log."""
+        real_logits, fake_logits = self([real, fake], cond, draws)
+        metrics = critic_metrics(real_logits, fake_logits)
+        return critic_loss(real_logits, fake_logits, "softplus"), metrics
