@@ -3,7 +3,8 @@
 Images pass once through the networks that judge (:mod:`~stepdistill.evaluation.extraction`), whatever number of metrics
 is asked for (:mod:`~stepdistill.evaluation.suite`). A result says everything that gives its numbers a meaning: under
 ``setting`` what two results must share to be compared, under ``subject`` what was measured, under ``timing`` on what
-machine. The numbers are the same, to the last digit, for every batch size, number of processes, and interruption.
+machine. On one machine the numbers are the same, to the last digit, for every number of processes and interruption; for
+every batch size, they are where no text encoder or decoder sees the batch (:mod:`~stepdistill.inference.sampling`).
 """
 
 from __future__ import annotations

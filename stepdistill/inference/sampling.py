@@ -1,9 +1,10 @@
 """Images sampled from a pipeline, each a pure function of the set's seed and its own index.
 
-So a set depends neither on the batch size nor on how many processes share the work. Two things make that exact, to the
-last bit: every image has a random generator of its own, and the denoising network sees a fixed number of rows at a time
-(the kernels of a linear layer or a convolution are chosen by the number of rows, and the last bits with them). Images
-are rounded to bytes, as a file would be, before any metric sees them.
+So a set depends neither on the batch size nor on how many processes share the work. Every image has a random generator
+of its own, and the denoising network sees a fixed number of rows at a time (the kernels of a linear layer or a
+convolution are chosen by the number of rows, and the last bits with them). On one machine the images of a pixel pipeline
+are then equal to the last bit. Text encoders and decoders see batches as they come: of a latent pipeline's values, fewer
+than one in 1,000 may be one level off. Images are rounded to bytes, as a file would be, before any metric sees them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def sample_images(
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
         rows: if given, the network sees exactly so many rows at a time, filled up where a batch has fewer: then the
-            batch size changes no bit. None takes a batch as it comes, and a few pixels in 100,000 may be one level off.
+            batch size changes no bit of what a pixel pipeline makes. None takes a batch as it comes, and a few pixels
+            in 100,000 may be one level off, as with a latent pipeline's encoders and decoder in any case.
         description: what the progress bar says.
     """
     pipeline.set_progress_bar_config(disable=True)
