@@ -1,6 +1,6 @@
 """Images on request: prompts or labels in, a grid or single files out, beside the teacher's where that is asked for.
 
-Image i of a call is a function of (pipeline, seed, i, its prompt), for every batch size up to rounding. A single file has
+Image i of a call is a function of (pipeline, seed, i, its prompt), up to rounding for every batch size. A file carries
 what made it as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (what ``torch.Generator().manual_seed`` takes for this image in diffusers),
 ``pipeline`` and, where there is one, ``negative_prompt``. A folder of them is data to train on, as ``metadata.jsonl``

@@ -2,9 +2,10 @@
 
 So a set depends neither on the batch size nor on how many processes share the work. Every image has a random generator
 of its own, and the denoising network sees a fixed number of rows at a time (the kernels of a linear layer or a
-convolution are chosen by the number of rows, and the last bits with them). On one machine the images of a pixel pipeline
-are then equal to the last bit. Text encoders and decoders see batches as they come: of a latent pipeline's values, fewer
-than one in 1,000 may be one level off. Images are rounded to bytes, as a file would be, before any metric sees them.
+convolution are chosen by the number of rows, and the last bits with them). On one machine the images of a pixel
+pipeline are then equal to the last bit. Text encoders and decoders see batches as they come: fewer than one in 1,000
+values of a latent pipeline may be one level off. Images are rounded to bytes, as a file would be, before any metric
+sees them.
 """
 
 from __future__ import annotations
