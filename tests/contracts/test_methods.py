@@ -191,13 +191,14 @@ def test_the_teacher_never_changes(straight, method, bank):
 
 
 @every_method
-def test_resumed_from_its_own_checkpoints_it_ends_in_the_same_bits(tmp_path, straight, method, bank):
+def test_resumed_from_its_own_checkpoints_it_ends_in_the_same_bits(tmp_path, monkeypatch, straight, method, bank):
     """Inside a stage, and at every boundary. That a stop saves such a checkpoint too, ``test_trainer`` proves."""
     run, _ = straight(method, bank)
     boundaries = set(accumulate(stage.steps for stage in run.distiller.stages(STEPS))) - {STEPS}
     assert boundaries <= set(case(method).resumed_at)
     expected = checkpoint_bytes(run.folder, STEPS)
     assert "weights.safetensors" in expected
+    monkeypatch.setattr(Run, "export", lambda run, folder, cost: folder)  # the weights are compared
     for step in case(method).resumed_at:
         folder = tmp_path / f"from-{step}"
         shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")

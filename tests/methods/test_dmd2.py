@@ -162,7 +162,7 @@ def test_rollouts_of_a_perfect_student_keep_the_marginals(name, kind):
 def test_the_students_input_is_its_own_rollout_and_carries_no_gradient_and_no_data(bank):
     distiller = tiny(bank, steps=4)
     seen = {}
-    for seed in range(40):
+    for seed in range(16):
         batch = batch_of_four()
         x_t, t = backward_simulation(distiller.student, distiller.sampler(), batch, Draws(seed, 4))
         shifted = Batch(batch.x0 + 9, LABELS, 4)
