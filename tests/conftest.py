@@ -1,16 +1,24 @@
 """What every test may rely on: no network, one thread, the same random numbers, an environment that is whole."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import os
 import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from contracts.stock import StockDiffusers
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, which none of the above does
-torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives, and sums keep their order
+# for networks this small a second thread costs more than it gives; TEST_THREADS=2 shows that nothing rests on it
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 def pytest_configure() -> None:
@@ -31,3 +39,13 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stock_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockDiffusers]:
+    """A process without stepdistill, for all tests that ask for one."""
+    from contracts.stock import StockDiffusers  # imports diffusers, which reads the environment that is set above
+
+    environment = StockDiffusers(tmp_path_factory.mktemp("elsewhere"))
+    yield environment
+    environment.close()

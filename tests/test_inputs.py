@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from contracts.stock import images_without_stepdistill, job, read_images
+from contracts.stock import job, read_images
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DModel
 from oracles import OracleFamily
 
@@ -193,7 +193,7 @@ def expected_images(kind, make, inputs, g):
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory):
+def exports(tmp_path_factory, stock_diffusers):
     folder = tmp_path_factory.mktemp("exports")
     jobs = []
     for name, kind, make, inputs in CASES:
@@ -203,7 +203,7 @@ def exports(tmp_path_factory):
         for g in (1.0, 2.5):
             asked = job(folder / name, family, 3, 3, output=f"images-{g}")
             jobs.append(asked | {"call": {"class_labels": [0, 1, 2], "guidance_scale": g}})  # the steps are its own
-    images_without_stepdistill(jobs, tmp_path_factory.mktemp("elsewhere"))
+    stock_diffusers.generate_images(jobs)
     return folder
 
 

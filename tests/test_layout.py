@@ -2,6 +2,9 @@
 
 import ast
 import graphlib
+import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,82 @@ def test_a_broken_floor_is_found() -> None:
 
 def test_the_root_is_small() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
+
+
+# ------------------------------------------------------------------------------------------- documents
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE_SUFFIXES = {".py", ".md", ".yaml", ".toml"}
+"""Endings of files that are written by hand. Other bare names in documents are files that a run or a user makes."""
+PLACEHOLDERS = ("runs/", "path/to/", "data/")
+"""Beginnings of paths that stand for a user's own files or for what a command writes."""
+WRITTEN_BY_RUNS = {"config.yaml"}
+"""Names with a source suffix that belong to the output folder of a run."""
+
+
+def named_paths(text: str) -> Iterator[str]:
+    """Yield the paths that a document names in code: words of fenced blocks and of backticks, without placeholders.
+
+    A word counts if it starts with a top-level folder of the repository or ends as source files do. The value of
+    ``key=value`` is such a word, ``{a,b}`` names two paths, and ``<name>`` stands for any name.
+    """
+    folders = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir())
+    for code in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL):
+        for word in re.findall(r"(?:[\w./*-]|<\w+>|\{[\w,]+\})+", code):
+            for path in alternatives(re.sub(r"<\w+>", "*", word).rstrip(".")):
+                is_source = Path(path).suffix in SOURCE_SUFFIXES and Path(path).stem.strip(".") != ""
+                if path.startswith(PLACEHOLDERS) or path in WRITTEN_BY_RUNS:
+                    continue
+                if is_source or path.startswith(folders):
+                    yield path
+
+
+def alternatives(word: str) -> list[str]:
+    """Return every reading of a word with ``{a,b}`` in it, as the shell has them."""
+    parts = re.split(r"\{([\w,]+)\}", word)
+    choices = [part.split(",") if place % 2 else [part] for place, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def named_links(text: str) -> set[str]:
+    """Return the relative targets of links and pictures."""
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    plain = {(link or picture).partition("#")[0] for link, picture in targets}
+    return {target for target in plain if target and "://" not in target}
+
+
+def exists(path: str) -> bool:
+    """Whether the repository has a path, named from its root or by its last parts, with ``*`` for any name."""
+    if any(ROOT.glob(path)):
+        return True
+    folders = ("configs", "docs", "pipelines", "scripts", "stepdistill", "tests")
+    return any(next((ROOT / folder).rglob(path), None) for folder in folders)
+
+
+def missing_paths(text: str, folder: Path) -> list[str]:
+    """Return what a document in ``folder`` names and the repository does not have."""
+    code = {path for path in named_paths(text) if not exists(path)}
+    return sorted(code | {link for link in named_links(text) if not (folder / link).exists()})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_that_a_document_names_exists(document: Path) -> None:
+    assert missing_paths(document.read_text(), document.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("`stepdistill/nowhere.py`", ["stepdistill/nowhere.py"]),
+        ("see `nowhere.py`, and `trainer.py`.", ["nowhere.py"]),
+        ("```bash\npython scripts/nowhere.py --config configs/demo.yaml\n```", ["scripts/nowhere.py"]),
+        ("`--config=configs/nowhere.yaml`", ["configs/nowhere.yaml"]),
+        ("`configs/{demo,nowhere}.yaml`", ["configs/nowhere.yaml"]),
+        ("`stepdistill/methods/<name>.py` and `nowhere/<name>.py`", ["nowhere/*.py"]),
+        ("[a](docs/NOWHERE.md), [b](docs/RESULTS.md#top), [c](https://a.org/b.md)", ["docs/NOWHERE.md"]),
+        ('<img src="docs/nowhere.png">', ["docs/nowhere.png"]),
+        ("`runs/a/b.yaml`, `path/to/images.py`, `data/c.py`, `config.yaml`, `.py`, `fake/denoising`", []),
+    ],
+)
+def test_a_path_that_is_not_there_is_found(text: str, missing: list[str]) -> None:
+    assert missing_paths(text, ROOT) == missing

@@ -1,8 +1,9 @@
 """Measure a pipeline, or images, and write down everything that gives the numbers a meaning.
 
 A result holds under ``setting`` what two results must share to be compared, under ``subject`` what was measured, and
-under ``timing`` the machine. The numbers are the same, to the last digit, for every batch size, number of processes and
-interruption.
+under ``timing`` the machine. On one machine the numbers are the same, to the last digit, for every number of processes
+and after an interruption; also for every batch size, unless a text encoder or a decoder sees the batch
+(:mod:`~stepdistill.inference.sampling`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``stepdistill generate``: from prompts or labels to a grid or single files, optionally beside the teacher's images.
 
-Image i is a pure function of (pipeline, seed, i, its prompt); the batch size does not change it. A single file records
+Image i is a function of (pipeline, seed, i, its prompt), up to rounding for every batch size. A single file records
 how it was made as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (for ``torch.Generator().manual_seed`` in diffusers), ``pipeline`` and, if there is
 one, ``negative_prompt``. A folder of such files with its ``metadata.jsonl`` is training data: LADD and other methods

@@ -1,9 +1,10 @@
 """Images sampled from a pipeline, each a pure function of the set's seed and its own index.
 
-So a set depends neither on the batch size nor on the number of processes. Two things make that exact, to the last bit:
-every image has its own random generator, and the denoising network processes a fixed number of rows at a time (the
-number of rows selects the kernels of a linear layer or a convolution, and these the last bits). Images are rounded to
-bytes, as in a file, before any metric is computed.
+So a set depends neither on the batch size nor on the number of processes: every image has its own random generator, and
+the denoising network processes a fixed number of rows at a time (the number of rows selects the kernels of a linear
+layer or a convolution, and these the last bits). On one machine the images of a pixel pipeline are then equal to the
+last bit. Text encoders and decoders see batches as they come: fewer than one in 1,000 values of a latent pipeline may
+be one level off. Images are rounded to bytes, as in a file, before any metric is computed.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def sample_images(
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
         rows: number of rows that the network processes at a time, padded in smaller batches, so that the batch size
-            changes no bit. None takes a batch as it comes; then a few pixels in 100,000 may be one level off.
+            changes no bit of a pixel pipeline's images. None takes a batch as it comes; then a few pixels in 100,000
+            may be one level off, as with a latent pipeline's encoders and decoder in any case.
         description: text of the progress bar.
     """
     pipeline.set_progress_bar_config(disable=True)

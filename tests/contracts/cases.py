@@ -48,17 +48,25 @@ class Case:
     """Its ``method`` section; with two stages, if the method has stages."""
     overfits: str | None = None
     """The turn whose loss must fall on one batch (not every loss is a distance); by default the first."""
+    falls: str | None = None
+    """The number of that turn that must fall; by default the loss, the sum of the turn's terms."""
+    overfit_lr: float = 1e-2
+    """The learning rate at which it must."""
+    resumed_at: tuple[int, ...] = (2,)
+    """The steps of a small run that it is resumed after: one inside a stage, and where all but the first begin."""
 
 
 CASES = {
-    "progressive": Case({"steps": 2, "start": 8}),
+    "guided": Case(resumed_at=(2, 3)),
+    "progressive": Case({"steps": 2, "start": 8}, resumed_at=(1, 2)),
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
     "ect": Case({"num_stages": 2}),
+    "scm": Case(falls="tangent"),  # the loss is of a normalised tangent, which has the same length at the optimum
     "dmd": Case(overfits="fake"),
     "dmd2": Case({"student_update_interval": 2}, overfits="fake"),
-    "add": Case({"steps": 2}, overfits="critic"),
-    "ladd": Case({"warmup": 2}, overfits="critic"),
-    "imagine_flash": Case({"steps": 2, "teacher_steps": 2}, overfits="critic"),
+    "add": Case({"steps": 2}, overfits="critic", overfit_lr=2e-2),
+    "ladd": Case({"warmup": 2}, overfits="critic", overfit_lr=2e-2),
+    "imagine_flash": Case({"steps": 2, "teacher_steps": 2}, overfits="critic", overfit_lr=2e-2),
 }
 
 

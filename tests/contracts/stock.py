@@ -38,15 +38,47 @@ def job(
     }  # fmt: skip
 
 
-def images_without_stepdistill(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Do all jobs in one process, which works in ``folder`` and caches code there."""
-    (folder / "jobs.json").write_text(json.dumps(list(jobs)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-I", str(PROGRAM), str(folder / "jobs.json")],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+class StockDiffusers:
+    """A process that has diffusers and no stepdistill: started by the first job, and kept for the next.
+
+    Args:
+        folder: where it works, and caches the code of exports.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[str] | None = None
+
+    def generate_images(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        """Do all jobs, in their order."""
+        if self.process is None:
+            self.process = self._start()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        for one in jobs:
+            self.process.stdin.write(json.dumps(one) + "\n")
+            self.process.stdin.flush()
+            assert self.process.stdout.readline() == "done\n", self._errors()[-3000:]
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.communicate(timeout=60)
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(self.folder / "modules")}
+        return subprocess.Popen(
+            [sys.executable, "-I", str(PROGRAM)], env=environment, cwd=self.folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log.open("w"),
+        )  # fmt: skip
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "stderr.txt"
+
+    def _errors(self) -> str:
+        self.close()
+        self.process = None
+        return self._log.read_text()
 
 
 def read_images(export: Path, output: str = "images") -> Tensor:

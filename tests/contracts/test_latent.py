@@ -286,7 +286,9 @@ def test_a_student_of_dit_is_measured(tmp_path):
     pipeline = load_pipeline(export_pipeline(family, family.network, sampler, tmp_path / "student"))
     assert (count := class_count(pipeline)) == 1000
     whole, parts = (sample_images(pipeline, 5, num_classes=count, batch_size=n, rows=4) for n in (5, 2))
-    assert torch.equal(whole.pixels, parts.pixels) and whole.labels.tolist() == [0, 1, 2, 3, 4]
+    assert whole.labels.tolist() == parts.labels.tolist() == [0, 1, 2, 3, 4]
+    apart = (whole.pixels.int() - parts.pixels.int()).abs()  # the decoder sees batches as they come
+    assert apart.max() <= 1 and apart.float().mean() < 1e-3
     assert whole.calls == 2 and whole.pixels.float().std() > 1
 
 

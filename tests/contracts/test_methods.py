@@ -1,10 +1,13 @@
 """Every method with both banks: what the trainer, the checkpoints and the export promise of it."""
 
 import dataclasses
+import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -19,12 +22,12 @@ from contracts.cases import (
     pipeline_images,
     reference_images,
     sections,
-    train_until,
     weights,
 )
 from safetensors.torch import load_file
 
 from stepdistill import load_pipeline
+from stepdistill.batch import Batch
 from stepdistill.config import to_yaml
 from stepdistill.export.contract import read_contract
 from stepdistill.families.sd import SD
@@ -37,6 +40,7 @@ from stepdistill.training.run import Run
 EVERY = [(method, bank) for method in method_names() for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)
 TESTS = Path(__file__).parents[1]
+EPS = torch.finfo(torch.float32).eps
 
 
 def first_batch(trainer):
@@ -73,27 +77,71 @@ def test_a_turn_touches_its_own_params_only(tmp_path, method, bank):
 
 
 @every_method
-def test_one_batch_can_be_overfitted(tmp_path, method, bank):
-    """From the teacher's weights and with the same noise; a student is near its goal then, a critic is not."""
-    falls = (fall(make_run(tmp_path, method, bank), lr) for lr in (3e-3, 1e-3, 1e-2))
-    assert any(last < 0.7 * first for first, last in falls)
+def test_two_halves_of_a_batch_train_as_the_whole(tmp_path, method, bank):
+    """What two processes compute adds up to what one does: their losses and gradients, each with its share of noise.
 
-
-def fall(run, lr, steps=20):
-    """The loss of a turn on one batch, before and after ``steps`` steps."""
+    The rest of training by several processes is the same for all methods: ``REPLICATED`` below trains some of them.
+    """
+    run = make_run(tmp_path, method, bank)
     trainer = make_trainer(run)
-    name = case(run.config.method_name).overfits or run.distiller.turn_names[0]
+    batch = first_batch(trainer)
+    trainer._step(0, [batch])
+    for turn in run.distiller.turns.values():
+        trainer._train_only(turn)
+        whole = losses_and_gradients(run, turn, [batch])
+        halves = losses_and_gradients(run, turn, [part_of(batch, 0), part_of(batch, 1)])
+        assert halves.keys() == whole.keys()
+        largest = max(gradient.abs().max() for gradient in whole.values())
+        assert 0 < largest < torch.inf
+        for name, expected in whole.items():  # float32 sums of up to a thousand numbers, in another order
+            assert (halves[name] - expected).abs().max() < 1000 * EPS * largest, name
+
+
+def losses_and_gradients(run, turn, parts):
+    """A turn's mean loss over ``parts`` of a batch, and the gradient of every parameter that it moves, by name."""
+    loss = 0.0
+    for rank, part in enumerate(parts):
+        draws = Draws(1, part.size, rank=rank, world=len(parts))
+        loss = loss + sum(run.distiller(turn.name, part, draws).terms.values()) / len(parts)
+    loss.backward()
+    named = {name: p.grad for name, p in run.distiller.named_parameters() if p.grad is not None}
+    run.distiller.zero_grad(set_to_none=True)
+    return named | {"loss": loss.detach()}
+
+
+def part_of(batch, rank):
+    """The first or the second half of a batch."""
+    size = batch.size // 2
+    rows = slice(rank * size, (rank + 1) * size)
+    images = None if batch.images is None else batch.images[rows]
+    return Batch(images, {name: tensor[rows] for name, tensor in batch.cond.items()}, size)
+
+
+@every_method
+def test_one_batch_can_be_overfitted(tmp_path, method, bank):
+    """From weights that noise has led away from the teacher's, with the same noise in every step."""
+    first, last = fall(make_run(tmp_path, method, bank))
+    assert 0 < last < 0.7 * first
+
+
+def fall(run, steps=12):
+    """What a turn's training must lower on one batch, before and after ``steps`` steps."""
+    trainer, wanted = make_trainer(run), case(run.config.method_name)
+    name = wanted.overfits or run.distiller.turn_names[0]
     turn, batch = run.distiller.turns[name], first_batch(trainer)
     with torch.no_grad():
-        terms = [f"{name}/{term}" for term in run.distiller(name, batch, Draws(1, batch.size)).terms]
+        for parameter in turn.params:
+            spread = parameter.std() if parameter.numel() > 1 else 0.0
+            parameter += max(spread, 0.1) * torch.randn_like(parameter)
+        terms = [wanted.falls] if wanted.falls else run.distiller(name, batch, Draws(1, batch.size)).terms
     run.distiller.stage = dataclasses.replace(run.distiller.stage, steps=steps)
-    trainer.optim[name] = OptimConfig(lr=lr, schedule="linear")
+    trainer.optim[name] = OptimConfig(lr=wanted.overfit_lr, schedule="linear")
     trainer.optimizers[name] = trainer._make_optimizer(turn)
     trainer._draws = lambda turn, micro, size: Draws(1, size)
     losses = []
     for step in range(steps):
         logs = trainer._move(turn, step, [batch])
-        losses.append(sum(float(logs[term]) for term in terms))
+        losses.append(sum(float(logs[f"{name}/{term}"]) for term in terms))
     return losses[0], losses[-1]
 
 
@@ -107,13 +155,19 @@ def straight(tmp_path_factory):
 
     def train(method, bank):
         if (method, bank) not in finished:
-            run = make_run(tmp_path_factory.mktemp(f"{method}-{bank}"), method, bank, accumulation=2, ema=0.9)
+            run = make_run(tmp_path_factory.mktemp(f"{method}-{bank}"), method, bank, **large(method))
             before = run.teacher_fingerprint, untouched(run), teacher_output(run)
             run.train()
             finished[method, bank] = run, before
         return finished[method, bank]
 
     return train
+
+
+def large(method):
+    """A run with as large a batch as two processes have, an average, and checkpoints to resume from."""
+    every = math.gcd(*case(method).resumed_at)
+    return {"accumulation": 2, "ema": 0.9, "save_every": every, "keep": STEPS}
 
 
 def untouched(run):
@@ -137,15 +191,24 @@ def test_the_teacher_never_changes(straight, method, bank):
 
 
 @every_method
-def test_stopped_and_resumed_is_straight_through_bit_for_bit(tmp_path, straight, method, bank):
+def test_resumed_from_its_own_checkpoints_it_ends_in_the_same_bits(tmp_path, monkeypatch, straight, method, bank):
+    """Inside a stage, and at every boundary. That a stop saves such a checkpoint too, ``test_trainer`` proves."""
     run, _ = straight(method, bank)
-    ends = torch.tensor([stage.steps for stage in run.distiller.stages(STEPS)]).cumsum(0).tolist()
-    for step in sorted({2, *ends} - {0, STEPS}):  # inside a stage, and at every boundary
-        train_until(make_run(tmp_path, method, bank, accumulation=2, ema=0.9), step)
-    make_run(tmp_path, method, bank, accumulation=2, ema=0.9).train()
+    boundaries = set(accumulate(stage.steps for stage in run.distiller.stages(STEPS))) - {STEPS}
+    assert boundaries <= set(case(method).resumed_at)
     expected = checkpoint_bytes(run.folder, STEPS)
     assert "weights.safetensors" in expected
-    assert checkpoint_bytes(tmp_path / "run", STEPS) == expected
+    monkeypatch.setattr(Run, "export", lambda run, folder, cost: folder)  # the weights are compared
+    for step in case(method).resumed_at:
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        make_run(run.folder.parent, method, bank, **large(method), output_dir=str(folder)).train()
+        assert logged_steps(folder) == [*range(step + 1, STEPS + 1)]
+        assert checkpoint_bytes(folder, STEPS) == expected
+
+
+def logged_steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @every_method
@@ -159,14 +222,27 @@ def test_the_exported_pipeline_samples_like_the_trainer(straight, method, bank):
 
 # --------------------------------------------------------------------------------------------- two processes
 
+REPLICATED = [
+    ("progressive", "copy"),  # stages, and a stop that is resumed
+    ("lcm", "copy"),  # a target that follows the student
+    ("add", "copy"),  # a critic with features
+    ("scm", "adapter"),  # forward differentiation, and a small network beside the student
+    ("dmd2", "adapter"),  # several networks in turn, on one frozen base
+    ("imagine_flash", "adapter"),  # a rollout of its own
+]
+"""What two processes train: every kind of method once. All others: ``test_every_method_trains_in_two_processes``."""
+SHARDED = [("dmd2", "copy")]
+"""A stop that is resumed, several networks, features with gradient, and a head beside a network in one optimiser."""
 
-def two_gloo_processes(folder, cases, **environment):
-    """Train every (method, bank) of ``cases`` by two processes, in one launch; returns the folder of the runs."""
+
+def two_gloo_processes(folder, *, replicated=(), sharded=()):
+    """Train the (method, bank) of both lists by two processes, in one launch; returns the folder of the runs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    cases = [*map("-".join, replicated), "sharded", *map("-".join, sharded)]
     done = subprocess.run(
-        [*command, "-m", "contracts.two_processes", str(folder), *("-".join(case) for case in cases)],
-        env=os.environ | fixed | environment, capture_output=True, text=True, timeout=1800, check=False,
+        [*command, "-m", "contracts.two_processes", str(folder), *cases],
+        env=os.environ | fixed, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
@@ -174,13 +250,19 @@ def two_gloo_processes(folder, cases, **environment):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return two_gloo_processes(tmp_path_factory.mktemp("two"), EVERY)
+    return two_gloo_processes(tmp_path_factory.mktemp("two"), replicated=REPLICATED, sharded=SHARDED)
 
 
-@every_method
+@pytest.mark.parametrize(("method", "bank"), REPLICATED)
 def test_two_processes_train_to_the_weights_of_one(straight, two_processes, method, bank):
     run, _ = straight(method, bank)  # two micro-batches, as large a batch as the two processes have
-    check_same_training(run.folder, two_processes / f"{method}-{bank}/run")
+    check_same_training(run.folder, two_processes / f"replicated/{method}-{bank}/run")
+
+
+@pytest.mark.parametrize(("method", "bank"), SHARDED)
+def test_two_processes_that_share_every_network_train_to_the_weights_of_one(straight, two_processes, method, bank):
+    run, _ = straight(method, bank)
+    check_same_training(run.folder, two_processes / f"sharded/{method}-{bank}/run")
 
 
 def check_same_training(one, two):
@@ -192,27 +274,18 @@ def check_same_training(one, two):
     assert all(costs[0][name] == costs[1][name] > 0 for name in ("steps", "images", "teacher_forwards"))
 
 
-SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SHARDED = [("dmd2", "copy")]
-"""A stop that is resumed, several networks, features with gradient, and a head beside a network in one optimiser."""
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return two_gloo_processes(tmp_path_factory.mktemp("sharded"), SHARDED, **SHARDING)
-
-
-@pytest.mark.parametrize(("method", "bank"), SHARDED)
-def test_two_processes_that_share_every_network_train_to_the_weights_of_one(straight, sharded, method, bank):
-    run, _ = straight(method, bank)
-    check_same_training(run.folder, sharded / f"{method}-{bank}/run")
+@pytest.mark.product
+def test_every_method_trains_in_two_processes(straight, tmp_path):
+    two_gloo_processes(tmp_path, replicated=EVERY)
+    for method, bank in EVERY:
+        check_same_training(straight(method, bank)[0].folder, tmp_path / f"replicated/{method}-{bank}/run")
 
 
 @pytest.mark.product
 def test_every_method_trains_sharded(straight, tmp_path):
-    two_gloo_processes(tmp_path, EVERY, **SHARDING)
+    two_gloo_processes(tmp_path, sharded=EVERY)
     for method, bank in EVERY:
-        check_same_training(straight(method, bank)[0].folder, tmp_path / f"{method}-{bank}/run")
+        check_same_training(straight(method, bank)[0].folder, tmp_path / f"sharded/{method}-{bank}/run")
 
 
 @pytest.mark.product

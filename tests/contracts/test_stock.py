@@ -2,7 +2,7 @@
 
 import pytest
 from contracts.cases import BANKS, HANDED, family_of, pipeline_images, reference_images, train_student
-from contracts.stock import images_without_stepdistill, job, read_images
+from contracts.stock import job, read_images
 
 from stepdistill import load_pipeline
 from stepdistill.families.loading import families
@@ -10,12 +10,13 @@ from stepdistill.families.loading import families
 FAMILIES = families()
 METHODS = {"dit": "progressive"}  # by default lcm
 UNGUIDED = {"flux"}  # families whose unconditional prediction no method may ask for
-EVERY = [(name, bank) for name in FAMILIES for bank in BANKS]
+COPIED = ("pixel", "sd", "flux")  # one of each kind; the others' copies: ``test_every_family_with_every_method``
+EVERY = [(name, bank) for name in FAMILIES for bank in BANKS if bank != "copy" or name in COPIED]
 every_student = pytest.mark.parametrize(("name", "bank"), EVERY)
 
 
 @pytest.fixture(scope="module")
-def students(tmp_path_factory):
+def students(tmp_path_factory, stock_diffusers):
     """The run of every student, by family and bank; beside their exports lie the images that stock diffusers made."""
     runs = {}
     for name, bank in EVERY:
@@ -26,7 +27,7 @@ def students(tmp_path_factory):
         job(run.folder / "pipeline", run.family, 3, 5, teacher=run.config.teacher.path if has_lora(run) else None)
         for run in runs.values()
     ]
-    images_without_stepdistill(jobs, tmp_path_factory.mktemp("elsewhere"))
+    stock_diffusers.generate_images(jobs)
     return runs
 
 

@@ -1,6 +1,6 @@
-"""What stock diffusers alone makes of exports, in a process of its own: ``python without_stepdistill.py jobs.json``.
+"""What stock diffusers alone makes of exports, in a process of its own, which reads jobs from standard input.
 
-The jobs are those of :func:`contracts.stock.images_without_stepdistill`.
+The jobs are those of :class:`contracts.stock.StockDiffusers`: one JSON object a line, answered by one line.
 """
 
 import contextlib
@@ -18,28 +18,22 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}: this machine does not have it")
 
 
-def main(jobs):
-    import numpy as np
-    import torch
-    from diffusers import DiffusionPipeline
+def generate_images(pipeline, job, output):
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(job["seed"] + 1)  # for pipelines that do not hand the generator to their scheduler
+    generator = torch.Generator().manual_seed(job["seed"])
+    np.save(output, pipeline(**job["call"], generator=generator, output_type="np").images)
 
-    torch.set_num_threads(1)
 
-    def generate_images(pipeline, job, output):
-        pipeline.set_progress_bar_config(disable=True)
-        torch.manual_seed(job["seed"] + 1)  # for pipelines that do not hand the generator to their scheduler
-        generator = torch.Generator().manual_seed(job["seed"])
-        np.save(output, pipeline(**job["call"], generator=generator, output_type="np").images)
-
-    for job in jobs:
-        export, output = Path(job["export"]), job["output"]
-        student = DiffusionPipeline.from_pretrained(export, use_safetensors=True, trust_remote_code=job["own_code"])
-        generate_images(student, job, f"{output}.npy")
-        if job["teacher"] is not None:
-            teacher = DiffusionPipeline.from_pretrained(job["teacher"], scheduler=student.scheduler)
-            generate_images(teacher, job, f"{output}-without-lora.npy")
-            teacher.load_lora_weights(export / "lora")
-            generate_images(teacher, job, f"{output}-lora.npy")
+def do(job):
+    export, output = Path(job["export"]), job["output"]
+    student = DiffusionPipeline.from_pretrained(export, use_safetensors=True, trust_remote_code=job["own_code"])
+    generate_images(student, job, f"{output}.npy")
+    if job["teacher"] is not None:
+        teacher = DiffusionPipeline.from_pretrained(job["teacher"], scheduler=student.scheduler)
+        generate_images(teacher, job, f"{output}-without-lora.npy")
+        teacher.load_lora_weights(export / "lora")
+        generate_images(teacher, job, f"{output}-lora.npy")
 
 
 if __name__ == "__main__":
@@ -47,5 +41,14 @@ if __name__ == "__main__":
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("stepdistill")
         sys.exit("stepdistill can be imported: nothing is proved here")
-    main(json.loads(Path(sys.argv[1]).read_text()))
-    assert "stepdistill" not in sys.modules
+
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+
+    torch.set_num_threads(1)
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a pipeline prints is taken for an answer
+    for line in sys.stdin:
+        do(json.loads(line))
+        assert "stepdistill" not in sys.modules
+        print("done", file=answers, flush=True)

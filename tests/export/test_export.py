@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from contracts.cases import FLOW, ZERO_SNR, pipeline_images, save_teacher, scheduler_config, sections
-from contracts.stock import images_without_stepdistill, job, read_images
+from contracts.stock import job, read_images
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
@@ -77,7 +77,7 @@ def denoiser_of(family):
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory):
+def exports(tmp_path_factory, stock_diffusers):
     """The exports of all teachers and samplers, with the images that an environment without stepdistill made."""
     folder = tmp_path_factory.mktemp("exports")
     jobs = []
@@ -86,7 +86,7 @@ def exports(tmp_path_factory):
             family, export = make(), folder / f"{name}_{how}"
             export_pipeline(family, family.network, make_sampler(family, how), export)
             jobs.append(job(export, family, 3, 3))
-    images_without_stepdistill(jobs, tmp_path_factory.mktemp("elsewhere"))
+    stock_diffusers.generate_images(jobs)
     return folder
 
 

@@ -50,7 +50,9 @@ def test_small_convnet_comes_back_in_half_precision(small, tmp_path):
 
 def test_features_of_an_image_do_not_depend_on_its_batch(small):
     batch = images(9, 3)
-    torch.testing.assert_close(small(batch), torch.cat([small(part) for part in batch.split(2)]), atol=1e-6, rtol=0)
+    whole = small(batch)
+    rounding = 16 * torch.finfo(torch.float32).eps * whole.abs().max().item()  # kernels are chosen by the batch's size
+    torch.testing.assert_close(torch.cat([small(part) for part in batch.split(2)]), whole, atol=rounding, rtol=0)
 
 
 def test_hash_follows_the_weights_only(small):

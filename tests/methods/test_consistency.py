@@ -357,12 +357,17 @@ def test_one_consistency_step_is_the_consistency_function():
 # ------------------------------------------------------------------------------------------- a trained student
 
 
+def product(*values):
+    """A case that runs with ``-m product`` only."""
+    return pytest.param(*values, marks=pytest.mark.product)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "train_steps", "nearer"),
     [
         (CD, {"intervals": 20, "target_ema": 0.9}, 600, NEARER),
-        (CT, {"first_points": 5, "last_points": 20}, 800, NEARER_FROM_DATA),
-        (ICT, {"first_intervals": 5, "last_intervals": 40, **WIDE_DATA}, 800, NEARER_FROM_DATA),
+        product(CT, {"first_points": 5, "last_points": 20}, 800, NEARER_FROM_DATA),
+        product(ICT, {"first_intervals": 5, "last_intervals": 40, **WIDE_DATA}, 800, NEARER_FROM_DATA),
         (ECT, {"num_stages": 5, **WIDE_DATA}, 800, NEARER_FROM_DATA),
     ],
 )

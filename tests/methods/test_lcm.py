@@ -120,6 +120,7 @@ def test_the_sampler_is_lcm_schedulers_own_grid(steps):
     assert (images - expected).abs().max() < 1e-5
 
 
+@pytest.mark.product
 def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls():
     oracle = three_clusters(COSINE, "v_prediction")
     distiller = train(LCM, oracle, 800, solver_steps=20, distance="l2", target_ema=0.9)

@@ -245,7 +245,10 @@ def test_the_weight_balances_the_error_of_its_time():
 # --------------------------------------------------------------------------------------------- the student
 
 
-@pytest.mark.parametrize(("path", "train_steps", "norm_floor"), [("teacher", 1400, 0.5), ("data", 1600, 0.1)])
+@pytest.mark.parametrize(
+    ("path", "train_steps", "norm_floor"),
+    [("teacher", 1400, 0.5), pytest.param("data", 1600, 0.1, marks=pytest.mark.product)],
+)
 def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, train_steps, norm_floor):
     """What a network gets wrong where the clusters part is carried to all higher noise: hence one with waves.
 

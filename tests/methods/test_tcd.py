@@ -344,6 +344,7 @@ def test_of_one_clean_image_for_all_jumps_the_best_does_not_land_in_one_call():
     assert sliced_wasserstein(best / total, exact) > 1.2 * NEARER[1] * teacher
 
 
+@pytest.mark.product
 def test_one_that_is_told_where_it_jumps_lands_in_one_call_too():
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
     distiller = student_of(oracle, 800, network=ToldNet(oracle), family=TwoTimes, two_time=True)

@@ -228,7 +228,10 @@ def test_both_banks_start_alike_and_train_the_student_only():
 # --------------------------------------------------------------------------------------------- the student
 
 
-@pytest.mark.parametrize(("name", "kind", "via"), [("cosine", "v_prediction", (4,)), ("karras", "edm", ())])
+@pytest.mark.parametrize(
+    ("name", "kind", "via"),
+    [("cosine", "v_prediction", (4,)), pytest.param("karras", "edm", (), marks=pytest.mark.product)],
+)
 def test_a_student_of_a_mixture_lands_on_it_in_one_call(name, kind, via):
     oracle = three_clusters(SCHEDULES[name], kind)
     student, teacher = landing(train(Tract, oracle, 800, start=16, via=via), oracle, 1)

@@ -330,24 +330,25 @@ import sys
 from pathlib import Path
 import torch
 from contracts.cases import make_run
-torch.set_num_threads(1)
-make_run(Path(sys.argv[1]), "progressive", steps=40, save_every=3, ema=0.9, sample_every=40).train()
+torch.set_num_threads(int(sys.argv[2]))
+make_run(Path(sys.argv[1]), "progressive", steps=16, save_every=3, ema=0.9).train()
 """
 
 
-def test_killed_at_a_random_step_and_started_again_it_ends_in_the_same_bits(tmp_path):
-    options = {"steps": 40, "save_every": 3, "ema": 0.9, "sample_every": 40}
+def test_killed_in_any_step_and_started_again_it_ends_in_the_same_bits(tmp_path):
+    """The step is of the seeded state; where in it, or after it, the kill hits is chance."""
+    options = {"steps": 16, "save_every": 3, "ema": 0.9}
     whole = make(tmp_path / "whole", **options)
     whole.train()
-    step = random.SystemRandom().randrange(4, 30)
+    step = random.randrange(4, 10)
     killed_after(step, tmp_path / "killed")
     newest = max(
         int(path.name.split("-")[1]) for path in (tmp_path / "killed/run").glob("checkpoint-*") if path.suffix == ""
     )
-    assert step - 3 <= newest < 40, f"killed at step {step}"
+    assert step - 3 <= newest < 16, f"killed at step {step}"
     resumed = make(tmp_path / "killed", **options)
     resumed.train()
-    assert checkpoint_bytes(resumed.folder, 40) == checkpoint_bytes(whole.folder, 40), f"killed at step {step}"
+    assert checkpoint_bytes(resumed.folder, 16) == checkpoint_bytes(whole.folder, 16), f"killed at step {step}"
     assert without_time(rows(resumed)) == without_time(rows(whole))
 
 
@@ -355,8 +356,9 @@ def killed_after(step, folder):
     """Start the run in another process, and kill it once it has logged ``step``, wherever it is by then."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
+        [sys.executable, "-c", KILLED, str(folder), str(torch.get_num_threads())],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
         log, deadline = folder / "run/metrics.jsonl", time.monotonic() + 300
         while not log.is_file() or log.read_bytes().count(b"\n") < step:
             assert process.poll() is None, process.stderr.read().decode()[-3000:]
