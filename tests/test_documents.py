@@ -14,6 +14,7 @@ import pytest
 from stepdistill.cli import make_parser
 from stepdistill.data.latent_cache import CacheConfig
 from stepdistill.data.ode_pairs import PairsConfig
+from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.loading import families
 from stepdistill.methods import find_method, method_names
 from stepdistill.training.config import PLAIN_SECTIONS, RENAMED
@@ -131,6 +132,11 @@ def test_the_teachers_are_described_as_they_are() -> None:
         assert re.findall(r"`(\w+)`", row[3]) == list(family.pipeline_names)
         assert row[4] == ("prompts" if family.takes_text else "class labels" if name == "dit" else "class labels or none")
         assert row[5] == ("yes" if family.loads_lora else "no")
+
+
+def test_the_contract_of_every_sampler_is_documented() -> None:
+    rows = {row[0]: row[1] for row in rows_of(section_of((ROOT / "docs/EXPORTS.md").read_text(), "The sampling contract"))}
+    assert {sampler.name for sampler in Sampler.__subclasses__()} <= set(re.findall(r"`(\w+)`", rows["`sampler`"]))
 
 
 # ---------------------------------------------------------------------------------------- commands and links
