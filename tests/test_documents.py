@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import importlib
+import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -10,18 +13,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from contracts.cases import sections, teacher_for
+from test_layout import FLOORS
 
+from stepdistill import load_pipeline, methods
 from stepdistill.cli import make_parser
 from stepdistill.data.latent_cache import CacheConfig
 from stepdistill.data.ode_pairs import PairsConfig
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.loading import families
 from stepdistill.methods import find_method, method_names
-from stepdistill.training.config import PLAIN_SECTIONS, RENAMED
+from stepdistill.training.config import PLAIN_SECTIONS, RENAMED, resolve
 from stepdistill.training.optimizers import OptimConfig
+from stepdistill.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 CONFIGURATION = (ROOT / "docs/CONFIGURATION.md").read_text()
 SECTIONS = {**PLAIN_SECTIONS, "optim": OptimConfig, "cache": CacheConfig, "pairs": PairsConfig}
 
@@ -130,13 +138,49 @@ def test_the_teachers_are_described_as_they_are() -> None:
         row = rows[f"`{name}`"]
         assert re.findall(r"`(\w+)`", row[2]) == list(family.network_classes)
         assert re.findall(r"`(\w+)`", row[3]) == list(family.pipeline_names)
-        assert row[4] == ("prompts" if family.takes_text else "class labels" if name == "dit" else "class labels or none")
+        assert row[4] == (
+            "prompts" if family.takes_text else "class labels" if name == "dit" else "class labels or none"
+        )
         assert row[5] == ("yes" if family.loads_lora else "no")
 
 
 def test_the_contract_of_every_sampler_is_documented() -> None:
-    rows = {row[0]: row[1] for row in rows_of(section_of((ROOT / "docs/EXPORTS.md").read_text(), "The sampling contract"))}
+    rows = {
+        row[0]: row[1] for row in rows_of(section_of((ROOT / "docs/EXPORTS.md").read_text(), "The sampling contract"))
+    }
     assert {sampler.name for sampler in Sampler.__subclasses__()} <= set(re.findall(r"`(\w+)`", rows["`sampler`"]))
+
+
+# ---------------------------------------------------------------------------------------------- contributing
+
+
+def test_the_map_names_every_room_in_floor_order() -> None:
+    rooms = [row[:2] for row in rows_of(section_of(CONTRIBUTING, "Map"))]
+    floors = [(str(floor), f"`{room}`") for floor, names in enumerate(FLOORS) for room in sorted(names)]
+    assert [tuple(row) for row in rooms] == floors
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of the example method, as if its file lay in ``stepdistill/methods``."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    yield "example"
+    sys.modules.pop("stepdistill.methods.example", None)
+    vars(methods).pop("example", None)
+
+
+@pytest.mark.parametrize("bank", ["copy", "adapter"])
+def test_the_example_method_trains_and_exports(example: str, bank: str, tmp_path: Path) -> None:
+    configuration = sections(tmp_path / "run", teacher_for(example), example, bank, steps=30)
+    run = Run(resolve(configuration))
+    folder = run.train()
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["student/loss"] for row in rows if "student/loss" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert len(load_pipeline(folder)(class_labels=[0, 1]).images) == 2
 
 
 # ---------------------------------------------------------------------------------------- commands and links
@@ -166,16 +210,19 @@ def test_commands_have_the_flags_that_documents_give_them(path: Path) -> None:
             assert wanted <= flags_of(found.group(1)), line
 
 
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+def test_links_lead_to_headings(path: Path) -> None:
+    for target, heading in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", path.read_text()):
+        text = (path.parent / target if target else path).read_text()
+        assert heading in {anchor(found) for found in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}, heading
 
 
-MENTIONED = re.compile(r"(?<![\w./-])((?:stepdistill|configs|scripts|tests|pipelines|docs)/[\w./-]+\.(?:py|yaml|md|png|npz|json))")
-
-
-@pytest.mark.parametrize("path", [*DOCUMENTS, *sorted((ROOT / "configs").rglob("*.yaml"))], ids=lambda path: path.name)
-def test_every_file_that_a_document_names_exists(path: Path) -> None:
-    assert [name for name in MENTIONED.findall(path.read_text()) if not (ROOT / name).is_file()] == []
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_that_a_configuration_mentions_exists(path: Path) -> None:
+    mentioned = re.findall(r"(?<![\w./-])(?:stepdistill|configs|scripts|tests|docs)/[\w./-]+\.\w+", path.read_text())
+    assert [name for name in mentioned if not (ROOT / name).is_file()] == []
