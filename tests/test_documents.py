@@ -226,3 +226,10 @@ def test_links_lead_to_headings(path: Path) -> None:
 def test_every_file_that_a_configuration_mentions_exists(path: Path) -> None:
     mentioned = re.findall(r"(?<![\w./-])(?:stepdistill|configs|scripts|tests|docs)/[\w./-]+\.\w+", path.read_text())
     assert [name for name in mentioned if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_says_from_what_it_trains_how_long_and_with_what_result(path: Path) -> None:
+    header = path.read_text().partition("\n\n")[0]
+    for label in () if path.stem == "pixel_dmd_pairs" else ("From:  ", "Time:  ", "Result:"):
+        assert f"\n# {label} " in header, label
