@@ -221,7 +221,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def example_cond(self, indices: Sequence[int]) -> Cond:
-        """Return conditions for sample grids and evaluation: of the sample's index alone, up to an encoder's rounding."""
+        """Return conditions for samples: functions of the index alone, up to an encoder's rounding."""
 
     @abc.abstractmethod
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float) -> Any:
