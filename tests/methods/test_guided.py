@@ -384,7 +384,7 @@ def test_before_training_the_student_is_the_conditional_teacher_for_every_w(tmp_
         ({"guidance_scale": 9.0}, "expected guidance_min = 1.0 to guidance_max = 5.0, got 9.0"),
         ({"steps": 3, "start": 8}, "start: expected steps times 2, 4, 8"),
         ({"steps": 1, "sampler": "stochastic"}, "expected at least 2 with the stochastic sampler"),
-        ({"sampler": "random"}, "found 'random'"),
+        ({"sampler": "random"}, "expected 'deterministic' or 'stochastic', got 'random'"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -21,6 +21,7 @@ from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 from stepdistill.randomness import Draws
+from stepdistill.training.run_state import load_weights, trained_weights
 
 COSINE = SCHEDULES["cosine"]
 
@@ -225,13 +226,13 @@ def test_a_checkpoint_that_holds_such_a_copy_still_resumes(tmp_path, monkeypatch
     monkeypatch.setitem(CASES, "lcm", Case({"target_ema": 0.0}))
     trainer = make_trainer(make_run(tmp_path / "none", "lcm"))
     student = trainer.distiller.bank.state("student")
-    old = {name: tensor + 1 for name, tensor in trainer._weights().items()}
+    old = {name: tensor + 1 for name, tensor in trained_weights(trainer.distiller).items()}
     copy = {f"target/{name}": tensor.clone() for name, tensor in student.items()}
-    trainer._load_weights(old | copy)
+    load_weights(trainer.distiller, old | copy)
     assert all(torch.equal(tensor, old[f"student/{name}"]) for name, tensor in student.items())
     monkeypatch.setitem(CASES, "lcm", Case({"target_ema": 0.9}))
     with pytest.raises(ValueError, match="target/"):
-        make_trainer(make_run(tmp_path / "some", "lcm"))._load_weights(old)
+        load_weights(make_trainer(make_run(tmp_path / "some", "lcm")).distiller, old)
 
 
 @pytest.mark.parametrize(
