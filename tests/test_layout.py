@@ -91,6 +91,71 @@ def test_the_root_is_small() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
 
 
+# ------------------------------------------------------------------------------------------------ size
+
+LONGEST_FILE, LONGEST_FUNCTION = 350, 50
+PER_THOUSAND_LINES = {"isinstance": 5, "comprehensions": 20}
+"""At most so many over the whole package: more of the first want polymorphism, of the second plain loops."""
+IMPORTED_NAMES = {"dmd2": 20, "lcm": 14}
+"""A method file imports fewer names than this: what is not in its algorithm box belongs in the base."""
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    return {name: path.read_text() for name, path in modules().items()}
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Yield every function of a module and its number of lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def count(source: str) -> dict[str, int]:
+    """Count the calls of ``isinstance`` and the comprehensions of a module."""
+    found = dict.fromkeys(PER_THOUSAND_LINES, 0)
+    for node in ast.walk(ast.parse(source)):
+        found["comprehensions"] += isinstance(node, COMPREHENSIONS)
+        found["isinstance"] += isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    return found
+
+
+def imported_names(source: str) -> int:
+    """Count the names that a module imports, without ``__future__``."""
+    names = 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+            names += len(node.names)
+    return names
+
+
+def test_files_and_functions_are_short(sources: dict[str, str]) -> None:
+    long = [name for name, source in sources.items() if len(source.splitlines()) > LONGEST_FILE]
+    for name, source in sources.items():
+        long += [f"{name}.{function}" for function, lines in functions(source) if lines > LONGEST_FUNCTION]
+    assert long == []
+
+
+@pytest.mark.parametrize("what", PER_THOUSAND_LINES)
+def test_type_checks_and_comprehensions_are_few(sources: dict[str, str], what: str) -> None:
+    lines = sum(len(source.splitlines()) for source in sources.values())
+    assert sum(count(source)[what] for source in sources.values()) <= PER_THOUSAND_LINES[what] * lines / 1000
+
+
+@pytest.mark.parametrize(("method", "limit"), IMPORTED_NAMES.items())
+def test_a_method_imports_few_names(sources: dict[str, str], method: str, limit: int) -> None:
+    assert imported_names(sources[f"methods.{method}"]) < limit
+
+
+def test_what_is_counted() -> None:
+    source = "import a, b\nfrom c import d\n\ndef f(x):\n    return [y for y in x if isinstance(y, int)]\n"
+    assert count(source) == {"isinstance": 1, "comprehensions": 1}
+    assert list(functions(source)) == [("f", 2)] and imported_names(source) == 3
+
+
 # ------------------------------------------------------------------------------------------- documents
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
