@@ -165,7 +165,9 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
         )
         for one in (family, loaded)
     )
-    assert torch.equal(before, after)
+    torch.testing.assert_close(loaded.network.state_dict(), family.network.state_dict(), rtol=0, atol=0)
+    # equal weights at other addresses: with several threads a kernel may split its work elsewhere
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
     assert before.std() > 0
 
 

@@ -148,6 +148,15 @@ def fall(run, steps=12):
 # ------------------------------------------------------------------------------------------- whole trainings
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Each of two processes has one thread; another number would round differently, and Adam enlarges that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The finished straight run of a method and bank (few steps over all its stages, accumulation 2, an average)."""
