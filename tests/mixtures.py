@@ -75,6 +75,13 @@ def make(
 VP_CONFIG = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000, "prediction_type": "v_prediction"}
 
 
+def walked(step: Callable[..., Tensor], grid: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Where states ``x`` at times ``t`` (B,) of the grid get by ``step(x, now, then)`` along the rest of it."""
+    for now, then in zip(grid[:-1], grid[1:], strict=True):
+        x = torch.where((t >= now - 1e-9)[:, None, None, None], step(x, now.expand(len(x)), then.expand(len(x))), x)
+    return x
+
+
 def put(distiller: Distiller, network: nn.Module) -> None:
     """Let ``network`` play every role but the teacher's."""
     for role in distiller.bank.roles[1:]:

@@ -94,7 +94,7 @@ def test_the_root_is_small() -> None:
 # ------------------------------------------------------------------------------------------------ size
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 50
-PER_THOUSAND_LINES = {"isinstance": 5, "comprehensions": 20}
+PER_THOUSAND_LINES = {"type checks": 5, "comprehensions": 20}
 """At most so many over the whole package: more of the first want polymorphism, of the second plain loops."""
 IMPORTED_NAMES = {"dmd2": 20, "lcm": 14}
 """A method file imports fewer names than this: what is not in its algorithm box belongs in the base."""
@@ -115,11 +115,12 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
 
 
 def count(source: str) -> dict[str, int]:
-    """Count the calls of ``isinstance`` and the comprehensions of a module."""
+    """Count the calls of ``isinstance`` and the class patterns of ``match``, and the comprehensions of a module."""
     found = dict.fromkeys(PER_THOUSAND_LINES, 0)
     for node in ast.walk(ast.parse(source)):
         found["comprehensions"] += isinstance(node, COMPREHENSIONS)
-        found["isinstance"] += isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+        found["type checks"] += isinstance(node, ast.MatchClass)
+        found["type checks"] += isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
     return found
 
 
@@ -152,7 +153,8 @@ def test_a_method_imports_few_names(sources: dict[str, str], method: str, limit:
 
 def test_what_is_counted() -> None:
     source = "import a, b\nfrom c import d\n\ndef f(x):\n    return [y for y in x if isinstance(y, int)]\n"
-    assert count(source) == {"isinstance": 1, "comprehensions": 1}
+    assert count(source) == {"type checks": 1, "comprehensions": 1}
+    assert count("match x:\n    case int():\n        pass\n")["type checks"] == 1
     assert list(functions(source)) == [("f", 2)] and imported_names(source) == 3
 
 

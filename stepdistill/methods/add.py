@@ -35,7 +35,7 @@ from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
-from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, student_input
+from stepdistill.losses.student_inputs import diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -64,6 +64,7 @@ def distillation_weight(schedule: NoiseSchedule, t: Tensor, kind: DistillationWe
 class ADD(Distiller):
     """A student, its teacher, and a critic on frozen features."""
 
+    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 
@@ -106,7 +107,6 @@ class ADD(Distiller):
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family)
         super().check(config, family)
         if config.weighting == "nfsd":
             family.null_cond(family.example_cond([0]))

@@ -31,6 +31,7 @@ from stepdistill.discriminators.conditioning import check_classes
 from stepdistill.discriminators.critics import Critic
 from stepdistill.families.base import Family, Inputs
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.losses.student_inputs import check_first_step
 from stepdistill.networks.bank import EMA, STUDENT, TEACHER, NetworkBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.modes import in_mode, shared_dropout
@@ -107,6 +108,8 @@ class Distiller(nn.Module, abc.ABC):
     """Options that only the sampler reads: they may change on resuming and at export."""
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images; otherwise it needs only noise and conditions."""
+    starts_from_noise: ClassVar[bool] = False
+    """Whether the student predicts the clean image in pure noise while it trains, which not every teacher can."""
     predicts_velocity: ClassVar[bool] = False
     """Whether the student of a noise-predicting teacher predicts the velocity, see ``progressive``."""
 
@@ -159,7 +162,10 @@ class Distiller(nn.Module, abc.ABC):
     def check(cls, config: Any, family: Family) -> None:
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
         family.check_guidance(getattr(config, "guidance_scale", 1.0))
-        family.check_sampler(cls.make_sampler(config, family))
+        sampler = cls.make_sampler(config, family)
+        if cls.starts_from_noise:
+            check_first_step(family, sampler.times[0].item())
+        family.check_sampler(sampler)
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

@@ -25,7 +25,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.families.base import Family
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
-from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
+from stepdistill.losses.student_inputs import diversity_ratio
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -33,6 +33,7 @@ from stepdistill.randomness import Draws
 class DMD(Distiller):
     """A student of one step, and a fake score that follows it."""
 
+    starts_from_noise = True
     turn_names = ("student", "fake")
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
     needs_images = False
@@ -66,7 +67,6 @@ class DMD(Distiller):
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family)
         super().check(config, family)
         if config.pairs is not None:
             check_resemblance(config.distance)

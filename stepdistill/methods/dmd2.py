@@ -30,7 +30,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.bottleneck import BottleneckCritic
 from stepdistill.families.base import Family
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
-from stepdistill.losses.student_inputs import backward_simulation, check_first_step, diversity_ratio
+from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -38,6 +38,7 @@ from stepdistill.randomness import Draws
 class DMD2(Distiller):
     """A student of one or a few steps, a fake score that follows it closely, and a critic on the fake score."""
 
+    starts_from_noise = True
     turn_names = ("student", "fake")
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
 
@@ -81,11 +82,6 @@ class DMD2(Distiller):
         times = family.schedule.grid(config.steps).clone()
         times[0] = config.first_time
         return ConsistencySampler(family.schedule, times)
-
-    @classmethod
-    def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family, config.first_time)
-        super().check(config, family)
 
     def build(self) -> None:
         self.fake = self.add_role("fake")

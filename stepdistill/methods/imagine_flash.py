@@ -39,7 +39,7 @@ from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
-from stepdistill.losses.student_inputs import backward_simulation, check_first_step, diversity_ratio
+from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -50,6 +50,7 @@ NO_SIGNAL = 1e-3
 class ImagineFlash(Distiller):
     """A student that is trained on its own samples, and a critic."""
 
+    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 
@@ -104,11 +105,6 @@ class ImagineFlash(Distiller):
         exact = family.prediction_type not in ("epsilon", "edm") and alpha_1.item() < NO_SIGNAL
         stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
         return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
-
-    @classmethod
-    def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family)
-        super().check(config, family)
 
     def build(self) -> None:
         self.add_turn("student", self.student_loss)

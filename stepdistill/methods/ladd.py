@@ -25,7 +25,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
 from stepdistill.losses.adversarial import AdversarialLoss
-from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, student_input
+from stepdistill.losses.student_inputs import diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -33,6 +33,7 @@ from stepdistill.randomness import Draws
 class LADD(Distiller):
     """A student, and a critic on its teacher's features."""
 
+    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 
@@ -71,11 +72,6 @@ class LADD(Distiller):
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         return ConsistencySampler(family.schedule, family.schedule.grid(config.steps))
-
-    @classmethod
-    def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family)
-        super().check(config, family)
 
     def build(self) -> None:
         config = self.config

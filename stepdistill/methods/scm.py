@@ -38,7 +38,6 @@ from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
 from stepdistill.families.base import Family
-from stepdistill.losses.student_inputs import check_first_step
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
@@ -59,6 +58,7 @@ class Point(NamedTuple):
 class Scm(Distiller):
     """A student, and a loss weight that is learnt for every time."""
 
+    starts_from_noise = True
     optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
     sampling_options = frozenset({"steps"})
 
@@ -102,7 +102,6 @@ class Scm(Distiller):
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
-        check_first_step(family)
         super().check(config, family)
         if config.tangent == "jvp":
             check_forward_mode(family)

@@ -120,6 +120,11 @@ class NetworkBank(nn.Module, abc.ABC):
         """Contexts of a checkpointed block's forward and of its recomputation."""
         return contextlib.nullcontext(), contextlib.nullcontext()
 
+    def lora_state(self, role: str) -> dict[str, Tensor] | None:
+        """Return the adapter of ``role`` as PEFT names it in files; None if the roles are no adapters."""
+        del role
+        return None
+
     def shard(self, mesh: DeviceMesh) -> None:
         """Split every network over the processes of ``mesh``, in place. No role can be added afterwards."""
         for network in self.distinct_networks():

@@ -50,9 +50,9 @@ class Parallelism(abc.ABC):
         """Average over the processes the gradients that the backward pass has not averaged."""
         del params
 
-    @abc.abstractmethod
     def clip(self, params: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients to a norm of at most ``limit``, and return the norm they had."""
+        return nn.utils.clip_grad_norm_(params, limit)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors on the main process, and nothing elsewhere; all processes call it together."""
@@ -70,9 +70,6 @@ class SingleProcess(Parallelism):
     def wrap(self, distiller: Distiller) -> nn.Module:
         return distiller.to(self.accelerator.device)
 
-    def clip(self, params: Sequence[nn.Parameter], limit: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(params, limit)
-
 
 @final
 class Replicated(Parallelism):
@@ -87,9 +84,6 @@ class Replicated(Parallelism):
 
     def no_sync(self, wrapped: nn.Module) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.no_sync(wrapped)
-
-    def clip(self, params: Sequence[nn.Parameter], limit: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(params, limit)
 
 
 @final

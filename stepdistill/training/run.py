@@ -179,9 +179,10 @@ class Run:
     def lora(self) -> dict[str, Tensor] | None:
         """Return the student's adapter, or None if stock diffusers could not load it into the teacher."""
         bank, family = self.distiller.bank, self.distiller.family
-        if not isinstance(bank, AdapterBank) or not family.loads_lora or family.inputs != Inputs():
+        adapter = bank.lora_state(self.distiller.result_role)
+        if adapter is None or not family.loads_lora or family.inputs != Inputs():
             return None
-        state = gathered(bank.lora_state(self.distiller.result_role), keep=is_main())
+        state = gathered(adapter, keep=is_main())
         return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from contracts.cases import make_run
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
-from mixtures import NEARER, NEARER_FROM_DATA, Known, batch_of, landing, loss_of, make, put, train
+from mixtures import NEARER, NEARER_FROM_DATA, Known, batch_of, landing, loss_of, make, put, train, walked
 from oracles import (
     SCHEDULES,
     Gaussian,
@@ -224,10 +224,7 @@ def test_cd_is_zero_at_the_teachers_own_guided_heun_solver():
 
     def end(x, t, labels):
         denoise = distiller.teacher.guided({"class_labels": labels}, 1.5)
-        for now, then in zip(grid[:-1], grid[1:], strict=True):
-            stepped = solver_step(denoise, x, at(now, len(x)), at(then, len(x)), schedule, "heun")
-            x = torch.where((t >= now - 1e-9)[:, None, None, None], stepped, x)
-        return x
+        return walked(lambda x, now, then: solver_step(denoise, x, now, then, schedule, "heun"), grid, x, t)
 
     batch = batch_of(oracle, 64, 3)
     before = loss_of(distiller, batch)

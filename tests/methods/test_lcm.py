@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.cases import CASES, Case, make_run, make_trainer
-from mixtures import NEARER, Known, batch_of, landing, loss_of, make, put, train
+from mixtures import NEARER, Known, batch_of, landing, loss_of, make, put, train, walked
 from oracles import SCHEDULES, PointNet, teacher_denoiser, three_clusters
 
 from stepdistill.batch import Batch
@@ -52,10 +52,7 @@ def test_the_loss_is_zero_at_the_guided_teachers_own_solver(scale):
 
     def end(x, t, labels):
         denoise = distiller.teacher.guided({"class_labels": labels}, scale - 1)
-        for now, then in zip(grid[:-1], grid[1:], strict=True):
-            stepped = solver_step(denoise, x, now.expand(len(x)), then.expand(len(x)), COSINE)
-            x = torch.where((t >= now - 1e-9)[:, None, None, None], stepped, x)
-        return x
+        return walked(lambda x, now, then: solver_step(denoise, x, now, then, COSINE), grid, x, t)
 
     batch = batch_of(oracle, 64, 3)
     before = loss_of(distiller, batch)
