@@ -9,12 +9,13 @@ import argparse
 import torch
 from tqdm.auto import tqdm
 
-from stepdistill.config import build, read_config
+from stepdistill.config import read_config
 from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheConfig, make_cache
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
+from stepdistill.files.schema import build
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ import argparse
 import torch
 from tqdm.auto import tqdm
 
-from stepdistill.config import ConfigError, build, read_config
+from stepdistill.config import read_config
 from stepdistill.data.ode_pairs import PairsConfig, make_pairs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
+from stepdistill.files.schema import ConfigError, build
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
 
 import argparse
 
-from stepdistill.config import build, read_config
+from stepdistill.config import read_config
+from stepdistill.files.schema import build
 from stepdistill.pretraining.pixel import PretrainConfig, train_teacher
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
 

@@ -1,9 +1,7 @@
-"""Files of the package, and atomic writing."""
+"""Files of the package."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -12,18 +10,3 @@ FASHION = ASSETS / "fashion"
 
 EMBEDDED = {"embedded": FASHION / "train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
 """Embedded data sets, by their ``data.path``."""
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` to write to; it replaces ``path`` if nothing is raised.
-
-    A reader therefore sees the old file or the new one, never a partial one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -210,11 +210,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from accelerate import PartialState
 
-    from stepdistill.config import build
     from stepdistill.evaluation.evaluate import run_protocol
     from stepdistill.evaluation.protocol import read_protocol
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
+    from stepdistill.files.schema import build
     from stepdistill.inference.solvers import teacher_pipeline
 
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
@@ -256,7 +256,8 @@ def benchmark(args: argparse.Namespace) -> None:
     """Run ``stepdistill benchmark``."""
     from stepdistill.benchmark.benchmark import benchmark
     from stepdistill.benchmark.config import BenchmarkConfig
-    from stepdistill.config import build, read_config
+    from stepdistill.config import read_config
+    from stepdistill.files.schema import build
 
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
     print(path.read_text(encoding="utf-8"))

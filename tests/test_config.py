@@ -6,18 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from stepdistill.config import (
-    ConfigError,
-    apply_overrides,
-    build,
-    fingerprint_json,
-    flatten,
-    nearest,
-    parse_yaml,
-    read_config,
-    to_dict,
-    to_yaml,
-)
+from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
+from stepdistill.files.reading import parse_yaml
+from stepdistill.files.schema import ConfigError, build, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +74,13 @@ def test_a_key_given_twice_is_an_error_with_its_line(text, tmp_path):
 
 def test_a_file_that_is_missing_malformed_or_no_mapping_is_named(tmp_path):
     (tmp_path / "pixel.yaml").write_text("steps: 1")
-    with pytest.raises(ConfigError, match=r"pixle\.yaml: no such file; did you mean 'pixel\.yaml'"):
+    with pytest.raises(ValueError, match=r"pixle\.yaml: no such file; did you mean 'pixel\.yaml'"):
         read_config(tmp_path / "pixle.yaml")
     (tmp_path / "bad.yaml").write_text("steps: [1,")
     with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML: .*line"):
         read_config(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match=r"list\.yaml: expected sections of keys, got list"):
+    with pytest.raises(ConfigError, match=r"list\.yaml: content: expected a section of keys, got \[1\]"):
         read_config(tmp_path / "list.yaml")
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "stepdistill"
 
 FLOORS = (
+    {"files"},
     {"assets", "batch", "config", "loading", "randomness"},
     {"diffusion"},
     {"families"},

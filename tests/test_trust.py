@@ -17,7 +17,7 @@ from stepdistill import load_pipeline
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.cli import main
-from stepdistill.config import build, to_yaml
+from stepdistill.config import to_yaml
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
@@ -25,6 +25,7 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.files.schema import build
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 

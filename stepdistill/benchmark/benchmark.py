@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.assets import atomic_write
 from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
 from stepdistill.benchmark.pictures import pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
@@ -33,6 +32,7 @@ from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
+from stepdistill.files.writing import atomic_write
 from stepdistill.inference.grids import save_comparison
 from stepdistill.inference.sampling import Images, sample_images
 from stepdistill.inference.solvers import make_solver, teacher_pipeline

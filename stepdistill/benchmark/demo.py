@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stepdistill.assets import atomic_write
 from stepdistill.benchmark.benchmark import SHOWN, Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.pictures import pictures
 from stepdistill.benchmark.tables import Row, cell, compared, text
-from stepdistill.config import build, read_config
+from stepdistill.config import read_config
+from stepdistill.files.schema import build
+from stepdistill.files.writing import atomic_write
 from stepdistill.inference.grids import make_grid
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.assets import atomic_write
 from stepdistill.benchmark.tables import Row, of_kind
+from stepdistill.files.writing import atomic_write
 
 Line = list[tuple[float, float]]
 """Points of a plot."""

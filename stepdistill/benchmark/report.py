@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from stepdistill.assets import atomic_write
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
 from stepdistill.benchmark.tables import Row, caption, compared, paper_source, text, texts
 from stepdistill.config import flatten
+from stepdistill.files.writing import atomic_write
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --faint: #5c6370; --line: #d7dae0; --mark: #e4f3e4 }

@@ -22,7 +22,7 @@ from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.benchmark.tables import markdown_table
-from stepdistill.config import nearest, read_config
+from stepdistill.config import read_config
 from stepdistill.data.datasets import NoiseDataset
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
@@ -30,6 +30,7 @@ from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
 from stepdistill.families.sdxl import SDXL
 from stepdistill.families.tiny import tiny_clip
+from stepdistill.files.schema import nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
 from stepdistill.training.config import EvalConfig, RunConfig, resolve

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stepdistill.config import nearest, read_config
+from stepdistill.config import read_config
+from stepdistill.files.schema import nearest
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.assets import ASSETS, atomic_write
-from stepdistill.config import parse_yaml
+from stepdistill.assets import ASSETS
+from stepdistill.files.reading import parse_yaml
+from stepdistill.files.writing import atomic_write
 
 Row = dict[str, Any]
 

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import fingerprint_json, nearest
+from stepdistill.config import fingerprint_json
 from stepdistill.data.base import TABLE_KEYS, DataConfig
+from stepdistill.files.schema import nearest
 
 SPLIT = "train"
 """Split that is read unless ``data.split`` is given."""

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.assets import atomic_write
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
 from stepdistill.families.latent import latent_statistics
+from stepdistill.files.writing import atomic_write
 from stepdistill.networks.fingerprint import fingerprint_weights
 
 FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")

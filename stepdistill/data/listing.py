@@ -31,11 +31,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stepdistill.config import nearest
 from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
 from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
 from stepdistill.data.webdataset import TarMember, read_tars
+from stepdistill.files.schema import nearest
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.assets import atomic_write
 from stepdistill.config import differences
+from stepdistill.files.writing import atomic_write
 
 
 def shard_path(folder: Path, number: int) -> Path:

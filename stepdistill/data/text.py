@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepdistill.config import nearest
+from stepdistill.files.schema import nearest
 
 T = TypeVar("T")
 

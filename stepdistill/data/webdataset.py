@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import nearest
 from stepdistill.data.text import decode_text, json_object, row_value
+from stepdistill.files.schema import nearest
 
 CAPTION_KEYS = ("caption", "text")
 """Keys of a caption in a ``.json``, unless ``caption_column`` is given."""

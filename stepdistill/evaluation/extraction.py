@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.assets import atomic_write
 from stepdistill.config import fingerprint_json
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.evaluation.sources import Source
 from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.files.writing import atomic_write
 
 CHUNK = 500
 """Images per chunk: fixed, since a file holds one, and the number of processes must not matter."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepdistill.assets import ASSETS
-from stepdistill.config import build, nearest, read_config
+from stepdistill.config import read_config
+from stepdistill.files.schema import build, nearest
 from stepdistill.inference.sampling import ROWS
 
 PRESETS = ASSETS / "protocols"

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.assets import EMBEDDED, FASHION, atomic_write
-from stepdistill.config import nearest
+from stepdistill.assets import EMBEDDED, FASHION
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.schema import nearest
+from stepdistill.files.writing import atomic_write
 from stepdistill.inference.sampling import Images
 
 _KEYS = ("mu", "sigma", "n", "features", "rows", "labels", "images", "arr_0")

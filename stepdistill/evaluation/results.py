@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import stepdistill
-from stepdistill.assets import atomic_write
+from stepdistill.files.writing import atomic_write
 
 
 def versions() -> dict[str, str]:

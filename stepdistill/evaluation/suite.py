@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.config import nearest
 from stepdistill.evaluation.image_set import format_shape
 from stepdistill.evaluation.metrics.scores import Sample
 from stepdistill.evaluation.metrics.table import METRICS, Metric
@@ -21,6 +20,7 @@ from stepdistill.evaluation.results import versions
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.clip import Clip
 from stepdistill.features.loading import load_features
+from stepdistill.files.schema import nearest
 from stepdistill.inference.sampling import Images
 
 

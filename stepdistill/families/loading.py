@@ -14,9 +14,9 @@ import torch
 
 import stepdistill.families as package
 from stepdistill.assets import FASHION
-from stepdistill.config import nearest
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.schema import nearest
 from stepdistill.loading import open_folder, own_class, permission_hint, read_index, refuse_code, stock_base
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stepdistill.config import nearest
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.schema import nearest
 
 RESIZES = {
     "adm": "bilinear-tf1",  # TensorFlow 1's bilinear: no antialias, corners off by half a pixel

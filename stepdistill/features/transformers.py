@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stepdistill.config import nearest
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.schema import nearest
 from stepdistill.networks.hooks import capture_outputs
 
 

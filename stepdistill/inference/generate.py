@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from stepdistill.config import build
 from stepdistill.data.text import decode_text, prompt_lines, read_prompts
 from stepdistill.export.contract import contract_of, read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
+from stepdistill.files.schema import build
 from stepdistill.inference.grids import save_grid, to_pil
 from stepdistill.inference.sampling import Images, class_count, network_of, sample_images
 from stepdistill.inference.solvers import teacher_pipeline

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 
-from stepdistill.config import ConfigError, nearest
+from stepdistill.files.schema import ConfigError, nearest
 from stepdistill.methods.base import Distiller
 
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config import nearest
+from stepdistill.files.schema import nearest
 
 
 class CheckpointError(ValueError):

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from stepdistill import config as configuration
-from stepdistill.config import ConfigError, build, nearest
 from stepdistill.data.base import DataConfig
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.schema import ConfigError, build, nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
 from stepdistill.training.optimizers import OptimConfig

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.assets import atomic_write
+from stepdistill.files.writing import atomic_write
 
 
 class MetricsLog:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from stepdistill import config as configuration
-from stepdistill.assets import atomic_write
 from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
@@ -20,6 +19,7 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
+from stepdistill.files.writing import atomic_write
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.assets import atomic_write
+from stepdistill.files.writing import atomic_write
 from stepdistill.networks.sharding import write
 
 DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")

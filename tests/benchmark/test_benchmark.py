@@ -20,10 +20,11 @@ from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, train_missing
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
-from stepdistill.config import build, read_config, to_yaml
+from stepdistill.config import read_config, to_yaml
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.files.schema import build
 from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within
 from stepdistill.methods import method_names
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline

@@ -20,13 +20,13 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from stepdistill.config import build
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux, pack, unpack
 from stepdistill.families.latent import LatentFamily
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.methods import find_method
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run

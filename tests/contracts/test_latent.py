@@ -28,7 +28,7 @@ from contracts.cases import (
 from diffusers import DiffusionPipeline
 
 from stepdistill import load_pipeline
-from stepdistill.config import build, read_config
+from stepdistill.config import read_config
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
@@ -40,6 +40,7 @@ from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.prompts import prompt_reader
 from stepdistill.families.sd import SD
+from stepdistill.files.schema import build
 from stepdistill.inference.sampling import class_count, sample_images
 from stepdistill.methods import find_method, method_names
 from stepdistill.training.config import resolve

@@ -9,11 +9,11 @@ import pytest
 from contracts.cases import sections
 from PIL import Image
 
-from stepdistill.config import ConfigError, build
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import files
 from stepdistill.families.sd import SD
+from stepdistill.files.schema import ConfigError, build
 from stepdistill.training.checkpoint import CheckpointError
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run

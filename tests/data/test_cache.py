@@ -12,7 +12,6 @@ from contracts.cases import save_images, sections
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepdistill.config import build
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, files, make_cache
@@ -24,6 +23,7 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.files.schema import build
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from stepdistill.batch import RawBatch
-from stepdistill.config import ConfigError, build
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.datasets import open_data
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
 from stepdistill.data.loader import loader, sample_indices
+from stepdistill.files.schema import ConfigError, build
 
 SIZE = (4, 4)
 

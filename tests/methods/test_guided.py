@@ -11,12 +11,12 @@ from torch import nn
 
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
-from stepdistill.config import ConfigError
 from stepdistill.diffusion.ode import invert_step, noise_up, ode_step
 from stepdistill.diffusion.prediction import from_x0, to_prediction
 from stepdistill.diffusion.samplers import DoubleStep, sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import ConfigError
 from stepdistill.losses.progressive import halvings
 from stepdistill.methods.base import split_steps
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided

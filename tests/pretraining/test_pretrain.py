@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from stepdistill.assets import EMBEDDED
-from stepdistill.config import ConfigError, build, read_config
+from stepdistill.config import read_config
 from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.sd import SD
 from stepdistill.features.clip import Clip
+from stepdistill.files.schema import ConfigError, build
 from stepdistill.pretraining.clip import SHIFT, shifted, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, fit
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher

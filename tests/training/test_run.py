@@ -9,9 +9,11 @@ from contracts.cases import STEPS, pipeline_images, save_images, save_teacher, s
 from safetensors.torch import load_file
 
 import stepdistill
-from stepdistill.config import ConfigError, parse_yaml, read_config
+from stepdistill.config import read_config
 from stepdistill.export.contract import read_contract
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.reading import parse_yaml
+from stepdistill.files.schema import ConfigError
 from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import RENAMED, resolve
 from stepdistill.training.run import Run

@@ -1,0 +1,1 @@
+"""Reading and writing of files: text that is checked, and replacement in one step."""
