@@ -18,7 +18,7 @@ PROTOCOL_FLAGS = (
     ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
     ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
     ("size", int, "side of the square to which all images are resized and cropped"),
-    ("captions", str, "prompts, one a line, or a folder with metadata.jsonl"),
+    ("captions", str, "prompts: a file of them (as --prompt_file of generate), or images with captions"),
     ("guidance_scale", float, "1 is no guidance; by default the pipeline's own"),
     ("num_inference_steps", int, "by default the pipeline's own"),
     ("rows", int, "rows in one call of the network; fewer need less memory"),
@@ -74,7 +74,9 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill generate``."""
     command.add_argument("--pipeline", required=True, help="folder of an exported pipeline")
     command.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, used in turn")
-    command.add_argument("--prompt_file", help="further prompts: a text file (one a line), a .jsonl, or - for stdin")
+    command.add_argument(
+        "--prompt_file", help="further prompts: text (one a line), .csv, .tsv, .json, .jsonl, or - for stdin"
+    )
     command.add_argument("--negative_prompt", help="what guidance leads away from; needs a guidance scale above 1")
     command.add_argument("--class_labels", type=int, nargs="+", help="labels, used in turn; by default all classes")
     command.add_argument("--num_images", type=int, help="by default one per prompt, or 16")

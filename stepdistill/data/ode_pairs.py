@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stepdistill.batch import Cond
 from stepdistill.config import fingerprint_json
+from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
-from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family
 from stepdistill.networks.copy_bank import CopyBank
@@ -42,7 +42,7 @@ class PairsConfig:
     guidance_scale: float = 1.0
     """Guidance of the teacher; 1 is none."""
     prompts: str | None = None
-    """Prompts for a teacher that takes text, used in turn: a ``.txt`` (one a line) or a ``.jsonl``."""
+    """Prompts for a teacher that takes text, used in turn: a file as in :mod:`stepdistill.data.prompts`."""
     batch_size: int = 100
     shard_size: int = 1000
     """Pairs per file, which is the most that a stopped run loses."""
@@ -81,7 +81,7 @@ def _prompts(config: PairsConfig) -> list[str]:
         raise ValueError(
             f"pairs.prompts: expected a file of prompts, because the teacher takes text, got {config.prompts!r}"
         )
-    return read_prompts(Path(config.prompts))
+    return first_prompts(Path(config.prompts))
 
 
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:

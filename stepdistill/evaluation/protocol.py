@@ -29,7 +29,7 @@ class Protocol:
         reference: what they are compared with, see :meth:`stepdistill.evaluation.reference.Reference.open`.
         reference_images: reference images that metrics beyond the Fréchet distance use, at most.
         size: samples and reference images are resized (short side) and cropped to a square of this side.
-        captions: prompts: a text file, one a line, or a folder with ``metadata.jsonl``.
+        captions: a file of prompts, see :mod:`stepdistill.data.prompts`, or images with captions.
         guidance_scale: of the pipeline's calls; None leaves it to the pipeline.
         num_inference_steps: of the pipeline's calls; None leaves it to the pipeline.
         rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last

@@ -26,6 +26,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.datasets import open_data
+from stepdistill.families.prompts import warn_too_long
 from stepdistill.families.sd import SD
 from stepdistill.pretraining.clip import image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
@@ -58,17 +59,23 @@ class TextTeacherConfig:
 
 
 def train_text_teacher(config: TextTeacherConfig) -> Path:
-    """Train the parts that are missing, and return the pipeline's folder."""
+    """Train the parts that are missing, and return the pipeline's folder.
+
+    Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained. Of several captions an
+    image has the first is used.
+    """
     accelerator, folder = Accelerator(cpu=not torch.accelerator.is_available()), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
     tokenizer = train_tokenizer(captions, config.vocabulary, config.max_tokens)
+    warn_too_long(tokenizer, captions, limit=config.max_tokens)
 
     def part(name: str, cls: Any, train: Callable[[Path], Any]) -> Any:
         if not (folder / name / "config.json").is_file():
             made = train(folder / f"{name}.jsonl")
-            if accelerator.is_main_process:
-                made.save_pretrained(folder / name)
+            if accelerator.is_main_process:  # a folder is complete or absent
+                made.save_pretrained(folder / f"{name}.partial")
+                (folder / f"{name}.partial").replace(folder / name)
             accelerator.wait_for_everyone()
         return cls.from_pretrained(folder / name)
 

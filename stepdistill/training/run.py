@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill import config as configuration
+from stepdistill.data.columns import other_texts
 from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
@@ -61,7 +62,7 @@ class Run:
             )
         self.dataset = open_dataset(config.data, self.family, needs_images=self.method.needs_images)
         if self.dataset.captions is not None:
-            self.family.use_captions(self.dataset.captions)
+            self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
         self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
