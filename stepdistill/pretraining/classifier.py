@@ -77,6 +77,6 @@ def read_labelled_images(path: str | Path) -> tuple[Tensor, Tensor]:
     """
     listing = list_samples(DataConfig(name="images", path=str(path)))
     if listing.array_shape is None or listing.labels is None:
-        raise ValueError(f"{path}: expected an .npz with 'images' and 'labels'")
+        raise ValueError(f"{path}: expected 'images' and 'labels' in an .npz")
     images, labels = torch.from_numpy(np.asarray(listing.images)), torch.from_numpy(listing.labels)
     return images.movedim(-1, 1).contiguous(), labels.long()
