@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.columns import first_texts, several
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
-from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_prompts, list_samples, sample_name
+from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_samples, sample_name
 from stepdistill.data.loader import Unreadable
+from stepdistill.data.prompts import read_prompts
 from stepdistill.data.text import one_line
 
 NOISE_EPOCH = 2**16
@@ -95,7 +97,7 @@ class PromptDataset(Dataset):
     flip = False
 
     def __init__(self, config: DataConfig, *, size: tuple[int, int, int]) -> None:
-        prompts = list_prompts(config)
+        prompts = read_prompts(Path(str(config.path)), config.caption_column)
         chosen = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
         self.captions = self._prompts = [texts[0] for texts in chosen]
         self.choices = several(chosen)

@@ -54,7 +54,7 @@ def open_table(path: Path, config: DataConfig) -> tuple[Any, str | None]:
         return _saved(path), None
     if path.is_file():
         refuse_keys(config, TABLE_KEYS, f"{path} is one file")
-        return _load_file(path), _content(path.parent, path.name)
+        return _load_file(path), fingerprint_json([path.name, path.stat().st_size])
     if path.is_dir():
         refuse_keys(config, ("revision",), f"{path} is a folder, and only the hub has revisions")
         _check_parquet(sorted(path.rglob("*.parquet")))

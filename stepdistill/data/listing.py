@@ -45,7 +45,6 @@ from stepdistill.data.metadata import (
     read_metadata,
     split_folder,
 )
-from stepdistill.data.prompts import read_prompts
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import TarMember, read_tars
@@ -107,7 +106,7 @@ def list_samples(config: DataConfig) -> Listing:
 
 def _why_not(path: Path) -> str:
     if path.exists():
-        return "expected a folder, an .npz or a .tar, got another file"
+        return "expected a folder, an .npz, a .tar or a .parquet, got another file"
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
@@ -122,17 +121,28 @@ def _npz(path: Path) -> Listing:
         raise ValueError(
             f"{path}: images: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} {images.shape}"
         )
-    for name, column, kinds, expected in (("labels", labels, "iu", "int"), ("captions", captions, "U", "str")):
-        if column is not None and (column.dtype.kind not in kinds or column.shape != images.shape[:1]):
-            raise ValueError(f"{path}: {name}: expected {expected} ({len(images)},), got {column.dtype} {column.shape}")
+    no_labels = _unlike(labels, len(images), "iu", f"{path}: labels: expected int")
     images = images if images.ndim == 4 else images[..., None]
-    return Listing(images, labels, array_shape=images.shape[1:], **_captions(_array_captions(captions, path)))
+    return Listing(
+        images, None if no_labels else labels, array_shape=images.shape[1:], no_labels=no_labels,
+        **_captions(_array_captions(captions, len(images), path)),
+    )  # fmt: skip
 
 
-def _array_captions(captions: np.ndarray | None, path: Path) -> Column[Texts]:
+def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) -> str | None:
+    """Return what is wrong with the type or shape of a column of an ``.npz``; None if nothing is."""
+    if column is None or (column.dtype.kind in kinds and column.shape == (count,)):
+        return None
+    return f"{expected} ({count},), got {column.dtype} {column.shape}"
+
+
+def _array_captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
     column = Column[Texts]()
-    for row, text in enumerate(() if captions is None else captions.tolist()):
-        column.add(read_texts, text, f"{path}[{row}]: captions")
+    if problem := _unlike(captions, count, "U", f"{path}: captions: expected str"):
+        column.fail(problem)
+    elif captions is not None:
+        for row, text in enumerate(captions.tolist()):
+            column.add(read_texts, text, f"{path}[{row}]: captions")
     return column
 
 
@@ -203,19 +213,6 @@ def _captions(column: Column[Texts]) -> dict[str, Any]:
 
 def _caption_file(file: Path) -> Texts:
     return (" ".join(read_text(file).split()),) if file.is_file() else ()
-
-
-def list_prompts(config: DataConfig) -> list[Texts]:
-    """Return the prompts in ``config.path``, in any of the forms of :mod:`stepdistill.data.prompts`.
-
-    Raises:
-        ValueError: if there is no such file, and as :func:`~stepdistill.data.prompts.read_prompts`.
-    """
-    path = Path(str(config.path))
-    if not path.is_file():
-        reason = "expected a file, got a folder" if path.is_dir() else _why_not(path)
-        raise ValueError(f"data.path: {path}: {reason}")
-    return read_prompts(path, config.caption_column)
 
 
 def _image_files(folder: Path) -> Iterator[str]:

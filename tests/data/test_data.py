@@ -471,7 +471,7 @@ def test_paths_that_hold_no_data(tmp_path: Path) -> None:
     _raises("no such file or folder; did you mean 'train.npz'", tmp_path / "trian.npz")
     _raises("no such file or folder$", tmp_path / "elsewhere" / "x")
     (tmp_path / "a.zip").write_bytes(b"x")
-    _raises("expected a folder, an .npz or a .tar", tmp_path / "a.zip")
+    _raises("expected a folder, an .npz, a .tar or a .parquet", tmp_path / "a.zip")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").write_text("")
     _raises("no images", tmp_path / "none")
@@ -490,9 +490,11 @@ def test_archives_that_break_the_rules(tmp_path: Path) -> None:
     refuses("no array 'images'; did you mean 'image'", image=eight)
     refuses("expected uint8.*got float32", images=eight.astype(np.float32))
     refuses(r"expected uint8 .*, got uint8 \(8, 8\)", images=eight[0])
-    refuses(r"labels: expected int \(3,\), got float64 \(3,\)", images=eight, labels=np.zeros(3))
-    refuses(r"labels: expected int \(3,\), got int64 \(2,\)", images=eight, labels=np.zeros(2, dtype=np.int64))
-    refuses("captions: expected str .* got int64", images=eight, captions=np.zeros(3, dtype=np.int64))
+    classes, text = {"size": (8, 8), "num_classes": 3}, {"size": (8, 8), "takes_text": True}
+    refuses(r"labels: expected int \(3,\), got float64 \(3,\)", classes, images=eight, labels=np.zeros(3))
+    refuses(r"labels: expected int \(3,\), got int64 \(2,\)", classes, images=eight, labels=np.zeros(2, dtype=np.int64))
+    refuses("captions: expected str .* got int64", text, images=eight, captions=np.zeros(3, dtype=np.int64))
+    assert len(open_images(path, size=(8, 8), num_classes=None)) == 3  # which wants neither
     refuses(r"\(8, 8, 1\), the teacher's are \(4, 4, 1\); give data.resolution=4", images=eight)
     refuses(r"\(8, 8, 1\), .* \(8, 8, 3\); give data.channels=3", {"size": (8, 8), "channels": 3}, images=eight)
     refuses("only images of 1 or 3", {"resolution": 4, "channels": 5}, images=np.zeros((3, 8, 8, 5), dtype=np.uint8))
