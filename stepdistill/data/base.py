@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeAlias
 from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Share
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -62,14 +63,14 @@ class DataConfig:
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
-    resolution: int | None = None
-    channels: int | None = None
+    resolution: PositiveInt | None = None
+    channels: PositiveInt | None = None
     fit: Fit = "crop"
-    batch_size: int = 64
-    num_workers: int = 0
+    batch_size: PositiveInt = 64
+    num_workers: NonNegativeInt = 0
     flip: bool = False
-    caption_dropout: float = 0.0
-    max_samples: int | None = None
+    caption_dropout: Share = 0.0
+    max_samples: PositiveInt | None = None
     bad_files: Literal["error", "skip"] = "skip"
     label_column: str | None = None
     caption_column: str | None = None
@@ -77,14 +78,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_source()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout: expected 0 to 1, got {self.caption_dropout}")
-        for key in ("resolution", "channels", "batch_size", "max_samples"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: expected at least 1, got {value}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
 
     def _check_source(self) -> None:
         if self.name in PATHS and not self.path:
@@ -123,7 +116,7 @@ class Dataset(abc.ABC):
     size: tuple[int, int, int]
     num_classes: int | None
     flip: bool
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     captions: Sequence[str] | None = None
     choices: Sequence[tuple[str, ...]] | None = None
     labels: Sequence[int] | None = None

@@ -37,6 +37,7 @@ from stepdistill.data.columns import Texts, first_texts, several
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
 from stepdistill.families.latent import latent_statistics
+from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
 
 FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
@@ -47,12 +48,8 @@ class CacheConfig:
     """The ``cache`` section."""
 
     output_dir: str
-    shard_size: int = 1024
+    shard_size: PositiveInt = 1024
     """Samples per file, which is the most that a stopped run loses."""
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size: expected at least 1, got {self.shard_size}")
 
 
 def encoders(family: Family) -> dict[str, str]:

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
+from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 from stepdistill.files.schema import build, nearest
 from stepdistill.inference.sampling import ROWS
 
@@ -39,27 +40,21 @@ class Protocol:
         needs: by key, what a user has to give, in words.
     """
 
-    num_samples: int = 5000
-    seed: int = 0
+    num_samples: Annotated[int, Range(at_least=2)] = 5000
+    seed: Seed = 0
     features: str = "embedded"
     resize: str | None = None
     clip: str | None = None
     reference: str | None = None
-    reference_images: int = 10_000
-    size: int | None = None
+    reference_images: Annotated[int, Range(at_least=2)] = 10_000
+    size: PositiveInt | None = None
     captions: str | None = None
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
-    rows: int = ROWS
+    guidance_scale: NonNegativeFloat | None = None
+    num_inference_steps: PositiveInt | None = None
+    rows: PositiveInt = ROWS
     precision: Literal["fp32", "bf16"] = "fp32"
     metrics: tuple[str, ...] = ("fd",)
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 2 or self.rows < 1:
-            raise ValueError(
-                f"protocol: expected num_samples >= 2 and rows >= 1, got {self.num_samples} and {self.rows}"
-            )
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that this protocol fixes."""

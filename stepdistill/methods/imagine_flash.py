@@ -37,6 +37,14 @@ from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCrit
 from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.ranges import (
+    FiniteFloat,
+    GuidanceScale,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+)
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
@@ -58,41 +66,29 @@ class ImagineFlash(Distiller):
     class Config:
         """Options of Imagine Flash."""
 
-        steps: int = 3
+        steps: PositiveInt = 3
         """Sampling steps of the finished student, 1 to 3 in the paper."""
-        teacher_steps: int = 4
+        teacher_steps: PositiveInt = 4
         """k, the DDIM steps of the teacher to a target."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         reconstruction: Literal["shifted", "plain"] = "shifted"
         """Where the teacher starts: at the student's image noised again to gamma, or at the student's input."""
-        shift_power: float = 2.0
+        shift_power: PositiveFloat = 2.0
         """p of gamma."""
-        shift_top: float = 0.95
+        shift_top: PositiveShare = 0.95
         """g of gamma, the noisiest time the teacher starts from."""
-        adversarial_weight: float = 0.1
+        adversarial_weight: NonNegativeFloat = 0.1
         """Weight of the adversarial loss, relative to the squared error."""
         adversarial: AdversarialLoss = "hinge"
         features: str = "teacher"
         """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
         augment: bool = True
         """Whether images are augmented for a feature network (DiffAugment)."""
-        location: float = 0.0
+        location: FiniteFloat = 0.0
         """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
-        scale: float = 1.0
+        scale: PositiveFloat = 1.0
         """Standard deviation of these noise levels."""
-
-        def __post_init__(self) -> None:
-            if min(self.steps, self.teacher_steps) < 1:
-                raise ValueError(f"expected steps, teacher_steps >= 1, got {self.steps}, {self.teacher_steps}")
-            if not (0 < self.shift_top <= 1 and self.shift_power > 0):
-                raise ValueError(
-                    f"expected 0 < shift_top <= 1 and shift_power > 0, got {self.shift_top}, {self.shift_power}"
-                )
-            if not (self.adversarial_weight >= 0 and self.scale > 0):
-                raise ValueError(
-                    f"expected adversarial_weight >= 0, scale > 0, got {self.adversarial_weight}, {self.scale}"
-                )
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

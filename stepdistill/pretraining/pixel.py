@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from stepdistill.files.ranges import Share
 from stepdistill.pretraining.classifier import read_labelled_images
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 
@@ -22,11 +23,10 @@ class PretrainConfig(FitConfig):
     scheduler: dict[str, Any]
     data: str
     output_dir: str
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not Path(self.data).is_file():
             raise ValueError(f"data: expected an .npz with 'images' and 'labels', got {self.data!r}, which is no file")
 

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.families.prompts import warn_too_long
 from stepdistill.families.sd import SD
+from stepdistill.files.ranges import PositiveInt, Range, Seed, Share
 from stepdistill.pretraining.clip import image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 from stepdistill.pretraining.vae import train_vae
@@ -45,13 +46,13 @@ class TextTeacherConfig:
     unet: FitConfig
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
-    judge_seed: int = 1
+    judge_seed: Seed = 1
     """Seed of the CLIP that measures; its other options are those of ``clip``."""
-    vocabulary: int = 1750
+    vocabulary: PositiveInt = 1750
     """Number of tokens that the tokenizer learns from the captions."""
-    max_tokens: int = 24
+    max_tokens: Annotated[int, Range(at_least=3)] = 24
     """Number of tokens in the longest prompt."""
-    caption_dropout: float = 0.1
+    caption_dropout: Share = 0.1
 
     def __post_init__(self) -> None:
         if self.judge_seed == self.clip.seed:
