@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
 FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark", "batch_size")
@@ -45,5 +46,5 @@ class BenchmarkConfig:
     """A CLIP for the metric ``clip``, on which nothing here was trained."""
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     batch_size: PositiveInt = 100
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     seed: Seed = 0

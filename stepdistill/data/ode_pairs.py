@@ -22,6 +22,7 @@ from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family
+from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import GuidanceScale, PositiveInt, Seed
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
@@ -47,7 +48,7 @@ class PairsConfig:
     batch_size: PositiveInt = 100
     shard_size: PositiveInt = 1000
     """Pairs per file, which is the most that a stopped run loses."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: Seed = 0
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
+from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 from stepdistill.files.schema import build, nearest
 from stepdistill.inference.sampling import ROWS
@@ -52,7 +53,7 @@ class Protocol:
     guidance_scale: NonNegativeFloat | None = None
     num_inference_steps: PositiveInt | None = None
     rows: PositiveInt = ROWS
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     metrics: tuple[str, ...] = ("fd",)
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
 

@@ -26,6 +26,10 @@ class Range:
     at_most: float = math.inf
     below: float = math.inf
 
+    def plain(self, value: Any) -> Any:
+        """Return the value as it is: a number has no other words."""
+        return value
+
     def __contains__(self, number: float) -> bool:
         return self.at_least <= number <= self.at_most and self.above < number < self.below
 

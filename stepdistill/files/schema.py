@@ -125,14 +125,14 @@ def _read_number(value: Any, hint: Any, where: str, problems: list[str]) -> floa
     return 0.0
 
 
-def _read_ranged(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
-    """Return a number of a type of :mod:`stepdistill.files.ranges`."""
-    kind, numbers = get_args(hint)
+def _read_annotated(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """Return a value of a type of :mod:`stepdistill.files.ranges` or :mod:`stepdistill.files.precision`."""
+    kind, rule = get_args(hint)
     before = len(problems)
-    number = _read(value, kind, where, problems)
-    if len(problems) == before and number not in numbers:
-        problems.append(f"{where}: expected {numbers}, got {value!r}")
-    return number
+    result = _read(rule.plain(value), kind, where, problems)
+    if len(problems) == before and result not in rule:
+        problems.append(f"{where}: expected {rule}, got {value!r}")
+    return result
 
 
 def _read_literal(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
@@ -186,7 +186,7 @@ _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
     int: _read_integer,
     str: _read_exactly,
     float: _read_number,
-    Annotated: _read_ranged,
+    Annotated: _read_annotated,
     Literal: _read_literal,
     tuple: _read_items,
     list: _read_items,
@@ -212,7 +212,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is Annotated:
-        return f"{_describe(args[0])} of {args[1]}"
+        return _describe(args[0])
     if origin is dict:
         return "a section of keys"
     if origin is None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Share
+from stepdistill.networks.launcher import PRECISION, open_accelerator
 from stepdistill.pretraining.classifier import read_labelled_images
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 
@@ -24,7 +25,7 @@ class PretrainConfig(FitConfig):
     data: str
     output_dir: str
     label_dropout: Share = 0.1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if not Path(self.data).is_file():
@@ -37,8 +38,7 @@ def train_teacher(config: PretrainConfig) -> Path:
     Raises:
         ValueError: if the data is damaged, or a label is not one of the network's classes.
     """
-    cpu = not torch.accelerator.is_available()  # otherwise processes on CPUs would not find each other
-    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
+    accelerator = open_accelerator({"fp32": "no", "bf16": "bf16"}[config.precision], {PRECISION: config.precision})
     torch.manual_seed(config.seed)
     images, labels = read_labelled_images(config.data)
     null_class = config.model.get("num_class_embeds", 0) - 1

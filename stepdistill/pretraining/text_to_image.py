@@ -29,6 +29,7 @@ from stepdistill.data.datasets import open_data
 from stepdistill.families.prompts import warn_too_long
 from stepdistill.families.sd import SD
 from stepdistill.files.ranges import PositiveInt, Range, Seed, Share
+from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 from stepdistill.pretraining.vae import train_vae
@@ -65,7 +66,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained. Of several captions an
     image has the first is used.
     """
-    accelerator, folder = Accelerator(cpu=not torch.accelerator.is_available()), Path(config.output_dir)
+    accelerator, folder = open_accelerator("no"), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
     tokenizer = train_tokenizer(captions, config.vocabulary, config.max_tokens)

@@ -11,6 +11,7 @@ from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
 from stepdistill.files.schema import ConfigError, build, nearest
 from stepdistill.methods import find_method
@@ -27,7 +28,7 @@ class TrainConfig:
     output_dir: str
     accumulation: PositiveInt = 1
     """Micro-batches per step of a turn's optimiser."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision in which networks compute; weights, optimisers and losses stay in float32."""
     ema: Decay = 0.0
     """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""

@@ -27,12 +27,14 @@ from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.bank import NetworkBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
+from stepdistill.networks.launcher import check_environment
 from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.identity import RunIdentity, identify
 from stepdistill.training.memory import memory_plan
+from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
 from stepdistill.training.trainer import Trainer
 
@@ -49,6 +51,8 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
+        check_environment()
+        check_tracker(config.train.tracker)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -101,7 +105,7 @@ class Run:
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
                 self._write_config()
-            with contextlib.closing(trainer.run(start)) as finished_stages:
+            with tracking(trainer.accelerator), contextlib.closing(trainer.run(start)) as finished_stages:
                 for stage in finished_stages:
                     self._end_stage(trainer, stage)
             cost = trainer.total_cost()
