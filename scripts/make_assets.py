@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
     parser.add_argument("--teacher", type=Path, required=True, help="what scripts/train_teacher.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument(
-        "--per_class", type=in_range(PositiveInt), default=1000, help="images of each class in train_subset.npz"
-    )
+    parser.add_argument("--per_class", type=in_range(PositiveInt), default=1000, help="images in train_subset.npz")
     args = parser.parse_args()
     images, labels = read_labelled_images(args.train)
 

@@ -174,6 +174,7 @@ class LatentCacheDataset(Dataset):
         if family.takes_text:
             self._use_texts(texts)
         self.size, self.flip, self.caption_dropout = family.image_shape, config.flip, config.caption_dropout
+        self.version = self.shards.version
 
     def _use_texts(self, texts: list[Texts]) -> None:
         self.captions, self.choices = first_texts(texts), several(texts)

@@ -143,8 +143,9 @@ def test_a_tracker_without_its_package_is_refused_before_anything_is_written(tmp
 # ------------------------------------------------------------------------------------------ other processes
 
 SCRIPT = """
+from pathlib import Path
 from contracts.cases import make_run
-make_run({folder!r}, "progressive", steps=3, log_every=3).train()
+make_run(Path({folder!r}), "progressive", steps=3, log_every=3).train()
 """
 
 

@@ -15,6 +15,7 @@ from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for, t
 from safetensors.torch import load_file, save_file
 
 from stepdistill.config import read_config
+from stepdistill.files.schema import build
 from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
 from stepdistill.training.checkpoint import CheckpointError
@@ -131,7 +132,7 @@ def test_radam_is_torchs_and_makes_no_step_while_a_number_is_not_finite():
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulation": 0}, {"ema": 1.0}, {"keep": 0}])
 def test_impossible_numbers_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        TrainConfig(**{"steps": 1, "output_dir": "run", **wrong})
+        build(TrainConfig, {"steps": 1, "output_dir": "run", **wrong})
 
 
 # ------------------------------------------------------------------------------------------ non-finite numbers
