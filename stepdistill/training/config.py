@@ -153,9 +153,11 @@ def resolve(mapping: Mapping[str, Any]) -> RunConfig:
     resolved: dict[str, Any] = {}
     for name, cls in PLAIN_SECTIONS.items():
         problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
-    problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
-    if "method" in resolved:
-        resolved["method_name"], distiller, resolved["method"] = resolved["method"]
+    problems += _collect(resolved, "method_name", lambda: _method_name(mapping.get("method")))
+    if "method_name" in resolved:
+        distiller = find_method(resolved["method_name"])
+        options = {key: value for key, value in mapping["method"].items() if key != "name"}
+        problems += _collect(resolved, "method", lambda: build(distiller.Config, options, "method"))
         problems += _collect(resolved, "optim", lambda: _build_optim(mapping.get("optim"), distiller))
     if problems:
         raise ConfigError(problems)
@@ -170,16 +172,17 @@ def _collect(resolved: dict[str, Any], name: str, make: Any) -> list[str]:
     return []
 
 
-def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
+def _method_name(section: Any) -> str:
     if not isinstance(section, Mapping) or "name" not in section:
         raise ConfigError(["method.name: missing (expected the name of a file in stepdistill/methods)"])
-    distiller = find_method(section["name"])
-    options = {key: value for key, value in section.items() if key != "name"}
-    return section["name"], distiller, build(distiller.Config, options, "method")
+    find_method(section["name"])
+    return section["name"]
 
 
 def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimConfig]:
     section = section or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError([f"optim: expected a section of keys, got {section!r}"])
     turns = distiller.turn_names
     problems = [
         f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns

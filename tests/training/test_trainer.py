@@ -267,6 +267,7 @@ def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_
 
 
 def test_a_changed_configuration_is_refused_by_key(tmp_path):
+    """RELIABILITY row 11."""
     train_until(make(tmp_path, save_every=1), 1)
     mapping = sections(tmp_path, teacher_for(METHOD), METHOD, steps=6, save_every=1)
     mapping["optim"]["student"]["lr"] = 1e-3
@@ -278,6 +279,7 @@ def test_a_changed_configuration_is_refused_by_key(tmp_path):
 
 
 def test_another_teacher_under_the_same_path_is_refused(tmp_path):
+    """RELIABILITY row 11: the teacher's hash."""
     train_until(make(tmp_path), 1)
     path = tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
