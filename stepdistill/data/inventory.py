@@ -82,7 +82,8 @@ def take_inventory(dataset: Dataset, root: str | None) -> Inventory:
     if root is not None:
         parts.update(_archives(Path(root)))
         parts.update(_samples(dataset, root))
-    for name, column in (("captions", dataset.captions), ("labels", dataset.labels)):
+    columns = (("captions", dataset.captions), ("choices", dataset.choices), ("labels", dataset.labels))
+    for name, column in columns:
         if column is not None:
             parts[name] = _digest(column)
     return Inventory(parts)

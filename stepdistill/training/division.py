@@ -71,7 +71,7 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
     recorded: dict[str, Any] | None = checkpoint.state.get("division")
     if recorded is None:
         logger.warning(
-            f"{checkpoint.path} does not tell how many processes made it; taken to be {configured.world}, as now"
+            f"{checkpoint.path} does not tell by how many processes it was made; taken to be {configured.world}, as now"
         )
         return configured
     before = Division(**recorded)
@@ -80,11 +80,15 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
     division = configured.with_total(before.total)
     if division is None:
         raise CheckpointError(
-            f"{checkpoint.path} was made by {before.world} processes ({before}), which {configured.world} processes "
+            f"{checkpoint.path} was made by {_processes(before.world)} ({before}), which {_processes(configured.world)} "
             f"cannot share evenly; resume on a number of processes that divides {before.total}"
         )
     logger.warning(
-        f"{checkpoint.path} was made by {before.world} processes ({before}); going on with {configured.world} "
+        f"{checkpoint.path} was made by {_processes(before.world)} ({before}); going on with {configured.world} "
         f"({division}): the same samples and noise in every step, but other numbers in dropout, and other rounding"
     )
     return division
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"

@@ -69,12 +69,13 @@ def test_many_changes_are_counted(folder):
 
 def test_captions_are_compared_by_content(folder):
     def write(texts):
-        rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(texts)]
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+        rows = [{"file_name": name, "text": text} for name, text in zip(names, texts, strict=True)]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    write(["a cat", "a dog", "a cow"])
+    write(["a cat", "a dog", *"abcd"])
     before = inventory(folder, text=True)
-    write(["a cow", "a dog", "a cat"])
+    write(["a dog", "a cat", *"abcd"])
     assert changed(before, folder, text=True) == ["data of another size or content: 'captions'"]
 
 

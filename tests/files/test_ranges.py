@@ -33,7 +33,7 @@ def configurations() -> Iterator[type]:
 
 def numbers(hint: Any) -> Iterator[Any]:
     """The numeric types within a type: ``Annotated`` ones whole, as they carry their range."""
-    if hint in (int, float) or get_origin(hint) is Annotated:
+    if hint in (int, float) or (get_origin(hint) is Annotated and get_args(hint)[0] in (int, float)):
         yield hint
         return
     for part in get_args(hint):
