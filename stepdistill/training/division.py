@@ -81,7 +81,8 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
     if division is None:
         raise CheckpointError(
             f"{checkpoint.path} was made by {_processes(before.world)} ({before}), which "
-            f"{_processes(configured.world)} cannot share evenly; resume on a number of processes that divides {before.total}"
+            f"{_processes(configured.world)} cannot share evenly; resume on a number of processes that divides "
+            f"{before.total}"
         )
     logger.warning(
         f"{checkpoint.path} was made by {_processes(before.world)} ({before}); going on with {configured.world} "

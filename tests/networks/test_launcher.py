@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.networks.launcher import DECIDED_HERE, REFUSED, check_environment, open_accelerator, remarks
+from stepdistill.training.parallelism import tracking
 
 STEPS = 3
 
@@ -138,6 +140,15 @@ def test_a_tracker_without_its_package_is_refused_before_anything_is_written(tmp
     with pytest.raises(ValueError, match=rf"train.tracker: {name} is not installed; run: pip install {name}"):
         make_run(tmp_path, "progressive", tracker=name)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_is_started_for_the_training_and_finished_with_it():
+    """So that the next run of a session does not write into this one's, and an export starts none."""
+    calls, tracker = [], SimpleNamespace(finish=lambda: calls.append("finish"))
+    accelerator = SimpleNamespace(log_with=["some"], init_trackers=calls.append, trackers=[tracker])
+    with pytest.raises(KeyboardInterrupt), tracking(accelerator):
+        raise KeyboardInterrupt
+    assert calls == ["stepdistill", "finish"]
 
 
 # ------------------------------------------------------------------------------------------ other processes
