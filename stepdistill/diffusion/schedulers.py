@@ -27,6 +27,8 @@ PROCESS_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
 )  # fmt: skip
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""Beta schedules that every scheduler of diffusers knows."""
 
 
 # ---------------------------------------------------------------------------------- from diffusers
@@ -80,8 +82,32 @@ def noise_process(config: Mapping[str, Any]) -> dict[str, Any]:
     from diffusers import DDIMScheduler
 
     given = {key: config[key] for key in PROCESS_KEYS if config.get(key) is not None}
+    if given.get("trained_betas") is None and given.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+        given |= {"trained_betas": own_betas(config), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
     whole = DDIMScheduler(**given).config
     return {key: whole[key] for key in PROCESS_KEYS if whole[key] not in (None, False)}
+
+
+def own_betas(config: Mapping[str, Any]) -> list[float]:
+    """Return the betas of a schedule that the scheduler's own class knows and others do not (sigmoid, laplace, ...).
+
+    Raises:
+        ValueError: if its class does not know it either.
+    """
+    import diffusers
+
+    name, schedule = config.get("_class_name", "DDPMScheduler"), config["beta_schedule"]
+    cls = getattr(diffusers, name, None) if str(name).endswith("Scheduler") else None
+    try:
+        if cls is None:
+            raise NotImplementedError
+        return cls.from_config(dict(config)).betas.tolist()
+    except (NotImplementedError, AttributeError):
+        known = ", ".join(BETA_SCHEDULES)
+        raise ValueError(
+            f"scheduler/scheduler_config.json: beta_schedule: expected one that {name} knows ({known}, ...), got "
+            f"{schedule!r}"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------ to diffusers

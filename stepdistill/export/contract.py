@@ -89,6 +89,8 @@ class Contract:
     origin: Origin = dataclasses.field(default_factory=Origin)
     linked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Paths of the parts that are links into the teacher's folder, by name."""
+    absent: list[str] = dataclasses.field(default_factory=list)
+    """Parts that the teacher lacks and that diffusers' own loading wants to be told are None: SD3's third encoder."""
 
     @property
     def reproduced_guidance(self) -> float:
@@ -175,7 +177,14 @@ def describe(
         versions={name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
         origin=origin,
         linked=linked,
+        absent=absent_parts(pipeline),
     )
+
+
+def absent_parts(pipeline: DiffusionPipeline) -> list[str]:
+    """Return the parts that a pipeline lacks although its class does not call them optional."""
+    optional = type(pipeline)._optional_components
+    return [name for name, part in pipeline.components.items() if part is None and name not in optional]
 
 
 def call_arguments(

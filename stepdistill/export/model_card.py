@@ -19,6 +19,7 @@ def model_card(contract: Contract) -> str:
     origin = contract.origin
     data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", one_line(origin.method or "")])
     custom = ", trust_remote_code=True" if contract.own_code else ""
+    custom += "".join(f", {name}=None" for name in contract.absent)
     linked = ", ".join(code(name) for name in contract.linked)
     return f"""---
 {data.to_yaml()}

@@ -28,7 +28,8 @@ from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
-from stepdistill.loading import DAMAGE, open_folder
+from stepdistill.families.hub import expand_home
+from stepdistill.loading import open_folder
 
 CUSTOM_FILE = "pipeline.py"
 
@@ -171,7 +172,7 @@ def load_pipeline(
     Raises:
         ValueError: if the directory is missing or no pipeline, would run untrusted code, or has broken links.
     """
-    folder = Path(path)
+    folder = expand_home(str(path))
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     refuse_broken_links(folder)

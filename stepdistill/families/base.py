@@ -49,6 +49,10 @@ class Family(abc.ABC):
     """Diffusers classes of networks by which a teacher of this family is recognised."""
     pipeline_names: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipelines of this family, if networks of the class serve several; empty: any."""
+    parts: ClassVar[tuple[str, ...]]
+    """Parts of the pipeline beside the network and the scheduler; a teacher with others is refused."""
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts that a teacher may have or lack."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
     caches_latents: ClassVar[bool] = False

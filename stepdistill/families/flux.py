@@ -27,6 +27,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("FluxTransformer2DModel",)
     pipeline_names = ("FluxPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",

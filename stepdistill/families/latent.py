@@ -64,12 +64,16 @@ class LatentFamily(Family):
 
     @classmethod
     def load(cls, folder: Path, config: TeacherConfig) -> LatentFamily:
-        if config.null_class is not None:
-            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
-        pipe = open_pipeline(folder, cls.component, config)
-        family = cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        family = cls.from_pipe(open_pipeline(folder, cls.component, config), config)
         family.code = read_code(folder)
         return family
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, config: TeacherConfig) -> LatentFamily:
+        """Return the teacher in an opened pipeline."""
+        if config.null_class is not None:
+            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
+        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
 
     def spatial_factor(self) -> int:
         """Return the side in pixels of the square that one latent covers."""
@@ -91,8 +95,7 @@ class LatentFamily(Family):
     def to_latents(self, images: Tensor) -> Tensor:
         """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype))
-        latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent).float()
+        latents = mode(vae.encode(images.to(vae.device, vae.dtype))).float()
         shift, scale = latent_statistics(vae.config, latents)
         # a cache returns contiguous latents; channels_last would select other kernels
         return ((latents - shift) * scale).contiguous()
@@ -200,6 +203,16 @@ def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, 
     if mean is not None and std is not None:
         return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
     return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
+
+
+def mode(encoded: Mapping[str, Any]) -> Tensor:
+    """Return the latents that a VAE's ``encode`` returns: the mode of a posterior, or what a deterministic one gives.
+
+    They stand under ``latent_dist`` (AutoencoderKL), ``latent`` (AutoencoderDC) or ``latents`` (AutoencoderTiny).
+    """
+    if "latent_dist" in encoded:
+        return encoded["latent_dist"].mode()
+    return encoded["latents"] if "latents" in encoded else encoded["latent"]
 
 
 def rebuild(pipe: Any, **parts: Any) -> Any:

@@ -19,6 +19,7 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second in older files
     pipeline_names = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    parts = ("vae", "text_encoder", "tokenizer")
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2", "proj",

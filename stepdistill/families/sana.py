@@ -20,6 +20,7 @@ class Sana(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("SanaTransformer2DModel",)
     pipeline_names = ("SanaPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer")
     feature_blocks = ("transformer_blocks",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     loads_lora = True

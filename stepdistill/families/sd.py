@@ -21,6 +21,7 @@ class SD(TextToImageFamily):
     component = "unet"
     network_classes = ("UNet2DConditionModel",)
     pipeline_names = ("StableDiffusionPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer")
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     loads_lora = True

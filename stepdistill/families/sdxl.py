@@ -21,6 +21,7 @@ class SDXL(TextToImageFamily):
     component = "unet"
     network_classes = ("UNet2DConditionModel",)
     pipeline_names = ("StableDiffusionXLPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     loads_lora = True

@@ -15,7 +15,8 @@ from stepdistill.diffusion.schedulers import noise_process, read_schedule
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import load_teacher, locate
+from stepdistill.families.hub import locate
+from stepdistill.families.loading import load_teacher
 from stepdistill.files.schema import nearest
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")

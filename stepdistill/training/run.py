@@ -22,7 +22,8 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.replacing import check_replaceable
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import load_teacher, locate
+from stepdistill.families.hub import locate
+from stepdistill.families.loading import load_teacher
 from stepdistill.files.writing import atomic_write
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
