@@ -15,7 +15,7 @@ from torch import nn
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import SETTINGS, expand_home, is_path, nearest_place, snapshot
 from stepdistill.files.weights import LIBRARY_ERRORS, cannot_open, weight_names
-from stepdistill.loading import PICKLES, permission_hint
+from stepdistill.loading.pickles import PICKLES, permission_hint
 
 SAFETENSORS = (".safetensors", ".sft")
 WHOLE = ("model.diffusion_model.", "first_stage_model.")

@@ -21,9 +21,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from stepdistill.files.weights import read_network
 from stepdistill.loading.classes import is_our_class, part_class, pipeline_class, refuse_foreign_classes
 from stepdistill.loading.code import is_our_code, read_code, refuse_code, stock_base
 from stepdistill.loading.index import own_class, part_entries, parts, read_index
+from stepdistill.loading.networks import absent_parts, dtype_of, read_networks
 from stepdistill.loading.pickles import only_pickle, permission_hint, refuse_pickles, wants_safetensors
 
 DAMAGE = (
@@ -68,6 +70,7 @@ def open_folder(folder: Path, *, trust_remote_code: bool, trust_pickles: bool, *
     if not trust_pickles:
         for part in parts(folder):
             refuse_pickles(folder / part)
+    options = absent_parts(folder) | read_networks(folder, options, pickles=trust_pickles) | options
     options["use_safetensors"] = wants_safetensors(trust_pickles)
     if foreign or "custom_pipeline" in options:
         return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
@@ -81,7 +84,7 @@ def _open_checked(folder: Path, options: Mapping[str, Any]) -> DiffusionPipeline
     for name, entry in part_entries(index).items():
         part = part_class(folder, name, entry)
         if part is not None and name not in options:
-            own[name] = part.from_pretrained(folder / name, **_part_options(name, part, options))
+            own[name] = _open_part(name, part, folder / name, options)
             index[name] = ["diffusers", _kind(part)]
     index["_class_name"] = cls.__name__
     base = cls if is_our_class(cls) else DiffusionPipeline
@@ -97,15 +100,12 @@ def _reading(base: type, index: Mapping[str, Any]) -> Any:
     return type(base.__name__, (base,), {"load_config": load_config, "__module__": base.__module__})
 
 
-def _part_options(name: str, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a pipeline that concern a part of one of this package's classes."""
+def _open_part(name: str, cls: Any, place: Path, options: Mapping[str, Any]) -> Any:
+    """Open a part of one of this package's classes, under the options of a pipeline."""
     if _kind(cls) == "SchedulerMixin":
-        return {}
-    found = {"use_safetensors": options["use_safetensors"]}
-    dtype = options.get("dtype", options.get("torch_dtype"))
-    if type(dtype) is dict:
-        dtype = dtype.get(name, dtype.get("default"))
-    return found if dtype is None else found | {"dtype": dtype}
+        return cls.from_pretrained(place)
+    pickles = options["use_safetensors"] is None
+    return read_network(place, cls, pickles=pickles, dtype=dtype_of(name, options))
 
 
 def _kind(cls: type) -> str:

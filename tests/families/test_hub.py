@@ -19,10 +19,11 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 
 SDXL = {
-    "model_index.json": 0.001, "README.md": 0.01, "sd_xl_base_1.0.safetensors": 6.94, "sd_xl_base_1.0_0.9vae.safetensors": 6.94,
-    "sd_xl_offset_example-lora_1.0.safetensors": 0.05, "01.png": 1.0, "scheduler/scheduler_config.json": 0.0,
-    "text_encoder/config.json": 0.0, "text_encoder/model.safetensors": 0.49, "text_encoder/model.fp16.safetensors": 0.25,
-    "text_encoder/model.onnx": 0.49, "text_encoder/flax_model.msgpack": 0.49, "text_encoder/pytorch_model.bin": 0.49,
+    "model_index.json": 0.001, "README.md": 0.01, "sd_xl_base_1.0.safetensors": 6.94,
+    "sd_xl_base_1.0_0.9vae.safetensors": 6.94, "sd_xl_offset_example-lora_1.0.safetensors": 0.05, "01.png": 1.0, "scheduler/scheduler_config.json": 0.0,
+    "text_encoder/config.json": 0.0, "text_encoder/model.safetensors": 0.49, "text_encoder/pytorch_model.bin": 0.49,
+    "text_encoder/model.fp16.safetensors": 0.25, "text_encoder/model.onnx": 0.49,
+    "text_encoder/flax_model.msgpack": 0.49,
     "text_encoder_2/config.json": 0.0, "text_encoder_2/model.safetensors": 2.78,
     "text_encoder_2/model.fp16.safetensors": 1.39, "text_encoder_2/openvino_model.bin": 2.78,
     "tokenizer/merges.txt": 0.0, "tokenizer/vocab.json": 0.0, "tokenizer_2/merges.txt": 0.0,
@@ -35,7 +36,8 @@ SDXL = {
 """Files of a repository laid out as SDXL's, with GB."""
 SDXL_PARTS = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"]
 FLUX = {
-    "model_index.json": 0.0, "ae.safetensors": 0.34, "flux1-dev.safetensors": 23.8, "scheduler/scheduler_config.json": 0.0,
+    "model_index.json": 0.0, "ae.safetensors": 0.34, "flux1-dev.safetensors": 23.8,
+    "scheduler/scheduler_config.json": 0.0,
     "text_encoder/config.json": 0.0, "text_encoder/model.safetensors": 0.25, "text_encoder_2/config.json": 0.0,
     "text_encoder_2/model-00001-of-00002.safetensors": 5.0, "text_encoder_2/model-00002-of-00002.safetensors": 4.5,
     "text_encoder_2/model.safetensors.index.json": 0.0, "tokenizer/vocab.json": 0.0, "tokenizer_2/spiece.model": 0.0,
@@ -91,8 +93,13 @@ def test_a_hub_id_is_opened_from_what_was_fetched(hub):
 # ------------------------------------------------------------------------------------------- paths and hub ids
 
 
-@pytest.mark.parametrize("path", ["./teachr", "~/teachr", "runs/teachr", "/a/b/teachr", "a/b/teachr", "teachr.safetensors",
-                                  "owner/teachr.ckpt", "teachr", "~nobody-of-this-name/teachr"])  # fmt: skip
+PATHS = (
+    "./teachr", "~/teachr", "runs/teachr", "/a/b/teachr", "a/b/teachr", "teachr.safetensors", "owner/teachr.ckpt",
+    "teachr", "~nobody-of-this-name/teachr",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_what_looks_like_a_path_is_one_and_its_absence_is_said(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
