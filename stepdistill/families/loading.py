@@ -18,7 +18,7 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import nearest
-from stepdistill.files.weights import LIBRARY_ERRORS, cannot_open
+from stepdistill.files.weights import naming
 from stepdistill.loading import (
     open_folder,
     own_class,
@@ -149,26 +149,17 @@ def refuse_quantised(folder: Path) -> None:
 
 @contextlib.contextmanager
 def fitting(place: Path, cls: type[Family]) -> Iterator[None]:
-    """Turn what a library raises for settings that do not fit into a ``ValueError`` that names the place."""
+    """Turn what is raised for settings that do not fit into a ``ValueError`` of the key ``teacher.path``."""
     try:
-        yield
-    except ValueError:
-        raise
-    except LIBRARY_ERRORS as error:
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"teacher.path: {place}: its settings do not make a working {cls.__name__}: {type(error).__name__}: {text}"
-        ) from error
+        with naming(place, f"its settings do not make a working {cls.__name__}"):
+            yield
+    except ValueError as error:
+        if str(error).startswith("teacher."):
+            raise
+        raise ValueError(f"teacher.path: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- opening
-
-
-def cannot_load(error: ValueError, config: TeacherConfig) -> ValueError:
-    """Return the error to raise if a part of a teacher cannot be read."""
-    fetched = not (config.trust_pickles or Path(config.path).exists())
-    hint = f"; pickles (.bin) are not downloaded: if it has no other weights, {permission_hint('trust_pickles')}"
-    return ValueError(f"teacher.path: {error}{hint if fetched else ''}")
 
 
 def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
@@ -182,11 +173,19 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
             f"teacher.path: {folder}: no model_index.json; expected a complete pipeline (VAE, text encoder, ...)"
         )
     dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
-    try:
+    with opening(folder, config):
         return open_folder(
             folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
         )
+
+
+@contextlib.contextmanager
+def opening(folder: Path, config: TeacherConfig) -> Iterator[None]:
+    """Turn what is raised because a part of a teacher cannot be read into a ``ValueError`` that says what to do."""
+    try:
+        with naming(folder):
+            yield
     except ValueError as error:
-        raise cannot_load(error, config) from error
-    except LIBRARY_ERRORS as error:
-        raise cannot_load(cannot_open(folder, error), config) from error
+        fetched = not (config.trust_pickles or Path(config.path).exists())
+        hint = f"; pickles (.bin) are not downloaded: if it has no other weights, {permission_hint('trust_pickles')}"
+        raise ValueError(f"teacher.path: {error}{hint if fetched else ''}") from error

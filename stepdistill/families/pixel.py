@@ -31,7 +31,7 @@ from stepdistill.diffusion.schedule import edm_scalings, expand
 from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import cannot_load
+from stepdistill.families.loading import opening
 from stepdistill.files.reading import read_json
 from stepdistill.files.weights import read_network
 from stepdistill.loading import read_index, refuse_pickles
@@ -89,10 +89,8 @@ class Pixel(Family):
         if not config.trust_pickles:
             refuse_pickles(folder / "unet")
         dtype = getattr(torch, config.dtype)
-        try:
+        with opening(folder / "unet", config):
             network = read_network(folder / "unet", UNet2DModel, pickles=config.trust_pickles, dtype=dtype)
-        except ValueError as error:
-            raise cannot_load(error, config) from error
         scheduler_config = read_json(folder / "scheduler/scheduler_config.json")
         return cls(network, scheduler_config, cls._null_class(folder, config))
 

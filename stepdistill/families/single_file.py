@@ -14,7 +14,7 @@ from torch import nn
 
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import SETTINGS, expand_home, is_path, nearest_place, snapshot
-from stepdistill.files.weights import LIBRARY_ERRORS, cannot_open, weight_names
+from stepdistill.files.weights import LIBRARY_ERRORS, READING, naming, weight_names
 from stepdistill.loading.pickles import PICKLES, permission_hint
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -38,11 +38,12 @@ def open_checkpoint(file: Path, config: TeacherConfig) -> Any:
     cls = getattr(diffusers, pipeline_name(file, config))
     settings = settings_folder(config)
     try:
-        pipe = cls.from_single_file(str(file), config=settings)
-    except LIBRARY_ERRORS as error:
+        with READING, naming(file):
+            pipe = cls.from_single_file(str(file), config=settings)
+    except ValueError as error:
         if settings is not None:
             refuse_incomplete_networks(file, settings)
-        raise ValueError(f"teacher.path: {cannot_open(file, error)}{'' if settings else hint(file, cls)}") from error
+        raise ValueError(f"teacher.path: {error}{'' if settings else hint(file, cls)}") from error
     for name, part in pipe.components.items():
         if hasattr(part, "named_parameters"):
             refuse_missing(file, name, [key for key, tensor in part.state_dict().items() if tensor.is_meta])
@@ -78,11 +79,9 @@ def checkpoint_names(file: Path) -> set[str]:
     """Return the names of the weights in a checkpoint, without reading them."""
     if file.suffix in SAFETENSORS:
         return weight_names(file)
-    try:
+    with naming(file):
         content = torch.load(file, map_location="meta", weights_only=True)
         return set(content.get("state_dict", content))
-    except LIBRARY_ERRORS as error:
-        raise cannot_open(file, error) from error
 
 
 def settings_folder(config: TeacherConfig) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.schema import nearest
-from stepdistill.files.weights import refuse_incomplete
+from stepdistill.files.weights import READING, refuse_incomplete
 from stepdistill.loading.pickles import refuse_pickles
 from stepdistill.loading.settings import refuse_settings
 from stepdistill.networks.hooks import capture_outputs
@@ -62,10 +62,11 @@ class TransformersFeatures(FeatureExtractor):
             loader = (
                 getattr(transformers, architecture, transformers.AutoModel) if projected else transformers.AutoModel
             )
-            network, info = loader.from_pretrained(
-                path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            with READING:
+                network, info = loader.from_pretrained(
+                    path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             hint = nearest(path, ["embedded", "inception"])
             raise ValueError(f"features {path!r}: expected a vision model, got none{hint}\n{error}") from error

@@ -7,8 +7,10 @@ in that one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from stepdistill.files.reading import read_json
 
 LIBRARY_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError,
-    StrictDataclassError, TypeError, UnpicklingError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    SafetensorError, StrictDataclassError, TypeError, UnpicklingError, ValueError,
 )  # fmt: skip
 """What diffusers, transformers and torch raise for files that they cannot read or settings that do not fit."""
 
@@ -34,8 +36,34 @@ WEIGHTS = re.compile(
 VARIANTS = ("fp16", "bf16")
 """The variants that are preferred where a folder has nothing but variants."""
 SHOWN = 5
+KEY = re.compile(r"\w+\.\w+: ")
+"""The beginning of an error that names the key of a configuration."""
+
+READING = threading.RLock()
+"""Held while networks are read. Meanwhile accelerate's ``init_empty_weights`` replaces a method of ``nn.Module`` for
+the whole process; of two threads at once, the second would put the replacement back for good."""
 
 log = logging.getLogger(__name__)
+
+
+class naming(contextlib.AbstractContextManager):  # noqa: N801  # used as a function
+    """Turn what libraries raise inside the context into a ``ValueError`` that names a place.
+
+    Args:
+        place: the file or folder that they read.
+        what: what is wrong with it.
+    """
+
+    def __init__(self, place: Path, what: str = "diffusers cannot open it") -> None:
+        self.place, self.what = place, what
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        text, place = " ".join(str(error).split()), str(self.place)
+        if kind is None or (issubclass(kind, ValueError) and (place in text or KEY.match(text))):
+            return
+        if kind is Exception or issubclass(kind, LIBRARY_ERRORS):  # tokenizers raises nothing more specific
+            label = "" if kind is ValueError else f"{kind.__name__}: "
+            raise ValueError(f"{place}: {self.what}: {label}{text[:300] or 'no reason given'}") from error
 
 
 # ------------------------------------------------------------------------------------------------ which files
@@ -78,11 +106,8 @@ def check_shards(folder: Path, variant: str | None) -> None:
 
 def weight_names(file: Path) -> set[str]:
     """Return the names of the weights in a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return set(weights.keys())
-    except LIBRARY_ERRORS as error:
-        raise cannot_open(file, error) from error
+    with naming(file), safe_open(file, framework="pt") as weights:
+        return set(weights.keys())
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -110,18 +135,10 @@ def read_network(folder: Path, cls: Any, *, pickles: bool, **options: Any) -> An
     options["use_safetensors"] = None if pickles else True
     if len(files) > 1:
         check_shards(folder, variant)
-    try:
+    with READING, naming(folder):
         network, info = cls.from_pretrained(folder, output_loading_info=True, **options)
-    except LIBRARY_ERRORS as error:
-        raise cannot_open(folder, error) from error
     refuse_incomplete(network, info, str(folder))
     return network
-
-
-def cannot_open(place: Path, error: BaseException) -> ValueError:
-    """Return the error to raise if diffusers or transformers raise ``error`` for a file or folder."""
-    text = " ".join(str(error).split()) or "no reason given"
-    return ValueError(f"{place}: diffusers cannot open it: {type(error).__name__}: {text[:300]}")
 
 
 def refuse_incomplete(network: Any, info: Mapping[str, Any], name: str, heads: bool = False) -> None:

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from stepdistill.files.weights import read_network
+from stepdistill.files.weights import READING, read_network
 from stepdistill.loading.classes import is_our_class, part_class, pipeline_class, refuse_foreign_classes
 from stepdistill.loading.code import is_our_code, read_code, refuse_code, stock_base
 from stepdistill.loading.index import own_class, part_entries, parts, read_index
@@ -72,9 +72,10 @@ def open_folder(folder: Path, *, trust_remote_code: bool, trust_pickles: bool, *
             refuse_pickles(folder / part)
     options = absent_parts(folder) | read_networks(folder, options, pickles=trust_pickles) | options
     options["use_safetensors"] = wants_safetensors(trust_pickles)
-    if foreign or "custom_pipeline" in options:
-        return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
-    return _open_checked(folder, options)
+    with READING:
+        if foreign or "custom_pipeline" in options:
+            return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
+        return _open_checked(folder, options)
 
 
 def _open_checked(folder: Path, options: Mapping[str, Any]) -> DiffusionPipeline:

@@ -20,7 +20,8 @@ from stepdistill.families.pixel import Pixel
 
 SDXL = {
     "model_index.json": 0.001, "README.md": 0.01, "sd_xl_base_1.0.safetensors": 6.94,
-    "sd_xl_base_1.0_0.9vae.safetensors": 6.94, "sd_xl_offset_example-lora_1.0.safetensors": 0.05, "01.png": 1.0, "scheduler/scheduler_config.json": 0.0,
+    "sd_xl_base_1.0_0.9vae.safetensors": 6.94, "01.png": 1.0,
+    "sd_xl_offset_example-lora_1.0.safetensors": 0.05, "scheduler/scheduler_config.json": 0.0,
     "text_encoder/config.json": 0.0, "text_encoder/model.safetensors": 0.49, "text_encoder/pytorch_model.bin": 0.49,
     "text_encoder/model.fp16.safetensors": 0.25, "text_encoder/model.onnx": 0.49,
     "text_encoder/flax_model.msgpack": 0.49,
