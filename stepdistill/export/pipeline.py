@@ -29,6 +29,7 @@ from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
 from stepdistill.families.hub import expand_home
+from stepdistill.files.weights import naming
 from stepdistill.loading import open_folder
 
 CUSTOM_FILE = "pipeline.py"
@@ -179,11 +180,8 @@ def load_pipeline(
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
-        pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
-    except (ValueError, *DAMAGE) as error:
-        if str(folder) in str(error) and type(error) is ValueError:
-            raise
-        raise ValueError(f"{folder}: diffusers cannot open it: {error}") from error
+        with naming(folder):
+            pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
     finally:
         diffusers_logging.set_verbosity(verbosity)
     return apply_contract(pipeline, read_contract(folder))

@@ -69,10 +69,11 @@ class naming(contextlib.AbstractContextManager):  # noqa: N801  # used as a func
 # ------------------------------------------------------------------------------------------------ which files
 
 
-def chosen_weights(names: Iterable[str], *, pickles: bool) -> tuple[str | None, list[str]]:
+def chosen_weights(names: Iterable[str], *, pickles: bool, wanted: str | None = None) -> tuple[str | None, list[str]]:
     """Return the variant (None: the plain files) and the files of weights to read, out of the names in a folder.
 
-    Safetensors come before pickles, plain files before variants. No files if there are none to choose from.
+    Safetensors come before pickles, and the variant ``wanted`` before plain files, those before other variants. No
+    files if there are none to choose from.
 
     >>> chosen_weights(["config.json", "model.fp16.safetensors", "model.non_ema.safetensors"], pickles=False)
     ('fp16', ['model.fp16.safetensors'])
@@ -85,7 +86,7 @@ def chosen_weights(names: Iterable[str], *, pickles: bool) -> tuple[str | None, 
     by_variant = found[".safetensors"] or (found[".bin"] if pickles else {})
     if not by_variant:
         return None, []
-    variant = next((name for name in ("", *VARIANTS) if name in by_variant), min(by_variant))
+    variant = next((name for name in (wanted or "", "", *VARIANTS) if name in by_variant), min(by_variant))
     return variant or None, by_variant[variant]
 
 
@@ -113,13 +114,14 @@ def weight_names(file: Path) -> set[str]:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def read_network(folder: Path, cls: Any, *, pickles: bool, **options: Any) -> Any:
+def read_network(folder: Path, cls: Any, *, pickles: bool, variant: str | None = None, **options: Any) -> Any:
     """Return the network of class ``cls`` in a folder, with every one of its weights read from there.
 
     Args:
         folder: with ``config.json`` and weights.
         cls: a model class of diffusers or transformers.
         pickles: whether weights that exist only as pickles may be read.
+        variant: the variant to read where the folder has it.
         options: of ``from_pretrained``.
 
     Raises:
