@@ -128,15 +128,16 @@ def read_network(folder: Path, cls: Any, *, pickles: bool, variant: str | None =
         ValueError: if a file is missing or damaged, or weights are missing, left over, or of another shape.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    variant, files = chosen_weights(names, pickles=pickles)
-    if variant is not None:
-        log.warning("%s: has no other weights than the variant %r, which is read", folder, variant)
-        options["variant"] = variant
+    found, files = chosen_weights(names, pickles=pickles, wanted=variant)
+    if found is not None:
+        options["variant"] = found
+    if found not in (None, variant):
+        log.warning("%s: has no other weights than the variant %r, which is read", folder, found)
+    if len(files) > 1:
+        check_shards(folder, found)
     if hasattr(cls, "base_model_prefix"):
         options["ignore_mismatched_sizes"] = True  # so that transformers names the weights; diffusers does anyway
     options["use_safetensors"] = None if pickles else True
-    if len(files) > 1:
-        check_shards(folder, variant)
     with READING, naming(folder):
         network, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     refuse_incomplete(network, info, str(folder))

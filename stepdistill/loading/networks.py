@@ -29,7 +29,8 @@ def read_networks(folder: Path, options: Mapping[str, Any], *, pickles: bool) ->
     for name, (library, class_name) in part_entries(read_index(folder)).items():
         cls = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
         if name not in options and hasattr(cls, "named_parameters"):
-            networks[name] = read_network(folder / name, cls, pickles=pickles, dtype=dtype_of(name, options))
+            asked = {"variant": options.get("variant"), "dtype": dtype_of(name, options)}
+            networks[name] = read_network(folder / name, cls, pickles=pickles, **asked)
     return networks
 
 
