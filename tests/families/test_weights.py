@@ -68,7 +68,8 @@ def test_missing_left_over_and_mismatched_weights_are_refused_by_name(teachers, 
     before = file.read_bytes()
     name = rewrite(file, change)
     try:
-        with pytest.raises(ValueError, match=why := rf"{file.parent}: .*{CHANGES[change].format(name)}"):
+        why = rf"{file.parent}: .*{CHANGES[change].format(name)}"
+        with pytest.raises(ValueError, match=why):
             load_teacher(TeacherConfig(path=str(teachers[make])))
         if change is lack:
             with pytest.raises(ValueError, match=why):
