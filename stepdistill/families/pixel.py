@@ -26,9 +26,10 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import edm_scalings, expand
-from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import opening
@@ -46,6 +47,7 @@ class Pixel(Family):
     network_classes = ("UNet2DModel",)
     parts = ()
     optional_parts = ("condition_embedding",)  # of a student, which is refused with a reason of its own
+    processes = (DiscreteVP, RectifiedFlow, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = (
         "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "time_emb_proj",
@@ -64,6 +66,11 @@ class Pixel(Family):
                 f"unet/config.json: class_embed_type: expected null, got {network.config.class_embed_type!r}; a "
                 "student with further inputs cannot be distilled again"
             )
+        if network.config.in_channels != network.config.out_channels:
+            raise ValueError(
+                f"unet/config.json: expected as many channels out as in, got {network.config.in_channels} in and "
+                f"{network.config.out_channels} out: it also predicts a variance, or is conditioned on images"
+            )
         labels = network.config.num_class_embeds
         if null_class is not None and (labels is None or not 0 <= null_class < labels):
             raise ValueError(
@@ -73,6 +80,7 @@ class Pixel(Family):
         self.network = network
         self.scheduler_config = dict(scheduler_config)
         self.schedule, self.prediction_type = read_schedule(scheduler_config)
+        self.check_process()
         self.sample_shape = (network.config.in_channels, height, width)
         self.image_shape = self.sample_shape
         self.null_class = null_class
@@ -132,9 +140,7 @@ class Pixel(Family):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        if self.prediction_type == "edm":
-            _, sigma = self.schedule(t)
-            x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
+        x_t = self.schedule.network_input(x_t, t)
         timestep = self.schedule.timestep(t).float()
         labels = cond.get("class_labels")
         if self.inputs != Inputs():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.tiny import tiny_t5
 
@@ -20,6 +21,8 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     pipeline_names = ("StableDiffusion3Pipeline",)
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")  # without T5 the pipeline feeds zeros
+    hands_generators_on = False
+    processes = (DiscreteVP, RectifiedFlow)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

@@ -19,8 +19,8 @@ from diffusers import (
 
 from stepdistill import load_pipeline
 from stepdistill.batch import RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import families, load_teacher
@@ -96,15 +96,14 @@ def test_sd3_without_its_third_text_encoder_is_distilled_as_diffusers_samples_it
     assert family.pipe.text_encoder_3 is None
     assert family.example_cond([0])["encoder_hidden_states"][:, 77:].abs().max() == 0
     images = pipeline_images(load_pipeline(export), family, 2, seed=5)
-    absent = {"text_encoder_3": None, "tokenizer_3": None}
-    stock = DiffusionPipeline.from_pretrained(export, **absent)
+    assert (images - reference_images(run, 2, seed=5)).abs().max() < 1e-5
+    stock = DiffusionPipeline.from_pretrained(export, text_encoder_3=None, tokenizer_3=None)
     call = json.loads((export / "stepdistill.json").read_text())["call"]
-    assert torch.equal(pipeline_images(stock, family, 2, seed=5, **call), images)
-    assert (
-        'from_pretrained("path/to/this/folder", text_encoder_3=None, tokenizer_3=None'
-        in (export / "README.md").read_text()
-    )
+    torch.manual_seed(6)  # a step's noise, which SD3's pipeline does not draw from its generators
+    images = pipeline_images(stock, family, 2, seed=5, **call)
     assert (images - reference_images(run, 2, seed=5, handed=False)).abs().max() < 1e-5
+    shown = 'from_pretrained("path/to/this/folder", text_encoder_3=None, tokenizer_3=None'
+    assert shown in (export / "README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------- SD3.5's second attention
@@ -176,7 +175,7 @@ def test_betas_of_any_schedule_are_the_schedulers_own(tmp_path, schedule):
 def test_a_beta_schedule_that_its_scheduler_does_not_know_is_named(tmp_path):
     folder = save_teacher(PIXELS["pixel"](), tmp_path)
     change(folder / "scheduler/scheduler_config.json", beta_schedule="cosin")
-    refused(folder, r"beta_schedule: expected one that DDPMScheduler knows .*got 'cosin'")
+    refused(folder, r"DDPMScheduler knows no beta_schedule 'cosin'")
 
 
 # ------------------------------------------------------------------------------------- loads at the same time

@@ -136,7 +136,7 @@ def test_a_teacher_of_variants_is_opened_and_the_log_says_so(tmp_path, parts, ca
         opened = load_teacher(TeacherConfig(path=str(folder)))
     said = [record.message for record in caplog.records if "variant 'fp16'" in record.message]
     assert len(said) == len(parts) and all(any(f"/{part}:" in line for line in said) for part in parts)
-    assert type(load_pipeline(folder)) is type(family.pipe)
+    assert type(load_pipeline(folder)).__name__ == "StableDiffusionPipeline"
     for name in ("unet", "vae", "text_encoder"):
         part = getattr(opened.pipe, name)
         assert part.dtype == torch.float32
