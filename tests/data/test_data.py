@@ -519,7 +519,7 @@ def test_archives_are_never_unpickled(tmp_path: Path) -> None:
             return Path.touch, (sentinel,)
 
     np.savez(tmp_path / "a.npz", images=np.array([Malicious()], dtype=object))
-    _raises("a.npz.*allow_pickle=False", tmp_path / "a.npz")
+    _raises("a.npz.*which only a pickle could store", tmp_path / "a.npz")
     assert not sentinel.exists()
 
 
