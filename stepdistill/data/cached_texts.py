@@ -20,10 +20,16 @@ from stepdistill.batch import Cond, RawBatch
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import Dataset
 from stepdistill.data.columns import Texts, other_texts, read_texts
-from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.data.shards import (
+    ShardFormat,
+    Shards,
+    concatenate,
+    hashed_write,
+    write_or_check_manifest,
+    write_shards,
+)
 from stepdistill.data.text import json_lines
 from stepdistill.families.base import Family
-from stepdistill.files.writing import atomic_write
 
 CAPTIONS = "captions.jsonl"
 FOLDER = "texts"
@@ -37,21 +43,22 @@ def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
     return None if dataset.captions is None else dataset.captions[index]
 
 
-def write_captions(folder: Path, dataset: Dataset) -> None:
-    """Write names and captions of all samples."""
-    with atomic_write(folder / CAPTIONS) as partial, partial.open("w", encoding="utf-8") as file:
+def write_captions(manifest: Path, dataset: Dataset) -> None:
+    """Write names and captions of all samples beside the manifest of a cache."""
+    with hashed_write(manifest.parent / CAPTIONS, manifest) as partial, partial.open("w", encoding="utf-8") as file:
         for index in range(len(dataset)):
             row = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
             file.write(json.dumps(row) + "\n")
 
 
-def read_captions(folder: Path, count: int) -> tuple[list[str], list[Texts]]:
+def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts]]:
     """Return names and captions of all samples of a cache.
 
     Raises:
         ValueError: naming the file and line, if it is damaged or does not have ``count`` lines.
     """
-    file = folder / CAPTIONS
+    file = shards.folder / CAPTIONS
+    shards.verify(file)
     names, captions = [], []
     for where, row in json_lines(file).items():
         names.append(str(row.get("name", "")))
@@ -95,7 +102,7 @@ def write_texts(
         parts = [_encode(family, [texts[row] for row in batch]) for batch in batches(rows, batch_size)]
         return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
-    write_shards(folder / FOLDER, len(texts), shard_size, make)
+    write_shards(folder / FOLDER / FORMAT.manifest, FORMAT.rows, make)
 
 
 def _encode(family: Family, texts: Sequence[str]) -> dict[str, Tensor]:
