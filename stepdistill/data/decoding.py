@@ -206,6 +206,9 @@ def _fit(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> 
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         case "pad":
             white = "white" if channels == 3 else 255
+            scale = min(width / image.width, height / image.height)
+            if round(min(image.size) * scale) < 1:  # Pillow would return white alone
+                raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to pad")
             image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=white)
         case "stretch":
             image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -28,9 +28,9 @@ def is_image(name: str) -> bool:
 
 def left_out_suffix(name: str) -> str:
     """Return the ending of a file that is no image, nothing that lies beside images by custom and not hidden; or ""."""
-    base = os.path.basename(name)
-    suffix = os.path.splitext(f"_{base}")[1].lower()
-    return "" if suffix in (*_COMPANIONS, *IMAGE_SUFFIXES) or len(suffix) > 12 else suffix
+    suffix = os.path.splitext(name)[1].lower()
+    is_known = suffix in _COMPANIONS or suffix in IMAGE_SUFFIXES
+    return "" if is_known or name.startswith(".") or len(suffix) > 12 else suffix
 
 
 def count_words(suffixes: collections.Counter[str]) -> str:

@@ -104,7 +104,7 @@ def read_tars(
                 captions.add(_caption, parts, caption_key)
                 labels.add(_label, parts, label_key or "label")
             else:
-                left_out.update(filter(None, map(left_out_suffix, parts)))
+                left_out.update(filter(None, (left_out_suffix(f"_{suffix}") for suffix in parts)))
     return TarSamples(images, captions, labels, count_words(left_out))
 
 
