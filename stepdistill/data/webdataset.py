@@ -131,13 +131,14 @@ def _grouped(tar: Path) -> Iterator[dict[str, TarMember]]:
 
 def _members(tar: Path) -> Iterator[TarMember]:
     """Yield the files in a tar; warn once of links, devices and sparse files, whose content is not there."""
-    others = []
+    others, last = [], -1
     for entry in _entries(tar):
         name = f"{tar}!{entry.name}"
         if entry.name.startswith("/") or ".." in entry.name.split("/"):
             raise ValueError(f"{name}: expected a name inside the tar, got one that leads outside")
-        if entry.size < 0:  # the next header would be looked for before this one, for ever
-            raise ValueError(f"{name}: expected a size, got {entry.size}")
+        if entry.size < 0 or entry.offset <= last:  # a negative size leads back to an earlier header, for ever
+            raise ValueError(f"{name}: expected a size of at least 0, got a negative one")
+        last = entry.offset
         if entry.isreg() and not entry.sparse:
             yield TarMember(str(tar), entry.name, entry.offset_data, entry.size)
         elif not entry.isdir():
