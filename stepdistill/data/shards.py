@@ -164,7 +164,7 @@ class Shards:
             raise ValueError(
                 f"{path}: expected count and shard_size of at least 1, got {self.count}, {self.shard_size}"
             )
-        self.shards = [self._open(number) for number in range(math.ceil(self.count / self.shard_size))]
+        self.shards = [self._open(number) for number in range(-(-self.count // self.shard_size))]
         self._check_alike()
         self._hashes = self.entry(HASHES, dict[str, str]) if HASHES in self.manifest else {}
         self._verified: set[Path] = set()
