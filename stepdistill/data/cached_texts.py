@@ -7,6 +7,7 @@ Any caption that a visit draws is therefore there, and training from the cache d
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,14 @@ FOLDER = "texts"
 FORMAT = ShardFormat(key="data.path", rows="captions", manifest="texts.json", script="scripts/cache.py")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A sample in the file of captions."""
+
+    name: str
+    text: Any
+
+
 def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
     """Return the captions of a sample as a cache notes them: text if there is one, else a list."""
     if dataset.choices is not None and len(dataset.choices[index]) > 1:
@@ -60,9 +69,9 @@ def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts]]:
     file = shards.folder / CAPTIONS
     shards.verify(file)
     names, captions = [], []
-    for where, row in json_lines(file).items():
-        names.append(str(row.get("name", "")))
-        captions.append(read_texts(row.get("text"), f"{where}: 'text'"))
+    for where, row in json_lines(file, _Line).items():
+        names.append(row.name)
+        captions.append(read_texts(row.text, f"{where}: 'text'"))
     if len(names) != count:
         raise ValueError(f"{file}: expected {count} lines, one a sample, got {len(names)}; make the cache anew")
     return names, captions

@@ -35,8 +35,9 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill.data.archives import read_archive
 from stepdistill.data.base import TABLE_KEYS, DataConfig
-from stepdistill.data.columns import Column, Texts, read_texts
+from stepdistill.data.columns import Column, Texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
 from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images
 from stepdistill.data.metadata import (
@@ -50,7 +51,6 @@ from stepdistill.data.metadata import (
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import TarMember, read_tars
-from stepdistill.files.arrays import array_headers, read_arrays
 from stepdistill.files.schema import nearest
 
 STRAY = -1  # label of an image that lies beside the class folders
@@ -118,50 +118,12 @@ def _why_not(path: Path) -> str:
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
 
-# ------------------------------------------------------------------------------------------------- .npz
-
-
-_OURS = {"images": "images", "labels": "labels", "captions": "captions"}
-_ADM = {"images": "arr_0", "labels": "arr_1", "captions": "captions"}
-"""Names of the arrays in ``.npz`` files of ours, and in those that ADM's (guided-diffusion's) samplers write."""
-
-
 def _npz(path: Path) -> Listing:
-    headers = array_headers(path)
-    names = _ADM if "arr_0" in headers and "images" not in headers else _OURS
-    if names["images"] not in headers:
-        raise ValueError(f"{path}: no array 'images'{nearest('images', headers)}")
-    arrays = read_arrays(path, names.values())
-    images, labels, captions = (arrays.get(name) for name in names.values())
-    assert images is not None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(
-            f"{path}: {names['images']}: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} "
-            f"{images.shape}"
-        )
-    no_labels = _unlike(labels, len(images), "iu", f"{path}: {names['labels']}: expected int")
-    images = images if images.ndim == 4 else images[..., None]
+    found = read_archive(path)
     return Listing(
-        images, None if no_labels else labels, array_shape=images.shape[1:], no_labels=no_labels,
-        **_captions(_array_captions(captions, len(images), path)),
+        found.images, found.labels, array_shape=found.images.shape[1:], no_labels=found.no_labels,
+        **_captions(found.captions),
     )  # fmt: skip
-
-
-def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) -> str | None:
-    """Return what is wrong with the type or shape of a column of an ``.npz``; None if nothing is."""
-    if column is None or (column.dtype.kind in kinds and column.shape == (count,)):
-        return None
-    return f"{expected} ({count},), got {column.dtype} {column.shape}"
-
-
-def _array_captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
-    column = Column[Texts]()
-    if problem := _unlike(captions, count, "U", f"{path}: captions: expected str"):
-        column.fail(problem)
-    elif captions is not None:
-        for row, text in enumerate(captions.tolist()):
-            column.add(read_texts, text, f"{path}[{row}]: captions")
-    return column
 
 
 # ---------------------------------------------------------------------------------------------- folders

@@ -160,10 +160,9 @@ class Shards:
             )
         self.manifest = read_json(path)
         self.count, self.shard_size = self.entry("count", int), self.entry("shard_size", int)
-        if self.count < 1 or self.shard_size < 1:
-            raise ValueError(
-                f"{path}: expected count and shard_size of at least 1, got {self.count}, {self.shard_size}"
-            )
+        if not (1 <= self.count < 2**48 and 1 <= self.shard_size < 2**48):
+            found = f"{self.count} and {self.shard_size}"[:60]
+            raise ValueError(f"{path}: expected count and shard_size of at least 1 and below 2**48, got {found}")
         self.shards = [self._open(number) for number in range(-(-self.count // self.shard_size))]
         self._check_alike()
         self._hashes = self.entry(HASHES, dict[str, str]) if HASHES in self.manifest else {}

@@ -257,7 +257,7 @@ def test_damaged_archives_are_read_or_refused_by_name(tmp_path: Path) -> None:
 def test_special_files_are_no_data(tmp_path: Path, suffix: str) -> None:
     """FAULTS 10."""
     os.mkfifo(tmp_path / f"a{suffix}")
-    with pytest.raises(ValueError, match=r"expected a folder, an \.npz or a \.tar, got another file"):
+    with pytest.raises(ValueError, match=r"expected a folder, an \.npz, a \.tar or a \.parquet, got another file"):
         opened(tmp_path / f"a{suffix}")
 
 
@@ -278,7 +278,7 @@ def test_samples_of_guided_diffusion_are_images(tmp_path: Path) -> None:
     assert len(opened(tmp_path / "bare.npz")) == 6
     np.savez(tmp_path / "wrong.npz", images, labels.astype(np.float32))
     with pytest.raises(ValueError, match=r"wrong\.npz: arr_1: expected int \(6,\), got float32"):
-        opened(tmp_path / "wrong.npz")
+        opened(tmp_path / "wrong.npz", 3)
     np.savez(tmp_path / "wrong.npz", images.astype(np.float32))
     with pytest.raises(ValueError, match=r"wrong\.npz: arr_0: expected uint8"):
         opened(tmp_path / "wrong.npz")
@@ -291,7 +291,7 @@ def test_labels_that_are_no_class(tmp_path: Path, label: int) -> None:
         picture(tmp_path / f"{name}.png")
     row = '{{"file_name": "{}.png", "label": {}}}\n'
     (tmp_path / "metadata.jsonl").write_text(row.format("a", 0) + row.format("b", label))
-    with pytest.raises(ValueError, match=rf"b\.png: label: expected .*, got {str(label)[0]}"):
+    with pytest.raises(ValueError, match=rf"(b\.png: label|jsonl:2: 'label'): expected .*, got {label}"):
         opened(tmp_path, 3)
     picture_tar = [member("a.png", content=png()), member("a.cls", content=str(label).encode())]
     with pytest.raises(ValueError, match=r"a\.tar!a\.(png|cls): label: expected .*, got "):
