@@ -219,7 +219,7 @@ def test_every_file_of_a_cache_has_a_hash(tmp_path: Path) -> None:
     for content, message in (
         (whole.splitlines()[0], "expected 3 lines, one a sample, got 1"),
         (whole.replace('"two"', "2"), r"captions\.jsonl:2: 'text': expected text, .*got 2"),
-        (whole.replace('"name"', '"nam"'), r"captions\.jsonl:1: "),
+        (whole.replace('"name"', '"Name"'), r"captions\.jsonl:1: "),
         ("{\n" * 3, r"captions\.jsonl:1: expected JSON"),
     ):
         captions.write_text(content)
