@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,37 @@ def test_pairs_have_hashes_too(tmp_path: Path) -> None:
     flip(shard_path(folder, 1))
     with pytest.raises(ValueError, match=r"^method\.pairs: .*shard-00001\.safetensors is not what"):
         Pairs(folder).rows([0, 3])
+
+
+def _mutated(text: str, seed: int) -> str:
+    random_, letters = random.Random(seed), list(text)
+    for _ in range(random_.choice((1, 1, 2, 8))):
+        place = random_.randrange(len(letters))
+        match random_.randrange(4):
+            case 0:
+                del letters[place : place + random_.randrange(1, 20)]
+            case 1:
+                letters.insert(place, random_.choice('{}[]",:-0919eE\\\0\ud7ffxnull'))
+            case 2:
+                letters[place : place + 1] = random_.choice(("null", "-1", "1e9", '""', "[]", "{}", "NaN", "0" * 99))
+            case _:
+                letters[place] = random_.choice('0123456789abcdef"{}[]')
+    return "".join(letters)
+
+
+def test_mutated_manifests_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    """FAULTS 9: 12 of 112 gave a traceback."""
+    config, family = cached(tmp_path)
+    manifest, opened = tmp_path / "cache/cache.json", 0
+    whole = manifest.read_text()
+    for seed in range(120):
+        manifest.write_text(_mutated(whole, seed), encoding="utf-8")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                data = LatentCacheDataset(config, family, needs_images=False)
+                data.encode(family, data.load([0]))
+            opened += 1
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+    assert 0 < opened < 120
