@@ -60,8 +60,8 @@ class Found:
             self.left_out[suffix] += 1
 
     def warn(self, folder: Path) -> None:
-        """Say once what is left out."""
-        if self.left_out:
+        """Say once what is left out; without any image it is an error, which says it."""
+        if self.left_out and self.images:
             warnings.warn(
                 f"{folder}: left out, because no such files are read: {count_words(self.left_out)}", stacklevel=2
             )
