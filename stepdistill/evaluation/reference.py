@@ -19,6 +19,7 @@ from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.arrays import array_headers
 from stepdistill.files.schema import nearest
 from stepdistill.files.writing import atomic_write
 from stepdistill.inference.sampling import Images
@@ -235,10 +236,10 @@ class Reference:
 def holds_statistics(path: Path) -> bool:
     """Return whether a ``.npz`` is to be read as statistics: it holds no images, or cannot be read at all."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return "images" not in archive.files or "mu" in archive.files
-    except (OSError, ValueError, AttributeError):
+        names = array_headers(path).keys()
+    except ValueError:
         return True  # whoever reads it names what is wrong
+    return "mu" in names or not names & {"images", "arr_0"}
 
 
 def sha256_of(path: Path) -> str:

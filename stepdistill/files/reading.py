@@ -33,7 +33,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
         ValueError: if it is missing, no plain file, unreadable, larger than ``max_bytes``, or not UTF-8.
     """
     try:
-        _check_file(path, max_bytes)
+        check_file(path, max_bytes)
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from None
@@ -44,13 +44,14 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the content of a file whose text the caller decodes; raise ``ValueError`` as :func:`read_text` does."""
     try:
-        _check_file(path, max_bytes)
+        check_file(path, max_bytes)
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _check_file(path: Path, max_bytes: int) -> None:
+def check_file(path: Path, max_bytes: int) -> None:
+    """Raise ``ValueError`` unless ``path`` is a plain file (no folder, no pipe) of at most ``max_bytes``."""
     if not path.exists():
         raise ValueError(f"{path}: no such file{_nearest_file(path)}")
     status = path.stat()

@@ -95,6 +95,22 @@ def plain(result):
 # ------------------------------------------------------------------------------------- the same, however it is run
 
 
+def test_samples_of_guided_diffusion_give_the_number_of_our_own_files(tmp_path, network):
+    """REPORTS 19: ``arr_0`` and ``arr_1``, as the images that are measured and as the reference."""
+    numbers = []
+    for name in ("ours", "adm"):
+        for role, seed in (("real", 0), ("made", 1)):
+            with np.load(archive(tmp_path / f"{name}-{role}.npz", seed=seed)) as arrays:
+                images, labels = arrays["images"], arrays["labels"]
+            if name == "adm":
+                np.savez(tmp_path / f"adm-{role}.npz", images[..., None], labels)
+        opened = MetricSuite.open(str(network), str(tmp_path / f"{name}-real.npz"))
+        result = evaluate_files(ImageSet(tmp_path / f"{name}-made.npz"), opened, ("fd", "accuracy", "precision_recall"))
+        numbers.append([result[key] for key in ("fd", "accuracy", "precision", "recall")])
+        assert opened.reference.about["kind"] == "images" and len(opened.reference.labels) == 120
+    assert numbers[0] == numbers[1] and numbers[0][0] > 0
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_images_are_the_same_bytes_for_every_batch_size(guidance_scale):
     call = {"guidance_scale": guidance_scale}
