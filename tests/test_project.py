@@ -59,7 +59,7 @@ FORBIDDEN = {
     "catch everything": (is_bare_except, (), "try: pass\nexcept: pass"),
     "run remote code": (
         passes("trust_remote_code", True),
-        ("stepdistill/loading.py",),
+        ("stepdistill/loading/__init__.py", "stepdistill/loading/code.py"),
         "load(path, trust_remote_code=True)",
     ),
 }

@@ -1,0 +1,46 @@
+"""Settings of a model that name code, kernels, or weights elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepdistill.files.reading import read_json
+from stepdistill.loading.pickles import is_plain
+
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
+"""Settings by which transformers and diffusers find Python code, in the folder or in any repository."""
+KERNEL_KEYS = ("attn_implementation", "experts_implementation", "kernel_config")
+"""Parts of the names of settings by which transformers finds kernels to download, if a value names a repository."""
+
+
+def refuse_settings(place: Path, permission: str, *, deep: bool = False) -> None:
+    """Raise ``ValueError`` if the settings of a model name code, kernels, or weights elsewhere.
+
+    Args:
+        place: the folder with ``config.json``, ``tokenizer_config.json`` and the like.
+        permission: what the user can do.
+        deep: whether folders in it count, as of a processor's parts.
+    """
+    for path in sorted((place.rglob if deep else place.glob)("*config.json")):
+        if path.name == "adapter_config.json":
+            raise ValueError(f"{path}: expected a whole model, got an adapter, which names another; {permission}")
+        for key, value in values_by_key(read_json(path, Any)):
+            kernel = any(word in key for word in KERNEL_KEYS) and "/" in str(value)
+            if (key in CODE_KEYS or kernel) and value:
+                raise ValueError(f"{path}: {key}: names code that would run ({value}); {permission}")
+            if key == "transformers_weights" and value and not is_plain(value, ".safetensors"):
+                raise ValueError(f"{path}: {key}: expected a .safetensors file in the folder, got {value!r}")
+
+
+def values_by_key(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of every object in a JSON value, at any depth."""
+    waiting = [tree]
+    while waiting:
+        match waiting.pop():
+            case dict() as section:
+                yield from section.items()
+                waiting += section.values()
+            case list() as items:
+                waiting += items
