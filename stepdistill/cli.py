@@ -258,9 +258,11 @@ def export(args: argparse.Namespace) -> None:
     """Run ``stepdistill export``."""
     from stepdistill.config import read_config
     from stepdistill.training.config import resolve
-    from stepdistill.training.run import Run
+    from stepdistill.training.run import Run, check_output
 
-    print(Run(resolve(read_config(args.config, args.overrides))).export_checkpoint(Path(args.output)))
+    config = resolve(read_config(args.config, args.overrides))
+    check_output(Path(args.output), config)  # before the models are opened
+    print(Run(config).export_checkpoint(Path(args.output)))
 
 
 def benchmark(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
+from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
 from stepdistill.loading import open_folder
 
@@ -57,20 +58,21 @@ def export_pipeline(
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
-    The directory appears complete or not at all: it is written under another name and renamed.
+    The directory appears complete or not at all, see :mod:`stepdistill.export.replacing`.
 
     Args:
         family: the student's family.
         network: a plain diffusers model.
         sampler: the rule and grid it was trained for.
-        folder: where to write; an existing export is replaced.
+        folder: where to write; an existing export is replaced, and nothing else.
         origin: where the student comes from, for its contract.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
         links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
 
     Raises:
-        ValueError: if no scheduler can express the sampler, or the file system has no links.
+        ValueError: if no scheduler can express the sampler, the file system has no links, or ``folder`` holds something
+            other than an export.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
     linked = {name: str(target) for name, target in links.items()}
@@ -78,18 +80,12 @@ def export_pipeline(
         family, pipeline, sampler, guidance_scale=guidance_scale, origin=origin or Origin(), linked=linked,
         own_code=has_own_class(pipeline) or bool(family.code),
     )  # fmt: skip
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replacing(folder) as partial:
+        write_contract(contract, partial)
         save_pipeline(pipeline, partial, links, family.code)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
-        write_contract(contract, partial)
         (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # of links, this removes the links
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

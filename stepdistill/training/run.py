@@ -19,6 +19,7 @@ from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.replacing import check_replaceable
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher, locate
@@ -53,6 +54,7 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
+        check_replaceable(self.folder / "pipeline")
         check_environment()
         check_tracker(config.train.tracker)
         torch.manual_seed(config.train.seed)
@@ -148,6 +150,7 @@ class Run:
 
     def export_checkpoint(self, folder: Path) -> Path:
         """Write the student of the run's newest checkpoint."""
+        check_output(folder, self.config)
         trainer = self.trainer()
         trainer.restore()
         if trainer.step == 0:
@@ -219,6 +222,15 @@ def distill(
         **sections,
     }
     return Run(resolve(mapping)).train()
+
+
+def check_output(folder: Path, config: RunConfig) -> None:
+    """Raise ``ValueError`` if an export to ``folder`` would replace something other than an export.
+
+    That is: files of the user's, the run itself, its teacher, or the student that it started from.
+    """
+    used = (config.train.output_dir, config.teacher.path, config.bank.init_from)
+    check_replaceable(folder, tuple(path for path in used if path is not None))
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:
