@@ -44,7 +44,7 @@ def main() -> None:
         args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
     )
 
-    unet = UNet2DModel.from_pretrained(args.teacher / "unet").half()
+    unet = UNet2DModel.from_pretrained(args.teacher / "unet", use_safetensors=True).half()
     scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
     pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
     pipeline.save_pretrained(args.output_dir / "teacher")  # without its code, which the package has

@@ -82,8 +82,8 @@ def make_chunk(source: Source, suite: MetricSuite, start: int, folder: Path | No
 
 
 def remove_chunks(work: Path) -> None:
-    """Remove finished chunks, and the folders that are then empty; all else that lies there is the user's."""
-    for path in work.glob("*/chunk-*.safetensors"):
+    """Remove what :func:`collect` wrote, and the folders that are then empty; all else there is the user's."""
+    for path in (*work.glob("*/chunk-*.safetensors"), *work.glob("*/identity.json")):
         path.unlink()
     for folder in (*work.glob("*/"), work):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -51,6 +51,8 @@ def open_folder(folder: Path, *, trust_remote_code: bool, trust_pickles: bool, *
     Raises:
         ValueError: with the names of the files that would run, or of the entry that is not allowed.
     """
+    if "custom_pipeline" in options and not trust_remote_code:
+        raise ValueError(f"custom_pipeline: is code that would run; {permission_hint('trust_remote_code')}")
     foreign = trust_remote_code and not is_our_code(folder)
     if not foreign:
         refuse_foreign_classes(folder)
@@ -58,7 +60,7 @@ def open_folder(folder: Path, *, trust_remote_code: bool, trust_pickles: bool, *
         for part in parts(folder):
             refuse_pickles(folder / part)
     options["use_safetensors"] = wants_safetensors(trust_pickles)
-    if foreign:
+    if foreign or "custom_pipeline" in options:
         return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **options)
     return _open_checked(folder, options)
 
