@@ -100,6 +100,10 @@ FORBIDDEN = frozenset(["as_graph", "as_custom_obj", "as_operator", "custom_obj",
 CONTAINERS = frozenset([None, "builtins.tuple", "builtins.list", "builtins.dict"])
 
 
+DAMAGE = (RuntimeError, AssertionError, LookupError, TypeError, AttributeError, SyntaxError, ValueError)
+"""What torch raises for a graph that does not fit its tensors."""
+
+
 def load_program(path: str) -> torch.export.ExportedProgram:
     """Return the program in a file.
 
@@ -110,11 +114,11 @@ def load_program(path: str) -> torch.export.ExportedProgram:
         content = _checked_copy(path)
     except OSError as error:
         raise ValueError(f"features {path!r}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"features {path!r}: expected a program of torch.export.save: {error}") from error
     try:
         return torch.export.load(content)
-    except (RuntimeError, AssertionError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+    except DAMAGE as error:
         raise ValueError(f"features {path!r}: torch cannot open it: {error}") from error
 
 
@@ -162,7 +166,7 @@ def _check_sample(where: str, data: bytes) -> None:
             raise ValueError(f"{where}: expected uncompressed tensors")
     try:
         torch.load(io.BytesIO(data), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{where}: expected tensors, got pickled objects") from error
 
 
