@@ -17,7 +17,7 @@ def model_card(contract: Contract) -> str:
     from huggingface_hub import ModelCardData
 
     origin = contract.origin
-    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", origin.method or ""])
+    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", one_line(origin.method or "")])
     custom = ", trust_remote_code=True" if contract.own_code else ""
     linked = ", ".join(code(name) for name in contract.linked)
     return f"""---

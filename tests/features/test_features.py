@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.features.classifier import SmallConvNet
@@ -134,6 +135,61 @@ def dinov2(folder, **processor):
     defaults = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
     transformers.BitImageProcessor(**{**defaults, **processor}).save_pretrained(folder)
     return folder
+
+
+def pickles(folder):
+    """Weights that exist only as a pickle."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def names(file, key, value):
+    def do(folder):
+        content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps(content | {key: value}))
+
+    return do
+
+
+UNTRUSTED = {
+    "pickles": (pickles, r"pytorch_model\.bin is a pickle.*save_pretrained"),
+    "a pickle that shards name": (
+        names("model.safetensors.index.json", "weight_map", {"a": "pytorch_model.bin"}), "weight_map: expected",
+    ),
+    "weights elsewhere": (names("config.json", "transformers_weights", "../x.safetensors"), "_weights: expected a"),
+    "code": (names("config.json", "auto_map", {"AutoModel": "evil.Evil"}), r"config\.json: auto_map: names code"),
+    "code of the processor": (
+        names("preprocessor_config.json", "auto_map", {"AutoImageProcessor": "a/b--evil.Evil"}), "auto_map: names code",
+    ),
+    "an adapter": (names("adapter_config.json", "base_model_name_or_path", "a/b"), "expected a whole model, got an ad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNTRUSTED)
+def test_a_vision_model_brings_no_code_and_no_pickles(tmp_path, what, monkeypatch):
+    """RELIABILITY row 27: there is no permission for judges, and nobody is asked on the console."""
+    change, message = UNTRUSTED[what]
+    change(dinov2(tmp_path / "dino"))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match=message):
+        load_features(str(tmp_path / "dino"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (names("config.json", "width", "24"), r"config\.json: width: expected whole number"),
+        (names("config.json", "num_features", 10**9), r"config\.json: num_features: expected 1 to 4096"),
+        (names("config.json", "num_classes", 5), r"model\.safetensors: expected the weights of this network"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), r"model\.safetensors: expected the w"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: .*expected a section"),
+    ],
+)
+def test_a_damaged_classifier_is_named(tmp_path, change, message):
+    SmallConvNet(width=4, num_features=4).save_pretrained(tmp_path / "judge")
+    change(tmp_path / "judge")
+    with pytest.raises(ValueError, match=message):
+        load_features(str(tmp_path / "judge"))
 
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
