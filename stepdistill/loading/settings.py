@@ -9,7 +9,7 @@ from typing import Any
 from stepdistill.files.reading import read_json
 from stepdistill.loading.pickles import is_plain
 
-CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate")
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code")
 """Settings by which transformers and diffusers find Python code, in the folder or in any repository."""
 KERNEL_KEYS = ("attn_implementation", "experts_implementation", "kernel_config")
 """Parts of the names of settings by which transformers finds kernels to download, if a value names a repository."""
@@ -29,7 +29,7 @@ def refuse_settings(place: Path, permission: str, *, deep: bool = False) -> None
         for key, value in values_by_key(read_json(path, Any)):
             kernel = any(word in key for word in KERNEL_KEYS) and "/" in str(value)
             if (key in CODE_KEYS or kernel) and value:
-                raise ValueError(f"{path}: {key}: names code that would run ({value}); {permission}")
+                raise ValueError(f"{path}: {key}: names code that would run, {str(value)[:80]!r}; {permission}")
             if key == "transformers_weights" and value and not is_plain(value, ".safetensors"):
                 raise ValueError(f"{path}: {key}: expected a .safetensors file in the folder, got {value!r}")
 

@@ -20,6 +20,7 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.loading.classes import part_class
 from stepdistill.loading.settings import values_by_key
 
 GENUINE = Path(__file__).parents[2] / "pipelines"
@@ -128,6 +129,10 @@ WAYS = {
         set_key("tokenizer/processor_config.json", "image_processor", {"auto_map": {"AutoImageProcessor": "evil.E"}}),
         r"processor_config\.json: auto_map: names code",
     ),
+    "a permission that the folder gives itself": (
+        set_key("text_encoder/config.json", "keypoint_detector_config", {"trust_remote_code": True}),
+        r"text_encoder/config\.json: trust_remote_code: names code",
+    ),
     "kernel": (
         set_key("text_encoder/config.json", "_attn_implementation_internal", "someone/kernel"),
         r"text_encoder/config\.json: _attn_implementation_internal: names code",
@@ -223,3 +228,26 @@ def test_a_link_to_one_of_our_files_is_as_good_as_the_file(student):
 def test_values_are_found_at_any_depth():
     found = [key for key, _ in values_by_key([{"a": [[{"b": 2}]]}])]
     assert found == ["a", "b"]
+
+
+REAL = """
+scheduler diffusers PNDMScheduler
+unet diffusers UNet2DConditionModel
+safety_checker stable_diffusion StableDiffusionSafetyChecker
+feature_extractor transformers CLIPImageProcessor
+feature_extractor_2 transformers CLIPFeatureExtractor
+text_encoder transformers CLIPTextModelWithProjection
+text_encoder_2 transformers T5EncoderModel
+text_encoder_3 transformers Gemma2Model
+tokenizer transformers CLIPTokenizer
+tokenizer_2 transformers T5TokenizerFast
+tokenizer_3 transformers GemmaTokenizerFast
+vae diffusers AutoencoderDC
+transformer diffusers FluxTransformer2DModel
+"""
+
+
+@pytest.mark.parametrize("words", REAL.strip().splitlines())
+def test_what_published_pipelines_name_is_accepted(tmp_path, words):
+    name, *entry = words.split()
+    assert part_class(tmp_path, name, entry) is None
