@@ -28,7 +28,7 @@ from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
-from stepdistill.loading import open_folder
+from stepdistill.loading import DAMAGE, open_folder
 
 CUSTOM_FILE = "pipeline.py"
 
@@ -179,6 +179,10 @@ def load_pipeline(
     diffusers_logging.set_verbosity_error()
     try:
         pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
+    except (ValueError, *DAMAGE) as error:
+        if str(folder) in str(error) and type(error) is ValueError:
+            raise
+        raise ValueError(f"{folder}: diffusers cannot open it: {error}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
     return apply_contract(pipeline, read_contract(folder))

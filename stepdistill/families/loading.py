@@ -7,7 +7,6 @@ import inspect
 import json
 import pkgutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from stepdistill.assets import FASHION
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.schema import nearest
-from stepdistill.loading import open_folder, own_class, permission_hint, read_index, refuse_code, stock_base
+from stepdistill.loading import DAMAGE, open_folder, own_class, permission_hint, read_index, refuse_code, stock_base
 
 
 def families() -> dict[str, type[Family]]:
@@ -115,5 +114,5 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
         return open_folder(
             folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
         )
-    except (OSError, KeyError, TypeError, UnpicklingError) as error:
+    except DAMAGE as error:
         raise cannot_open(folder, config, error) from error

@@ -132,7 +132,7 @@ def _checked_copy(path: str) -> io.BytesIO:
             if inside == SAMPLE:
                 _check_sample(where, data)
             elif inside in CONFIGS:
-                _check_weights(where, data)
+                _check_weights(where, data, sum(other.file_size for other in members.values()))
             elif inside == GRAPH:
                 data = _checked_graph(where, data)
             target.writestr(member, data)
@@ -170,15 +170,15 @@ def _check_sample(where: str, data: bytes) -> None:
         raise ValueError(f"{where}: expected tensors, got pickled objects") from error
 
 
-def _check_weights(where: str, data: bytes) -> None:
-    """Raise ``ValueError`` if the description of the weights names more than tensors of a size that fits."""
+def _check_weights(where: str, data: bytes, size: int) -> None:
+    """Raise ``ValueError`` if the description of the weights names more than tensors, or more than ``size`` numbers."""
     config = _parse(where, data)
     _check_names(where, config)
     for key, value in values_by_key(config):
         if key == "use_pickle" and value:
             raise ValueError(f"{where}: expected plain tensors, got pickled ones")
-        if key == "sizes" and math.prod(size["as_int"] for size in value) > MAX_BYTES:
-            raise ValueError(f"{where}: expected at most {MAX_BYTES:,} numbers in a tensor, got more")
+        if key == "sizes" and math.prod(length["as_int"] for length in value) > size:
+            raise ValueError(f"{where}: expected tensors that fit into {size:,} bytes, got a larger one")
 
 
 def _checked_graph(where: str, data: bytes) -> bytes:

@@ -14,16 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from stepdistill.loading.classes import is_our_class, part_class, pipeline_class, refuse_foreign_classes
 from stepdistill.loading.code import is_our_code, read_code, refuse_code, stock_base
 from stepdistill.loading.index import own_class, part_entries, parts, read_index
 from stepdistill.loading.pickles import only_pickle, permission_hint, refuse_pickles, wants_safetensors
 
+DAMAGE = (
+    OSError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, UnpicklingError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What the libraries raise, beside ``ValueError``, for a folder whose files are damaged or do not fit together."""
 __all__ = [
+    "DAMAGE",
     "is_our_code",
     "only_pickle",
     "open_folder",

@@ -14,6 +14,9 @@ CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate
 KERNEL_KEYS = ("attn_implementation", "experts_implementation", "kernel_config")
 """Parts of the names of settings by which transformers finds kernels to download, if a value names a repository."""
 
+MAX_NUMBER = 2**31
+"""Largest whole number in a network's settings: a network of more layers would be built until the memory is full."""
+
 
 def refuse_settings(place: Path, permission: str, *, deep: bool = False) -> None:
     """Raise ``ValueError`` if the settings of a model name code, kernels, or weights elsewhere.
@@ -27,6 +30,8 @@ def refuse_settings(place: Path, permission: str, *, deep: bool = False) -> None
         if path.name == "adapter_config.json":
             raise ValueError(f"{path}: expected a whole model, got an adapter, which names another; {permission}")
         for key, value in values_by_key(read_json(path, Any)):
+            if type(value) is int and value > MAX_NUMBER and path.name == "config.json":
+                raise ValueError(f"{path}: {key}: expected at most {MAX_NUMBER:,}, got {value:,}")
             kernel = any(word in key for word in KERNEL_KEYS) and "/" in str(value)
             if (key in CODE_KEYS or kernel) and value:
                 raise ValueError(f"{path}: {key}: names code that would run, {str(value)[:80]!r}; {permission}")

@@ -133,6 +133,7 @@ WAYS = {
         set_key("text_encoder/config.json", "keypoint_detector_config", {"trust_remote_code": True}),
         r"text_encoder/config\.json: trust_remote_code: names code",
     ),
+    "endless layers": (set_key("unet/config.json", "layers_per_block", 2**70), r"layers_per_block: expected at most"),
     "kernel": (
         set_key("text_encoder/config.json", "_attn_implementation_internal", "someone/kernel"),
         r"text_encoder/config\.json: _attn_implementation_internal: names code",
@@ -228,6 +229,24 @@ def test_a_link_to_one_of_our_files_is_as_good_as_the_file(student):
 def test_values_are_found_at_any_depth():
     found = [key for key, _ in values_by_key([{"a": [[{"b": 2}]]}])]
     assert found == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", b"x" * 50),
+        ("text_encoder/model.safetensors", b""),
+        ("vae/config.json", b'{"block_out_channels": 5}'),
+        ("scheduler/scheduler_config.json", b"[]"),
+        ("text_encoder/config.json", b'{"hidden_size": "a"}'),
+    ],
+)
+def test_a_damaged_folder_is_named(folder, file, content):
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"/teacher"):
+        load_pipeline(folder)
+    with pytest.raises(ValueError, match=r"/teacher"):
+        load_teacher(TeacherConfig(path=str(folder), family="sd"))
 
 
 REAL = """
