@@ -28,6 +28,7 @@ from stepdistill.loading import (
     refuse_code,
     stock_base,
 )
+from stepdistill.loading.settings import refuse_endless
 
 HARMLESS = ("safety_checker", "feature_extractor")
 """Parts of pipelines that change no image."""
@@ -59,7 +60,7 @@ def load_teacher(config: TeacherConfig) -> Family:
         return load_checkpoint(place, config, known)
     cls = find_family(place, config, known) if config.family is None else known[config.family]
     check_parts(place, cls)
-    refuse_quantised(place)
+    check_settings(place)
     with fitting(place, cls):
         return cls.load(place, config)
 
@@ -135,10 +136,12 @@ def check_parts(folder: Path, cls: type[Family]) -> None:
         raise ValueError(f"teacher.path: {folder}: {pipeline} has no {name}, which the family {family!r} needs")
 
 
-def refuse_quantised(folder: Path) -> None:
-    """Raise ``ValueError`` if a part has quantised weights: no student can be trained from, or merged into, them."""
-    for path in sorted(folder.glob("*/config.json")):
-        quantised = read_json(path).get("quantization_config")
+def check_settings(folder: Path) -> None:
+    """Raise ``ValueError`` if a part has no end, or quantised weights, into which no student can be merged."""
+    for path in sorted(folder.glob("*/*config.json")):
+        settings = read_json(path, Any)
+        refuse_endless(path, settings)
+        quantised = settings.get("quantization_config") if type(settings) is dict else None
         if quantised:
             method = quantised.get("quant_method", quantised) if type(quantised) is dict else quantised
             raise ValueError(

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from stepdistill.files.reading import read_json
 
 LIBRARY_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-    SafetensorError, StrictDataclassError, TypeError, UnpicklingError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
+    RuntimeError, SafetensorError, StrictDataclassError, TypeError, UnpicklingError, ValueError,
 )  # fmt: skip
 """What diffusers, transformers and torch raise for files that they cannot read or settings that do not fit."""
 

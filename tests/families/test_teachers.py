@@ -79,6 +79,24 @@ def test_a_pipeline_without_a_part_that_is_needed_is_refused(tmp_path, part):
     refused(folder, rf"StableDiffusionPipeline has no {part}, which the family 'sd' needs")
 
 
+@pytest.mark.parametrize(
+    ("make", "file", "key"),
+    [
+        (SD.tiny, "vae/config.json", "layers_per_block"),
+        (SD.tiny, "text_encoder/config.json", "num_hidden_layers"),
+        (Pixel.tiny, "unet/config.json", "layers_per_block"),
+        (Pixel.tiny, "scheduler/scheduler_config.json", "num_train_timesteps"),
+    ],
+)
+def test_settings_that_would_be_built_until_the_memory_is_full_are_refused(tmp_path, make, file, key):
+    """Found by mutations: a million layers took 22 GB before the process was killed."""
+    folder = save_teacher(make(), tmp_path)
+    change(folder / file, **{key: 10**9})
+    for opening in (lambda: load_teacher(TeacherConfig(path=str(folder))), lambda: load_pipeline(folder)):
+        with pytest.raises(ValueError, match=rf"{folder / file}: {key}: expected at most 1,000(,000)?, got 1,000,000,"):
+            opening()
+
+
 # --------------------------------------------------------------------------------------- SD3's third encoder
 
 
