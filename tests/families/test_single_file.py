@@ -78,8 +78,8 @@ def test_without_hub_and_settings_the_sentence_says_how_to_convert(file):
 
 def test_settings_that_are_not_there_are_named(file, tmp_path):
     (tmp_path / "settings").mkdir()
-    with pytest.raises(ValueError, match=r"teacher\.config: .*setings.*did you mean 'settings'"):
-        load_teacher(TeacherConfig(path=str(file), config=str(tmp_path / "setings")))
+    with pytest.raises(ValueError, match=r"teacher\.config: .*settings2.*did you mean 'settings'"):
+        load_teacher(TeacherConfig(path=str(file), config=str(tmp_path / "settings2")))
 
 
 @pytest.mark.parametrize(
