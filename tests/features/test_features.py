@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.features.classifier import SmallConvNet
@@ -278,6 +278,26 @@ def test_weights_that_would_be_random_are_refused(tmp_path):
     transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="ViTModel needs weights that the file lacks.*pooler"):
         load_features(str(tmp_path / "vit"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        ("layernorm.weight", (3, 5), r"layernorm\.weight: expected the shape .*got \(3, 5\)"),
+        ("embeddings.further", (2,), "would drop: embeddings.further"),
+        ("classifier.weight", (4, 4), None),  # a head on top, which a vision folder may have
+    ],
+)
+def test_weights_that_do_not_fit_a_vision_model_are_refused_by_name(tmp_path, name, shape, why):
+    """FAULTS 4, where networks measure or judge."""
+    folder = dinov2(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(shape)}, file, metadata={"format": "pt"})
+    if why is None:
+        assert load_features(str(folder)).num_features > 0
+        return
+    with pytest.raises(ValueError, match=rf"features '.*': .*{why}"):
+        load_features(str(folder))
 
 
 def test_a_resample_that_torch_lacks_is_refused(tmp_path):
