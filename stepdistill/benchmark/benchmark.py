@@ -218,7 +218,7 @@ class Benchmark:
         return sample_images(
             pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
             num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,
-            description=row["name"],
+            rows=min(count, self.config.batch_size), description=row["name"],
         )  # fmt: skip
 
     def real_images(self, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
+from stepdistill.export.generators import handed_on
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
@@ -189,10 +190,8 @@ def load_pipeline(
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> DiffusionPipeline:
-    """Make the contract's arguments the defaults of this pipeline object's call."""
+    """Make the contract's arguments the defaults of this pipeline object's call, which hands its generators on."""
     defaults = contract.call
-    if not defaults:
-        return pipeline
     original = type(pipeline)
     taken = inspect.signature(original.__call__).parameters
 
@@ -204,7 +203,8 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
             own = {name: value for name, value in own.items() if name not in GRIDS}  # they have another number of steps
         if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
             own["batch_size"] = len(bound["class_labels"])  # or all images would share one noise
-        return original.__call__(self, *args, **(own | kwargs))
+        with handed_on(self, bound.get("generator")):
+            return original.__call__(self, *args, **(own | kwargs))
 
     # Python looks __call__ up on the class; the name stays because save_pretrained writes it
     pipeline.__class__ = type(

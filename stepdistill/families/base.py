@@ -78,6 +78,8 @@ class Family(abc.ABC):
     """Number of class labels; None for a teacher without labels."""
     inputs: Inputs = Inputs()
     """Inputs of the network besides state, time and condition; see :meth:`add_inputs`."""
+    hands_generators_on: ClassVar[bool] = True
+    """Whether the stock pipeline passes its generators to its scheduler; else a step's noise is the global one's."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
     pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
@@ -146,6 +148,10 @@ class Family(abc.ABC):
             raise ValueError(
                 "method.first_time: expected 1: the pipeline of this teacher's students takes no timesteps"
             )
+
+    def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the noise (B, C, H, W) that a step adds, drawn as the scheduler of this family's pipeline draws it."""
+        return torch.stack([torch.randn(self.sample_shape, generator=one) for one in generators])
 
     def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
         """Use the training's captions as examples, and warn of those that are longer than the text encoder reads.

@@ -21,6 +21,7 @@ class DiT(PlainLatentFamily):
     component = "transformer"
     network_classes = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
     pipeline_names = ("DiTPipeline",)
+    hands_generators_on = False
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2",

@@ -18,6 +18,7 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("SD3Transformer2DModel",)
     pipeline_names = ("StableDiffusion3Pipeline",)
+    hands_generators_on = False
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

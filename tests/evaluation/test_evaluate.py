@@ -23,7 +23,8 @@ from stepdistill.evaluation.sources import FileSource, PipelineSource, read_capt
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
-from stepdistill.inference.sampling import Images, class_count, fixed_rows, sample_images
+from stepdistill.inference.rows import fixed_rows
+from stepdistill.inference.sampling import Images, class_count, sample_images
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
 EVERYTHING = (
