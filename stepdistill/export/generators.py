@@ -23,7 +23,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @contextlib.contextmanager
 def handed_on(pipeline: Any, generator: Generators) -> Iterator[None]:
-    """Have the pipeline's scheduler draw from ``generator`` inside the context, whether the pipeline hands it on or not.
+    """Have the scheduler draw from ``generator`` inside the context, whether the pipeline hands it on or not.
 
     Args:
         pipeline: a diffusers pipeline.

@@ -55,6 +55,8 @@ class Family(abc.ABC):
     """Whether frozen encoders of :attr:`pipe` make latents and embeddings, which can be cached."""
     loads_lora: ClassVar[bool] = False
     """Whether the stock pipeline has ``load_lora_weights``."""
+    processes: ClassVar[tuple[type[NoiseSchedule], ...]]
+    """The noise processes that :meth:`call` and the pipeline implement."""
     feature_blocks: ClassVar[tuple[str, ...]]
     """Sub-modules whose outputs are the features of a critic."""
     lora_targets: ClassVar[tuple[str, ...]]
@@ -101,6 +103,15 @@ class Family(abc.ABC):
     def accepts_pipeline(cls, pipeline: str | None) -> bool:
         """Return whether a teacher in this diffusers pipeline (None: none, or a custom one) may be of this family."""
         return not cls.pipeline_names or pipeline in cls.pipeline_names
+
+    def check_process(self) -> None:
+        """Raise ``ValueError`` with the scheduler's name if the family does not implement its noise process."""
+        if not isinstance(self.schedule, self.processes):
+            known = " or ".join(process.__name__ for process in self.processes)
+            raise ValueError(
+                f"scheduler/scheduler_config.json: {self.scheduler_config.get('_class_name')}: expected a scheduler "
+                f"of {known}, got one of {type(self.schedule).__name__}, which {type(self).__name__} does not implement"
+            )
 
     @property
     def conditioning(self) -> str:

@@ -28,6 +28,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     network_classes = ("FluxTransformer2DModel",)
     pipeline_names = ("FluxPipeline",)
     hands_generators_on = False
+    processes = (RectifiedFlow,)
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",

@@ -12,14 +12,15 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import open_pipeline
@@ -37,6 +38,8 @@ class LatentFamily(Family):
     """
 
     caches_latents = True
+    scales_states: ClassVar[bool] = False
+    """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
@@ -48,6 +51,7 @@ class LatentFamily(Family):
         self.network = getattr(pipe, self.component)
         self.scheduler_config = json.loads(pipe.scheduler.to_json_string())
         self.schedule, self.prediction_type = read_schedule(self.scheduler_config)
+        self.check_process()
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
             check_resolution(pipe, resolution, (height, width), factor)
@@ -108,8 +112,14 @@ class LatentFamily(Family):
         """Return the condition of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        step, call = to_diffusers(sampler, self.scheduler_config).step, type(self.pipe).__call__
-        taken = {*inspect.signature(step).parameters, "timesteps"}
+        scheduler, call = to_diffusers(sampler, self.scheduler_config), type(self.pipe).__call__
+        start, expected = float(getattr(scheduler, "init_noise_sigma", 1.0)), self.schedule.initial_noise(torch.ones(1))
+        if abs(start - expected.item()) > 1e-6 * start:
+            raise ValueError(
+                f"method: {type(scheduler).__name__} starts {type(self.pipe).__name__} from noise of {start:g}, its "
+                f"teacher from {expected.item():g}; expected a method of Euler steps, or of one step"
+            )
+        taken = {*inspect.signature(scheduler.step).parameters, "timesteps"}
         needed = {name for name in sampler.pipeline_kwargs if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
@@ -126,6 +136,11 @@ class LatentFamily(Family):
 
     def teacher_pipeline(self, scheduler: Any | None) -> Any:
         if scheduler is not None:
+            if not self.scales_states and float(scheduler.init_noise_sigma) != 1:
+                raise ValueError(
+                    f"solver: {type(self.pipe).__name__} does not scale its states as {type(scheduler).__name__} "
+                    "expects; choose DDIM, DPM-Solver++ or UniPC"
+                )
             self.pipe.scheduler = scheduler
         return self.pipe
 

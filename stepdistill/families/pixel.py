@@ -26,9 +26,10 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import edm_scalings, expand
-from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import cannot_open
@@ -42,6 +43,7 @@ class Pixel(Family):
 
     component = "unet"
     network_classes = ("UNet2DModel",)
+    processes = (DiscreteVP, RectifiedFlow, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = (
         "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "time_emb_proj",
@@ -69,6 +71,7 @@ class Pixel(Family):
         self.network = network
         self.scheduler_config = dict(scheduler_config)
         self.schedule, self.prediction_type = read_schedule(scheduler_config)
+        self.check_process()
         self.sample_shape = (network.config.in_channels, height, width)
         self.image_shape = self.sample_shape
         self.null_class = null_class
@@ -128,9 +131,7 @@ class Pixel(Family):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        if self.prediction_type == "edm":
-            _, sigma = self.schedule(t)
-            x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
+        x_t = self.schedule.network_input(x_t, t)
         timestep = self.schedule.timestep(t).float()
         labels = cond.get("class_labels")
         if self.inputs != Inputs():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.tiny import tiny_t5
 
@@ -19,6 +20,7 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     network_classes = ("SD3Transformer2DModel",)
     pipeline_names = ("StableDiffusion3Pipeline",)
     hands_generators_on = False
+    processes = (DiscreteVP, RectifiedFlow)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",

@@ -7,9 +7,10 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_den
 
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import to_prediction
+from stepdistill.diffusion.reading import read_discrete_vp
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, rollout, sample
 from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
-from stepdistill.diffusion.schedulers import read_discrete_vp, to_diffusers
+from stepdistill.diffusion.schedulers import to_diffusers
 
 vp_teachers = pytest.mark.parametrize(
     ("process", "prediction_type"),
