@@ -21,7 +21,8 @@ from stepdistill.diffusion.samplers import (
     Sampler,
     StrategicStochasticSampler,
 )
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig, evenly_picked
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, evenly_picked
+from stepdistill.diffusion.trig import Trig
 
 
 @functools.singledispatch

@@ -82,6 +82,8 @@ class Contract:
     """Number of class labels; None without labels."""
     sample_shape: list[int] = dataclasses.field(default_factory=list)
     """(C, H, W) of what the network sees."""
+    global_noise: bool | None = None
+    """Whether stock diffusers draws the noise that steps add from torch's global generator, not the call's."""
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments with which a call of the pipeline samples as trained."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -171,11 +173,17 @@ def describe(
         conditioning=family.conditioning,
         num_classes=family.num_classes,
         sample_shape=list(family.sample_shape),
+        global_noise=True if draws_globally(family, sampler) else None,
         call=call,
         versions={name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
         origin=origin,
         linked=linked,
     )
+
+
+def draws_globally(family: Family, sampler: Sampler) -> bool:
+    """Return whether the stock pipeline draws the noise of a sampler's later steps from torch's global generator."""
+    return sampler.adds_noise and sampler.steps > 1 and not family.hands_generators_on
 
 
 def call_arguments(

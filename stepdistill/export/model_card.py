@@ -37,8 +37,27 @@ images = pipe({example_call(contract)}).images
 ```
 
 Scheduler: {code(contract.scheduler)}, timesteps {contract.timesteps}. Other step counts give worse images.
+
+{seeding(contract)}
 {linked + " are links into the teacher's folder: `cp -rL` makes a complete copy." if linked else ""}
 {results_table(contract)}"""
+
+
+def seeding(contract: Contract) -> str:
+    """Return what must be seeded for the same images in every call, as Markdown."""
+    generators = "`generator=[torch.Generator().manual_seed(seed) for seed in seeds]`"
+    if not contract.global_noise:
+        return f"One generator an image, {generators}, makes an image independent of its batch."
+    return f"""{code(contract.pipeline)} draws the initial noise from `generator`, but does not hand it to its scheduler:
+the noise that a step adds comes from torch's global generator. For the same images in every call, seed both:
+
+```python
+torch.manual_seed(0)
+images = pipe({example_call(contract)}, generator=torch.Generator().manual_seed(0)).images
+```
+
+An image then still depends on its batch. `stepdistill.load_pipeline` hands the generators on, as in training: there
+{generators} makes an image independent of its batch."""
 
 
 def example_call(contract: Contract) -> str:

@@ -25,8 +25,11 @@ CONDITIONING = ("text_encoder", "text_encoder_2", "text_encoder_3", "condition_e
 
 MOST_ROWS = 16
 
-PLACES = 4096
-"""Places (height times width) of all rows together: what one latent of an image of 512 x 512 pixels has."""
+PLACES = 64 * 64
+"""Places (height times width) that the network sees at a time: a latent of 512 x 512 pixels."""
+
+PIXELS = 512 * 512
+"""Pixels that are decoded at a time."""
 
 
 def network_of(pipeline: Any) -> Any:
@@ -35,25 +38,46 @@ def network_of(pipeline: Any) -> Any:
 
 
 def rows_for(pipeline: Any) -> int:
-    """Return how many rows the networks of a pipeline see at a time, by the size of its samples: 1 to 16.
+    """Return how many rows the network of a pipeline sees at a time, by the size of its samples: 1 to 16.
 
-    A single image then costs at most what one of 512 x 512 pixels costs.
+    A single image then costs about as much as one of 512 x 512 pixels, or what it costs alone.
     """
-    size = network_of(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", None) or 1
+    return min(_rows_within(PLACES, places_of(pipeline)), decoder_rows(pipeline))
+
+
+def decoder_rows(pipeline: Any) -> int:
+    """Return how many images are decoded at a time: 1 to 16."""
+    factor = 1 if getattr(pipeline, "vae", None) is None else getattr(pipeline, "vae_scale_factor", 8)
+    return _rows_within(PIXELS, places_of(pipeline) * factor**2)
+
+
+def places_of(pipeline: Any) -> int:
+    """Return the height times the width of what the network sees, by default of a call."""
+    config = getattr(network_of(pipeline), "config", {})
+    size = config.get("sample_size") or getattr(pipeline, "default_sample_size", None) or 1
     height, width = (size, size) if isinstance(size, int) else size
-    return min(max(PLACES // (height * width), 1), MOST_ROWS)
+    return height * width
+
+
+def _rows_within(budget: int, row: int) -> int:
+    return min(max(budget // row, 1), MOST_ROWS)
 
 
 @contextlib.contextmanager
 def in_rows(pipeline: Any, rows: int) -> Iterator[None]:
-    """Run the networks of a pipeline on exactly ``rows`` rows at a time inside the context."""
+    """Run the networks of a pipeline on a fixed number of rows at a time inside the context.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        rows: of the denoising network. Prompts are encoded one by one, and images decoded by their size.
+    """
     with contextlib.ExitStack() as stack:
         for name in CONDITIONING:
             if (module := getattr(pipeline, name, None)) is not None:
-                stack.enter_context(fixed_rows(module, rows))
+                stack.enter_context(fixed_rows(module, 1))
         stack.enter_context(fixed_rows(network_of(pipeline), rows))
         if (vae := getattr(pipeline, "vae", None)) is not None:
-            stack.enter_context(fixed_rows(vae, rows, "decode"))
+            stack.enter_context(fixed_rows(vae, decoder_rows(pipeline), "decode"))
         yield
 
 

@@ -66,6 +66,16 @@ def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type,
     assert_twins(sampler, to_diffusers(sampler, teacher.config), prediction_type, num_inference_steps=steps)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 7, 38])
+@pytest.mark.parametrize("total", [1000, 999])
+def test_renoising_takes_any_number_of_steps_on_the_grid_that_lcm_picks(total, steps):
+    process = {"num_train_timesteps": total, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+    schedule = read_discrete_vp(process)
+    sampler = ConsistencySampler(schedule, schedule.renoising_grid(steps))
+    assert_twins(sampler, to_diffusers(sampler, process), "v_prediction", num_inference_steps=steps)
+    assert total % steps or torch.equal(sampler.times, schedule.grid(steps))
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 @pytest.mark.parametrize("rule", [DDIM, ConsistencySampler])
