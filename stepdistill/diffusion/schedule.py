@@ -15,7 +15,7 @@ schedule                alpha_t             sigma_t               time
 :class:`DiscreteVP`     cos(angle)          sin(angle)            t = (i + 1) / T is diffusers' timestep i
 :class:`RectifiedFlow`  1 - t               t                     t is the flow's own time
 :class:`Karras`         1                   sigma_max * t^rho     Karras' rho-grid is uniform in t
-:class:`Trig`           cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
+``trig.Trig``            cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
 ======================  ==================  ====================  ==============================================
 
 Times and coefficients are float64. They are converted to the images' precision only where they multiply an image.

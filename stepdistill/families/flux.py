@@ -28,6 +28,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     network_classes = ("FluxTransformer2DModel",)
     pipeline_names = ("FluxPipeline",)
     hands_generators_on = False
+    latents_per_token = 4
     processes = (RectifiedFlow,)
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (

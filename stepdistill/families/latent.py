@@ -38,6 +38,8 @@ class LatentFamily(Family):
     """
 
     caches_latents = True
+    latents_per_token: ClassVar[int] = 1
+    """Places of the latent that the pipeline packs into one of the network's inputs."""
     scales_states: ClassVar[bool] = False
     """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
@@ -52,6 +54,7 @@ class LatentFamily(Family):
         self.scheduler_config = json.loads(pipe.scheduler.to_json_string())
         self.schedule, self.prediction_type = read_schedule(self.scheduler_config)
         self.check_process()
+        check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
             check_resolution(pipe, resolution, (height, width), factor)
@@ -207,6 +210,16 @@ def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor
         raise ValueError(f"teacher.resolution: got {resolution}, but {type(pipe).__name__} samples {native} only")
     if resolution < 1 or resolution % factor:
         raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
+
+
+def check_channels(network: Any, vae: Any, packed: int) -> None:
+    """Raise ``ValueError`` with both numbers unless the network takes the latents of the VAE."""
+    taken, made = network.config.in_channels, vae.config.latent_channels * packed
+    if taken != made:
+        raise ValueError(
+            f"vae/config.json: expected latents of {taken // packed} channels, as {type(network).__name__} takes them, "
+            f"got latent_channels {vae.config.latent_channels}"
+        )
 
 
 def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,11 @@ class Pixel(Family):
                 f"unet/config.json: class_embed_type: expected null, got {network.config.class_embed_type!r}; a "
                 "student with further inputs cannot be distilled again"
             )
+        if network.config.in_channels != network.config.out_channels:
+            raise ValueError(
+                f"unet/config.json: expected as many channels out as in, got {network.config.in_channels} in and "
+                f"{network.config.out_channels} out: it also predicts a variance, or is conditioned on images"
+            )
         labels = network.config.num_class_embeds
         if null_class is not None and (labels is None or not 0 <= null_class < labels):
             raise ValueError(

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import asked_of, generators
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
-from diffusers.schedulers import UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 from stepdistill.diffusion.reading import FLOW_SCHEDULERS, VP_SCHEDULERS, read_schedule
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
@@ -17,6 +24,7 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.contract import call_arguments
 from stepdistill.export.generators import handed_on
 from stepdistill.families.dit import DiT
+from stepdistill.families.flux import Flux
 from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
@@ -51,7 +59,7 @@ def test_a_process_is_read_as_its_scheduler_has_it_or_refused_by_name(name):
     """RELIABILITY row 26."""
     scheduler = opened(name)
     try:
-        schedule, _ = read_schedule(default_config(name))
+        schedule, _ = read_schedule({"_class_name": name} if scheduler is None else config_of(scheduler))
     except ValueError as reason:
         assert name in str(reason)
         return
@@ -203,7 +211,7 @@ def test_betas_that_ddim_does_not_know_are_the_schedulers_own(kind):
     ("config", "why"),
     [
         (config_of(DDIMScheduler()) | {"beta_schedule": "sigmoid"}, "DDIMScheduler knows no beta_schedule 'sigmoid'"),
-        (config_of(DDIMScheduler()) | {"prediction_type": "orignal"}, "prediction_type: expected one of .*'orignal'"),
+        (config_of(DDIMScheduler()) | {"prediction_type": "noise"}, "prediction_type: expected one of .*'noise'"),
         (config_of(EDMEulerScheduler()) | {"prediction_type": "sample"}, "EDMEulerScheduler: prediction_type"),
         (
             config_of(EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")),
@@ -234,3 +242,18 @@ def test_a_solver_that_a_pipeline_does_not_scale_for_is_refused():
             family.teacher_pipeline(make_solver(name, family.scheduler_config))
     solver = make_solver("UniPC", family.scheduler_config)
     assert family.teacher_pipeline(solver).scheduler is solver
+
+
+def test_channels_that_do_not_fit_are_refused_with_both_numbers():
+    """RELIABILITY row 26."""
+    for cls in (SD, DiT, Flux):
+        family = cls.tiny()
+        family.pipe.vae.register_to_config(latent_channels=8)
+        with pytest.raises(ValueError, match="expected latents of 4 channels, .*got latent_channels 8"):
+            type(family)(family.pipe)
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="got 1 in and 2 out"):
+        Pixel(network, default_config("DDIMScheduler"))

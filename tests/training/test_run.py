@@ -97,6 +97,7 @@ def test_a_step_count_that_no_scheduler_has(mapping):
 
 
 def test_epsilon_at_zero_terminal_snr(mapping, tmp_path):
+    """RELIABILITY row 26."""
     family = Pixel.tiny()
     family.scheduler_config |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
     mapping["teacher"] = {"path": str(save_teacher(family, tmp_path / "impossible"))}
@@ -200,6 +201,7 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
+    """RELIABILITY row 26."""
     refused(mapping | {"bank": {"init_from": str(tmp_path / "studnt")}}, "^bank.init_from: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
     refused(
