@@ -120,7 +120,7 @@ class LatentFamily(Family):
         if abs(start - expected.item()) > 1e-6 * start:
             raise ValueError(
                 f"method: {type(scheduler).__name__} starts {type(self.pipe).__name__} from noise of {start:g}, its "
-                f"teacher from {expected.item():g}; expected a method of Euler steps, or of one step"
+                f"teacher's from {expected.item():g}; expected a method of Euler steps, or of one step"
             )
         taken = {*inspect.signature(scheduler.step).parameters, "timesteps"}
         needed = {name for name in sampler.pipeline_kwargs if name in taken}

@@ -7,8 +7,10 @@ trainer's own sampler: ``pytest -m product -k repeats``.
 import inspect
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from accelerate import PartialState, debug_launcher
 from contracts.cases import (
     BANKS,
     PIXELS,
@@ -46,11 +48,8 @@ def prompts_of(family):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_renoised_images_repeat_in_every_batch(tmp_path, name):
     """Two re-noised calls, guided where the pipeline guides by a doubled batch."""
-    family = FAMILIES[name].tiny()
-    sampler = ConsistencySampler(family.schedule, family.schedule.grid(2))
-    pipeline = load_pipeline(export_pipeline(family, family.network, sampler, tmp_path / "student"))
-    guidance = {} if name in UNGUIDED else {"guidance_scale": 2.0}
-    check_repeats(pipeline, prompts_of(family), **guidance)
+    pipeline, prompts = renoised(name, tmp_path)
+    check_repeats(pipeline, prompts, **({} if name in UNGUIDED else {"guidance_scale": 2.0}))
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "dit"])
@@ -108,6 +107,40 @@ def test_rows_follow_the_size_of_the_images_and_a_modules_own_method_comes_back(
     with fixed_rows(network, 4):
         assert network.forward is not own
     assert network.forward is own
+
+
+def renoised(name, folder):
+    """A family's teacher as a student of two re-noised calls, opened by :func:`load_pipeline`."""
+    family = FAMILIES[name].tiny()
+    sampler = ConsistencySampler(family.schedule, family.schedule.grid(2))
+    export = folder / name
+    if not export.is_dir():
+        export_pipeline(family, family.network, sampler, export)
+    return load_pipeline(export), prompts_of(family)
+
+
+def its_half(folder):
+    """What one of two processes generates of every family's four images."""
+    rank = PartialState(cpu=True).process_index
+    torch.set_num_threads(1)  # accelerate has just set another number
+    torch.manual_seed(rank)
+    for name in FAMILIES:
+        pipeline, prompts = renoised(name, folder)
+        half = images_of(pipeline, prompts, first=2 * rank, count=2)
+        np.save(folder / f"{name}-{rank}.npy", half.numpy())
+
+
+@pytest.mark.product
+def test_two_processes_generate_the_images_of_one(tmp_path):
+    whole = {}
+    for name in FAMILIES:
+        pipeline, prompts = renoised(name, tmp_path)
+        whole[name] = images_of(pipeline, prompts, batch_size=4).numpy()
+    PartialState._reset_state()
+    debug_launcher(its_half, (tmp_path,), num_processes=2)
+    for name, images in whole.items():
+        halves = [np.load(tmp_path / f"{name}-{rank}.npy") for rank in range(2)]
+        assert np.array_equal(np.concatenate(halves), images), name
 
 
 def cases():
