@@ -143,13 +143,8 @@ def test_two_processes_generate_the_images_of_one(tmp_path):
         assert np.array_equal(np.concatenate(halves), images), name
 
 
-def cases():
-    for name, method, bank in itertools.product(FAMILIES, method_names(), BANKS):
-        yield pytest.param(name, method, bank, id=f"{name}-{method}-{bank}")
-
-
 @pytest.mark.product
-@pytest.mark.parametrize(("name", "method", "bank"), cases())
+@pytest.mark.parametrize(("name", "method", "bank"), [*itertools.product(FAMILIES, method_names(), BANKS)])
 def test_every_student_repeats(tmp_path, name, method, bank):
     makes = PIXELS.values() if name == "pixel" else [FAMILIES[name].tiny]
     make = next((make for make in makes if takes(method, make())), None)
