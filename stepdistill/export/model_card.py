@@ -48,8 +48,8 @@ def seeding(contract: Contract) -> str:
     generators = "`generator=[torch.Generator().manual_seed(seed) for seed in seeds]`"
     if not contract.global_noise:
         return f"One generator an image, {generators}, makes an image independent of its batch."
-    return f"""{code(contract.pipeline)} draws the initial noise from `generator`, but does not hand it to its scheduler:
-the noise that a step adds comes from torch's global generator. For the same images in every call, seed both:
+    return f"""{code(contract.pipeline)} draws the initial noise from `generator`, but does not hand it to its
+scheduler: the noise that a step adds comes from torch's global generator. For the same images in every call, seed both:
 
 ```python
 torch.manual_seed(0)
