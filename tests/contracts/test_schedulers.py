@@ -33,7 +33,7 @@ from stepdistill.inference.solvers import make_solver
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 EVERY = [name for name in dir(diffusers) if name.endswith("Scheduler") and name != "FlaxScheduler"]
 
