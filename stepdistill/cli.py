@@ -163,12 +163,16 @@ def train(args: argparse.Namespace) -> None:
     """Run ``stepdistill train``."""
     from stepdistill.config import read_config
     from stepdistill.export.contract import read_contract
+    from stepdistill.files.writing import check_writable
     from stepdistill.networks.sharding import is_main
     from stepdistill.training.config import resolve
     from stepdistill.training.cost import TrainingCost
     from stepdistill.training.run import Run
 
-    run = Run(resolve(read_config(args.config, args.overrides)))
+    config = resolve(read_config(args.config, args.overrides))
+    if not args.dry_run:
+        check_writable(Path(config.train.output_dir))
+    run = Run(config)
     if args.dry_run:
         print(run.plan())
         return
@@ -181,6 +185,7 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Run ``stepdistill generate``."""
+    from stepdistill.files.writing import check_writable
     from stepdistill.inference.generate import (
         Request,
         beside_teacher,
@@ -191,6 +196,8 @@ def generate(args: argparse.Namespace) -> None:
         save_images,
     )
 
+    for output in args.output:
+        check_writable(output)
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
         about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
@@ -226,8 +233,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
+    from stepdistill.files.writing import check_writable
     from stepdistill.inference.solvers import teacher_pipeline
 
+    check_writable(args.output)
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:
@@ -257,10 +266,12 @@ def compare(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Run ``stepdistill export``."""
     from stepdistill.config import read_config
+    from stepdistill.files.writing import check_writable
     from stepdistill.training.config import resolve
     from stepdistill.training.run import Run, check_output
 
     config = resolve(read_config(args.config, args.overrides))
+    check_writable(Path(args.output))
     check_output(Path(args.output), config)  # before the models are opened
     print(Run(config).export_checkpoint(Path(args.output)))
 

@@ -24,7 +24,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.writing import atomic_write, check_writable, naming
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -36,6 +36,7 @@ from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
+from stepdistill.training.heartbeat import naming_a_failed_start
 from stepdistill.training.identity import INVENTORY, RunIdentity, identify
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.parallelism import check_tracker, tracking
@@ -104,10 +105,12 @@ class Run:
 
     def train(self) -> Path:
         """Train, export, and return the pipeline's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trainer = self.trainer()
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with naming_a_failed_start():
+            trainer = self.trainer()
         is_main_process = trainer.accelerator.is_main_process
-        with RunLock(self.folder) if is_main_process else contextlib.nullcontext():
+        with RunLock(self.folder) if is_main_process else contextlib.nullcontext(), trainer.watched():
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
                 self._write_config(trainer.identity)
@@ -124,10 +127,12 @@ class Run:
     def _write_config(self, identity: RunIdentity) -> None:
         if self.links:
             check_links(self.folder)
-        with atomic_write(self.folder / "config.yaml") as partial:
+        path = self.folder / "config.yaml"
+        with naming(path), atomic_write(path) as partial:
             partial.write_text(configuration.to_yaml(self.config.as_sections()))
         if identity.data.parts:
-            identity.data.write(self.folder / INVENTORY)
+            with naming(self.folder / INVENTORY):
+                identity.data.write(self.folder / INVENTORY)
 
     def _end_stage(self, trainer: Trainer, stage: Stage) -> None:
         cost = trainer.total_cost()
@@ -222,6 +227,7 @@ def distill(
         "train": {"steps": 2000, **sections.pop("train", {}), "output_dir": str(output_dir)},
         **sections,
     }
+    check_writable(Path(output_dir))
     return Run(resolve(mapping)).train()
 
 

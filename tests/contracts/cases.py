@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,7 +200,7 @@ def stopping_after(step: int) -> Iterator[None]:
     original = Trainer._step
 
     def ask(self: Trainer, *args: Any) -> dict[str, Tensor]:
-        self.stop.requested |= self.step + 1 == step
+        self.stop.received |= signal.SIGTERM * (self.step + 1 == step)
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from stepdistill.files.schema import ConfigError
 from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import RENAMED, resolve
 from stepdistill.training.run import Run
+from stepdistill.training.run_state import SavedState
 
 
 @pytest.fixture
@@ -220,9 +221,9 @@ def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     before = {
         key: value for key, value in run.identity.values.items() if key not in ("bank.init_from", "train.precision")
     }
-    checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
+    checkpoint = Checkpoint(Path("checkpoint"), 1, SavedState(stage=0, stage_name="train", done=1, config=before))
     run.identity.check(checkpoint)
-    checkpoint.state["config"] |= {"bank.init_from": "a student"}
+    checkpoint.state.config.update({"bank.init_from": "a student"})
     with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
         run.identity.check(checkpoint)
 
