@@ -44,7 +44,6 @@ def main() -> None:
     np.savez_compressed(
         args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
     )
-
     unet = UNet2DModel.from_pretrained(args.teacher / "unet", use_safetensors=True).half()
     scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
     pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
