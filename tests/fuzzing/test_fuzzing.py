@@ -12,7 +12,7 @@ import pytest
 from fuzzing.attempts import Outcome, Watch, attempt
 from fuzzing.subjects import SUBJECTS, Subject, make_world
 
-SHORT, LONG = 300, 5_000
+SHORT, LONG = 210, 5_000
 """Tries of ``make test`` and of ``-m product``, over all subjects."""
 
 
