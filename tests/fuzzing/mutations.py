@@ -266,7 +266,7 @@ def tar_members(data: bytes, rng: random.Random) -> bytes:
         for member, content in members:
             try:
                 archive.addfile(member, io.BytesIO(content))
-            except UnicodeEncodeError:
+            except (UnicodeEncodeError, OSError):  # a name or a size that tarfile itself refuses
                 continue
     return target.getvalue()
 

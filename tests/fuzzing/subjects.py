@@ -281,7 +281,7 @@ SUBJECTS = (
     Subject("features/model.safetensors", WEIGHTS, guarded(reference), ("features",)),
     Subject("images.npz", ZIP, images("images.npz", channels=1, num_classes=4)),
     Subject("shard.tar", TAR, images("shard.tar", num_classes=4, takes_text=True)),
-    Subject("listed/metadata.jsonl", LINES, images("listed", num_classes=4, takes_text=True)),
+    Subject("listed/metadata.jsonl", LINES, images("listed", num_classes=4, takes_text=True), ("listed",)),
     *(Subject(f"{kind}/1.{kind}", m.BYTES, images(kind)) for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp")),
     Subject("prompts.txt", m.BYTES[:5], guarded(lambda folder: collect_prompts([], str(folder / "prompts.txt")))),
     Subject("prompts.jsonl", LINES, guarded(lambda folder: collect_prompts([], str(folder / "prompts.jsonl")))),
