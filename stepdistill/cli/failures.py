@@ -14,8 +14,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from stepdistill.files.words import visible
+from stepdistill.files.words import shortened, visible
 
+LONGEST_LINE = 2_000
 REPORT_IT = "This is a fault of stepdistill itself. Please report it with the lines above and the command."
 
 
@@ -56,9 +57,10 @@ def failures_as_sentences(program: str, config: str | None = None) -> Iterator[N
 
 
 def _stop(program: str, text: str, config: str | None = None, code: int = 2) -> NoReturn:
-    """Print a message, of which all lines but the first are indented, and exit."""
+    """Print a message, of which all lines but the first are indented, and exit; libraries' messages may be long."""
     begin = program if config is None or str(config) in text else f"{program} {config}"
-    print(visible(begin) + ": " + "\n  ".join(map(visible, text.splitlines())), file=sys.stderr)
+    lines = [visible(shortened(line, LONGEST_LINE)) for line in text.splitlines()]
+    print(visible(begin) + ": " + "\n  ".join(lines), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -36,13 +36,13 @@ def no_letter(text: str) -> str | None:
     return "U+0000" if found[0] == "\0" else f"U+{ord(found[0]):04X}, half of a surrogate pair"
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = SHOWN) -> str:
     """Return ``text`` with its middle left out if it is long.
 
     >>> len(shortened("a" * 1000))
     203
     """
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
 
 
 def shown(value: Any) -> str:

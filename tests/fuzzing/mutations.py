@@ -153,7 +153,12 @@ def lines(data: bytes, rng: random.Random) -> bytes:
 
 def yaml_tree(data: bytes, rng: random.Random) -> bytes:
     changed = change_tree(yaml.safe_load(data), rng)
-    return json.dumps(changed).encode() if rng.random() < 0.5 else yaml.dump(changed).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.5:
+        return json.dumps(changed).encode()
+    try:
+        return yaml.dump(changed).encode("utf-8", "surrogatepass")
+    except RecursionError:  # too deep for the writer, too
+        return json.dumps(changed).encode()
 
 
 YAML_TEXTS = (
