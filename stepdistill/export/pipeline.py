@@ -23,11 +23,12 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
+from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
+from stepdistill.files.words import nearest
 from stepdistill.loading import DAMAGE, open_folder
 
 CUSTOM_FILE = "pipeline.py"
@@ -195,6 +196,11 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
         return pipeline
     original = type(pipeline)
     taken = inspect.signature(original.__call__).parameters
+    if unknown := sorted(defaults.keys() - taken.keys()):
+        raise ValueError(
+            f"{pipeline.name_or_path}/{CONTRACT}: call: {original.__name__} takes no argument {unknown[0]!r:.200}"
+            f"{nearest(unknown[0], taken)}"
+        )
 
     @functools.wraps(original.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:

@@ -226,6 +226,7 @@ _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
     tuple: _read_items,
     list: _read_items,
     dict: _read_section,
+    Mapping: _read_section,
     Union: _read_union,
     types.UnionType: _read_union,
 }
@@ -248,7 +249,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is Annotated:
         return _describe(args[0])
-    if origin is dict or is_typeddict(hint) or dataclasses.is_dataclass(hint):
+    if origin in (dict, Mapping) or is_typeddict(hint) or dataclasses.is_dataclass(hint):
         return "a section of keys"
     if origin is None:
         return _WORDS.get(hint, str(hint))
