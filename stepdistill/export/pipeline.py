@@ -23,7 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
+from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.generators import handed_on
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
@@ -31,6 +31,7 @@ from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
 from stepdistill.families.hub import expand_home
 from stepdistill.files.weights import naming
+from stepdistill.files.words import nearest
 from stepdistill.loading import open_folder
 
 CUSTOM_FILE = "pipeline.py"
@@ -193,6 +194,11 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
     defaults = contract.call
     original = type(pipeline)
     taken = inspect.signature(original.__call__).parameters
+    if unknown := sorted(defaults.keys() - taken.keys()):
+        raise ValueError(
+            f"{pipeline.name_or_path}/{CONTRACT}: call: {original.__name__} takes no argument {unknown[0]!r:.200}"
+            f"{nearest(unknown[0], taken)}"
+        )
 
     @functools.wraps(original.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:

@@ -284,9 +284,11 @@ def test_flops_of_known_layers_are_two_a_multiply_add(monkeypatch):
 
 
 def test_a_result_holds_what_its_numbers_depend_on(suite):
+    """RELIABILITY row 33: the result records the number of images, the feature network's hash and its resizing."""
     result = evaluate_pipeline(pipeline(), suite, count=10)
     setting, subject = result["setting"], result["subject"]
     assert setting["num_samples"] == 10 and setting["features"]["sha256"] == suite.features.sha256
+    assert "preprocessing" in setting["features"]
     assert setting["reference"]["images"] == 120 and len(setting["reference"]["sha256"]) == 64
     assert {"torch", "diffusers", "stepdistill", "python"} <= setting["versions"].keys()
     assert subject["scheduler"] == "DDIMScheduler" and len(subject["weights_sha256"]) == 64
@@ -415,6 +417,7 @@ def test_images_that_differ_are_named(tmp_path, size, mode, named):
 
 
 def test_samples_unlike_the_reference_are_refused(tmp_path, network):
+    """RELIABILITY row 33: images of another size."""
     other = MetricSuite.open(str(network), str(archive(tmp_path / "big.npz", size=16)))
     with pytest.raises(ValueError, match="images are 8x8 grey, the reference's are 16x16 grey: give --size"):
         evaluate_pipeline(pipeline(), other, count=4)
