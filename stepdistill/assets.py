@@ -7,6 +7,19 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 FASHION = ASSETS / "fashion"
 """Folder of the embedded teacher, its data and its classifier."""
+FACES = ASSETS / "faces"
+"""Folder of faces with captions, and of the networks that measure them."""
 
-EMBEDDED = {"embedded": FASHION / "train_subset.npz", "emoji": ASSETS / "emoji/train.npz"}
+EMBEDDED = {
+    "embedded": FASHION / "train_subset.npz",
+    "emoji": ASSETS / "emoji/train.npz",
+    "faces": FACES / "train.npz",
+    "faces-held-out": FACES / "held_out.npz",
+    "faces-prompts": FACES / "prompts.txt",
+}
 """Embedded data sets, by their ``data.path``."""
+
+READERS = {"embedded": FASHION / "features", "faces": FACES / "reader"}
+"""Embedded feature networks, by the name that a user gives."""
+JUDGES = {"faces": FACES / "judge"}
+"""Embedded CLIPs, likewise."""

@@ -74,7 +74,7 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
         height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],
     )  # fmt: skip
     for axis, (name, images) in zip(axes[:-1], shown.items(), strict=True):
-        axis.imshow(make_grid(images, columns=SHOWN, scale=2), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(make_grid(images, columns=SHOWN), cmap="gray", vmin=0, vmax=255)
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
         axis.set_axis_off()
     columns = ["calls", bench.metric, "recall", "guidance_scale", "seconds_per_image"]

@@ -114,7 +114,9 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     subject.add_argument("--pipeline", help="folder of an exported or any other diffusers pipeline")
     subject.add_argument("--teacher", help="a teacher's folder, or 'embedded'; sampled by --solver")
     subject.add_argument("--images", help="images that were generated elsewhere: a folder, or an .npz")
-    command.add_argument("--protocol", default="embedded", help="embedded, cifar50k, imagenet50k, coco30k, or a file")
+    command.add_argument(
+        "--protocol", default="embedded", help="embedded, faces, cifar50k, imagenet50k, coco30k, or a file"
+    )
     command.add_argument("--solver", default="DDIM", help="solver of the teacher")
     flags_of_trust(command)
     command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")

@@ -4,8 +4,8 @@
 path                                 samples
 ===================================  ===============================================================================
 ``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` int (N,),
-                                     ``captions`` str (N,); or ``arr_0`` and ``arr_1``, as ADM's samplers call the
-                                     images and labels
+                                     ``captions`` str (N,), or (N, K) for K captions an image; or ``arr_0`` and
+                                     ``arr_1``, as ADM's samplers call the images and labels
 Hugging Face dataset                 its ``image`` column, and optionally ``label``, ``text``; see
 or ``.parquet``                      :mod:`stepdistill.data.hf_datasets`
 folder with ``metadata.jsonl``,      a row an image: ``file_name``, and optionally ``label``, ``text``; see

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepdistill.evaluation.image_set import format_shape
 from stepdistill.evaluation.metrics.scores import Sample
 from stepdistill.evaluation.metrics.table import METRICS, Metric
+from stepdistill.evaluation.metrics.words import prompt_keys
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.reference import Reference, ReferenceStatistics
 from stepdistill.evaluation.results import versions
@@ -113,6 +114,8 @@ class MetricSuite:
             )
         if "classifier" in metric.needs and self.features.num_classes is None:
             return f"{metric.name!r} needs a classifier; features {self.features.name!r} have no classes"
+        if "attributes" in metric.needs and self.features.vocabulary is None:
+            return f"{metric.name!r} needs features that read attributes, such as 'faces'; got {self.features.name!r}"
         if "reference_images" in metric.needs and reference.rows is None:
             return f"{metric.name!r} needs the reference's images; the reference holds statistics only"
         if "reference_labels" in metric.needs and reference.labels is None:
@@ -151,12 +154,20 @@ class MetricSuite:
         found = {"features": self.features.extract(images.pixels)}
         if images.labels is not None:
             found["labels"] = images.labels
+        if images.captions is not None:
+            found |= self._embed_words(images.captions)
         if self.clip is None:
             return found
         if images.captions is None:
             raise ValueError("metrics: 'clip' needs captions: give --captions, or images with a metadata.jsonl")
         found["clip"] = self.clip.images.extract(images.pixels)
         found["captions"], found["cut"] = self.clip.embed_captions(images.captions)
+        return found
+
+    def _embed_words(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        found = {"prompts": prompt_keys(captions)}
+        if self.features.vocabulary is not None:
+            found["asked"] = self.features.vocabulary.asked(captions)
         return found
 
     def score(self, images: Images, names: Sequence[str] = ("fd",)) -> dict[str, float]:
@@ -178,7 +189,8 @@ class MetricSuite:
         reference, features = self._reference(metric), rows["clip" if self._on_clip(metric) else "features"]
         return Sample(
             features, rows.get("labels"), reference.moments, reference.rows, reference.labels, self.logits,
-            rows.get("captions"), rows.get("cut"),
+            rows.get("captions"), rows.get("cut"), rows.get("prompts"), rows.get("asked"), self.read,
+            None if self.features.vocabulary is None else self.features.vocabulary.is_unseen,
         )  # fmt: skip
 
     def _on_clip(self, metric: Metric) -> bool:
@@ -194,6 +206,11 @@ class MetricSuite:
     def logits(self, rows: Tensor) -> Tensor:
         """Return class scores (N, classes), on the CPU, of features (N, d)."""
         return self.features.logits(rows.to(next(self.features.parameters()).device)).cpu()
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> Tensor:
+        """Return attributes (N, attributes) int64, on the CPU, that features (N, d) show."""
+        return self.features.read(rows.to(next(self.features.parameters()).device)).cpu()
 
     @property
     def distance(self) -> str:

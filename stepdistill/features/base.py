@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.features.vocabulary import Vocabulary
+
 BATCH = 50
 """Images that a network embeds at a time: fixed, since the last digits of a feature depend on it."""
 
@@ -30,6 +32,7 @@ class FeatureExtractor(nn.Module, ABC):
         in_channels: channels of its images.
         num_features: length of its features.
         num_classes: of a classifier; None for other networks.
+        vocabulary: of a network that reads attributes; None for other networks.
         kind: ``"inception"``, ``"clip"`` or ``"other"``; some metrics have a published name on the first two.
         repeats_grey: whether grey images are repeated to three channels, as PIL's ``convert("RGB")`` does.
         measures_only: whether the network must not train anything, because published metrics are defined by it.
@@ -39,6 +42,7 @@ class FeatureExtractor(nn.Module, ABC):
     in_channels: int
     num_features: int
     num_classes: int | None = None
+    vocabulary: Vocabulary | None = None
     kind = "other"
     repeats_grey = False
     measures_only = False
@@ -89,6 +93,15 @@ class FeatureExtractor(nn.Module, ABC):
         raise ValueError(
             f"features {self.name!r} have no classes; class accuracy and Inception score need a classifier"
         )
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return the value of each attribute, (B, attributes) int64, that ``features`` (B, num_features) show.
+
+        Raises:
+            ValueError: if the network reads no attributes (``vocabulary`` is None).
+        """
+        del features
+        raise ValueError(f"features {self.name!r} read no attributes; adherence needs an attribute reader")
 
     @property
     def sha256(self) -> str:

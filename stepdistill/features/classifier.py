@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from stepdistill.networks.hooks import capture_outputs
 
 MAX_SIZE = 4096
 """Largest number of channels, classes or features that a folder may ask for."""
+
+Small = TypeVar("Small", bound=FeatureExtractor)
 
 
 class SmallConvNet(FeatureExtractor):
@@ -38,11 +41,11 @@ class SmallConvNet(FeatureExtractor):
             "num_features": num_features,
         }
         self.body = nn.Sequential(
-            _convolution(in_channels, width, kernel=5, stride=2),
-            _convolution(width, 2 * width),
-            _convolution(2 * width, 2 * width, stride=2),
-            _convolution(2 * width, 3 * width),
-            _convolution(3 * width, 3 * width),
+            convolution(in_channels, width, kernel=5, stride=2),
+            convolution(width, 2 * width),
+            convolution(2 * width, 2 * width, stride=2),
+            convolution(2 * width, 3 * width),
+            convolution(3 * width, 3 * width),
         )
         self.embedding = nn.Sequential(
             nn.Linear(3 * width, num_features, bias=False), nn.BatchNorm1d(num_features, affine=False), nn.Tanh()
@@ -65,14 +68,7 @@ class SmallConvNet(FeatureExtractor):
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
         """Write ``config.json`` and ``model.safetensors`` (half precision), with ``facts`` in the first."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"_class_name": type(self).__name__, **self.config, "facts": facts}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        state = {}
-        for name, tensor in self.state_dict().items():
-            state[name] = _half(tensor).cpu().contiguous()
-        save_file(state, folder / "model.safetensors")
+        write_network(self, Path(folder), self.config, facts)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SmallConvNet:
@@ -82,22 +78,49 @@ class SmallConvNet(FeatureExtractor):
             ValueError: with the name of the file that is missing, damaged, or of another network.
         """
         folder = Path(folder)
-        config, weights = read_json(folder / "config.json"), folder / "model.safetensors"
-        sizes = {}
-        for name in ("in_channels", "num_classes", "width", "num_features"):
-            sizes[name] = convert(config.get(name), int, f"{folder / 'config.json'}: {name}")
-            if not 0 < sizes[name] <= MAX_SIZE:
-                raise ValueError(f"{folder / 'config.json'}: {name}: expected 1 to {MAX_SIZE}, got {sizes[name]}")
-        network = cls(**sizes)
-        try:
-            network.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights}: expected the weights of this network: {error}") from error
-        network.name = folder.name
-        return network.requires_grad_(False).eval()
+        network = cls(**read_sizes(folder, ("in_channels", "num_classes", "width", "num_features")))
+        return load_network(network, folder)
 
 
-def _convolution(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def read_sizes(folder: Path, names: Sequence[str]) -> dict[str, int]:
+    """Return the entries ``names`` of ``config.json``; raise ``ValueError`` for one that is no size of a network."""
+    file = folder / "config.json"
+    config, sizes = read_json(file), {}
+    for name in names:
+        sizes[name] = convert(config.get(name), int, f"{file}: {name}")
+        if not 0 < sizes[name] <= MAX_SIZE:
+            raise ValueError(f"{file}: {name}: expected 1 to {MAX_SIZE}, got {sizes[name]}")
+    return sizes
+
+
+def load_network(network: Small, folder: Path) -> Small:
+    """Return ``network`` with the weights of a folder, frozen, in evaluation mode and named after it.
+
+    Raises:
+        ValueError: with the name of the file that is missing, damaged, or of another network.
+    """
+    weights = folder / "model.safetensors"
+    try:
+        network.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights}: expected the weights of this network: {error}") from error
+    network.name = folder.name
+    return network.requires_grad_(False).eval()
+
+
+def write_network(network: nn.Module, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write ``config.json``, with the class and ``facts``, and ``model.safetensors`` in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"_class_name": type(network).__name__, **config, "facts": dict(facts)}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    state = {}
+    for name, tensor in network.state_dict().items():
+        state[name] = _half(tensor).cpu().contiguous()
+    save_file(state, folder / "model.safetensors")
+
+
+def convolution(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Return a convolution, BatchNorm and ReLU."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 

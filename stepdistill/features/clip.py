@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.assets import JUDGES
 from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 
@@ -30,13 +31,14 @@ class Clip:
 
     @classmethod
     def open(cls, path: str, device: torch.device | str = "cpu") -> Clip:
-        """Open a folder or hub id that holds both towers, an image processor and a tokenizer.
+        """Open ``"faces"``, or a folder or hub id that holds both towers, an image processor and a tokenizer.
 
         Raises:
             ValueError: if one of them is missing.
         """
         import transformers
 
+        path = str(JUDGES.get(path, path))
         images = load_features(path)
         if not isinstance(images, TransformersFeatures) or not hasattr(images.network, "get_text_features"):
             raise ValueError(f"clip {path!r}: expected a whole CLIP, but {images.name!r} has no text half")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepdistill.assets import FASHION
+from stepdistill.assets import READERS
+from stepdistill.features.attributes import AttributeReader
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.reading import read_json
+
+SMALL = {network.__name__: network for network in (SmallConvNet, AttributeReader)}
+"""Networks of this package that are opened from a folder, by the name in its ``config.json``."""
 
 
 def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
     """Return the feature network that ``spec`` names, frozen and on the CPU.
 
     Args:
-        spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"inception"`` or the path of its
-            ``.pth`` weights, a folder written by ``SmallConvNet.save_pretrained``, a program written by
-            ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or hub id of a
-            ``transformers`` vision model (DINOv2, CLIP, ...).
+        spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"faces"`` (its attribute reader of
+            faces), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`, a program
+            written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or hub id
+            of a ``transformers`` vision model (DINOv2, CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
@@ -32,17 +36,22 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
         return InceptionFeatures.from_pretrained(None if spec == "inception" else spec, resize or "torch-fidelity")
     if resize is not None:
         raise ValueError(f"resize: {resize!r} is for Inception only; features {spec!r} have their own preprocessing")
-    if spec == "embedded":
-        network = SmallConvNet.from_pretrained(FASHION / "features")
-        network.name = "embedded"
+    if spec in READERS:
+        network = _open_small(READERS[spec])
+        network.name = spec
         return network
     if spec.endswith(".pt2"):
         return ExportedFeatures.from_file(spec)
-    if _is_small_convnet(Path(spec)):
-        return SmallConvNet.from_pretrained(spec)
+    if _class_name(Path(spec)) in SMALL:
+        return _open_small(Path(spec))
     return TransformersFeatures.from_pretrained(spec)
 
 
-def _is_small_convnet(folder: Path) -> bool:
+def _open_small(folder: Path) -> FeatureExtractor:
+    network: FeatureExtractor = SMALL[_class_name(folder)].from_pretrained(folder)
+    return network
+
+
+def _class_name(folder: Path) -> str:
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("_class_name") == SmallConvNet.__name__
+    return str(read_json(config).get("_class_name")) if config.is_file() else ""

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+SEEN = 64
+"""Side in pixels from which an image is shown as it is."""
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Round images in [0, 1] to bytes, the same for metrics and files."""
@@ -22,8 +25,17 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array.transpose(1, 2, 0)) if len(array) == 3 else Image.fromarray(array[0])
 
 
-def make_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) -> Image.Image:
-    """Arrange images (N, C, H, W) in [0, 1] in rows of ``columns``, enlarged ``scale`` times, on white."""
+def enlargement(side: int) -> int:
+    """Return how many times images of this side are enlarged to be seen: by whole pixels, to :data:`SEEN` or more.
+
+    >>> enlargement(16), enlargement(28), enlargement(64)
+    (4, 3, 1)
+    """
+    return max(1, math.ceil(SEEN / side))
+
+
+def make_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Image.Image:
+    """Arrange images (N, C, H, W) in [0, 1] in rows of ``columns`` on white; small ones are enlarged."""
     count, channels, height, width = images.shape
     shown = channels if channels == 3 else 1
     rows = math.ceil(count / columns)
@@ -31,14 +43,14 @@ def make_grid(images: Tensor, columns: int = 8, scale: int = 1, gap: int = 1) ->
     for i, image in enumerate(to_uint8(images[:, :shown]).cpu()):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
-    picture = to_pil(canvas)
+    picture, scale = to_pil(canvas), enlargement(width)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write a grid; small images are enlarged."""
+    """Write a grid."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(images, columns, scale=max(1, 64 // images.shape[-1])).save(path)
+    make_grid(images, columns).save(path)
 
 
 def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> None:
@@ -51,7 +63,7 @@ def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> 
     count = max(len(images) for images in rows.values())
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(0.55 * count + 2.6, 0.62 * len(rows) + 0.4), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
-        axis.imshow(make_grid(images, columns=count, scale=2), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(make_grid(images, columns=count), cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     if title:

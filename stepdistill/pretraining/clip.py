@@ -6,6 +6,7 @@ Its text half conditions a text-to-image teacher; a second CLIP, of another seed
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,38 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from stepdistill.data.columns import Texts
 from stepdistill.pretraining.fit import FitConfig, fit
 
-SHIFT = 3
-"""Images are moved by up to this many pixels, so that the position of a pixel does not identify an image."""
+
+class CaptionTokens:
+    """The tokens of one or several captions an image, of which each visit draws one, all with the same chance.
+
+    Args:
+        tokenizer: of a CLIP.
+        captions: of each image.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[Texts]) -> None:
+        self.tokenizer = tokenizer
+        self._counts = torch.tensor([len(texts) for texts in captions])
+        self._starts = self._counts.cumsum(0) - self._counts
+        self._ids = self.encode(list(itertools.chain.from_iterable(captions)))
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the tokens (N, length) of texts, padded and cut to the tokenizer's length."""
+        ids: Tensor = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return ids
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the tokens (B, length) of a caption of each of the images ``index`` (B,)."""
+        place = torch.rand(len(index), generator=generator) * self._counts[index]
+        return self._ids[self._starts[index] + place.long()]
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Return 1 for the tokens up to the first end, 0 for the padding, (B, length)."""
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(1)
+        return (torch.arange(ids.shape[1]) <= ends[:, None]).long()
 
 
 def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPTokenizer:
@@ -46,23 +75,29 @@ def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPToke
 
 
 def train_clip(
-    images: Tensor,
-    captions: Sequence[str],
-    tokenizer: CLIPTokenizer,
-    config: FitConfig,
-    accelerator: Accelerator,
-    log: Path,
+    images: Tensor, captions: CaptionTokens, config: FitConfig, shift: int, accelerator: Accelerator, log: Path
 ) -> CLIPModel:
-    """Train a CLIP on ``images`` (N, C, H, W) in [-1, 1] and captions; ``config.model`` has a section for each half."""
-    tokens = tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
+    """Train a CLIP on images and captions.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        captions: one or several an image.
+        config: of the training; its ``model`` has a section for each half.
+        shift: largest number of pixels by which images are moved, see :func:`shifted`.
+        accelerator: device, precision and processes.
+        log: file for the loss.
+    """
     torch.manual_seed(config.seed)
-    clip = CLIPModel(clip_config(config.model, tokenizer))
+    clip = CLIPModel(clip_config(config.model, captions.tokenizer))
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         device = accelerator.device
-        pixels = shifted(images[index], generator).to(device)
-        words = {name: value[index].to(device) for name, value in tokens.items()}
-        return network(pixel_values=pixels, return_loss=True, **words).loss
+        pixels = shifted(images[index], shift, generator).to(device)
+        ids = captions.draw(index, generator)
+        mask = captions.mask(ids)
+        return network(
+            pixel_values=pixels, input_ids=ids.to(device), attention_mask=mask.to(device), return_loss=True
+        ).loss
 
     return fit(clip, loss, count=len(images), config=config, accelerator=accelerator, log=log).eval()
 
@@ -79,11 +114,14 @@ def clip_config(model: dict[str, Any], tokenizer: CLIPTokenizer) -> CLIPConfig:
     return CLIPConfig(**{**model, "text_config": {**model["text_config"], **text}})
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (B, C, H, W), each moved by up to ``SHIFT`` pixels across and down, with white margins."""
+def shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Return images (B, C, H, W), each moved by up to ``shift`` pixels across and down, with white margins.
+
+    Then the position of a pixel does not identify an image.
+    """
     height, width = images.shape[2:]
-    padded = nn.functional.pad(images, (SHIFT,) * 4, value=1.0)
-    corners = torch.randint(2 * SHIFT + 1, (len(images), 2), generator=generator).tolist()
+    padded = nn.functional.pad(images, (shift,) * 4, value=1.0)
+    corners = torch.randint(2 * shift + 1, (len(images), 2), generator=generator).tolist()
     return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners, strict=True)])
 
 

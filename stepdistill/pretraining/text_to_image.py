@@ -2,9 +2,10 @@
 
 The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half encodes the prompts; a second
 CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network, on latents
-and text embeddings that are computed once. The same command again resumes at the first part that is missing.
+that are computed once. Of several captions an image every visit draws one. The same command again resumes at the first
+part that is missing.
 
-    vae/  clip/  judge/     the parts; ``judge`` is what ``evaluate.py --clip`` and ``--features`` take
+    vae/  clip/  judge/     the parts; ``judge`` (half precision) is what ``evaluate.py --clip`` and ``--features`` take
     pipeline/               the teacher, its network and autoencoder in half precision
     *.jsonl                 the losses
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +27,13 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from stepdistill.data.base import DataConfig, locate_data
+from stepdistill.data.columns import Texts
 from stepdistill.data.datasets import open_data
 from stepdistill.families.prompts import warn_too_long
 from stepdistill.families.sd import SD
-from stepdistill.files.ranges import PositiveInt, Range, Seed, Share
+from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
-from stepdistill.pretraining.clip import image_processor, train_clip, train_tokenizer
+from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 from stepdistill.pretraining.vae import train_vae
 
@@ -44,60 +47,69 @@ class TextTeacherConfig:
     vae: FitConfig
     clip: FitConfig
     """``model`` has the sections ``text_config`` and ``vision_config`` of a ``CLIPConfig``."""
+    judge: FitConfig
+    """The CLIP that measures, likewise."""
     unet: FitConfig
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
-    judge_seed: Seed = 1
-    """Seed of the CLIP that measures; its other options are those of ``clip``."""
     vocabulary: PositiveInt = 1750
     """Number of tokens that the tokenizer learns from the captions."""
     max_tokens: Annotated[int, Range(at_least=3)] = 24
     """Number of tokens in the longest prompt."""
     caption_dropout: Share = 0.1
+    shift: NonNegativeInt = 0
+    """Largest number of pixels by which the images of both CLIPs are moved."""
 
     def __post_init__(self) -> None:
-        if self.judge_seed == self.clip.seed:
-            raise ValueError(f"judge_seed: expected another seed than clip.seed, got {self.judge_seed}")
+        if self.judge.seed == self.clip.seed:
+            raise ValueError(f"judge.seed: expected another seed than clip.seed, got {self.judge.seed}")
 
 
 def train_text_teacher(config: TextTeacherConfig) -> Path:
     """Train the parts that are missing, and return the pipeline's folder.
 
-    Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained. Of several captions an
-    image has the first is used.
+    Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained.
     """
     accelerator, folder = open_accelerator("no"), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
-    tokenizer = train_tokenizer(captions, config.vocabulary, config.max_tokens)
-    warn_too_long(tokenizer, captions, limit=config.max_tokens)
+    texts = list(itertools.chain.from_iterable(captions))
+    tokenizer = train_tokenizer(texts, config.vocabulary, config.max_tokens)
+    warn_too_long(tokenizer, texts, limit=config.max_tokens)
+    tokens = CaptionTokens(tokenizer, captions)
 
-    def part(name: str, cls: Any, train: Callable[[Path], Any]) -> Any:
+    def part(name: str, train: Callable[[Path], Any]) -> Path:
         if not (folder / name / "config.json").is_file():
             made = train(folder / f"{name}.jsonl")
             if accelerator.is_main_process:  # a folder is complete or absent
                 made.save_pretrained(folder / f"{name}.partial")
                 (folder / f"{name}.partial").replace(folder / name)
             accelerator.wait_for_everyone()
-        return cls.from_pretrained(folder / name, use_safetensors=True)
+        return folder / name
 
-    vae = part("vae", AutoencoderKL, functools.partial(train_vae, images, config.vae, accelerator))
-    for name, seed in [("clip", config.clip.seed), ("judge", config.judge_seed)]:
-        fitting = dataclasses.replace(config.clip, seed=seed)
-        part(name, CLIPModel, functools.partial(train_clip, images, captions, tokenizer, fitting, accelerator))
+    def clip(fitting: FitConfig, log: Path) -> CLIPModel:
+        return train_clip(images, tokens, fitting, config.shift, accelerator, log)
+
+    vae = part("vae", functools.partial(train_vae, images, config.vae, accelerator))
+    part("clip", functools.partial(clip, config.clip))
+    part("judge", lambda log: clip(config.judge, log).half())
+    for name in ("clip", "judge"):
         tokenizer.save_pretrained(folder / name)
         image_processor(images.shape[-1]).save_pretrained(folder / name)
-    pipe = assemble(config, vae, CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True), tokenizer)
-    train_unet(pipe, images, captions, config, accelerator, folder)
+    text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
+    pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
+    train_unet(pipe, images, tokens, config, accelerator, folder)
     return folder / "pipeline"
 
 
-def read_all(data: DataConfig, size: int) -> tuple[Tensor, list[str]]:
-    """Return every image (N, 3, size, size) in [-1, 1], and its caption."""
+def read_all(data: DataConfig, size: int) -> tuple[Tensor, Sequence[Texts]]:
+    """Return every image (N, 3, size, size) in [-1, 1], and its captions."""
     dataset = open_data(locate_data(data), channels=3, size=(size, size), num_classes=None, takes_text=True)
     batch = dataset.load(range(len(dataset)))
     assert batch.images is not None and batch.captions is not None, "open_data checks both"
-    return batch.images, list(batch.captions)
+    if dataset.choices is None:
+        return batch.images, [(text,) for text in batch.captions]
+    return batch.images, [dataset.choices[index] for index in batch.indices]
 
 
 def assemble(
@@ -121,21 +133,22 @@ def assemble(
 def train_unet(
     pipe: StableDiffusionPipeline,
     images: Tensor,
-    captions: list[str],
+    captions: CaptionTokens,
     config: TextTeacherConfig,
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Train the network of ``pipe`` on encoded images and captions, and save the pipeline from time to time."""
+    """Train the network of ``pipe`` on encoded images and drawn captions, and save the pipeline from time to time."""
     family = SD(pipe.to(accelerator.device))
     with torch.no_grad():
         latents = torch.cat([family.to_latents(batch).cpu() for batch in images.split(100)])
-        prompts = family.embed(captions)["encoder_hidden_states"].cpu()
-    null = family.null["encoder_hidden_states"].cpu()
+    null = captions.encode([""])
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        dropped = torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout
-        text = torch.where(dropped, null, prompts[index]).to(accelerator.device)
+        dropped = torch.rand(len(index), 1, generator=generator) < config.caption_dropout
+        ids = torch.where(dropped, null, captions.draw(index, generator)).to(accelerator.device)
+        with torch.no_grad():  # at every visit, because the embeddings of many captions an image fill the memory
+            text = pipe.text_encoder(ids)[0]
         return denoising_loss(
             network, pipe.scheduler, latents[index].to(accelerator.device), encoder_hidden_states=text
         )

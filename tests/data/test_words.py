@@ -102,6 +102,22 @@ def in_dataset(path):
     return path
 
 
+def in_npz(path):
+    captions = np.array([["a cat", "a small cat"], ["one dog", "a dog"], ["two birds", "birds"], ["red", "blue"]])
+    np.savez(path.with_suffix(".npz"), images=np.zeros((4, 16, 16, 3), np.uint8), captions=captions)
+    return path.with_suffix(".npz")
+
+
+def test_an_npz_holds_several_captions_an_image(tmp_path):
+    data = opened(in_npz(tmp_path / "d"))
+    assert data.captions == ["a cat", "one dog", "two birds", "red"]
+    assert {text for index, text in visits(data, 80) if index == 3} == {"red", "blue"}
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    for captions in (np.zeros((4, 0), "U1"), np.zeros((3, 2), "U1"), np.zeros((4, 2), int)):
+        np.savez(tmp_path / "bad.npz", images=images, captions=captions)
+        refused(r"bad\.npz: captions: expected str \(4,\), got", tmp_path / "bad.npz")
+
+
 def visits(data, count=40, start=0, rank=0, world=1):
     """(sample, caption) of every visit."""
     batches = loader(data, batch_size=2, seed=5, start=start, rank=rank, world=world)

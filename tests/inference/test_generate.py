@@ -25,6 +25,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
+from stepdistill.inference.grids import make_grid, to_uint8
 from stepdistill.inference.solvers import teacher_pipeline
 
 
@@ -234,3 +235,13 @@ def test_the_seed_alone_makes_the_images_of_a_pipeline_that_keeps_its_generators
         )
     for image in sorted((tmp_path / "four").glob("*.png")):
         assert image.read_bytes() == (tmp_path / "two" / image.name).read_bytes()
+
+
+@pytest.mark.parametrize(("side", "times"), [(16, 4), (28, 3), (32, 2), (64, 1), (100, 1)])
+def test_small_images_are_shown_enlarged_by_whole_pixels(side, times):
+    images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    grid = make_grid(images, columns=2, gap=0)
+    assert grid.size == (2 * side * times, 2 * side * times)
+    shown = torch.from_numpy(np.asarray(grid)).permute(2, 0, 1)[:, ::times, ::times]
+    assert torch.equal(shown[:, :side, side:], to_uint8(images[1]))
+    assert (shown[:, side:, side:] == 255).all()  # no fourth image

@@ -18,7 +18,7 @@ from stepdistill.families.sd import SD
 from stepdistill.features.clip import Clip
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.pretraining import pixel
-from stepdistill.pretraining.clip import SHIFT, shifted, train_tokenizer
+from stepdistill.pretraining.clip import shifted, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, fit
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
 from stepdistill.pretraining.vae import encode, whiten
@@ -52,10 +52,10 @@ def test_the_tokenizer_joins_frequent_words_and_reads_any_text():
 
 def test_shifted_images_keep_what_is_inside_and_are_white_outside():
     images = -torch.ones(64, 1, 8, 8)
-    moved = shifted(images, torch.Generator().manual_seed(0))
+    moved = shifted(images, 3, torch.Generator().manual_seed(0))
     white = (moved == 1).sum((1, 2, 3))
     assert moved.shape == images.shape and set(moved.unique().tolist()) == {-1.0, 1.0}
-    assert white.max() <= 64 - (8 - SHIFT) ** 2 and white.unique().numel() > 4
+    assert white.max() <= 64 - (8 - 3) ** 2 and white.unique().numel() > 4
 
 
 def test_fit_finds_a_least_squares_solution(tmp_path):
@@ -153,5 +153,5 @@ def test_colours_stay_in_their_channels_and_labels_in_their_range(tmp_path, monk
 
 
 def test_the_judge_is_of_another_seed():
-    with pytest.raises(ConfigError, match="judge_seed: expected another seed than clip.seed, got 0"):
-        build(TextTeacherConfig, read_config(CONFIG, ["judge_seed=0"]))
+    with pytest.raises(ConfigError, match="judge.seed: expected another seed than clip.seed, got 0"):
+        build(TextTeacherConfig, read_config(CONFIG, ["judge.seed=0"]))

@@ -13,5 +13,6 @@ give equal numbers on every machine.
 | `manifold.precision_recall`, `.density_coverage` | fidelity and diversity | arXiv 1904.06991, 2002.09797 |
 | `classifier.inception_score`, `.class_accuracy` | classes: certain and varied; as asked for | arXiv 1606.03498 |
 | `diversity.within_class_spread` | mode collapse within a class | - |
+| `words.adherence_values`, `.within_prompt_deviations` | what prompts ask for is there; variety within a prompt | - |
 | `diversity.nearest_distance`, `.authenticity` | copies of training images | Alaa et al. 2022, arXiv 2102.08921 |
 """

@@ -13,6 +13,7 @@ from stepdistill.evaluation.metrics.diversity import authentic, nearest_distance
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
 from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_influence, kernel_distance, kernel_influence
 from stepdistill.evaluation.metrics.manifold import ball_counts, manifold_hits
+from stepdistill.evaluation.metrics.words import adherence_values, within_prompt_deviations
 from stepdistill.features.clip import clip_scores
 
 
@@ -47,6 +48,10 @@ class Sample:
         logits: maps features (N, d) to class scores (N, classes).
         captions: (N, d) embeddings of the captions, for the CLIP score.
         cut: (N,) bool, captions that were too long and lost their end.
+        prompts: (N,) int, equal for equal captions.
+        asked: (N, attributes) int, what captions ask for.
+        read: maps features (N, d) to the attributes (N, attributes) that images show.
+        is_unseen: maps ``asked`` to (N,) bool, combinations that were held out of the teacher's training.
     """
 
     features: Tensor
@@ -57,6 +62,10 @@ class Sample:
     logits: Callable[[Tensor], Tensor]
     captions: Tensor | None = None
     cut: Tensor | None = None
+    prompts: Tensor | None = None
+    asked: Tensor | None = None
+    read: Callable[[Tensor], Tensor] | None = None
+    is_unseen: Callable[[Tensor], Tensor] | None = None
 
     @property
     def reference(self) -> Tensor:
@@ -151,3 +160,34 @@ def clip(sample: Sample) -> dict[str, Score]:
         "clip_score": mean_score(clip_scores(sample.features, sample.captions)),
         "captions_cut": Score(int(sample.cut.sum())),
     }
+
+
+def adherence(sample: Sample) -> dict[str, Score]:
+    """Compute the share of asked attributes that are there."""
+    shown, asked = _shown_and_asked(sample)
+    return {"adherence": mean_score(adherence_values(shown, asked))}
+
+
+def adherence_unseen(sample: Sample) -> dict[str, Score]:
+    """Compute :func:`adherence` of the prompts that ask for a combination that was held out of the training."""
+    shown, asked = _shown_and_asked(sample)
+    assert sample.is_unseen is not None
+    unseen = sample.is_unseen(asked)
+    if not unseen.any():
+        raise ValueError("metrics: 'adherence_unseen' needs prompts of held-out combinations; none of the prompts is")
+    return {"adherence_unseen": mean_score(adherence_values(shown[unseen], asked[unseen]))}
+
+
+def _shown_and_asked(sample: Sample) -> tuple[Tensor, Tensor]:
+    if sample.asked is None or sample.read is None:
+        raise ValueError("metrics: 'adherence' needs captions: give --captions, or images with captions")
+    return sample.read(sample.features), sample.asked
+
+
+def prompt_spread(sample: Sample) -> dict[str, Score]:
+    """Compute the spread of the images of one prompt, relative to the spread of the whole reference."""
+    assert sample.moments is not None
+    if sample.prompts is None:
+        raise ValueError("metrics: 'prompt_spread' needs captions: give --captions, or images with captions")
+    values, prompts = within_prompt_deviations(sample.features, sample.prompts, sample.moments)
+    return {"prompt_spread": mean_score(values, prompts)}

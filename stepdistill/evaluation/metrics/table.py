@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from stepdistill.evaluation.metrics.scores import Sample, Score
 
-Need = Literal["inception", "classifier", "reference_images", "reference_labels", "labels", "clip"]
+Need = Literal[
+    "inception", "classifier", "reference_images", "reference_labels", "labels", "clip", "captions", "attributes"
+]
 """What a metric needs beside features and the moments of the reference: Inception's features, a feature network with
-classes, features and labels of single reference images, the labels that samples were asked for, a CLIP and captions."""
+classes, features and labels of single reference images, the labels that samples were asked for, a CLIP, captions, a
+feature network that reads attributes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,11 @@ _ALL = (
     Metric("cmmd", "gaussian_mmd", (Value("mmd", False, {"clip": "cmmd"}),), ("reference_images",), on_clip=True),
     Metric("copying", "copying", (Value("authenticity", True), Value("nearest_median", None),
                                   Value("nearest_min", None)), ("reference_images",)),
-    Metric("clip", "clip", (Value("clip_score", True), Value("captions_cut", None)), ("clip",), on_clip=True),
+    Metric("clip", "clip", (Value("clip_score", True), Value("captions_cut", None)), ("clip", "captions"),
+           on_clip=True),
+    Metric("adherence", "adherence", (Value("adherence", True),), ("attributes", "captions")),
+    Metric("adherence_unseen", "adherence_unseen", (Value("adherence_unseen", True),), ("attributes", "captions")),
+    Metric("prompt_spread", "prompt_spread", (Value("prompt_spread", None),), ("captions",)),
     dataclasses.replace(_FRECHET, name="fid", needs=("inception",), plain="fd"),
     dataclasses.replace(_KERNEL, name="kid", needs=("inception", "reference_images"), plain="kd"),
 )  # fmt: skip
