@@ -242,6 +242,6 @@ def test_small_images_are_shown_enlarged_by_whole_pixels(side, times):
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     grid = make_grid(images, columns=2, gap=0)
     assert grid.size == (2 * side * times, 2 * side * times)
-    shown = torch.from_numpy(np.asarray(grid)).permute(2, 0, 1)[:, ::times, ::times]
+    shown = torch.from_numpy(np.array(grid)).permute(2, 0, 1)[:, ::times, ::times]
     assert torch.equal(shown[:, :side, side:], to_uint8(images[1]))
     assert (shown[:, side:, side:] == 255).all()  # no fourth image
