@@ -127,3 +127,13 @@ def test_the_embedded_reader_is_small():
     assert sum(file.stat().st_size for file in (FACES / "reader").iterdir()) < 1e6
     with np.load(FACES / "held_out.npz") as archive:
         assert archive["attributes"].max() < 16
+
+
+def test_a_damaged_reader_is_named(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    (tmp_path / WORDS).write_text("attributes: {hat: {none: null, red: red hat}}", encoding="utf-8")
+    with pytest.raises(ValueError, match="model.safetensors: expected the weights of this network"):
+        load_features(str(tmp_path))
+    (tmp_path / WORDS).unlink()
+    with pytest.raises(ValueError, match="attributes.yaml: no such file"):
+        load_features(str(tmp_path))
