@@ -81,7 +81,8 @@ def sample_images(
     prompts = None if captions is None else [captions[index % len(captions)] for index in range(first, stop)]
     pixels, seconds = [], []
     network = network_of(pipeline)
-    rows = rows_for(pipeline) if rows is None else rows
+    with _named_failures(pipeline):
+        rows = rows_for(pipeline) if rows is None else rows
     with counted_rows(network) as counted, in_rows(pipeline, rows), autocast(device, precision):
         for start in tqdm(range(first, stop, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, stop))
