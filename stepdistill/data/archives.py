@@ -9,7 +9,7 @@ import numpy as np
 
 from stepdistill.data.columns import Column, Texts, read_texts
 from stepdistill.files.arrays import array_headers, read_arrays
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 _OURS = {"images": "images", "labels": "labels", "captions": "captions"}
 _ADM = {"images": "arr_0", "labels": "arr_1", "captions": "captions"}

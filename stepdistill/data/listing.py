@@ -51,7 +51,7 @@ from stepdistill.data.metadata import (
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import TarMember, read_tars
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 STRAY = -1  # label of an image that lies beside the class folders
 

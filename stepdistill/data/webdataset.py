@@ -21,7 +21,7 @@ from stepdistill.data.columns import Column, Texts, read_label, read_texts
 from stepdistill.data.image_files import count_words, left_out_suffix
 from stepdistill.data.text import decode_text
 from stepdistill.files.reading import check_file, parse_json
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 CAPTION_KEYS = ("caption", "text")
 """Keys of a caption in a ``.json``, unless ``caption_column`` is given."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.assets import FASHION
-from stepdistill.files.schema import nearest
 from stepdistill.files.weights import chosen_weights
+from stepdistill.files.words import nearest
 from stepdistill.loading import parts
 
 if TYPE_CHECKING:

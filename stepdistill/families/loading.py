@@ -17,8 +17,8 @@ from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.files.reading import read_json
-from stepdistill.files.schema import nearest
 from stepdistill.files.weights import naming
+from stepdistill.files.words import nearest
 from stepdistill.loading import (
     open_folder,
     own_class,

@@ -14,8 +14,8 @@ from torch import nn
 
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import SETTINGS, expand_home, is_path, nearest_place, snapshot
-from stepdistill.files.weights import LIBRARY_ERRORS, READING, naming, weight_names
-from stepdistill.loading.pickles import PICKLES, permission_hint
+from stepdistill.files.weights import LIBRARY_ERRORS, READING, first_names, naming, weight_names
+from stepdistill.loading.pickles import PICKLES, pickle_refusal
 
 SAFETENSORS = (".safetensors", ".sft")
 WHOLE = ("model.diffusion_model.", "first_stage_model.")
@@ -55,10 +55,7 @@ def open_checkpoint(file: Path, config: TeacherConfig) -> Any:
 def pipeline_name(file: Path, config: TeacherConfig) -> str:
     """Return the diffusers pipeline of a single-file checkpoint, by the names of its weights."""
     if file.suffix in PICKLES and not config.trust_pickles:
-        raise ValueError(
-            f"teacher.path: {file} is a pickle, which can run code when it is read; expected .safetensors. If you "
-            f"trust its author, {permission_hint('trust_pickles')}"
-        )
+        raise ValueError(f"teacher.path: {pickle_refusal(file)}")
     if file.suffix not in (*SAFETENSORS, *PICKLES):
         raise ValueError(f"teacher.path: {file}: expected a folder or a .safetensors checkpoint, got another file")
     try:
@@ -133,5 +130,4 @@ def refuse_incomplete_networks(file: Path, settings: str) -> None:
 def refuse_missing(file: Path, name: str, missing: list[str]) -> None:
     """Raise ``ValueError`` if there are names of weights that a part of the pipeline lacks."""
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"teacher.path: {file}: lacks weights of the {name}: {', '.join(missing[:3])}{more}")
+        raise ValueError(f"teacher.path: {file}: lacks weights of the {name}: {first_names(missing)}")

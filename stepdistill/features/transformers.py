@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.files.schema import nearest
 from stepdistill.files.weights import READING, refuse_incomplete
+from stepdistill.files.words import nearest
 from stepdistill.loading.pickles import refuse_pickles
 from stepdistill.loading.settings import refuse_settings
 from stepdistill.networks.hooks import capture_outputs

@@ -102,7 +102,7 @@ def check_shards(folder: Path, variant: str | None) -> None:
                 raise ValueError(f"{path}: names the file {shard!r}, which is not in the folder")
             lacking = {name for name, place in places.items() if place == shard} - weight_names(folder / shard)
             if lacking:
-                raise ValueError(f"{folder / shard}: lacks weights that {path.name} names: {_first(lacking)}")
+                raise ValueError(f"{folder / shard}: lacks weights that {path.name} names: {first_names(lacking)}")
 
 
 def weight_names(file: Path) -> set[str]:
@@ -161,14 +161,17 @@ def refuse_incomplete(network: Any, info: Mapping[str, Any], name: str, heads: b
             missing.add(key)
     left_over = {key for key in info["unexpected_keys"] if not heads or key.partition(".")[0] in own}
     if missing:
-        raise ValueError(f"{name}: {kind} needs weights that the file lacks, they would be random: {_first(missing)}")
+        raise ValueError(
+            f"{name}: {kind} needs weights that the file lacks, they would be random: {first_names(missing)}"
+        )
     if left_over:
-        raise ValueError(f"{name}: has weights that {kind} does not know and would drop: {_first(left_over)}")
+        raise ValueError(f"{name}: has weights that {kind} does not know and would drop: {first_names(left_over)}")
     for key, found, expected in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name}: {key}: expected the shape {tuple(expected)} of {kind}, got {tuple(found)}")
 
 
-def _first(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """Return the first few names, in order, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

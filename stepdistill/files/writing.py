@@ -31,11 +31,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def writing_to(path: Path) -> Iterator[None]:
     """Turn what the system says of a failed write into a sentence.
 
     Raises:
-        ValueError: naming ``path`` and the reason, such as a full disk.
+        ValueError: writing_to ``path`` and the reason, such as a full disk.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def check_writable(path: Path) -> None:
     Raises:
         ValueError: if its folder, or the nearest one above it that exists, is no folder, is read-only, or is full.
     """
-    with naming(path):
+    with writing_to(path):
         folder = path if path.is_dir() else _nearest_folder(path)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

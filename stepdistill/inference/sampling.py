@@ -8,11 +8,13 @@ are rounded to bytes, as in a file, before any metric is computed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.export.contract import contract_of
 from stepdistill.export.generators import handed_on
+from stepdistill.files.weights import naming
 from stepdistill.inference.grids import to_uint8
 from stepdistill.inference.rows import counted_rows, in_rows, network_of, rows_for
 from stepdistill.randomness import derive_seed
@@ -78,7 +81,8 @@ def sample_images(
     prompts = None if captions is None else [captions[index % len(captions)] for index in range(first, stop)]
     pixels, seconds = [], []
     network = network_of(pipeline)
-    rows = rows_for(pipeline) if rows is None else rows
+    with _named_failures(pipeline):
+        rows = rows_for(pipeline) if rows is None else rows
     with counted_rows(network) as counted, in_rows(pipeline, rows), autocast(device, precision):
         for start in tqdm(range(first, stop, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, stop))
@@ -101,12 +105,21 @@ def _sample_batch(
     """Sample the images (B, C, H, W) of these indices as bytes, and return them with the seconds that it took."""
     generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
     began = time.perf_counter()
-    with handed_on(pipeline, generators):
+    with handed_on(pipeline, generators), _named_failures(pipeline):
         output = pipeline(**condition, generator=generators, output_type="np", **call).images
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     elapsed = time.perf_counter() - began
     return to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)), elapsed
+
+
+def _named_failures(pipeline: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a call that fails names the folder of the pipeline, if it was opened from one.
+
+    Settings that fit their weights may still not work together; only the call of the networks tells.
+    """
+    folder = getattr(pipeline, "name_or_path", None)
+    return naming(Path(folder), "a call of it fails") if folder else contextlib.nullcontext()
 
 
 def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: Sequence[str] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 

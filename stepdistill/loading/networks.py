@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.files.weights import read_network
+from stepdistill.loading.classes import LIBRARIES
 from stepdistill.loading.index import part_entries, read_index
 
-LIBRARIES = ("diffusers", "transformers")
 PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config", "use_flashpack"}
 """Options that place or quantise networks while they are read, which only the pipeline's own loading does."""
 

@@ -26,13 +26,18 @@ def only_pickle(part: Path) -> Path | None:
     return pickles[0] if pickles and not any(part.glob("*.safetensors")) else None
 
 
+def pickle_refusal(pickle: Path, permission: str = "") -> str:
+    """Return the sentence that refuses a pickle."""
+    return (
+        f"{pickle} is a pickle, which can run code when it is read; expected .safetensors. If you trust its author, "
+        f"{permission or permission_hint('trust_pickles')}"
+    )
+
+
 def refuse_pickles(part: Path, permission: str = "") -> None:
     """Raise ``ValueError`` if the weights of a part exist only as pickles, or its index of shards names others."""
     if (pickle := only_pickle(part)) is not None:
-        raise ValueError(
-            f"{pickle} is a pickle, which can run code when it is read; expected .safetensors. If you trust its "
-            f"author, {permission or permission_hint('trust_pickles')}"
-        )
+        raise ValueError(pickle_refusal(pickle, permission))
     for path in sorted(part.glob("*.safetensors.index*.json")):
         for shard in read_json(path, dict[str, dict[str, Any]]).get("weight_map", {}).values():
             if not is_plain(shard, ".safetensors"):

@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.files.reading import read_json
-from stepdistill.files.schema import ConfigError, convert, nearest
+from stepdistill.files.schema import ConfigError, convert
+from stepdistill.files.words import nearest
 
 
 class CheckpointError(ValueError):

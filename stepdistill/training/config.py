@@ -13,7 +13,8 @@ from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
-from stepdistill.files.schema import ConfigError, build, nearest
+from stepdistill.files.schema import ConfigError, build
+from stepdistill.files.words import nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
 from stepdistill.training.optimizers import OptimConfig

@@ -91,10 +91,8 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
         os.close(self._descriptor)
-        if kind in (
-            None,
-            SystemExit,
-        ):  # otherwise the file stays, and its count rests: the others wait for this one
+        # after an error the file stays, and its count rests: the others wait for this process
+        if kind is None or kind is SystemExit:
             self._path(self.rank).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # until the last one has left
                 self.folder.rmdir()

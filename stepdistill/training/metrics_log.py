@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepdistill.files.reading import parse_json
 from stepdistill.files.schema import convert
-from stepdistill.files.writing import naming
+from stepdistill.files.writing import writing_to
 
 BLOCK = 64 * 2**10
 """Bytes that are read at a time."""
@@ -35,7 +35,7 @@ class MetricsLog:
             ValueError: if the file cannot be written.
         """
         row = {"step": step, "stage": stage, "time": round(time.time(), 2), **values}
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing_to(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def cut_after(self, step: int) -> None:
@@ -46,7 +46,7 @@ class MetricsLog:
         """
         if not self.path.is_file():
             return
-        with naming(self.path):
+        with writing_to(self.path):
             end = self._end_of(step)
             if end < self.path.stat().st_size:
                 os.truncate(self.path, end)

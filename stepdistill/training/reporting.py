@@ -32,9 +32,14 @@ class Reporter:
         """The newest scalars of every turn since the last row, still on the device."""
 
     def resume(self, step: int) -> None:
-        """Forget what was logged after a checkpoint."""
-        if self.accelerator.is_main_process:
-            self.log.cut_after(step)
+        """Forget what was logged and sampled after a checkpoint; an export must not show samples of later steps."""
+        if not self.accelerator.is_main_process:
+            return
+        self.log.cut_after(step)
+        for path in (self.folder / "samples").glob("step-*.png"):
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                path.unlink()
 
     def progress(self, total: int, initial: int) -> tqdm:
         """Return a bar of ``total`` steps, of which ``initial`` are done."""

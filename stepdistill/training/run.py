@@ -24,7 +24,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
-from stepdistill.files.writing import atomic_write, check_writable, naming
+from stepdistill.files.writing import atomic_write, check_writable, writing_to
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -105,7 +105,7 @@ class Run:
 
     def train(self) -> Path:
         """Train, export, and return the pipeline's folder."""
-        with naming(self.folder):
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with naming_a_failed_start():
             trainer = self.trainer()
@@ -128,10 +128,10 @@ class Run:
         if self.links:
             check_links(self.folder)
         path = self.folder / "config.yaml"
-        with naming(path), atomic_write(path) as partial:
+        with writing_to(path), atomic_write(path) as partial:
             partial.write_text(configuration.to_yaml(self.config.as_sections()))
         if identity.data.parts:
-            with naming(self.folder / INVENTORY):
+            with writing_to(self.folder / INVENTORY):
                 identity.data.write(self.folder / INVENTORY)
 
     def _end_stage(self, trainer: Trainer, stage: Stage) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.files.reading import parse_json
-from stepdistill.files.writing import atomic_write, naming
+from stepdistill.files.writing import atomic_write, writing_to
 from stepdistill.networks.sharding import write
 
 DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
@@ -64,7 +64,7 @@ class BestStudent:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         record["sha256"] = _digest(tensors)
-        with naming(self.path), atomic_write(self.path) as partial:
+        with writing_to(self.path), atomic_write(self.path) as partial:
             save_file(tensors, partial, metadata={"record": json.dumps(record)})
 
     def _comparable(self, record: Mapping[str, Any], metric: str) -> bool:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from stepdistill.batch import Batch
 from stepdistill.data.base import Dataset
 from stepdistill.data.loader import loader
-from stepdistill.files.writing import naming
+from stepdistill.files.writing import writing_to
 from stepdistill.inference.grids import save_grid
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller, Stage, Turn
@@ -104,7 +104,7 @@ class Trainer:
         """Watch the other processes and the data workers: if one is lost, end with a sentence that names it.
 
         Raises:
-            LostProcessError: naming it.
+            LostProcessError: writing_to it.
         """
         with self.heartbeat, naming_the_lost(self.heartbeat):
             yield
@@ -277,7 +277,7 @@ class Trainer:
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
         if self.accelerator.is_main_process:
             path = self.folder / "samples" / f"step-{self.step:06d}.png"
-            with naming(path):
+            with writing_to(path):
                 save_grid(images.pixels / 255, path)
 
     def _measure(self) -> None:

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from diffusers.utils.constants import HF_MODULES_CACHE
-
 SECONDS = 20
 """A try that takes longer hangs."""
 MEMORY = 6 * 2**30
@@ -73,7 +71,7 @@ class Watch:
 
     def _note(self, event: str, path: str) -> None:
         full = os.path.normpath(path)
-        if not full.startswith((self.folder, HF_MODULES_CACHE)) and full not in ALLOWED:
+        if not full.startswith(self.folder) and full not in ALLOWED:
             self.found.append(f"{event} {full}")
 
 

@@ -84,6 +84,8 @@ def make_world(folder: Path) -> None:
     ).write(folder / "reference.npz")
     shutil.copy(PRESETS / "embedded.yaml", folder / "protocol.yaml")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
+    (folder / "prompts.csv").write_text('prompt,category\na cat,animals\n"a dog, running",animals\n')
+    (folder / "prompts.json").write_text('[{"prompt": "a cat"}, {"prompt": "a dog"}]')
     (folder / "prompts.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
     benchmark = {
         "teacher": {"path": "embedded"},
@@ -104,6 +106,11 @@ def make_pictures(folder: Path) -> None:
     shutil.copytree(folder / "png", folder / "listed")
     rows = [{"file_name": f"{index}.png", "label": index, "text": f"number {index}"} for index in range(3)]
     (folder / "listed/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(folder / "png", folder / "table")
+    table = ["file_name,label,text", *(f"{index}.png,{index},number {index}" for index in range(3))]
+    (folder / "table/metadata.csv").write_text("\n".join(table))
+    samples = {"arr_0": np.stack([np.asarray(picture) for picture in pixels]), "arr_1": np.arange(4)}
+    np.savez_compressed(folder / "samples.npz", **samples)
     with tarfile.open(folder / "shard.tar", "w") as tar:
         for index in range(3):
             members = {
@@ -226,7 +233,7 @@ def images(
     name: str, channels: int = 3, num_classes: int | None = None, takes_text: bool = False
 ) -> Callable[[Path], object]:
     def read(folder: Path) -> None:
-        config = DataConfig(name="images", path=str(folder / name))
+        config = DataConfig(name="images", path=str(folder / name), resolution=8)
         dataset = open_data(config, channels=channels, size=(8, 8), num_classes=num_classes, takes_text=takes_text)
         for index in range(min(len(dataset), 8)):
             dataset.load([index])
@@ -282,9 +289,13 @@ SUBJECTS = (
     Subject("images.npz", ZIP, images("images.npz", channels=1, num_classes=4)),
     Subject("shard.tar", TAR, images("shard.tar", num_classes=4, takes_text=True)),
     Subject("listed/metadata.jsonl", LINES, images("listed", num_classes=4, takes_text=True), ("listed",)),
+    Subject("table/metadata.csv", m.BYTES, images("table", num_classes=4, takes_text=True), ("table",)),
+    Subject("samples.npz", ZIP, images("samples.npz", num_classes=4)),
     *(Subject(f"{kind}/1.{kind}", m.BYTES, images(kind)) for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp")),
     Subject("prompts.txt", m.BYTES[:5], guarded(lambda folder: collect_prompts([], str(folder / "prompts.txt")))),
     Subject("prompts.jsonl", LINES, guarded(lambda folder: collect_prompts([], str(folder / "prompts.jsonl")))),
+    Subject("prompts.csv", m.BYTES[:5], guarded(lambda folder: collect_prompts([], str(folder / "prompts.csv")))),
+    Subject("prompts.json", JSON, guarded(lambda folder: collect_prompts([], str(folder / "prompts.json")))),
     Subject("pairs/pairs.json", JSON, guarded(pairs), ("pairs",)),
     Subject("pairs/shard-00000.safetensors", WEIGHTS, guarded(pairs), ("pairs",)),
 )  # fmt: skip

@@ -1,8 +1,10 @@
 """Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
 
 import io
+import json
 import os
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -235,6 +237,30 @@ def test_the_seed_alone_makes_the_images_of_a_pipeline_that_keeps_its_generators
         )
     for image in sorted((tmp_path / "four").glob("*.png")):
         assert image.read_bytes() == (tmp_path / "two" / image.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("unet/config.json", {"norm_eps": []}, "a call of it fails: TypeError"),
+        (
+            "stepdistill.json",
+            {"call": {"num_inference_step": 2}},
+            "takes no argument 'num_inference_step'; did you mean",
+        ),
+    ],
+)
+def test_settings_with_which_no_call_works_are_a_sentence_with_the_folder(
+    tmp_path, student, capsys, file, changed, message
+):
+    """Found by fuzzing: settings that fit the weights, and still do not work together."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(student, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changed))
+    with pytest.raises(SystemExit) as left:
+        generate("--pipeline", folder, "--prompt", "a cat", "--output", tmp_path / "a.png")
+    printed = capsys.readouterr().err.replace("\n  ", " ")
+    assert left.value.code == 2 and str(folder) in printed and message in printed
 
 
 @pytest.mark.parametrize(("side", "times"), [(16, 4), (28, 3), (32, 2), (64, 1), (100, 1)])

@@ -182,15 +182,18 @@ def test_kills_at_random_points_end_in_the_same_bits_or_a_sentence(tmp_path, cap
             folder = tmp_path / f"counted-{kill.world}-{kill.inside}"
             prepare(folder, 0 if is_cache else kill.world)
             totals[kill.world, kill.inside] = counted_in(kill, folder)
-        folder = tmp_path / f"kill-{number}"
-        prepare(folder, 0 if is_cache else kill.world)
-        codes = killed(kill, folder, totals.get((kill.world, kill.inside), 0), seconds[kill.world])
-        assert codes[kill.rank] in (-9, 0), f"{kill}: {codes}"
+        for attempt in range(20):  # until the kill comes before the end
+            folder = tmp_path / f"kill-{number}-{attempt}"
+            prepare(folder, 0 if is_cache else kill.world)
+            codes = killed(kill, folder, totals.get((kill.world, kill.inside), 0), seconds[kill.world])
+            if codes[kill.rank] == -9:
+                break
+            kill = dataclasses.replace(kill, share=0.8 * kill.share)
+        assert codes[kill.rank] == -9, f"{kill}: {codes}"
         ended = resume(kill, folder)
         if ended == "the same bits":
             assert result(folder, is_cache=is_cache) == straight[kill.world, is_cache], kill
-        hit = "killed" if codes[kill.rank] == -9 else "had ended"
-        outcomes[f"{kill.world} ranks", kill.inside or "any moment", hit, ended] += 1
+        outcomes[f"{kill.world} ranks", kill.inside or "any moment", ended] += 1
         with capsys.disabled():
             print(f"{number + 1}: {kill}: {codes}: {ended}", flush=True)
     with capsys.disabled():

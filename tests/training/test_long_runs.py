@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.cases import checkpoint_bytes, make_run, make_trainer, weights
+from contracts.cases import checkpoint_bytes, make_run, make_trainer, train_until, weights
 from safetensors.torch import load_file, save_file
 from training.processes import started, wait_until
 
@@ -410,6 +410,19 @@ def test_a_foreign_file_in_the_logs_place_is_left_alone(tmp_path):
     with pytest.warns(UserWarning, match="line 1"):
         log.cut_after(5)
     assert log.path.read_text() == "first\nsecond\n"
+
+
+def test_samples_of_later_steps_are_forgotten_too(tmp_path):
+    """Found by a kill: the export of a stage that ended before showed the samples of the next step."""
+    train_until(make(tmp_path, sample_every=1), 3)
+    samples = tmp_path / "run/samples"
+    for name in ("step-000004.png", "step-mine.png", "notes.txt"):
+        (samples / name).touch()
+    trainer = make(tmp_path).trainer()
+    trainer.restore()
+    trainer.reporter.resume(trainer.step)
+    kept = {path.name for path in samples.iterdir()}
+    assert kept == {"step-000001.png", "step-000002.png", "step-000003.png", "step-mine.png", "notes.txt"}
 
 
 @pytest.mark.parametrize("long", [10, 300_000])
