@@ -42,7 +42,9 @@ class BottleneckHead(nn.Module):
 
 
 def _norm_silu(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]
+    """Return a normalisation in groups of 16 channels or more, and SiLU: groups of two have only signs left."""
+    groups = math.gcd(channels, max(1, min(32, channels // 16)))
+    return [nn.GroupNorm(groups, channels), nn.SiLU()]
 
 
 class BottleneckCritic:

@@ -36,7 +36,7 @@ from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 DistillationWeight = Literal["exponential", "sds", "nfsd"]
@@ -92,10 +92,18 @@ class ADD(Distiller):
         """Whether the teacher's loss compares decoded images (the paper's choice for latents)."""
         r1: float = 1e-5
         """Gamma, the weight of R1 on the features of real images."""
+        student_update_interval: int = 1
+        """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: int = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
-            if self.steps < 1:
-                raise ValueError(f"steps: expected at least 1, got {self.steps}")
+            if min(self.steps, self.student_update_interval) < 1:
+                raise ValueError(
+                    f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
+                )
+            if self.critic_warmup < 0:
+                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
             if min(self.distillation, self.r1) < 0:
                 raise ValueError(f"expected distillation, r1 >= 0, got {self.distillation}, {self.r1}")
             if self.negative_prompt and self.weighting != "nfsd":
@@ -118,7 +126,7 @@ class ADD(Distiller):
         features = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
         critic = CleanCritic(self.family, features, config.conditioning, loss=config.adversarial, r1_weight=config.r1)
         self.negative = self.family.embed([config.negative_prompt]) if config.negative_prompt else None
-        self.add_turn("student", self.student_loss)
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(critic, self.critic_loss)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:

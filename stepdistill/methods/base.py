@@ -60,6 +60,15 @@ class Turn:
     """Whether the turn happens on a step (counted from 0)."""
 
 
+def last_of(interval: int, after: int = 0) -> Callable[[int], bool]:
+    """Return a turn's ``when``: on the last step of every ``interval``, once ``after`` steps are over.
+
+    >>> [step for step in range(9) if last_of(3, after=2)(step)]
+    [4, 7]
+    """
+    return lambda step: step >= after and (step - after) % interval == interval - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stretch of training with fresh optimisers and its own learning-rate schedule."""

@@ -42,8 +42,8 @@ class CD(Distiller):
         guidance_scale: float = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         distance: ConsistencyDistance = "huber"
-        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is an
-        optional dependency."""
+        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
+        an optional dependency."""
         target_ema: float = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
 

@@ -60,8 +60,8 @@ class CT(Distiller):
         last_points: int = 150
         """N - 1 at the end (s_1)."""
         distance: ConsistencyDistance = "huber"
-        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is an
-        optional dependency."""
+        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
+        an optional dependency."""
         first_decay: float = 0.9
         """mu at the start (mu_0)."""
 

@@ -40,7 +40,7 @@ from stepdistill.features.base import FeatureExtractor
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 NO_SIGNAL = 1e-3
@@ -64,8 +64,10 @@ class ImagineFlash(Distiller):
         """k, the DDIM steps of the teacher to a target."""
         guidance_scale: float = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
-        reconstruction: Literal["shifted", "plain"] = "shifted"
-        """Where the teacher starts: at the student's image noised again to gamma, or at the student's input."""
+        reconstruction: Literal["shifted", "plain"] = "plain"
+        """Where the teacher starts: at the student's image noised again to gamma, or at the student's input.
+
+        With the gamma below, the shifted target alone made a good student worse (docs/RESULTS.md)."""
         shift_power: float = 2.0
         """p of gamma."""
         shift_top: float = 0.95
@@ -81,10 +83,19 @@ class ImagineFlash(Distiller):
         """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
         scale: float = 1.0
         """Standard deviation of these noise levels."""
+        student_update_interval: int = 1
+        """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: int = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
-            if min(self.steps, self.teacher_steps) < 1:
-                raise ValueError(f"expected steps, teacher_steps >= 1, got {self.steps}, {self.teacher_steps}")
+            if min(self.steps, self.teacher_steps, self.student_update_interval) < 1:
+                raise ValueError(
+                    "expected steps, teacher_steps, student_update_interval >= 1, got "
+                    f"{self.steps}, {self.teacher_steps}, {self.student_update_interval}"
+                )
+            if self.critic_warmup < 0:
+                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
             if not (0 < self.shift_top <= 1 and self.shift_power > 0):
                 raise ValueError(
                     f"expected 0 < shift_top <= 1 and shift_power > 0, got {self.shift_top}, {self.shift_power}"
@@ -107,7 +118,8 @@ class ImagineFlash(Distiller):
         return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
 
     def build(self) -> None:
-        self.add_turn("student", self.student_loss)
+        config = self.config
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(self.make_critic(), self.critic_loss)
 
     def make_critic(self) -> Critic:

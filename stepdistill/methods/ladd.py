@@ -26,7 +26,7 @@ from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 
@@ -56,14 +56,18 @@ class LADD(Distiller):
         """Weight of the approximate R1; FastGen uses 0.1 to 1000."""
         r1_distance: float = 0.1
         """Distance of R1's finite difference, in standard deviations of noise on a real image."""
-        student_update_interval: int = 1
+        student_update_interval: int = 4
         """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: int = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
             if min(self.steps, self.student_update_interval) < 1:
                 raise ValueError(
                     f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
                 )
+            if self.critic_warmup < 0:
+                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
             if not 0 < self.first_share <= 1:
                 raise ValueError(f"first_share: expected 0 < first_share <= 1, got {self.first_share}")
             if not (self.scale > 0 and self.r1_distance > 0 and self.r1 >= 0):
@@ -79,7 +83,7 @@ class LADD(Distiller):
             self.teacher, config.location, config.scale,
             loss=config.adversarial, r1_weight=config.r1, r1_distance=config.r1_distance,
         )  # fmt: skip
-        self.add_turn("student", self.student_loss, when=lambda step: step % config.student_update_interval == 0)
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(critic, self.critic_loss)
 
     def shares(self) -> Tensor:

@@ -205,7 +205,7 @@ def family_batch(family, size):
 def test_bad_options_and_teachers_are_refused():
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         ADD.check(ADD.Config(), Pixel.tiny(prediction_type="epsilon"))
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps, student_update_interval >= 1, got 0, 1"):
         ADD.Config(steps=0)
     with pytest.raises(ValueError, match="guidance_scale"):
         ADD.check(ADD.Config(guidance_scale=0.5), Pixel.tiny())
