@@ -8,8 +8,8 @@ average biases it. The distance is pseudo-Huber. The number of intervals doubles
 
 Intervals are drawn from a discretised log-normal distribution of noise levels instead of uniformly. And an error is
 weighted by ``1 / (sigma_t - sigma_s)``. Noise levels are EDM's, ``sigma_t / alpha_t``, for every schedule, and so is
-the grid: even in ``sigma^(1 / 7)``, up to ``sigma_max``. A grid even in the time of a schedule whose noise goes to infinity
-would hold one interval without weight where sampling starts.
+the grid: even in ``sigma^(1 / 7)``, up to ``sigma_max``. A grid even in the time of a schedule whose
+noise goes to infinity would hold one interval without weight where sampling starts.
 """
 
 from __future__ import annotations
