@@ -103,7 +103,7 @@ def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, interva
 
 
 def time_of_level(schedule: NoiseSchedule, sigma: float) -> float:
-    """Return the time at which ``sigma_t / alpha_t`` is ``sigma``, at most 1; of a discrete process a whole timestep."""
+    """Return the time at which ``sigma_t / alpha_t`` is ``sigma``, or 1; of a discrete process a whole timestep."""
     t = schedule.inverse(torch.tensor([-2 * math.log(sigma)], dtype=torch.float64)).clamp(max=1)
     return schedule.shortened(t, 1.0)[1].item()
 
