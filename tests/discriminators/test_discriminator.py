@@ -138,11 +138,12 @@ def test_a_bottleneck_head_gives_one_logit_and_a_gradient(shape):
 
 
 def test_a_critic_of_a_fake_score_sees_its_middle_block():
-    network = nn.ModuleDict(
-        {"double": nn.ModuleList([nn.Identity()] * 2), "single": nn.ModuleList([nn.Identity()] * 5)}
-    )
-    assert middle_block(network, ("double", "single")) == "single.1"
-    unet = nn.ModuleDict({"down_blocks": nn.ModuleList([nn.Identity()] * 3), "mid_block": nn.Identity()})
+    def blocks(count):
+        return nn.ModuleList(nn.Identity() for _ in range(count))
+
+    transformer = nn.ModuleDict({"paired": blocks(2), "single": blocks(5)})
+    assert middle_block(transformer, ("paired", "single")) == "single.1"
+    unet = nn.ModuleDict({"down_blocks": blocks(3), "mid_block": nn.Identity()})
     assert middle_block(unet, ("down_blocks", "mid_block")) == "mid_block"
 
 
