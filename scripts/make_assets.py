@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import ReferenceStatistics
 from stepdistill.features.loading import load_features
+from stepdistill.files.ranges import PositiveInt, in_range
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretraining.classifier import read_labelled_images
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
     parser.add_argument("--teacher", type=Path, required=True, help="what scripts/train_teacher.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--per_class", type=int, default=1000, help="images of each class in train_subset.npz")
+    parser.add_argument("--per_class", type=in_range(PositiveInt), default=1000, help="images in train_subset.npz")
     args = parser.parse_args()
     images, labels = read_labelled_images(args.train)
 

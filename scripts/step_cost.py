@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from stepdistill.benchmark.step_cost import plan, step_cost_table
+from stepdistill.files.ranges import PositiveInt, in_range
 
 CONFIGS = ("sd_lcm_lora", "sd_dmd2", "sdxl_lcm_lora", "sdxl_dmd2_lora")
 
@@ -22,7 +23,9 @@ def main() -> None:
         help="files sd_<method>.yaml or sdxl_<method>.yaml; by default those of LCM and DMD2",
     )  # fmt: skip
     parser.add_argument("--bank", nargs="+", choices=["copy", "adapter"], default=["copy", "adapter"])
-    parser.add_argument("--steps", type=int, default=20, help="timed; a multiple of method.student_update_interval")
+    parser.add_argument(
+        "--steps", type=in_range(PositiveInt), default=20, help="timed; a multiple of method.student_update_interval"
+    )
     parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
     parser.add_argument("--plan", action="store_true", help="calculate what is held; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")

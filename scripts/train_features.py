@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.features.classifier import SmallConvNet
+from stepdistill.files.ranges import PositiveFloat, PositiveInt, Seed, in_range
 from stepdistill.pretraining.classifier import accuracy, read_labelled_images, train_classifier
 
 
@@ -18,11 +19,11 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")
     parser.add_argument("--test", type=Path, required=True, help=".npz with images and labels, never trained on")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=24, help="channels of the first convolution")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak of the one-cycle learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=in_range(PositiveInt), default=24, help="channels of the first convolution")
+    parser.add_argument("--epochs", type=in_range(PositiveInt), default=6)
+    parser.add_argument("--batch_size", type=in_range(PositiveInt), default=256)
+    parser.add_argument("--lr", type=in_range(PositiveFloat), default=5e-3, help="peak of the one-cycle learning rate")
+    parser.add_argument("--seed", type=in_range(Seed), default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

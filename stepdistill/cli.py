@@ -6,22 +6,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from stepdistill.evaluation.metrics.table import METRICS
+from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
+
+COUNT, SEED, SCALE = in_range(PositiveInt), in_range(Seed), in_range(NonNegativeFloat)
+LABEL = in_range(NonNegativeInt)
+SAMPLES = in_range(Annotated[int, Range(at_least=2)])
+"""Types of numeric flags."""
 
 PROTOCOL_FLAGS = (
-    ("num_samples", int, "number of images that are measured"),
-    ("seed", int, "seed of the set of images"),
+    ("num_samples", SAMPLES, "number of images that are measured"),
+    ("seed", SEED, "seed of the set of images"),
     ("metrics", str, " ".join(METRICS)),
     ("reference", str, "'embedded', images, or .npz statistics"),
     ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
     ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
     ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
-    ("size", int, "side of the square to which all images are resized and cropped"),
-    ("captions", str, "prompts, one a line, or a folder with metadata.jsonl"),
-    ("guidance_scale", float, "1 is no guidance; by default the pipeline's own"),
-    ("num_inference_steps", int, "by default the pipeline's own"),
-    ("rows", int, "rows in one call of the network; fewer need less memory"),
+    ("size", COUNT, "side of the square to which all images are resized and cropped"),
+    ("captions", str, "prompts: a file of them (as --prompt_file of generate), or images with captions"),
+    ("guidance_scale", SCALE, "1 is no guidance; by default the pipeline's own"),
+    ("num_inference_steps", COUNT, "by default the pipeline's own"),
+    ("rows", COUNT, "rows in one call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
 )
 
@@ -74,23 +81,27 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill generate``."""
     command.add_argument("--pipeline", required=True, help="folder of an exported pipeline")
     command.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, used in turn")
-    command.add_argument("--prompt_file", help="further prompts: a text file (one a line), a .jsonl, or - for stdin")
+    command.add_argument(
+        "--prompt_file", help="further prompts: text (one a line), .csv, .tsv, .json, .jsonl, or - for stdin"
+    )
     command.add_argument("--negative_prompt", help="what guidance leads away from; needs a guidance scale above 1")
-    command.add_argument("--class_labels", type=int, nargs="+", help="labels, used in turn; by default all classes")
-    command.add_argument("--num_images", type=int, help="by default one per prompt, or 16")
-    command.add_argument("--num_inference_steps", type=int, help="numbers other than the trained one give worse images")
-    command.add_argument("--guidance_scale", type=float, help="1 is no guidance; by default as the contract says")
-    command.add_argument("--batch_size", type=int, default=100)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--class_labels", type=LABEL, nargs="+", help="labels, used in turn; by default all classes")
+    command.add_argument("--num_images", type=COUNT, help="by default one per prompt, or 16")
+    command.add_argument(
+        "--num_inference_steps", type=COUNT, help="other numbers than the trained one give worse images"
+    )
+    command.add_argument("--guidance_scale", type=SCALE, help="1 is no guidance; by default as the contract says")
+    command.add_argument("--batch_size", type=COUNT, default=100)
+    command.add_argument("--seed", type=SEED, default=0)
     command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: show its images, too")
     command.add_argument(
         "--compare_steps",
-        type=int,
+        type=COUNT,
         default=50,
         help="of the teacher, by DDIM (a flow: its own scheduler)",
     )
     command.add_argument(
-        "--compare_guidance_scale", type=float, help="of the teacher; by default that of the distillation"
+        "--compare_guidance_scale", type=SCALE, help="of the teacher; by default that of the distillation"
     )
     flags_of_trust(command)
     command.add_argument(
@@ -107,7 +118,7 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--protocol", default="embedded", help="embedded, cifar50k, imagenet50k, coco30k, or a file")
     command.add_argument("--solver", default="DDIM", help="solver of the teacher")
     flags_of_trust(command)
-    command.add_argument("--batch_size", type=int, default=100, help="changes only the speed")
+    command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
     command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
     command.add_argument("--output", type=Path, required=True, help="result file (.json)")
     command.add_argument("--report", help="also write a page (.html) of the result")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.precision import Precision
+from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
 FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark", "batch_size")
 """Keys that decide which rows there are, and not what is in them."""
@@ -25,14 +28,14 @@ class BenchmarkConfig:
     train: tuple[str, ...] = ()
     """Runs that are trained first, if they have not exported their student yet: the path of a configuration,
     followed by ``key=value`` for the keys that are changed."""
-    solvers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    solvers: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
     """Numbers of network calls per image at which each solver is measured."""
-    guidance_scales: tuple[float, ...] = (1.15, 1.5, 2.0)
+    guidance_scales: tuple[NonNegativeFloat, ...] = (1.15, 1.5, 2.0)
     """The grid from which a guided solver's scale is chosen at each number of calls."""
-    search_samples: int = 1000
+    search_samples: Annotated[int, Range(at_least=2)] = 1000
     """Samples on which the scale is chosen; their seeds are not those of the table."""
-    teacher_steps: int = 50
-    teacher_guidance_scales: tuple[float, ...] = (1.0,)
+    teacher_steps: PositiveInt = 50
+    teacher_guidance_scales: tuple[NonNegativeFloat, ...] = (1.0,)
     """Guidance scales of the teacher at its many steps, a row each."""
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
@@ -41,7 +44,7 @@ class BenchmarkConfig:
     """Prompts for a teacher that takes text; see :class:`stepdistill.evaluation.protocol.Protocol`."""
     clip: str | None = None
     """A CLIP for the metric ``clip``, on which nothing here was trained."""
-    num_samples: int = 5000
-    batch_size: int = 100
-    precision: str = "fp32"
-    seed: int = 0
+    num_samples: Annotated[int, Range(at_least=2)] = 5000
+    batch_size: PositiveInt = 100
+    precision: Precision = "fp32"
+    seed: Seed = 0

@@ -24,6 +24,7 @@ from stepdistill.batch import Batch
 from stepdistill.benchmark.tables import markdown_table
 from stepdistill.config import read_config
 from stepdistill.data.datasets import NoiseDataset
+from stepdistill.data.inventory import Inventory
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
 from stepdistill.families.latent import rebuild
@@ -159,7 +160,8 @@ def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
     data = NoiseDataset(None, size=distiller.family.image_shape, num_classes=None)
     train = dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir())
     evaluation = Evaluation.open(EvalConfig(), Path(train.output_dir))
-    return Trainer(distiller, data, dataclasses.replace(config, train=train), RunIdentity({}, {}), evaluation)
+    identity = RunIdentity({}, {}, Inventory({}))
+    return Trainer(distiller, data, dataclasses.replace(config, train=train), identity, evaluation)
 
 
 def time_steps(trainer: Trainer, batch_size: int, steps: int) -> float:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeAlias
 from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Share
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -20,7 +21,7 @@ TABLE_KEYS = ("split", "subset", "revision")
 
 PATHS = {
     "images": "a folder of images, an .npz or a Hugging Face dataset",
-    "prompts": "a .txt with a prompt a line, or a .jsonl",
+    "prompts": "a .txt with a prompt a line, a .csv, .tsv, .json or .jsonl",
     "cache": "a folder that scripts/cache.py wrote",
 }
 """By ``data.name``, what ``data.path`` has to be."""
@@ -34,10 +35,10 @@ class DataConfig:
         name: ``images`` (see ``path``); ``noise`` or, for a teacher that takes text, ``prompts``, for methods that need
             no images; ``cache`` is a folder of latents and embeddings that ``scripts/cache.py`` wrote.
         path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset: saved on disk, a folder of
-            parquet files, or its id on the hub, ``owner/name``, where there is no folder ``owner``; ``embedded``
-            (fashion) or ``emoji`` (with names), which are part of the package; for ``prompts`` a ``.txt`` (one a line)
-            or a ``.jsonl`` (an object a line, see ``caption_column``).
-        split: of a Hugging Face dataset; ``train`` by default, where it has splits.
+            parquet files or one file, or its id on the hub, ``owner/name``, where there is no folder ``owner``;
+            ``embedded`` (fashion) or ``emoji`` (with names), which are part of the package; for ``prompts`` a file of
+            any form in :mod:`stepdistill.data.prompts`.
+        split: of a Hugging Face dataset, or of a folder of splits; ``train`` by default, where there are splits.
         subset: of a Hugging Face dataset that has several; the ``name`` argument of ``load_dataset``.
         revision: commit of a dataset on the hub, 40 hex digits; the newest by default. A resumed run needs the one that
             it started with.
@@ -51,8 +52,9 @@ class DataConfig:
         caption_dropout: share of captions that are replaced by the empty one, chosen by their position in the order.
         max_samples: size of a fixed random subset to keep; for ``noise``, the length of an epoch.
         bad_files: ``skip`` takes the next readable sample for an unreadable one and warns; ``error`` stops.
-        label_column: name of the label in ``metadata.jsonl`` or the Hugging Face dataset; ``label`` if present.
-        caption_column: name of the caption there; ``text`` if present.
+        label_column: name of the label in a folder's metadata or the Hugging Face dataset; ``label`` if present.
+        caption_column: name of the caption there; ``text`` if present. In a file of prompts ``text``, ``prompt`` or
+            ``caption``.
         image_column: name of the image in the Hugging Face dataset.
     """
 
@@ -61,14 +63,14 @@ class DataConfig:
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
-    resolution: int | None = None
-    channels: int | None = None
+    resolution: PositiveInt | None = None
+    channels: PositiveInt | None = None
     fit: Fit = "crop"
-    batch_size: int = 64
-    num_workers: int = 0
+    batch_size: PositiveInt = 64
+    num_workers: NonNegativeInt = 0
     flip: bool = False
-    caption_dropout: float = 0.0
-    max_samples: int | None = None
+    caption_dropout: Share = 0.0
+    max_samples: PositiveInt | None = None
     bad_files: Literal["error", "skip"] = "skip"
     label_column: str | None = None
     caption_column: str | None = None
@@ -76,14 +78,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_source()
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout: expected 0 to 1, got {self.caption_dropout}")
-        for key in ("resolution", "channels", "batch_size", "max_samples"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: expected at least 1, got {value}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: expected at least 0, got {self.num_workers}")
 
     def _check_source(self) -> None:
         if self.name in PATHS and not self.path:
@@ -112,7 +106,8 @@ class Dataset(abc.ABC):
         num_classes: labels are in [0, num_classes); None if there are no labels.
         flip: whether :func:`~stepdistill.data.loader.loader` mirrors half of the images.
         caption_dropout: share of captions that it replaces by the empty one.
-        captions: text of every sample, by its index; None if the teacher takes none.
+        captions: text of every sample, by its index, of several the first; None if the teacher takes none.
+        choices: all texts of every sample likewise, of which each visit draws one; None if no sample has several.
         labels: class of every sample likewise, if it comes from files.
         is_encoded: whether samples are stored as the network sees them, so that training needs no encoder.
         version: which content the path had, if the path alone does not tell: a dataset of the hub, or parquet files.
@@ -121,8 +116,9 @@ class Dataset(abc.ABC):
     size: tuple[int, int, int]
     num_classes: int | None
     flip: bool
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     captions: Sequence[str] | None = None
+    choices: Sequence[tuple[str, ...]] | None = None
     labels: Sequence[int] | None = None
     is_encoded: ClassVar[bool] = False
     version: str | None = None

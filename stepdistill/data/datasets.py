@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.columns import first_texts, several
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
-from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_prompts, list_samples, sample_name
+from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_samples, sample_name
 from stepdistill.data.loader import Unreadable
+from stepdistill.data.prompts import read_prompts
+from stepdistill.data.text import one_line
 
 NOISE_EPOCH = 2**16
 
@@ -94,8 +97,10 @@ class PromptDataset(Dataset):
     flip = False
 
     def __init__(self, config: DataConfig, *, size: tuple[int, int, int]) -> None:
-        prompts = list_prompts(config)
-        self.captions = self._prompts = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
+        prompts = read_prompts(Path(str(config.path)), config.caption_column)
+        chosen = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
+        self.captions = self._prompts = [texts[0] for texts in chosen]
+        self.choices = several(chosen)
         self.size, self.caption_dropout, self._path = size, config.caption_dropout, config.path
 
     def __len__(self) -> int:
@@ -125,7 +130,9 @@ class ImageDataset(Dataset):
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout, self.version = config.caption_dropout, listing.version
         if listing.captions is not None:
-            self.captions = [caption or "" for caption in self._captions_at(range(len(self._rows)))]
+            chosen = [listing.captions[row] for row in self._rows]
+            self.captions = first_texts(chosen)
+            self.choices = several(chosen) if self.captions else None
         if num_classes is not None:
             assert listing.labels is not None, "open_data checks it"
             self.labels = listing.labels[self._rows].tolist()
@@ -159,7 +166,7 @@ class ImageDataset(Dataset):
                 source = self._listing.images[int(self._rows[index])]
                 return index, read_pixels(source, channels, (size[0], size[1]), self._fit)
             except UnreadableImageError as error:
-                unreadable.append(f"{self.name(index)}: {error}")
+                unreadable.append(one_line(f"{self.name(index)}: {error}"))
                 if not self._skip:
                     raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
@@ -170,24 +177,15 @@ class ImageDataset(Dataset):
         return torch.tensor([self.labels[index] for index in indices], dtype=torch.int64)
 
     def _captions(self, indices: Sequence[int]) -> tuple[str, ...] | None:
-        if self._listing.captions is None:
-            return None
-        captions = self._captions_at(indices)
-        for index, caption in zip(indices, captions, strict=True):
-            if not _is_text(caption):
-                raise ValueError(f"{self.name(index)}: caption: expected text ('' for none), got {caption!r}")
-        return tuple(map(str, captions))
-
-    def _captions_at(self, indices: Sequence[int]) -> list[Any]:
-        assert self._listing.captions is not None
-        return [self._listing.captions[int(self._rows[index])] for index in indices]
+        return None if self.captions is None else tuple(self.captions[index] for index in indices)
 
     def _check_labels(self, num_classes: int) -> None:
         labels = np.asarray(self.labels)
         wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if len(wrong):
+            first = one_line(self.name(int(wrong[0])))
             raise ValueError(
-                f"{self.name(int(wrong[0]))}: label: expected 0 to {num_classes - 1}, the teacher's classes, got "
+                f"{first}: label: expected 0 to {num_classes - 1}, the teacher's classes, got "
                 f"{labels[wrong[0]]} ({len(wrong)} of {len(labels)} samples are out of range)"
             )
 
@@ -196,10 +194,6 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
     if max_samples is None or max_samples >= length:
         return np.arange(length)
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
-
-
-def _is_text(caption: Any) -> bool:
-    return isinstance(caption, str)
 
 
 def _check_stated(config: DataConfig, channels: int, size: tuple[int, int]) -> None:
@@ -235,7 +229,8 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
     if num_classes is None:
         return
     if listing.labels is None:
-        raise ValueError(f"data.path: {config.path}: no labels, but the teacher has {num_classes} classes")
+        reason = listing.no_labels or f"data.path: {config.path}: no labels"
+        raise ValueError(f"{reason}, but the teacher has {num_classes} classes")
     if listing.num_folders is None:
         return
     if STRAY in listing.labels:
@@ -251,12 +246,12 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
 def _check_captions(config: DataConfig, listing: Listing) -> None:
     if listing.captions is None:
         raise ValueError(
-            f"data.path: {config.path}: no captions, but the teacher takes text; expected 'text' in a metadata.jsonl, "
-            "a .txt beside every image, or data.caption_column"
+            f"{listing.no_captions or f'data.path: {config.path}: no captions'}, but the teacher takes text; expected "
+            "'text' in a metadata.jsonl, a .txt beside every image, or data.caption_column"
         )
-    missing = [row for row, caption in enumerate(listing.captions) if not _is_text(caption)]
+    missing = [row for row, texts in enumerate(listing.captions) if not texts]
     if missing:
-        first = sample_name(listing.images, missing[0], config.path)
+        first = one_line(sample_name(listing.images, missing[0], config.path))
         raise ValueError(
             f"data.path: {config.path}: {len(missing)} of {len(listing.captions)} images have no caption; the first is "
             f"{first} ('' or an empty .txt is the empty caption)"

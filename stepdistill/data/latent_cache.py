@@ -2,7 +2,8 @@
 
 A cache is ``cache.json`` (which encoders, which data, how many rows), ``captions.jsonl`` and shards
 (:mod:`stepdistill.data.shards`): ``images`` and, if training mirrors, ``mirrored``, latents as the network sees them;
-``cond.<name>``, the conditions. The last row belongs to the empty caption, which replaces a dropped one.
+``cond.<name>``, the conditions. The last row belongs to the empty caption, which replaces a dropped one. Where samples
+have several captions, :mod:`stepdistill.data.cached_texts` holds the others.
 
 Training from a cache (``data: {name: cache, path: ...}``) sees the same bits as training from the files, if both encode
 the same number of samples at a time (``data.batch_size``): that number decides which convolution kernels run, and with
@@ -15,9 +16,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,22 @@ from torch import Tensor
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.cached_texts import (
+    CachedTexts,
+    batches,
+    read_captions,
+    stored_texts,
+    write_captions,
+    write_texts,
+)
+from stepdistill.data.columns import Texts, first_texts, several
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.families.base import Family
 from stepdistill.families.latent import latent_statistics
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
 
 FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
-
-
-CAPTIONS = "captions.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +48,8 @@ class CacheConfig:
     """The ``cache`` section."""
 
     output_dir: str
-    shard_size: int = 1024
+    shard_size: PositiveInt = 1024
     """Samples per file, which is the most that a stopped run loses."""
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size: expected at least 1, got {self.shard_size}")
 
 
 def encoders(family: Family) -> dict[str, str]:
@@ -74,7 +76,7 @@ def files(dataset: Dataset, root: str) -> str:
     for index in range(len(dataset)):
         name = dataset.name(index)
         size = os.path.getsize(name) if os.path.isfile(name) else 0
-        caption = None if dataset.captions is None else dataset.captions[index]
+        caption = stored_texts(dataset, index)
         label = None if dataset.labels is None else dataset.labels[index]
         digest.update(json.dumps([os.path.relpath(name, root), size, caption, label]).encode())
     archives = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
@@ -106,28 +108,19 @@ def make_cache(
         "files": files(dataset, str(data.path)), "fit": data.fit, "mirrored": data.flip,
     }  # fmt: skip
     write_or_check_manifest(folder / FORMAT.manifest, manifest, FORMAT.rows)
-    _write_captions(folder / CAPTIONS, dataset)
+    write_captions(folder, dataset)
+    if family.takes_text and dataset.choices is not None:
+        write_texts(
+            folder, family, dataset.choices, encoders=manifest["encoders"], batch_size=data.batch_size,
+            shard_size=config.shard_size,
+        )  # fmt: skip
 
     def make(rows: range) -> dict[str, Tensor]:
-        parts = [_encode(family, dataset, batch, data) for batch in _batches(rows, data.batch_size)]
+        parts = [_encode(family, dataset, batch, data) for batch in batches(rows, data.batch_size)]
         return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
     write_shards(folder, count + 1, config.shard_size, make, progress)
     return folder
-
-
-def _write_captions(path: Path, dataset: Dataset) -> None:
-    texts: Sequence[str | None] = dataset.captions or [None] * len(dataset)
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for index, text in enumerate(texts):
-            file.write(json.dumps({"name": dataset.name(index), "text": text}) + "\n")
-
-
-def _batches(rows: range, size: int) -> Iterator[list[int]]:
-    """Yield rows in batches of ``size``, the last one filled up, so that the same kernels encode all of them."""
-    for start in range(0, len(rows), size):
-        batch = list(rows[start : start + size])
-        yield batch + batch[-1:] * (size - len(batch))
 
 
 @torch.no_grad()
@@ -177,14 +170,18 @@ class LatentCacheDataset(Dataset):
         self.shards = Shards(str(config.path), FORMAT)
         self._check_made_for(config, family)
         self._check_content(config, needs_images)
-        self._names: list[str] = []
-        texts: list[str] = []
-        for line in (self.shards.folder / CAPTIONS).read_text(encoding="utf-8").splitlines():
-            row: dict[str, Any] = json.loads(line)
-            self._names.append(row["name"])
-            texts.append(row["text"])
-        self.captions = texts if family.takes_text else None
+        self._names, texts = read_captions(self.shards.folder, len(self))
+        if family.takes_text:
+            self._use_texts(texts)
         self.size, self.flip, self.caption_dropout = family.image_shape, config.flip, config.caption_dropout
+        self.version = self.shards.version
+
+    def _use_texts(self, texts: list[Texts]) -> None:
+        self.captions, self.choices = first_texts(texts), several(texts)
+        if self.captions is None:
+            raise ValueError(f"{self.shards.folder}: the teacher takes text, but a sample has no caption in it")
+        if self.choices is not None:
+            self._others = CachedTexts(self.shards.folder, self.choices)
 
     def _check_made_for(self, config: DataConfig, family: Family) -> None:
         made, current = self.shards.manifest["encoders"], encoders(family)
@@ -225,6 +222,8 @@ class LatentCacheDataset(Dataset):
             if not caption:
                 rows[place] = len(self)
         cond = {name: self.shards.rows(f"cond.{name}", rows) for name in self.shards.cond_names}
+        if self.choices is not None and raw.captions is not None:
+            cond = self._others.replace(cond, raw.indices, raw.captions)
         images = self.shards.rows("images", raw.indices) if "images" in self.shards.names else None
         if images is not None and raw.mirrored is not None:
             mirrored = raw.mirrored.view(-1, 1, 1, 1)

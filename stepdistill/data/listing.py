@@ -6,16 +6,19 @@ path                                 samples
 ``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` int (N,),
                                      ``captions`` str (N,)
 Hugging Face dataset                 its ``image`` column, and optionally ``label``, ``text``; see
-                                     :mod:`stepdistill.data.hf_datasets`
-folder with ``metadata.jsonl``       a JSON object a line: ``file_name``, and in every line or none ``label``, ``text``
+or ``.parquet``                      :mod:`stepdistill.data.hf_datasets`
+folder with ``metadata.jsonl``,      a row an image: ``file_name``, and optionally ``label``, ``text``; see
+``.csv`` or ``.parquet``             :mod:`stepdistill.data.metadata`
 ``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.webdataset`
 folder of folders                    one class per sub-folder, numbered by name as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
+folder of ``train`` and other splits  any of these in it, see :func:`~stepdistill.data.metadata.split_folder`
 ===================================  ===============================================================================
 
 A folder of parquet files is a Hugging Face dataset if they are named as on the hub (``train-00000-of-00002.parquet``),
-or no images lie beside them; a ``metadata.jsonl`` or a tar in it takes precedence over both. Nothing is unpickled.
-Hidden folders and files that are not images are ignored.
+or no images lie beside them; a ``metadata.jsonl`` or a tar in it takes precedence over both, and both over other
+metadata. Nothing is unpickled. Hidden folders and files that are not images are ignored, and so are labels and captions
+that cannot be used (words for labels, say) if the teacher does not need them.
 """
 
 from __future__ import annotations
@@ -27,18 +30,25 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from stepdistill.data.base import TABLE_KEYS, DataConfig
+from stepdistill.data.columns import Column, Texts, read_texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
-from stepdistill.data.text import json_lines, read_prompts, read_text, row_value
+from stepdistill.data.metadata import (
+    caption_column,
+    find_files,
+    label_column,
+    metadata_file,
+    read_metadata,
+    split_folder,
+)
+from stepdistill.data.tables import caption_cells, image_cells, label_cells
+from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import TarMember, read_tars
 from stepdistill.files.schema import nearest
-
-T = TypeVar("T")
-
 
 STRAY = -1  # label of an image that lies beside the class folders
 
@@ -53,7 +63,12 @@ class Listing:
     images: Sequence[Any] | np.ndarray
     """Each in a form that :func:`~stepdistill.data.decoding.read_pixels` takes."""
     labels: np.ndarray | None = None
-    captions: Sequence[str | None] | np.ndarray | None = None
+    captions: Sequence[Texts] | None = None
+    """Of every sample none, one or several, see :mod:`stepdistill.data.columns`."""
+    no_labels: str | None = None
+    """Why there are no labels, although there is a column of them."""
+    no_captions: str | None = None
+    """Why there are no captions, likewise."""
     num_folders: int | None = None
     """Number of classes, if labels only number the sub-folders."""
     version: str | None = None
@@ -76,6 +91,9 @@ def list_samples(config: DataConfig) -> Listing:
     path = Path(str(config.path))
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
+    if path.is_dir() and not any(path.glob("*.tar")) and (split := split_folder(path, config.split)):
+        refuse_keys(config, TABLE_KEYS[1:], f"{path} is not a Hugging Face dataset")
+        return _split(split, config)
     refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")
     if path.is_file() and path.suffix == ".npz":
         return _npz(path)
@@ -83,16 +101,12 @@ def list_samples(config: DataConfig) -> Listing:
         return _tars([path], config)
     if not path.is_dir():
         raise ValueError(f"data.path: {path}: {_why_not(path)}")
-    if (path / "metadata.jsonl").is_file():
-        return _metadata(path / "metadata.jsonl", config)
-    if tars := sorted(path.glob("*.tar")):
-        return _tars(tars, config)
-    return _folder(path)
+    return _folder(path, config)
 
 
 def _why_not(path: Path) -> str:
     if path.exists():
-        return "expected a folder, an .npz or a .tar, got another file"
+        return "expected a folder, an .npz, a .tar or a .parquet, got another file"
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
@@ -107,11 +121,29 @@ def _npz(path: Path) -> Listing:
         raise ValueError(
             f"{path}: images: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} {images.shape}"
         )
-    for name, column, kinds, expected in (("labels", labels, "iu", "int"), ("captions", captions, "U", "str")):
-        if column is not None and (column.dtype.kind not in kinds or column.shape != images.shape[:1]):
-            raise ValueError(f"{path}: {name}: expected {expected} ({len(images)},), got {column.dtype} {column.shape}")
+    no_labels = _unlike(labels, len(images), "iu", f"{path}: labels: expected int")
     images = images if images.ndim == 4 else images[..., None]
-    return Listing(images, labels, captions, array_shape=images.shape[1:])
+    return Listing(
+        images, None if no_labels else labels, array_shape=images.shape[1:], no_labels=no_labels,
+        **_captions(_array_captions(captions, len(images), path)),
+    )  # fmt: skip
+
+
+def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) -> str | None:
+    """Return what is wrong with the type or shape of a column of an ``.npz``; None if nothing is."""
+    if column is None or (column.dtype.kind in kinds and column.shape == (count,)):
+        return None
+    return f"{expected} ({count},), got {column.dtype} {column.shape}"
+
+
+def _array_captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
+    column = Column[Texts]()
+    if problem := _unlike(captions, count, "U", f"{path}: captions: expected str"):
+        column.fail(problem)
+    elif captions is not None:
+        for row, text in enumerate(captions.tolist()):
+            column.add(read_texts, text, f"{path}[{row}]: captions")
+    return column
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -130,17 +162,33 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _folder(folder: Path) -> Listing:
+def _split(folder: Path, config: DataConfig) -> Listing:
+    """Return the samples of a split's folder, which may share a table with the others."""
+    table = metadata_file(folder.parent)
+    if table is None or metadata_file(folder) is not None:
+        return _folder(folder, config)
+    return _metadata(table, config, within=folder)
+
+
+def _folder(folder: Path, config: DataConfig) -> Listing:
+    table = metadata_file(folder)
+    tars = sorted(folder.glob("*.tar"))
+    if table is not None and (table.suffix == ".jsonl" or not tars):
+        return _metadata(table, config, within=folder)
+    return _tars(tars, config) if tars else _images(folder)
+
+
+def _images(folder: Path) -> Listing:
     files = sorted(_image_files(folder))
     captions = _caption_files(files)
     folders = [_class_folder(file, folder) for file in files]
     classes = sorted({*filter(None, folders)})
     if not classes:
-        return Listing(files, captions=captions)
+        return Listing(files, **_captions(captions))
     number: dict[str | None, int] = {None: STRAY}
     for label, name in enumerate(classes):
         number[name] = label
-    return Listing(files, np.array([number[name] for name in folders]), captions, num_folders=len(classes))
+    return Listing(files, np.array([number[name] for name in folders]), num_folders=len(classes), **_captions(captions))
 
 
 def _class_folder(file: str, folder: Path) -> str | None:
@@ -149,27 +197,22 @@ def _class_folder(file: str, folder: Path) -> str | None:
     return name if separator else None
 
 
-def _caption_files(images: Sequence[str]) -> list[str | None] | None:
-    """Return the text beside every image (``a.txt`` beside ``a.png``), None where there is none."""
-    captions = [_caption_file(Path(image).with_suffix(".txt")) for image in images]
-    return None if set(captions) <= {None} else captions
+def _caption_files(images: Sequence[str]) -> Column[Texts]:
+    """Return the text beside every image (``a.txt`` beside ``a.png``), where there is one."""
+    column = Column[Texts]()
+    for image in images:
+        column.add(_caption_file, Path(image).with_suffix(".txt"))
+    return column
 
 
-def _caption_file(file: Path) -> str | None:
-    return " ".join(read_text(file).split()) if file.is_file() else None
+def _captions(column: Column[Texts]) -> dict[str, Any]:
+    """Return the fields of a listing about captions; where every one is missing, there are none."""
+    values = column.values
+    return {"captions": values if any(values or ()) else None, "no_captions": column.problem}
 
 
-def list_prompts(config: DataConfig) -> list[str]:
-    """Return the prompts in ``config.path``: a ``.jsonl`` of objects, or any other text file, one a line.
-
-    Raises:
-        ValueError: if there is no such file, and as :func:`~stepdistill.data.text.read_prompts`.
-    """
-    path = Path(str(config.path))
-    if not path.is_file():
-        reason = "expected a file, got a folder" if path.is_dir() else _why_not(path)
-        raise ValueError(f"data.path: {path}: {reason}")
-    return read_prompts(path, config.caption_column or "text")
+def _caption_file(file: Path) -> Texts:
+    return (" ".join(read_text(file).split()),) if file.is_file() else ()
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -183,19 +226,24 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _metadata(file: Path, config: DataConfig) -> Listing:
-    rows = json_lines(file)
+def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
+    rows = read_metadata(file)
     known = sorted(set().union(*rows.values()))
     label = _column(config.label_column, "label", known, str(file))
     caption = _column(config.caption_column, "text", known, str(file))
-
-    def column(key: str, kind: type[T]) -> list[T]:
-        return [row_value(row, key, kind, where) for where, row in rows.items()]
-
+    keys = ("file_name", f"{config.image_column}_file_name")
+    found = find_files(rows, file, _image_files(file.parent), keys, skip=config.bad_files == "skip")
+    if within != file.parent:
+        found = {where: image for where, image in found.items() if within in Path(image).parents}
+    rows = {where: rows[where] for where in found}
+    labels, captions = label_column(rows, label), caption_column(rows, caption)
+    if caption is None:
+        captions.fail(f"{file}: no column 'text'{nearest('text', known)}; data.caption_column names another")
     return Listing(
-        [str(file.parent / name) for name in column("file_name", str)],
-        np.array(column(label, int)) if label else None,
-        column(caption, str) if caption else None,
+        list(found.values()),
+        None if label is None or labels.values is None else np.array(labels.values, dtype=int),
+        no_labels=labels.problem,
+        **_captions(captions),
     )
 
 
@@ -209,20 +257,25 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
 
 def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
     found = read_tars(tars, IMAGE_SUFFIXES, config.caption_column, config.label_column)
-    captions = None if set(found.captions) <= {None} else found.captions
-    unlabelled = found.labels.count(None)
-    if unlabelled == 0:
-        return Listing(found.images, np.array(found.labels, dtype=int), captions)
-    if unlabelled < len(found.labels):
-        first = found.images[found.labels.index(None)]
-        raise ValueError(f"{first}: no label, but others have one ({unlabelled} without)")
-    return Listing(found.images, None, captions)
+    labels, problem = found.labels.values, found.labels.problem
+    if labels is not None and None in labels:
+        first, missing = found.images[labels.index(None)], labels.count(None)
+        problem = f"{one_line(str(first))}: no label, but others have one ({missing} without)"
+        labels, problem = None, None if missing == len(found.images) else problem
+    return Listing(
+        found.images,
+        None if labels is None else np.array(labels, dtype=int),
+        no_labels=problem,
+        **_captions(found.captions),
+    )
 
 
 # ----------------------------------------------------------------------------------- Hugging Face datasets
 
 
 def _holds_parquet(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".parquet"
     if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
         return False
     if any(path.rglob("*-of-*.parquet")):
@@ -231,16 +284,12 @@ def _holds_parquet(path: Path) -> bool:
 
 
 def _table(path: Path, config: DataConfig) -> Listing:
-    import datasets
-
     table, version = open_table(path, config)
     image = _column(config.image_column, "image", table.column_names, str(path))
     label = _column(config.label_column, "label", table.column_names, str(path))
     caption = _column(config.caption_column, "text", table.column_names, str(path))
-    if not isinstance(table.features[image], datasets.Image):
-        raise ValueError(f"{path}: column {image!r}: expected a datasets.Image, got {table.features[image]}")
-    labels = np.asarray(table.with_format("numpy")[label][:]) if label else None
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
-        raise ValueError(f"{path}: column {label!r}: expected whole numbers, none missing, got {table.features[label]}")
-    undecoded = table.cast_column(image, datasets.Image(decode=False))[image]
-    return Listing(undecoded, labels, table[caption] if caption else None, version=version)
+    labels, no_labels = label_cells(table, label, str(path))
+    captions = caption_cells(table, caption, str(path))
+    return Listing(
+        image_cells(table, str(image), str(path)), labels, version=version, no_labels=no_labels, **_captions(captions)
+    )

@@ -1,7 +1,7 @@
 """The order of samples.
 
-Samples have a *global position* 0, 1, 2, ... that runs on through all epochs. The sample at a position, and whether it
-is mirrored, depend on (seed, position) alone:
+Samples have a *global position* 0, 1, 2, ... that runs on through all epochs. The sample at a position,
+whether it is mirrored, and which of its captions is taken, depend on (seed, position) alone:
 
     epoch, offset = divmod(position, length);    index = permutation(seed, epoch)[offset]
 
@@ -56,6 +56,19 @@ def dropped(position: int, count: int, length: int, seed: int, share: float) -> 
     return [bool(number < share) for number in _column(2, position, count, length, seed)]
 
 
+def drawn(choices: Sequence[Sequence[str]], position: int, length: int, seed: int) -> tuple[str, ...]:
+    """Return one of the captions of the sample at each position from ``position`` on, all of one chance.
+
+    Args:
+        choices: captions of the samples at these positions, at least one each.
+        position: the first.
+        length: number of samples in the data set.
+        seed: of the order.
+    """
+    numbers = _column(3, position, len(choices), length, seed)
+    return tuple(texts[int(number * len(texts))] for texts, number in zip(choices, numbers, strict=True))
+
+
 def _column(which: int, position: int, count: int, length: int, seed: int) -> list[Any]:
     """Return one of the arrays of :func:`_epoch` at ``count`` positions."""
     values = []
@@ -66,10 +79,14 @@ def _column(which: int, position: int, count: int, length: int, seed: int) -> li
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
-def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return an epoch's order, whether each sample is mirrored, and a number in [0, 1) that may drop its caption."""
+def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, ...]:
+    """Return an epoch's order, by place: the sample, whether it is mirrored, and two numbers in [0, 1).
+
+    The first may drop the caption, the second chooses one of several.
+    """
     generator = np.random.default_rng((seed, epoch))
-    return generator.permutation(length), generator.random(length) < 0.5, generator.random(length)
+    order, mirrored = generator.permutation(length), generator.random(length) < 0.5
+    return order, mirrored, generator.random(length), generator.random(length)
 
 
 def loader(
@@ -134,6 +151,9 @@ class _MicroBatches(TorchDataset):
         position = (micro_batch * self.world + self.rank) * self.batch_size
         where = (position, self.batch_size, len(self.dataset), self.seed)
         batch = self.dataset.load(sample_indices(*where))
+        if self.dataset.choices is not None:
+            choices = [self.dataset.choices[index] for index in batch.indices]
+            batch = dataclasses.replace(batch, captions=drawn(choices, position, len(self.dataset), self.seed))
         if batch.captions is not None and self.dataset.caption_dropout:
             captions = _drop(batch.captions, dropped(*where, self.dataset.caption_dropout))
             batch = dataclasses.replace(batch, captions=captions)

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from stepdistill.batch import Cond
 from stepdistill.config import fingerprint_json
+from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
-from stepdistill.data.text import read_prompts
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.families.base import Family
+from stepdistill.files.precision import Precision
+from stepdistill.files.ranges import GuidanceScale, PositiveInt, Seed
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.fingerprint import fingerprint_weights
@@ -35,24 +37,19 @@ class PairsConfig:
     """The ``pairs`` section: how a teacher samples deterministically, and how many pairs."""
 
     output_dir: str
-    count: int = 10_000
+    count: PositiveInt = 10_000
     solver: Literal["euler", "heun"] = "heun"
     """Euler is DDIM; Heun calls the network twice a step, except in the last."""
-    steps: int = 18
-    guidance_scale: float = 1.0
+    steps: PositiveInt = 18
+    guidance_scale: GuidanceScale = 1.0
     """Guidance of the teacher; 1 is none."""
     prompts: str | None = None
-    """Prompts for a teacher that takes text, used in turn: a ``.txt`` (one a line) or a ``.jsonl``."""
-    batch_size: int = 100
-    shard_size: int = 1000
+    """Prompts for a teacher that takes text, used in turn: a file as in :mod:`stepdistill.data.prompts`."""
+    batch_size: PositiveInt = 100
+    shard_size: PositiveInt = 1000
     """Pairs per file, which is the most that a stopped run loses."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    precision: Precision = "fp32"
+    seed: Seed = 0
 
 
 def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], object] = lambda done: None) -> Path:
@@ -81,7 +78,7 @@ def _prompts(config: PairsConfig) -> list[str]:
         raise ValueError(
             f"pairs.prompts: expected a file of prompts, because the teacher takes text, got {config.prompts!r}"
         )
-    return read_prompts(Path(config.prompts))
+    return first_prompts(Path(config.prompts))
 
 
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:

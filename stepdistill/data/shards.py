@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.config import differences
+from stepdistill.config import differences, fingerprint_json
 from stepdistill.files.writing import atomic_write
 
 
@@ -113,6 +113,11 @@ class Shards:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def version(self) -> str:
+        """What tells these rows from others of the same folder: a hash of the manifest."""
+        return fingerprint_json(self.manifest)
 
     @property
     def names(self) -> list[str]:

@@ -1,15 +1,20 @@
-"""Files of prompts and captions, and the errors for damaged ones."""
+"""Text of data files: UTF-8, without control characters, line by line; and the errors for damaged ones."""
 
 from __future__ import annotations
 
-import json
-import unicodedata
+import csv
+import io
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from stepdistill.files.schema import nearest
+from stepdistill.files.reading import parse_json, read_bytes
 
-T = TypeVar("T")
+MAX_BYTES = 4 * 2**30
+"""Bytes of one file of captions or prompts. It is larger than that of a configuration: a data set may have millions."""
+
+
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -27,70 +32,79 @@ def decode_text(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{name}:{line}: not UTF-8 (byte {data[error.start]:#04x}); expected text in UTF-8") from error
-    for number, row in enumerate(text.split("\n"), 1):
-        for letter in row:
-            if unicodedata.category(letter) == "Cc" and letter not in "\t\r\f\v":
-                raise ValueError(f"{name}:{number}: control character U+{ord(letter):04X}; expected text in UTF-8")
+    if found := CONTROL.search(text):
+        line = text[: found.start()].count("\n") + 1
+        raise ValueError(f"{name}:{line}: control character U+{ord(found[0]):04X}; expected text in UTF-8")
     return text
 
 
 def read_text(file: Path) -> str:
     """Return the content of a UTF-8 file; raise ``ValueError`` as :func:`decode_text` does."""
-    return decode_text(file.read_bytes(), str(file))
+    return decode_text(read_bytes(file, MAX_BYTES), str(file))
 
 
-def prompt_lines(text: str) -> list[str]:
-    """Return one prompt per line, without empty ones."""
-    return list(filter(None, map(str.strip, text.splitlines())))
+def lines(text: str) -> list[str]:
+    r"""Return the lines of a text, which end in ``\n`` or ``\r\n`` and in nothing else.
+
+    ``str.splitlines`` would also split at characters that stand inside captions, such as U+2028.
+
+    >>> lines("one\u2028still one\r\ntwo\n")
+    ['one\u2028still one', 'two']
+    """
+    found = [line.removesuffix("\r") for line in text.split("\n")]
+    return found[:-1] if found[-1] == "" else found
 
 
-def json_lines(file: Path) -> dict[str, dict[str, Any]]:
-    """Return every object of a ``.jsonl`` by ``file:line``.
+def one_line(text: str) -> str:
+    r"""Return a text as one printable line: other characters, such as line ends and those of terminals, are escaped.
+
+    >>> print(one_line("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def json_lines(file: Path, hint: Any = dict[str, Any]) -> dict[str, Any]:
+    """Return the value of every line of a ``.jsonl`` by ``file:line``, as the type ``hint``.
 
     Raises:
-        ValueError: naming the line that is not an object.
+        ValueError: naming the line that is not of this type.
     """
     rows = {}
-    for number, line in enumerate(read_text(file).split("\n"), 1):
+    for number, line in enumerate(lines(read_text(file)), 1):
         if line.strip():
             where = f"{file}:{number}"
-            rows[where] = json_object(line, where)
+            rows[where] = parse_json(line, where, hint)
     return rows
 
 
-def json_object(text: str, where: str) -> dict[str, Any]:
-    """Return a JSON object; raise ``ValueError`` naming ``where`` if the text is not one."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {text.strip()[:60]}")
-    return row
+def table_rows(file: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of a ``.csv`` or ``.tsv`` with a header by ``file:line``.
 
-
-def read_prompts(file: Path, key: str = "text") -> list[str]:
-    """Return the prompts of a ``.jsonl`` of objects (under ``key``), or of any other text file, one a line.
-
-    Empty lines of a text file are ignored; ``""`` in a ``.jsonl`` is the empty prompt.
+    In a ``.tsv`` quotes are those of a spreadsheet if all of them are, and otherwise letters like all others.
 
     Raises:
-        ValueError: if there are none, or the file is not text; it names the line.
+        ValueError: naming the line whose quotes or number of columns are wrong.
     """
-    if file.suffix == ".jsonl":
-        prompts = [row_value(row, key, str, where) for where, row in json_lines(file).items()]
-    else:
-        prompts = prompt_lines(read_text(file))
-    if not prompts:
-        raise ValueError(f"{file}: no prompts in it")
-    return prompts
+    text = read_text(file)
+    if file.suffix.lower() != ".tsv":
+        return _rows(text, file, delimiter=",")
+    try:
+        return _rows(text, file, delimiter="\t")
+    except ValueError:
+        return _rows(text, file, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def row_value(row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
-    """Return ``row[key]``; raise ``ValueError`` if it is missing, or not of this kind, ``str`` or ``int``."""
-    if key not in row:
-        raise ValueError(f"{where}: no key {key!r}{nearest(key, row)}")
-    if type(row[key]) is not kind:  # not isinstance, because true is no label
-        expected = "text" if kind is str else "a whole number"
-        raise ValueError(f"{where}: {key!r}: expected {expected}, got {row[key]!r}")
-    return row[key]
+def _rows(text: str, file: Path, **form: Any) -> dict[str, dict[str, str]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
+    rows: dict[str, dict[str, str]] = {}
+    try:
+        header = next(reader, [])
+        for row in filter(None, reader):
+            where = f"{file}:{reader.line_num}"
+            if len(row) != len(header):
+                raise ValueError(f"{where}: expected {len(header)} columns as in the first line, got {len(row)}")
+            rows[where] = dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.line_num}: {error}") from None
+    return rows

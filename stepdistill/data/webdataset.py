@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.data.text import decode_text, json_object, row_value
+from stepdistill.data.columns import Column, Texts, read_label, read_texts
+from stepdistill.data.text import decode_text
+from stepdistill.files.reading import parse_json
 from stepdistill.files.schema import nearest
 
 CAPTION_KEYS = ("caption", "text")
@@ -47,8 +49,8 @@ class TarSamples:
     """The samples of tars, in their order: one entry per sample in every list."""
 
     images: list[TarMember]
-    captions: list[str | None]
-    labels: list[int | None]
+    captions: Column[Texts]
+    labels: Column[int | None]
 
 
 def read_tars(
@@ -63,16 +65,16 @@ def read_tars(
         label_key: key of the label there; by default ``label``.
 
     Raises:
-        ValueError: for a file that is not an uncompressed tar, and for damaged captions and labels; it names them.
+        ValueError: for a file that is not an uncompressed tar.
     """
-    images, captions, labels = [], [], []
+    images, captions, labels = [], Column[Texts](), Column[int | None]()
     for tar in tars:
         for parts in _grouped(tar):
             image = next((member for suffix, member in parts.items() if suffix in suffixes), None)
             if image is not None:
                 images.append(image)
-                captions.append(_caption(parts, caption_key))
-                labels.append(_label(parts, label_key or "label"))
+                captions.add(_caption, parts, caption_key)
+                labels.add(_label, parts, label_key or "label")
     return TarSamples(images, captions, labels)
 
 
@@ -107,30 +109,28 @@ def _members(tar: Path) -> Iterator[TarMember]:
         raise ValueError(f"{tar}: cannot be read as an uncompressed tar ({error}); unpack .tar.gz first") from error
 
 
-def _caption(parts: Mapping[str, TarMember], key: str | None) -> str | None:
+def _caption(parts: Mapping[str, TarMember], key: str | None) -> Texts:
     if ".txt" in parts and key is None:
-        return " ".join(decode_text(parts[".txt"].read(), str(parts[".txt"])).split())
+        return (" ".join(decode_text(parts[".txt"].read(), str(parts[".txt"])).split()),)
     row = _json(parts)
     for name in CAPTION_KEYS if key is None else (key,):
         if row.get(name) is not None:
-            return row_value(row, name, str, str(parts[".json"]))
-    if key is not None and row:
+            return read_texts(row[name], f"{parts['.json']}: {name!r}")
+    if key is not None and row and key not in row:
         raise ValueError(f"{parts['.json']}: no key {key!r}{nearest(key, row)}")
-    return None
+    return ()
 
 
 def _label(parts: Mapping[str, TarMember], key: str) -> int | None:
     if ".cls" in parts:
-        text = decode_text(parts[".cls"].read(), str(parts[".cls"])).strip()
-        if not text.isdecimal():
-            raise ValueError(f"{parts['.cls']}: label: expected a whole number, got {text!r}")
-        return int(text)
+        text = decode_text(parts[".cls"].read(), str(parts[".cls"]))
+        return read_label(text.strip(), f"{parts['.cls']}: label")
     row = _json(parts)
-    return None if row.get(key) is None else row_value(row, key, int, str(parts[".json"]))
+    return None if row.get(key) is None else read_label(row[key], f"{parts['.json']}: {key!r}")
 
 
 def _json(parts: Mapping[str, TarMember]) -> dict[str, Any]:
     if ".json" not in parts:
         return {}
     member = parts[".json"]
-    return json_object(decode_text(member.read(), str(member)), str(member))
+    return parse_json(decode_text(member.read(), str(member)), str(member))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from stepdistill.data.base import DataConfig
+from stepdistill.data.columns import first_texts
 from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.listing import list_samples, sample_name
 from stepdistill.inference.sampling import Images
@@ -18,7 +20,8 @@ class ImageSet:
     """The images of a folder, an ``.npz`` or a saved dataset, shuffled by a fixed permutation.
 
     Args:
-        path: as ``data.path``, see :mod:`stepdistill.data.listing`; labels and captions are read where there are some.
+        path: as ``data.path``, see :mod:`stepdistill.data.listing`; labels and captions are read where there are some
+            that can be used; of several captions an image has the first.
         size: if given, images are resized (short side, bicubic, antialiased) and cropped to a square of this side.
         limit: number of images in a fixed random subset; None takes all.
 
@@ -29,14 +32,17 @@ class ImageSet:
 
     def __init__(self, path: str | Path, *, size: int | None = None, limit: int | None = None) -> None:
         self.path = Path(path)
-        listing = list_samples(DataConfig(name="images", path=str(path)))
+        listing = list_samples(DataConfig(name="images", path=str(path), bad_files="error"))
         found = len(listing.images)
         if found < max(limit or 0, 2):
             raise ValueError(f"{path}: expected at least {max(limit or 0, 2)} images, got {found}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self._sources = [listing.images[row] for row in order]
         self._names = [sample_name(listing.images, row, path) for row in order]
-        self._captions = None if listing.captions is None else [str(listing.captions[row]) for row in order]
+        if listing.no_labels:
+            warnings.warn(f"labels are not used: {listing.no_labels}", stacklevel=2)
+        captions = listing.captions
+        self._captions = None if captions is None else first_texts([captions[row] for row in order])
         self._labels = None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels)[order]).long()
         shapes = self._read_shapes()
         self.shape = (shapes[0][0], size, size) if size else shapes[0]

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
+from stepdistill.files.precision import Precision
+from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 from stepdistill.files.schema import build, nearest
 from stepdistill.inference.sampling import ROWS
 
@@ -29,7 +31,7 @@ class Protocol:
         reference: what they are compared with, see :meth:`stepdistill.evaluation.reference.Reference.open`.
         reference_images: reference images that metrics beyond the Fréchet distance use, at most.
         size: samples and reference images are resized (short side) and cropped to a square of this side.
-        captions: prompts: a text file, one a line, or a folder with ``metadata.jsonl``.
+        captions: a file of prompts, see :mod:`stepdistill.data.prompts`, or images with captions.
         guidance_scale: of the pipeline's calls; None leaves it to the pipeline.
         num_inference_steps: of the pipeline's calls; None leaves it to the pipeline.
         rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last
@@ -39,27 +41,21 @@ class Protocol:
         needs: by key, what a user has to give, in words.
     """
 
-    num_samples: int = 5000
-    seed: int = 0
+    num_samples: Annotated[int, Range(at_least=2)] = 5000
+    seed: Seed = 0
     features: str = "embedded"
     resize: str | None = None
     clip: str | None = None
     reference: str | None = None
-    reference_images: int = 10_000
-    size: int | None = None
+    reference_images: Annotated[int, Range(at_least=2)] = 10_000
+    size: PositiveInt | None = None
     captions: str | None = None
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
-    rows: int = ROWS
-    precision: Literal["fp32", "bf16"] = "fp32"
+    guidance_scale: NonNegativeFloat | None = None
+    num_inference_steps: PositiveInt | None = None
+    rows: PositiveInt = ROWS
+    precision: Precision = "fp32"
     metrics: tuple[str, ...] = ("fd",)
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 2 or self.rows < 1:
-            raise ValueError(
-                f"protocol: expected num_samples >= 2 and rows >= 1, got {self.num_samples} and {self.rows}"
-            )
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that this protocol fixes."""

@@ -18,9 +18,11 @@ from torch import Tensor
 from stepdistill.assets import EMBEDDED
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import DataConfig
+from stepdistill.data.columns import Texts
 from stepdistill.data.decoding import read_pixels
 from stepdistill.data.listing import list_samples
-from stepdistill.data.text import read_text
+from stepdistill.data.prompts import prompt_rows
+from stepdistill.data.text import one_line
 from stepdistill.evaluation.cost import parameter_count, peak_memory
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import machine
@@ -185,24 +187,37 @@ def _is_plain(value: Any) -> bool:
 
 
 def read_captions(path: str, count: int) -> Sequence[str]:
-    """Return the first ``count`` captions of a text file, one a line, or of images as ``data.path`` takes them.
+    """Return the first ``count`` captions of a file of prompts, or of images as ``data.path`` takes them.
+
+    Of several captions an image has the first is taken.
 
     Raises:
-        ValueError: if there is no such file, a line is empty, or there are fewer than ``count``.
+        ValueError: if there is no such file, a caption is missing or blank, or there are fewer than ``count``.
     """
     file = EMBEDDED.get(path, Path(path))
-    if file.is_dir() or file.suffix in (".npz", ".tar"):
-        captions = list_samples(DataConfig(name="images", path=str(file))).captions
-        if captions is None:
-            raise ValueError(f"captions: {path}: expected a metadata.jsonl with 'text', got images without texts")
-        lines = [str(caption) for caption in captions]
+    if file.is_dir() or file.suffix in (".npz", ".tar", ".parquet"):
+        found = _image_captions(file)
     elif file.is_file():
-        lines = read_text(file).splitlines()
+        found = prompt_rows(file)
     else:
         raise ValueError(f"captions: no file or folder {path!r}")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise ValueError(f"captions: {path}: line {number} is empty")
-    if len(lines) < count:
-        raise ValueError(f"captions: {path}: expected {count}, one an image, got {len(lines)}")
-    return lines[:count]
+    captions = []
+    for where, texts in found.items():
+        if not texts or not texts[0].strip():
+            raise ValueError(f"captions: {one_line(where)} {'is empty' if texts else 'has no caption'}")
+        captions.append(texts[0])
+    if len(captions) < count:
+        raise ValueError(f"captions: {path}: expected {count}, one an image, got {len(captions)}")
+    return captions[:count]
+
+
+def _image_captions(file: Path) -> dict[str, Texts]:
+    """Return the captions of images by the images' names."""
+    listing = list_samples(DataConfig(name="images", path=str(file), bad_files="error"))
+    if listing.captions is None:
+        reason = listing.no_captions or "expected a metadata.jsonl with 'text', got images without texts"
+        raise ValueError(f"captions: {file}: {reason}")
+    captions = {}
+    for row, texts in enumerate(listing.captions):
+        captions[f"{file}[{row}]"] = texts
+    return captions

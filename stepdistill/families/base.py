@@ -147,9 +147,14 @@ class Family(abc.ABC):
                 "method.first_time: expected 1: the pipeline of this teacher's students takes no timesteps"
             )
 
-    def use_captions(self, captions: Sequence[str]) -> None:
-        """Use the training's captions as examples, and warn of those that are longer than the text encoder reads."""
-        del captions
+    def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
+        """Use the training's captions as examples, and warn of those that are longer than the text encoder reads.
+
+        Args:
+            captions: one of every sample.
+            others: further ones that are trained on.
+        """
+        del captions, others
 
     def with_prediction(self, prediction_type: str) -> Family:
         """Return the same family for networks of another prediction type, for students that change it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
@@ -18,11 +20,11 @@ class TeacherConfig:
     """Precision of the frozen teacher's weights; students always train in float32."""
     family: str | None = None
     """Name of a file in ``stepdistill/families``, in place of detection."""
-    null_class: int | None = None
+    null_class: NonNegativeInt | None = None
     """The class label that means "no class", if the teacher was trained with one."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side in pixels of the (square) images; None is the teacher's default."""
-    guidance_scale: float | None = None
+    guidance_scale: NonNegativeFloat | None = None
     """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
     trust_remote_code: bool = False
     """Whether Python files in the teacher's folder may run; its student's export then contains them."""

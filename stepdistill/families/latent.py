@@ -180,10 +180,10 @@ class TextToImageFamily(LatentFamily):
     def example_cond(self, indices: Sequence[int]) -> Cond:
         return self.embed(self.example_prompts(indices))
 
-    def use_captions(self, captions: Sequence[str]) -> None:
+    def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
         self.prompts = tuple(captions)  # all: a Fréchet distance to the data's images needs the data's own captions
         tokenizer, limit = prompt_reader(self.pipe, self.pipeline_kwargs)
-        warn_too_long(tokenizer, captions, limit=limit)
+        warn_too_long(tokenizer, [*captions, *others], limit=limit)
 
 
 def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:

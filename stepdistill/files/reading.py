@@ -41,6 +41,15 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return the content of a file whose text the caller decodes; raise ``ValueError`` as :func:`read_text` does."""
+    try:
+        _check_file(path, max_bytes)
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def _check_file(path: Path, max_bytes: int) -> None:
     if not path.exists():
         raise ValueError(f"{path}: no such file{_nearest_file(path)}")
@@ -68,8 +77,10 @@ def read_json(path: Path, hint: Any = dict[str, Any]) -> Any:
     return parse_json(read_text(path), str(path), hint)
 
 
-def parse_json(text: str, name: str, hint: Any = dict[str, Any]) -> Any:
+def parse_json(text: str, name: str, hint: Any = dict[str, Any], max_values: int = MAX_VALUES) -> Any:
     """Return JSON text as the type ``hint``; ``name`` is the file, and line or member, that errors begin with.
+
+    A file of captions may hold more values (``max_values``) than any other.
 
     Raises:
         ValueError: if it is not JSON, exceeds the limits of this module, or has another type.
@@ -78,7 +89,7 @@ def parse_json(text: str, name: str, hint: Any = dict[str, Any]) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON, got {error}") from None
-    return _checked(value, name, hint)
+    return _checked(value, name, hint, max_values)
 
 
 # ------------------------------------------------------------------------------------------------- YAML
@@ -149,16 +160,16 @@ def parse_yaml(text: str) -> Any:
 # ----------------------------------------------------------------------------------------------- limits
 
 
-def _checked(value: Any, name: str, hint: Any) -> Any:
+def _checked(value: Any, name: str, hint: Any, max_values: int = MAX_VALUES) -> Any:
     """Return ``value`` as the type ``hint`` if it is within the limits."""
-    _check_limits(value, name)
+    _check_limits(value, name, max_values)
     try:
         return convert(value, hint)
     except ConfigError as error:
         raise ConfigError(f"{name}: {problem}" for problem in error.problems) from None
 
 
-def _check_limits(tree: Any, name: str) -> None:
+def _check_limits(tree: Any, name: str, max_values: int) -> None:
     """Raise ``ValueError`` for more nesting or values than the limits of this module."""
     waiting, count = [(tree, 0)], 0
     while waiting:
@@ -166,8 +177,8 @@ def _check_limits(tree: Any, name: str) -> None:
         count += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"{name}: expected at most {MAX_DEPTH} levels, got more")
-        if count > MAX_VALUES:
-            raise ValueError(f"{name}: expected at most {MAX_VALUES:,} values, got more")
+        if count > max_values:
+            raise ValueError(f"{name}: expected at most {max_values:,} values, got more")
         if isinstance(value, dict):
             waiting += [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list):

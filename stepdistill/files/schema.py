@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) ->
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     for key in mapping:
         if key not in fields:
             problems.append(f"{join_keys(where, key)}: unknown key{nearest(str(key), fields)}")
@@ -111,11 +111,28 @@ def _read_exactly(value: Any, hint: Any, where: str, problems: list[str]) -> Any
     return value
 
 
+def _read_integer(value: Any, hint: Any, where: str, problems: list[str]) -> int:
+    if type(value) is int and abs(value) < 2**63:  # what tensors can hold
+        return value
+    problems.append(_mismatch(value, hint, where))
+    return 0
+
+
 def _read_number(value: Any, hint: Any, where: str, problems: list[str]) -> float:
-    if type(value) in (int, float) and math.isfinite(value):
+    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not, either
         return float(value)
     problems.append(_mismatch(value, hint, where))
     return 0.0
+
+
+def _read_annotated(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """Return a value of a type of :mod:`stepdistill.files.ranges` or :mod:`stepdistill.files.precision`."""
+    kind, rule = get_args(hint)
+    before = len(problems)
+    result = _read(rule.plain(value), kind, where, problems)
+    if len(problems) == before and result not in rule:
+        problems.append(f"{where}: expected {rule}, got {value!r}")
+    return result
 
 
 def _read_literal(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
@@ -166,9 +183,10 @@ def _read_union(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
 _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
     Any: _read_any,
     bool: _read_exactly,
-    int: _read_exactly,
+    int: _read_integer,
     str: _read_exactly,
     float: _read_number,
+    Annotated: _read_annotated,
     Literal: _read_literal,
     tuple: _read_items,
     list: _read_items,
@@ -193,6 +211,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, args))
     if origin is Literal:
         return " or ".join(map(repr, args))
+    if origin is Annotated:
+        return _describe(args[0])
     if origin is dict:
         return "a section of keys"
     if origin is None:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from stepdistill.data.text import decode_text, prompt_lines, read_prompts
+from stepdistill.data.prompts import first_prompts, prompt_lines
+from stepdistill.data.text import decode_text
 from stepdistill.export.contract import contract_of, read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
@@ -82,7 +83,7 @@ def decode_flag(text: str, flag: str) -> str:
 
 
 def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the command line, then those of a file (``-``: standard input), one per line.
+    """Return the prompts of the command line, then those of a file, or of standard input (``-``), one per line.
 
     Raises:
         ValueError: if the file is missing or has no prompts, or a text is not UTF-8; it names the line.
@@ -92,7 +93,7 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
         return given
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"--prompt_file: no such file {file!r} ('-' is standard input)")
-    more = prompt_lines(decode_text(sys.stdin.buffer.read(), "stdin")) if file == "-" else read_prompts(Path(file))
+    more = prompt_lines(decode_text(sys.stdin.buffer.read(), "stdin")) if file == "-" else first_prompts(Path(file))
     if not more:
         raise ValueError("--prompt_file: standard input holds no prompts")
     return [*given, *more]

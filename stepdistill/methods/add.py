@@ -33,6 +33,7 @@ from stepdistill.discriminators.critics import CleanCritic, Conditioning
 from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
@@ -72,7 +73,7 @@ class ADD(Distiller):
     class Config:
         """Options of adversarial diffusion distillation."""
 
-        steps: int = 1
+        steps: PositiveInt = 1
         """Sampling steps of the finished student; the paper trains on 4 times and samples with 1 to 4 of them."""
         features: str = "teacher"
         """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
@@ -81,31 +82,23 @@ class ADD(Distiller):
         augment: bool = True
         """Whether images are augmented for a feature network (DiffAugment)."""
         adversarial: AdversarialLoss = "hinge"
-        distillation: float = 2.5
+        distillation: NonNegativeFloat = 2.5
         """Lambda, the weight of the teacher's loss; 0 is a plain GAN."""
         weighting: DistillationWeight = "exponential"
         negative_prompt: str = ""
         """For ``nfsd`` with a text teacher: what images should not show, for example "blurry, low quality"."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher's prediction; 1 is none."""
         decoded: bool = False
         """Whether the teacher's loss compares decoded images (the paper's choice for latents)."""
-        r1: float = 1e-5
+        r1: NonNegativeFloat = 1e-5
         """Gamma, the weight of R1 on the features of real images."""
-        student_update_interval: int = 1
+        student_update_interval: PositiveInt = 1
         """The student is updated on every n-th step, the critic on each."""
-        critic_warmup: int = 50
+        critic_warmup: NonNegativeInt = 50
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
-            if min(self.steps, self.student_update_interval) < 1:
-                raise ValueError(
-                    f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
-                )
-            if self.critic_warmup < 0:
-                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
-            if min(self.distillation, self.r1) < 0:
-                raise ValueError(f"expected distillation, r1 >= 0, got {self.distillation}, {self.r1}")
             if self.negative_prompt and self.weighting != "nfsd":
                 raise ValueError(f"negative_prompt: expected only with weighting 'nfsd', got {self.weighting!r}")
 

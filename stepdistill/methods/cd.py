@@ -18,6 +18,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
 from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses
@@ -33,25 +34,23 @@ class CD(Distiller):
     class Config:
         """Options of consistency distillation."""
 
-        steps: int = 2
+        steps: PositiveInt = 2
         """Sampling steps; must divide ``intervals``."""
-        intervals: int = 40
+        intervals: PositiveInt = 40
         """Number of intervals of the time axis (N - 1 in the paper)."""
         solver: Solver = "heun"
         """The teacher's step across an interval: ``euler`` costs one network call, ``heun`` two."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         distance: ConsistencyDistance = "huber"
         """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
         an optional dependency."""
-        target_ema: float = 0.95
+        target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
 
         def __post_init__(self) -> None:
             if self.steps > 0 and self.intervals % self.steps:
                 raise ValueError(f"intervals: expected a multiple of steps = {self.steps}, got {self.intervals}")
-            if not 0 <= self.target_ema < 1:
-                raise ValueError(f"target_ema: expected 0 <= target_ema < 1, got {self.target_ema}")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import PositiveInt, Range
 from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses
@@ -53,25 +55,23 @@ class CT(Distiller):
     class Config:
         """Options of consistency training."""
 
-        steps: int = 2
+        steps: PositiveInt = 2
         """Sampling steps."""
-        first_points: int = 10
+        first_points: Annotated[int, Range(at_least=2)] = 10
         """N at the start (s_0); the paper, which starts from random weights, uses 2."""
-        last_points: int = 150
+        last_points: Annotated[int, Range(at_least=2)] = 150
         """N - 1 at the end (s_1)."""
         distance: ConsistencyDistance = "huber"
         """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
         an optional dependency."""
-        first_decay: float = 0.9
+        first_decay: Annotated[float, Range(above=0, below=1)] = 0.9
         """mu at the start (mu_0)."""
 
         def __post_init__(self) -> None:
-            if not 2 <= self.first_points <= self.last_points:
+            if self.first_points > self.last_points:
                 raise ValueError(
                     f"first_points: expected 2 to last_points = {self.last_points}, got {self.first_points}"
                 )
-            if not 0 < self.first_decay < 1:
-                raise ValueError(f"first_decay: expected 0 < first_decay < 1, got {self.first_decay}")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

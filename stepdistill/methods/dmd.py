@@ -23,6 +23,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.data.ode_pairs import Pairs
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveInt
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
 from stepdistill.losses.student_inputs import diversity_ratio
@@ -42,20 +43,20 @@ class DMD(Distiller):
     class Config:
         """Options of distribution matching distillation."""
 
-        steps: int = 1
+        steps: PositiveInt = 1
         """Sampling steps of the finished student: one."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher whose distribution is matched; 1 is none."""
         pairs: str | None = None
         """Folder written by ``scripts/make_pairs.py``; without it there is no regression."""
-        regression_weight: float = 0.25
+        regression_weight: NonNegativeFloat = 0.25
         """Weight of the distance to the teacher's own samples."""
         distance: Resemblance = "features"
 
         def __post_init__(self) -> None:
             if self.steps != 1:
                 raise ValueError(f"steps: expected 1, got {self.steps}; for more steps, choose name: dmd2")
-            if not self.regression_weight > 0:
+            if self.regression_weight == 0:
                 raise ValueError(
                     f"regression_weight: expected more than 0, got {self.regression_weight}; to train without "
                     "regression, leave out pairs"
@@ -75,6 +76,8 @@ class DMD(Distiller):
     def build(self) -> None:
         self.fake = self.add_role("fake")
         self.pairs = None if self.config.pairs is None else Pairs(self.config.pairs)
+        if self.pairs is not None:
+            self.versions["method.pairs (version)"] = self.pairs.shards.version
         self.resemblance = open_resemblance(self.config.distance, self.teacher)
         self.add_turn("student", self.student_loss)
         self.add_turn("fake", self.fake_loss)

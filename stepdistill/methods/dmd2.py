@@ -29,6 +29,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.bottleneck import BottleneckCritic
 from stepdistill.families.base import Family
+from stepdistill.files import ranges
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
 from stepdistill.methods.base import Distiller, Losses, last_of
@@ -46,35 +47,25 @@ class DMD2(Distiller):
     class Config:
         """Options of improved distribution matching distillation."""
 
-        steps: int = 4
+        steps: ranges.PositiveInt = 4
         """Sampling steps of the finished student."""
-        guidance_scale: float = 1.0
+        guidance_scale: ranges.GuidanceScale = 1.0
         """Guidance of the teacher whose distribution is matched; 1 is none."""
-        student_update_interval: int = 5
+        student_update_interval: ranges.PositiveInt = 5
         """The student is updated on every n-th step; the paper has 5, and 10 for Stable Diffusion."""
         fake_update: Literal["both", "alternate"] = "both"
         """On the student's steps the fake score is updated too (the paper's code), or not (NVIDIA's FastGen)."""
-        gan_weight: float = 3e-3
+        gan_weight: ranges.NonNegativeFloat = 3e-3
         """Weight of the adversarial loss of the student; at 0 there is no critic."""
-        critic_weight: float = 1e-2
+        critic_weight: ranges.PositiveFloat = 1e-2
         """Weight of the critic's loss, relative to the fake score's."""
-        first_time: float = 1.0
+        first_time: ranges.PositiveShare = 1.0
         """Time the first step is told, though its input is pure noise; 0.4 (timestep 399) for one step of SDXL."""
 
         def __post_init__(self) -> None:
-            if min(self.steps, self.student_update_interval) < 1:
-                raise ValueError(
-                    f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
-                )
             if self.fake_update == "alternate" and self.student_update_interval == 1:
                 raise ValueError(
                     "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
-                )
-            if not 0 < self.first_time <= 1:
-                raise ValueError(f"first_time: expected 0 < first_time <= 1, got {self.first_time}")
-            if not (self.gan_weight >= 0 and self.critic_weight > 0):
-                raise ValueError(
-                    f"expected gan_weight >= 0, critic_weight > 0, got {self.gan_weight}, {self.critic_weight}"
                 )
 
     @classmethod

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from stepdistill.losses.consistency import level_sampler, noise_to_signal, time_of_level
 from stepdistill.losses.regression import pseudo_huber, weighted
 from stepdistill.methods.base import Distiller, Losses
@@ -50,29 +52,21 @@ class ECT(Distiller):
     class Config:
         """Options of easy consistency tuning."""
 
-        steps: int = 2
+        steps: PositiveInt = 2
         """Sampling steps."""
-        q: float = 2.0
+        q: Annotated[float, Range(above=1)] = 2.0
         """Factor by which the neighbour moves closer from stage to stage."""
-        num_stages: int = 8
+        num_stages: PositiveInt = 8
         """Number of equal parts of the training; q = 256 in one part is the paper's short recipe."""
-        sigma_max: float = 80.0
+        sigma_max: PositiveFloat = 80.0
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
-        noise_mean: float = -1.1
+        noise_mean: FiniteFloat = -1.1
         """Mean m of ln sigma; larger values favour few sampling steps."""
-        noise_std: float = 2.0
+        noise_std: PositiveFloat = 2.0
         """Standard deviation v of ln sigma."""
-        huber: float = 0.00054
+        huber: NonNegativeFloat = 0.00054
         """The pseudo-Huber constant, divided by the root of the number of pixels."""
-
-        def __post_init__(self) -> None:
-            if not self.sigma_max > 0:
-                raise ValueError(f"sigma_max: expected more than 0, got {self.sigma_max}")
-            if self.q <= 1:
-                raise ValueError(f"q: expected more than 1, got {self.q}")
-            if self.num_stages < 1:
-                raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

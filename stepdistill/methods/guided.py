@@ -27,6 +27,7 @@ from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
+from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
 from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
@@ -45,23 +46,23 @@ class Guided(Distiller):
     class Config:
         """Options of guided distillation; a scale is 1 + w as in diffusers, and 1 is no guidance."""
 
-        steps: int = 4
+        steps: PositiveInt = 4
         """Sampling steps of the finished student."""
-        start: int = 32
+        start: PositiveInt = 32
         """DDIM steps of the student that has learnt guidance: ``steps`` times a power of two."""
-        guidance_min: float = 1.0
+        guidance_min: GuidanceScale = 1.0
         """Lowest guidance scale of the student."""
-        guidance_max: float = 5.0
+        guidance_max: GuidanceScale = 5.0
         """Highest guidance scale of the student."""
-        guidance_scale: float = 2.0
+        guidance_scale: GuidanceScale = 2.0
         """The default scale, also of the samples and metrics during training."""
         sampler: Literal["deterministic", "stochastic"] = "deterministic"
         """DDIM, or two steps down and one up with noise; the latter needs one more stage and as many calls."""
         weighting: Weighting = "truncated_snr"
         """Weight of an error of the clean image."""
-        first_stage: float = 2.0
+        first_stage: PositiveFloat = 2.0
         """Length of the stage that learns guidance, relative to a halving."""
-        last_stages: float = 2.0
+        last_stages: PositiveFloat = 2.0
         """Length of the stages to two and to one step, relative to the others."""
 
         def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 from stepdistill.losses.consistency import consistency, karras_times, level_sampler, noise_to_signal
 from stepdistill.losses.regression import pseudo_huber, weighted
 from stepdistill.methods.base import Distiller, Losses
@@ -59,26 +60,24 @@ class ICT(Distiller):
     class Config:
         """Options of improved consistency training."""
 
-        steps: int = 2
+        steps: PositiveInt = 2
         """Sampling steps."""
-        first_intervals: int = 10
+        first_intervals: PositiveInt = 10
         """Intervals of the time axis at the start (s_0)."""
-        last_intervals: int = 640
+        last_intervals: PositiveInt = 640
         """Intervals at the end (s_1); the paper has 1280."""
-        sigma_max: float = 80.0
+        sigma_max: PositiveFloat = 80.0
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
-        noise_mean: float = -1.1
+        noise_mean: FiniteFloat = -1.1
         """Mean of ln sigma."""
-        noise_std: float = 2.0
+        noise_std: PositiveFloat = 2.0
         """Standard deviation of ln sigma."""
-        huber: float = 0.00054
+        huber: NonNegativeFloat = 0.00054
         """The pseudo-Huber constant, divided by the root of the number of pixels."""
 
         def __post_init__(self) -> None:
-            if not self.sigma_max > 0:
-                raise ValueError(f"sigma_max: expected more than 0, got {self.sigma_max}")
-            if not 1 <= self.first_intervals <= self.last_intervals:
+            if self.first_intervals > self.last_intervals:
                 raise ValueError(
                     f"first_intervals: expected 1 to last_intervals = {self.last_intervals}, got {self.first_intervals}"
                 )

@@ -37,6 +37,15 @@ from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCrit
 from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.ranges import (
+    FiniteFloat,
+    GuidanceScale,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+)
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
@@ -58,52 +67,35 @@ class ImagineFlash(Distiller):
     class Config:
         """Options of Imagine Flash."""
 
-        steps: int = 3
+        steps: PositiveInt = 3
         """Sampling steps of the finished student, 1 to 3 in the paper."""
-        teacher_steps: int = 4
+        teacher_steps: PositiveInt = 4
         """k, the DDIM steps of the teacher to a target."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         reconstruction: Literal["shifted", "plain"] = "plain"
         """Where the teacher starts: at the student's image noised again to gamma, or at the student's input.
 
         With the gamma below, the shifted target alone made a good student worse (docs/RESULTS.md)."""
-        shift_power: float = 2.0
+        shift_power: PositiveFloat = 2.0
         """p of gamma."""
-        shift_top: float = 0.95
+        shift_top: PositiveShare = 0.95
         """g of gamma, the noisiest time the teacher starts from."""
-        adversarial_weight: float = 0.1
+        adversarial_weight: NonNegativeFloat = 0.1
         """Weight of the adversarial loss, relative to the squared error."""
         adversarial: AdversarialLoss = "hinge"
         features: str = "teacher"
         """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
         augment: bool = True
         """Whether images are augmented for a feature network (DiffAugment)."""
-        location: float = 0.0
+        location: FiniteFloat = 0.0
         """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
-        scale: float = 1.0
+        scale: PositiveFloat = 1.0
         """Standard deviation of these noise levels."""
-        student_update_interval: int = 1
+        student_update_interval: PositiveInt = 1
         """The student is updated on every n-th step, the critic on each."""
-        critic_warmup: int = 50
+        critic_warmup: NonNegativeInt = 50
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
-
-        def __post_init__(self) -> None:
-            if min(self.steps, self.teacher_steps, self.student_update_interval) < 1:
-                raise ValueError(
-                    "expected steps, teacher_steps, student_update_interval >= 1, got "
-                    f"{self.steps}, {self.teacher_steps}, {self.student_update_interval}"
-                )
-            if self.critic_warmup < 0:
-                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
-            if not (0 < self.shift_top <= 1 and self.shift_power > 0):
-                raise ValueError(
-                    f"expected 0 < shift_top <= 1 and shift_power > 0, got {self.shift_top}, {self.shift_power}"
-                )
-            if not (self.adversarial_weight >= 0 and self.scale > 0):
-                raise ValueError(
-                    f"expected adversarial_weight >= 0, scale > 0, got {self.adversarial_weight}, {self.scale}"
-                )
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

@@ -24,6 +24,14 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+)
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, last_of
@@ -41,37 +49,25 @@ class LADD(Distiller):
     class Config:
         """Options of latent adversarial diffusion distillation."""
 
-        steps: int = 4
+        steps: PositiveInt = 4
         """Sampling steps of the finished student."""
-        first_share: float = 0.7
+        first_share: PositiveShare = 0.7
         """Share of training at pure noise; the rest is divided evenly among the student's other times."""
-        warmup: int = 500
+        warmup: NonNegativeInt = 500
         """Training steps at the less noisy half of its times only, for a student of several steps."""
-        location: float = 1.0
+        location: FiniteFloat = 1.0
         """``m`` of the noise levels at which the critic judges."""
-        scale: float = 1.0
+        scale: PositiveFloat = 1.0
         """``s`` of the noise levels at which the critic judges."""
         adversarial: AdversarialLoss = "hinge"
-        r1: float = 0.0
+        r1: NonNegativeFloat = 0.0
         """Weight of the approximate R1; FastGen uses 0.1 to 1000."""
-        r1_distance: float = 0.1
+        r1_distance: PositiveFloat = 0.1
         """Distance of R1's finite difference, in standard deviations of noise on a real image."""
-        student_update_interval: int = 4
+        student_update_interval: PositiveInt = 4
         """The student is updated on every n-th step, the critic on each."""
-        critic_warmup: int = 50
+        critic_warmup: NonNegativeInt = 50
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
-
-        def __post_init__(self) -> None:
-            if min(self.steps, self.student_update_interval) < 1:
-                raise ValueError(
-                    f"expected steps, student_update_interval >= 1, got {self.steps}, {self.student_update_interval}"
-                )
-            if self.critic_warmup < 0:
-                raise ValueError(f"critic_warmup: expected 0 or more steps, got {self.critic_warmup}")
-            if not 0 < self.first_share <= 1:
-                raise ValueError(f"first_share: expected 0 < first_share <= 1, got {self.first_share}")
-            if not (self.scale > 0 and self.r1_distance > 0 and self.r1 >= 0):
-                raise ValueError("expected scale, r1_distance > 0 and r1 >= 0")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

@@ -19,8 +19,9 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, Inputs
+from stepdistill.files import ranges
+from stepdistill.losses import regression
 from stepdistill.losses.consistency import consistency, consistency_sampler
-from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -34,21 +35,19 @@ class LCM(Distiller):
     class Config:
         """Options of latent consistency distillation."""
 
-        steps: int = 4
+        steps: ranges.PositiveInt = 4
         """Sampling steps."""
-        solver_steps: int = 50
+        solver_steps: ranges.PositiveInt = 50
         """DDIM steps of the teacher from noise to data: the grid that the student is trained on."""
-        guidance_scale: float = 1.0
+        guidance_scale: ranges.GuidanceScale = 1.0
         """Guidance baked into the student, or its default where the scale is an input; 1 is none."""
-        guidance_range: tuple[float, ...] = ()
+        guidance_range: tuple[ranges.GuidanceScale, ...] = ()
         """Lowest and highest scale of a student that takes it as an input; by default the scale is fixed."""
-        distance: Distance = "huber"
-        target_ema: float = 0.95
+        distance: regression.Distance = "huber"
+        target_ema: ranges.Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself, as in LCM-LoRA."""
 
         def __post_init__(self) -> None:
-            if not 0 <= self.target_ema < 1:
-                raise ValueError(f"target_ema: expected 0 <= target_ema < 1, got {self.target_ema}")
             if not self.guidance_range:
                 return
             if len(self.guidance_range) != 2 or not 1 <= self.guidance_range[0] < self.guidance_range[1]:
@@ -87,7 +86,7 @@ class LCM(Distiller):
         with self.computing_target(self.target):
             x_s = solver_step(teacher, x_t, t, s, self.schedule)
             target = consistency(self.target, x_s, s, batch.cond, w)
-        error = distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
+        error = regression.distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
         return Losses({"loss": error.mean()})
 
     def contract(self) -> dict[str, object]:

@@ -25,6 +25,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
 from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
@@ -43,15 +44,15 @@ class Progressive(Distiller):
     class Config:
         """Options of progressive distillation."""
 
-        steps: int = 4
+        steps: PositiveInt = 4
         """Sampling steps of the finished student."""
-        start: int = 32
+        start: PositiveInt = 32
         """DDIM steps of the first teacher: ``steps`` times a power of two."""
         weighting: Weighting = "truncated_snr"
         """Weight of an error of the clean image."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
-        last_stages: float = 2.0
+        last_stages: PositiveFloat = 2.0
         """Length of the stages to two and to one step, relative to the others."""
 
         def __post_init__(self) -> None:

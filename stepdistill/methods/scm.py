@@ -38,6 +38,7 @@ from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import FiniteFloat, GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
@@ -66,33 +67,28 @@ class Scm(Distiller):
     class Config:
         """Options of sCM."""
 
-        steps: int = 2
+        steps: PositiveInt = 2
         """Sampling steps of the finished student."""
         path: Literal["teacher", "data"] = "teacher"
         """Source of the path's direction: distillation (sCD), or training on data alone (sCT)."""
-        sigma_data: float = 0.5
+        sigma_data: PositiveFloat = 0.5
         """The data's standard deviation; schedules that define one of their own keep it."""
-        log_sigma_mean: float = -1.0
+        log_sigma_mean: FiniteFloat = -1.0
         """Mean of the log noise level ``log(sigma / alpha)`` in training (P_mean)."""
-        log_sigma_std: float = 1.4
+        log_sigma_std: PositiveFloat = 1.4
         """Its standard deviation (P_std)."""
         tangent: Literal["jvp", "difference"] = "jvp"
         """The student's derivative: exact, by forward-mode differentiation, or by a difference of two calls."""
-        difference: float = 2e-3
+        difference: PositiveFloat = 2e-3
         """Distance of these two calls, as an angle."""
-        warmup: int = 1000
+        warmup: NonNegativeInt = 1000
         """Training steps until the tangent has its full weight (r = 1)."""
-        norm_floor: float = 0.1
+        norm_floor: PositiveFloat = 0.1
         """The tangent is divided by its root mean square over an image plus this (c)."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
 
         def __post_init__(self) -> None:
-            for name in ("steps", "sigma_data", "log_sigma_std", "difference", "norm_floor"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-            if self.warmup < 0:
-                raise ValueError(f"warmup: expected 0 or more steps, got {self.warmup}")
             if self.path == "data" and self.guidance_scale != 1:
                 raise ValueError(f"guidance_scale: expected 1 with path 'data', got {self.guidance_scale}")
 

@@ -33,6 +33,7 @@ from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import Sampler, StrategicStochasticSampler
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
 from stepdistill.families.base import Family, Inputs
+from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt, Share
 from stepdistill.losses.consistency import check_intervals, skip_grid
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses
@@ -70,27 +71,23 @@ class TCD(Distiller):
     class Config:
         """Options of trajectory consistency distillation."""
 
-        steps: int = 4
+        steps: PositiveInt = 4
         """Sampling steps."""
-        solver_steps: int = 50
+        solver_steps: PositiveInt = 50
         """DDIM steps of the teacher from noise to data: the grid that the student is trained on."""
         order: Literal[1, 2] = 1
         """Order of the exponential integrator in training; a sampling step costs one call in either case."""
         two_time: bool = False
         """Whether the time of the jump is an input; stock diffusers then needs the export's own pipeline file."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
-        gamma: float = 0.2
+        gamma: Share = 0.2
         """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more."""
         distance: Distance = "huber"
-        target_ema: float = 0.95
+        target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
 
         def __post_init__(self) -> None:
-            if not 0 <= self.target_ema < 1:
-                raise ValueError(f"target_ema: expected 0 <= target_ema < 1, got {self.target_ema}")
-            if not 0 <= self.gamma <= 1:
-                raise ValueError(f"gamma: expected 0 to 1, got {self.gamma}")
             if self.two_time and self.order != 1:
                 raise ValueError(f"order: expected 1 with two_time, which replaces a second call, got {self.order}")
 

@@ -29,6 +29,7 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
 from stepdistill.losses.consistency import check_intervals
 from stepdistill.losses.progressive import needs_velocity, nested_grid
 from stepdistill.losses.regression import mean_square, weighted
@@ -45,15 +46,15 @@ class Tract(Distiller):
     class Config:
         """Options of TRACT."""
 
-        steps: int = 1
+        steps: PositiveInt = 1
         """Sampling steps of the finished student."""
-        start: int = 512
+        start: PositiveInt = 512
         """Steps of the teacher."""
-        via: tuple[int, ...] = (32,)
+        via: tuple[PositiveInt, ...] = (32,)
         """Steps of the students of the phases in between; each divides the one before."""
-        self_ema: float = 0.5
+        self_ema: Decay = 0.5
         """Decay of the self-teacher, an average with bias correction: its first update copies the student."""
-        guidance_scale: float = 1.0
+        guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
 
         def __post_init__(self) -> None:
@@ -62,8 +63,6 @@ class Tract(Distiller):
                     "via: expected start, via and steps to descend, each a multiple of the next, for example start "
                     f"512, via [32], steps 1; got {' -> '.join(map(str, self.ladder))}"
                 )
-            if not 0 <= self.self_ema < 1:
-                raise ValueError(f"self_ema: expected 0 <= self_ema < 1, got {self.self_ema}")
 
         @property
         def ladder(self) -> tuple[int, ...]:

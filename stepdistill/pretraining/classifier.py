@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepdistill.data.base import DataConfig
+from stepdistill.data.listing import list_samples
 from stepdistill.features.classifier import SmallConvNet
 
 
@@ -71,11 +73,10 @@ def read_labelled_images(path: str | Path) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) uint8 and labels (N,) int64 of an ``.npz`` with ``images`` and ``labels``.
 
     Raises:
-        ValueError: if the file lacks one of the two arrays.
+        ValueError: if the file is damaged, or lacks one of the two arrays.
     """
-    with np.load(path) as archive:
-        missing = {"images", "labels"} - set(archive.files)
-        if missing:
-            raise ValueError(f"{path}: expected 'images' and 'labels', got {archive.files}")
-        images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"]).long()
-    return images.movedim(-1, 1).contiguous() if images.ndim == 4 else images.unsqueeze(1), labels
+    listing = list_samples(DataConfig(name="images", path=str(path)))
+    if listing.array_shape is None or listing.labels is None:
+        raise ValueError(f"{path}: expected 'images' and 'labels' in an .npz")
+    images, labels = torch.from_numpy(np.asarray(listing.images)), torch.from_numpy(listing.labels)
+    return images.movedim(-1, 1).contiguous(), labels.long()

@@ -54,7 +54,7 @@ def train_clip(
     log: Path,
 ) -> CLIPModel:
     """Train a CLIP on ``images`` (N, C, H, W) in [-1, 1] and captions; ``config.model`` has a section for each half."""
-    tokens = tokenizer(list(captions), padding="longest", return_tensors="pt")
+    tokens = tokenizer(list(captions), padding="longest", truncation=True, return_tensors="pt")
     torch.manual_seed(config.seed)
     clip = CLIPModel(clip_config(config.model, tokenizer))
 

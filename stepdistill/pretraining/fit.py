@@ -24,6 +24,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepdistill.files.ranges import Decay, PositiveFloat, PositiveInt, Seed
+
 WARMUP_STEPS = 200
 
 
@@ -35,18 +37,13 @@ class FitConfig:
     """Options of one network's training; ``model`` is passed to its class."""
 
     model: dict[str, Any]
-    steps: int = 10_000
-    batch_size: int = 128
-    lr: float = 1e-3
-    ema: float = 0.9995
-    seed: int = 0
-    log_every: int = 100
-    save_every: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    steps: PositiveInt = 10_000
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1e-3
+    ema: Decay = 0.9995
+    seed: Seed = 0
+    log_every: PositiveInt = 100
+    save_every: PositiveInt = 1000
 
 
 def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **cond: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,10 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.datasets import open_data
+from stepdistill.families.prompts import warn_too_long
 from stepdistill.families.sd import SD
+from stepdistill.files.ranges import PositiveInt, Range, Seed, Share
+from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 from stepdistill.pretraining.vae import train_vae
@@ -44,13 +47,13 @@ class TextTeacherConfig:
     unet: FitConfig
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
-    judge_seed: int = 1
+    judge_seed: Seed = 1
     """Seed of the CLIP that measures; its other options are those of ``clip``."""
-    vocabulary: int = 1750
+    vocabulary: PositiveInt = 1750
     """Number of tokens that the tokenizer learns from the captions."""
-    max_tokens: int = 24
+    max_tokens: Annotated[int, Range(at_least=3)] = 24
     """Number of tokens in the longest prompt."""
-    caption_dropout: float = 0.1
+    caption_dropout: Share = 0.1
 
     def __post_init__(self) -> None:
         if self.judge_seed == self.clip.seed:
@@ -58,17 +61,23 @@ class TextTeacherConfig:
 
 
 def train_text_teacher(config: TextTeacherConfig) -> Path:
-    """Train the parts that are missing, and return the pipeline's folder."""
-    accelerator, folder = Accelerator(cpu=not torch.accelerator.is_available()), Path(config.output_dir)
+    """Train the parts that are missing, and return the pipeline's folder.
+
+    Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained. Of several captions an
+    image has the first is used.
+    """
+    accelerator, folder = open_accelerator("no"), Path(config.output_dir)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
 
     tokenizer = train_tokenizer(captions, config.vocabulary, config.max_tokens)
+    warn_too_long(tokenizer, captions, limit=config.max_tokens)
 
     def part(name: str, cls: Any, train: Callable[[Path], Any]) -> Any:
         if not (folder / name / "config.json").is_file():
             made = train(folder / f"{name}.jsonl")
-            if accelerator.is_main_process:
-                made.save_pretrained(folder / name)
+            if accelerator.is_main_process:  # a folder is complete or absent
+                made.save_pretrained(folder / f"{name}.partial")
+                (folder / f"{name}.partial").replace(folder / name)
             accelerator.wait_for_everyone()
         return cls.from_pretrained(folder / name)
 

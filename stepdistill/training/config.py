@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.precision import Precision
+from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
 from stepdistill.files.schema import ConfigError, build, nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
@@ -21,30 +23,23 @@ from stepdistill.training.optimizers import OptimConfig
 class TrainConfig:
     """The ``train`` section."""
 
-    steps: int
+    steps: PositiveInt
     """Training steps of the whole run, over all its stages."""
     output_dir: str
-    accumulation: int = 1
+    accumulation: PositiveInt = 1
     """Micro-batches per step of a turn's optimiser."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision in which networks compute; weights, optimisers and losses stay in float32."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""
     gradient_checkpointing: bool = False
-    seed: int = 0
-    log_every: int = 10
-    sample_every: int = 500
-    save_every: int = 500
-    keep: int = 2
+    seed: Seed = 0
+    log_every: PositiveInt = 10
+    sample_every: PositiveInt = 500
+    save_every: PositiveInt = 500
+    keep: PositiveInt = 2
     """How many checkpoints are kept."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every", "sample_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
 
 
 FREE_KEYS = (
@@ -60,35 +55,25 @@ class BankConfig:
     """The ``bank`` section: a full copy of the network per role, or one network with an adapter per role."""
 
     name: Literal["copy", "adapter"] = "copy"
-    rank: int = 64
+    rank: PositiveInt = 64
     """Rank of the adapters."""
     init_from: str | None = None
     """A finished student's pipeline folder to start from instead of the teacher; adapters start from its projection to
     their rank."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {self.rank}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The ``eval`` section: what is measured during training, on the role that will be exported, from fixed seeds."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """Training steps between two measurements; 0 measures nothing."""
     metrics: tuple[str, ...] = ("fd",)
-    num_samples: int = 1000
-    seed: int = 1
+    num_samples: Annotated[int, Range(at_least=2)] = 1000
+    seed: Seed = 1
     """Seed of the samples; tables use seed 0, so that no student is selected on the samples of a table."""
     features: str = "embedded"
     reference: str = "embedded"
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every: expected at least 0, got {self.every}")
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples: expected at least 2, got {self.num_samples}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,9 +153,11 @@ def resolve(mapping: Mapping[str, Any]) -> RunConfig:
     resolved: dict[str, Any] = {}
     for name, cls in PLAIN_SECTIONS.items():
         problems += _collect(resolved, name, lambda cls=cls, name=name: build(cls, mapping.get(name), name))
-    problems += _collect(resolved, "method", lambda: _build_method(mapping.get("method")))
-    if "method" in resolved:
-        resolved["method_name"], distiller, resolved["method"] = resolved["method"]
+    problems += _collect(resolved, "method_name", lambda: _method_name(mapping.get("method")))
+    if "method_name" in resolved:
+        distiller = find_method(resolved["method_name"])
+        options = {key: value for key, value in mapping["method"].items() if key != "name"}
+        problems += _collect(resolved, "method", lambda: build(distiller.Config, options, "method"))
         problems += _collect(resolved, "optim", lambda: _build_optim(mapping.get("optim"), distiller))
     if problems:
         raise ConfigError(problems)
@@ -185,16 +172,17 @@ def _collect(resolved: dict[str, Any], name: str, make: Any) -> list[str]:
     return []
 
 
-def _build_method(section: Any) -> tuple[str, type[Distiller], Any]:
+def _method_name(section: Any) -> str:
     if not isinstance(section, Mapping) or "name" not in section:
         raise ConfigError(["method.name: missing (expected the name of a file in stepdistill/methods)"])
-    distiller = find_method(section["name"])
-    options = {key: value for key, value in section.items() if key != "name"}
-    return section["name"], distiller, build(distiller.Config, options, "method")
+    find_method(section["name"])
+    return section["name"]
 
 
 def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimConfig]:
     section = section or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError([f"optim: expected a section of keys, got {section!r}"])
     turns = distiller.turn_names
     problems = [
         f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns

@@ -7,10 +7,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.logging import get_logger
+
 from stepdistill.config import differences, flatten
+from stepdistill.data.inventory import Inventory
 from stepdistill.methods.base import Distiller
 from stepdistill.training.checkpoint import Checkpoint, CheckpointError
 from stepdistill.training.config import FREE_KEYS, RENAMED, RunConfig
+
+logger = get_logger(__name__)
+
+DATA_FILES = "data (files)"
+INVENTORY = "data.txt.gz"
+"""File of a run's folder that holds the inventory of its data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,26 +30,34 @@ class RunIdentity:
     """Flat: ``{"section.key": value}``, and the versions of teacher and data."""
     defaults: Mapping[str, Any]
     """What a checkpoint of an older version, which lacks a key, is taken to have had."""
+    data: Inventory
+    """What the data consists of, to tell what has changed; its digest is one of the values."""
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs."""
+        """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs, and changed data."""
         before = dict(self.defaults)
         for key, value in checkpoint.state["config"].items():
             before[RENAMED.get(key, key)] = value
+        unknown = sorted(key for key in self.values.keys() - before.keys() if key.endswith(")"))  # as of versions
+        if unknown:
+            logger.warning(f"{checkpoint.path} does not tell its {', '.join(unknown)}; taken to be as now")
+            before |= {key: self.values[key] for key in unknown}
         if changed := differences(before, json.loads(json.dumps(self.values))):
+            changed += self.data.changes_since(checkpoint.path.parent / INVENTORY)
             raise CheckpointError(
                 f"{checkpoint.path} was made by another configuration; restore these keys or choose another "
                 "train.output_dir:\n  - " + "\n  - ".join(changed)
             )
 
 
-def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, str]) -> RunIdentity:
+def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, str], data: Inventory) -> RunIdentity:
     """Return the identity of a run.
 
     Args:
         config: the run's.
         method: its class; options that only its sampler reads may change.
         versions: what else must agree, such as the fingerprint of the teacher's weights.
+        data: what the data consists of, if anything.
     """
     free = {*FREE_KEYS}
     for option in method.sampling_options:
@@ -49,11 +66,13 @@ def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, 
     for key in free & values.keys():
         del values[key]
     values |= versions
+    if data.parts:
+        values[DATA_FILES] = data.digest
     defaults = {}
     for key, value in _declared_defaults(config).items():
         if key in values:
             defaults[key] = value
-    return RunIdentity(values, defaults)
+    return RunIdentity(values, defaults, data)
 
 
 def _declared_defaults(config: RunConfig) -> dict[str, Any]:

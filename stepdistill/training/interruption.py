@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -21,13 +22,20 @@ class StopSignal:
         self._former: Any = None
 
     def __enter__(self) -> StopSignal:
-        self._former = signal.signal(signal.SIGTERM, self._request)
+        if _handles_signals():
+            self._former = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._former)
+        if _handles_signals():
+            signal.signal(signal.SIGTERM, self._former)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.requested = True
         signal.signal(number, signal.SIG_DFL)
+
+
+def _handles_signals() -> bool:
+    """Whether this thread may handle signals; in any other than the main one, a run goes on without."""
+    return threading.current_thread() is threading.main_thread()

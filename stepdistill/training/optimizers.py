@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill.files.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -17,22 +19,20 @@ class OptimConfig:
 
     name: Literal["adamw", "radam"] = "adamw"
     """``radam`` needs no warm-up (Liu et al. 2019, arXiv 1908.03265); the papers on consistency models use it."""
-    lr: float = 1e-4
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Decay, ...] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls to zero within a stage."""
-    warmup: int = 0
+    warmup: NonNegativeInt = 0
     """Steps of linear warm-up at the start of a stage."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr: expected a positive number, got {self.lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas}")
 
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate at ``step`` (from 0) of a stage of ``steps``."""

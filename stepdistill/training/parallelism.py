@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast, final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.state import is_initialized
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stepdistill.methods.base import Distiller
+from stepdistill.networks.launcher import ACCUMULATION, PRECISION, open_accelerator
 from stepdistill.networks.sharding import gathered
 from stepdistill.training import fsdp
 from stepdistill.training.config import TrainConfig
@@ -27,10 +30,18 @@ class Parallelism(abc.ABC):
 
     Args:
         accelerator: the run's.
+        precision: that in which networks compute, ``fp32`` or ``bf16``.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, precision: str = "fp32") -> None:
         self.accelerator = accelerator
+        self.precision = precision
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which networks compute in the run's precision."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
     @property
     @abc.abstractmethod
@@ -80,10 +91,12 @@ class Replicated(Parallelism):
         return self.accelerator.is_main_process
 
     def wrap(self, distiller: Distiller) -> nn.Module:
-        return self.accelerator.prepare(distiller.to(self.accelerator.device))
+        distiller, device = distiller.to(self.accelerator.device), self.accelerator.device
+        devices = None if device.type == "cpu" else [device]
+        return DistributedDataParallel(distiller, device_ids=devices, find_unused_parameters=True)
 
     def no_sync(self, wrapped: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        return self.accelerator.no_sync(wrapped)
+        return cast(DistributedDataParallel, wrapped).no_sync()
 
 
 @final
@@ -105,28 +118,47 @@ class Sharded(Parallelism):
         return fsdp.clip_gradients(params, limit)
 
 
-def choose_parallelism(accelerator: Accelerator) -> Parallelism:
+def choose_parallelism(accelerator: Accelerator, precision: str) -> Parallelism:
     """Return what the launcher asked for.
 
     Raises:
         ValueError: if it asked for something this project does not support, see :func:`fsdp.is_wanted`.
     """
     if fsdp.is_wanted(accelerator):
-        return Sharded(accelerator)
+        return Sharded(accelerator, precision)
     if accelerator.num_processes > 1:
-        return Replicated(accelerator)
-    return SingleProcess(accelerator)
+        return Replicated(accelerator, precision)
+    return SingleProcess(accelerator, precision)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return an accelerator with explicit precision, and DDP that allows parameters without gradients."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not find each other
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    """Return the accelerator of a run: processes, device and tracker.
+
+    Precision, accumulation and the averaging of gradients are not left to it, because all accelerators of a session
+    share one state, which a notebook or an earlier run may have set.
+    """
+    return open_accelerator(
+        None if is_initialized() else "no",
+        {PRECISION: config.precision, ACCUMULATION: str(config.accumulation)},
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
     )
-    if config.tracker != "none":
+
+
+def check_tracker(name: str) -> None:
+    """Raise ``ValueError`` if the package of ``train.tracker`` is not installed."""
+    installed = {"none": lambda: True, "tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if not installed[name]():
+        raise ValueError(f"train.tracker: {name} is not installed; run: pip install {name} (or set train.tracker=none)")
+
+
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Log to the accelerator's tracker, if it has one, until the end of the context."""
+    if accelerator.log_with:
         accelerator.init_trackers("stepdistill")
-    return accelerator
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()

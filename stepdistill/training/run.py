@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from stepdistill import config as configuration
+from stepdistill.data.base import locate_data
+from stepdistill.data.columns import other_texts
+from stepdistill.data.inventory import take_inventory
 from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
@@ -26,12 +29,14 @@ from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.bank import NetworkBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
+from stepdistill.networks.launcher import check_environment
 from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
-from stepdistill.training.identity import RunIdentity, identify
+from stepdistill.training.identity import INVENTORY, RunIdentity, identify
 from stepdistill.training.memory import memory_plan
+from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
 from stepdistill.training.trainer import Trainer
 
@@ -48,6 +53,8 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
+        check_environment()
+        check_tracker(config.train.tracker)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -61,7 +68,7 @@ class Run:
             )
         self.dataset = open_dataset(config.data, self.family, needs_images=self.method.needs_images)
         if self.dataset.captions is not None:
-            self.family.use_captions(self.dataset.captions)
+            self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
         self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
@@ -80,7 +87,8 @@ class Run:
         versions = {"teacher (weights)": self.teacher_fingerprint}
         if self.dataset.version is not None:
             versions["data (version)"] = self.dataset.version
-        return identify(self.config, self.method, versions)
+        data = take_inventory(self.dataset, locate_data(self.config.data).path)
+        return identify(self.config, self.method, versions | self.distiller.versions, data)
 
     def plan(self) -> str:
         """Return the resolved configuration, and what will be held in memory, for ``--dry_run``."""
@@ -99,8 +107,8 @@ class Run:
         with RunLock(self.folder) if is_main_process else contextlib.nullcontext():
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
-                self._write_config()
-            with contextlib.closing(trainer.run(start)) as finished_stages:
+                self._write_config(trainer.identity)
+            with tracking(trainer.accelerator), contextlib.closing(trainer.run(start)) as finished_stages:
                 for stage in finished_stages:
                     self._end_stage(trainer, stage)
             cost = trainer.total_cost()
@@ -110,11 +118,13 @@ class Run:
             trainer.accelerator.wait_for_everyone()
         return self.folder / "pipeline"
 
-    def _write_config(self) -> None:
+    def _write_config(self, identity: RunIdentity) -> None:
         if self.links:
             check_links(self.folder)
         with atomic_write(self.folder / "config.yaml") as partial:
             partial.write_text(configuration.to_yaml(self.config.as_sections()))
+        if identity.data.parts:
+            identity.data.write(self.folder / INVENTORY)
 
     def _end_stage(self, trainer: Trainer, stage: Stage) -> None:
         cost = trainer.total_cost()

@@ -41,6 +41,10 @@ def load_weights(distiller: Distiller, tensors: dict[str, Tensor]) -> None:
     if differing := sorted(set(targets) ^ set(tensors)):
         raise ValueError(f"checkpoint: its tensors are not this run's; the first difference is {differing[0]!r}")
     for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            shapes = f"expected {tuple(target.shape)}, got {tuple(tensors[name].shape)}"
+            raise ValueError(f"checkpoint: {name}: {shapes}")
+    for name, target in targets.items():
         write(target, tensors[name])
 
 

@@ -29,6 +29,7 @@ from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.checkpoint import save_checkpoint, set_aside_later
 from stepdistill.training.config import RunConfig
 from stepdistill.training.cost import TrainingCost, counted, over_processes
+from stepdistill.training.division import Division, resumed_division
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.fsdp import split_shards
 from stepdistill.training.guards import DivergenceError, DivergenceGuard, FiniteGuard, patience_of
@@ -67,8 +68,9 @@ class Trainer:
     ) -> None:
         self.config, self.optim, self.data = config.train, config.optim, config.data
         self.accelerator = make_accelerator(self.config)
-        self.parallelism = choose_parallelism(self.accelerator)
+        self.parallelism = choose_parallelism(self.accelerator, self.config.precision)
         self.device = self.accelerator.device
+        self.division = Division(self.accelerator.num_processes, self.config.accumulation, self.data.batch_size)
         if self.config.gradient_checkpointing:
             distiller.bank.enable_checkpointing()
         self.wrapped = self.parallelism.wrap(distiller)
@@ -112,7 +114,7 @@ class Trainer:
                     self._begin_stage()
                 for step_in_stage in range(done, stage.steps):
                     with counted(self.distiller.bank, self.cost):
-                        logs = self._step(step_in_stage, [next(batches) for _ in range(self.config.accumulation)])
+                        logs = self._step(step_in_stage, [next(batches) for _ in range(self.division.accumulation)])
                         self.step += 1
                         self._report(logs, step_in_stage + 1, progress)
                     self._after_step(Position(index, step_in_stage + 1))
@@ -164,9 +166,9 @@ class Trainer:
         for micro, batch in enumerate(batches):
             last = micro == len(batches) - 1
             with contextlib.nullcontext() if last else self.parallelism.no_sync(self.wrapped):
-                with self.accelerator.autocast():
+                with self.parallelism.autocast():
                     losses = self.wrapped(turn.name, batch, self._draws(turn, micro, batch.size))
-                self.accelerator.backward(sum(losses.terms.values()) / len(batches))
+                (sum(losses.terms.values()) / len(batches)).backward()
             for name, value in {**losses.terms, **losses.metrics}.items():
                 key = f"{turn.name}/{name}"
                 logs[key] = logs.get(key, 0) + value.detach() / len(batches)
@@ -181,8 +183,8 @@ class Trainer:
 
     def _draws(self, turn: Turn, micro: int, size: int) -> Draws:
         """Return the random numbers of a micro-batch: its part of one large batch, however that is divided."""
-        parts = self.config.accumulation * self.accelerator.num_processes
-        part = micro * self.accelerator.num_processes + self.accelerator.process_index
+        parts = self.division.accumulation * self.division.world
+        part = micro * self.division.world + self.accelerator.process_index
         torch.manual_seed(derive_seed(self.config.seed, self.step, turn.name, part))  # dropout
         seed = derive_seed(self.config.seed, self.step, turn.name)
         return Draws(seed, size, rank=part, world=parts, device=self.device)
@@ -193,11 +195,11 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         raw_batches = loader(
             self.dataset,
-            batch_size=self.data.batch_size,
+            batch_size=self.division.batch_size,
             seed=self.config.seed,
-            start=self.step * self.config.accumulation,
+            start=self.step * self.division.accumulation,
             rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            world=self.division.world,
             num_workers=self.data.num_workers,
         )
         for raw in raw_batches:
@@ -260,7 +262,7 @@ class Trainer:
         """Write a grid of the result role's samples, from fixed noise and conditions."""
         if not self.parallelism.participates:
             return
-        with self.accelerator.autocast():
+        with self.parallelism.autocast():
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
         if self.accelerator.is_main_process:
             save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
@@ -292,6 +294,7 @@ class Trainer:
             "stage_name": self.distiller.stage.name,
             "done": position.step_in_stage,
             "cost": dataclasses.asdict(self.total_cost()),
+            "division": dataclasses.asdict(self.division),
             "config": self.identity.values,
         }
         if self.accelerator.is_main_process:
@@ -309,6 +312,7 @@ class Trainer:
         if checkpoint is None:
             return Position()
         self.identity.check(checkpoint)
+        self.division = resumed_division(checkpoint, self.division)
         position = Position(checkpoint.state["stage"], checkpoint.state["done"])
         self.distiller.stage = self.distiller.stages(self.config.steps)[position.stage]
         load_weights(self.distiller, checkpoint.tensors("weights"))

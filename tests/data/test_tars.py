@@ -67,8 +67,11 @@ def test_labels_and_captions_by_another_name(tmp_path):
         ({"0.png": png(0), "0.txt": b"yes", "1.png": png(1)}, r"1 of 2 images have no caption; the first is .*!1\.png"),
         ({"0.png": png(0)}, r"no captions, but the teacher takes text"),
         ({"0.png": png(0), "0.txt": b"na\xefve"}, r"a\.tar!0\.txt:1: not UTF-8 \(byte 0xef\)"),
-        ({"0.png": png(0), "0.json": b"{"}, r"a\.tar!0\.json: not valid JSON"),
-        ({"0.png": png(0), "0.json": b'{"text": 3}'}, r"a\.tar!0\.json: 'text': expected text, got 3"),
+        ({"0.png": png(0), "0.json": b"{"}, r"a\.tar!0\.json: expected JSON"),
+        (
+            {"0.png": png(0), "0.json": b'{"text": 3}'},
+            r"a\.tar!0\.json: 'text': expected text, or a list of texts, got 3",
+        ),
         ({"0.txt": b"only text"}, r"no images"),
     ],
 )

@@ -423,7 +423,7 @@ def test_captions_are_counted_and_checked(tmp_path):
     assert read_captions(str(file), 2) == ["a red apple", "a blue house"]
     for content, count, message in [
         (b"a\nb\n", 3, "expected 3, one an image, got 2"),
-        (b"a\n\nb\n", 2, "line 2 is empty"),
+        (b"a\n\nb\n", 2, "captions.txt:2 is empty"),
         (b"\xff\xfe\x00", 1, "not UTF-8"),
     ]:
         file.write_bytes(content)

@@ -72,7 +72,7 @@ def test_single_files_carry_what_repeats_them(tmp_path, student):
 def test_a_folder_of_samples_is_data_with_what_they_were_asked_for(tmp_path, student):
     generate("--pipeline", student, "--prompt", "a crème brûlée", "a dog", "--output", tmp_path / "text")
     listing = list_samples(DataConfig(name="images", path=str(tmp_path / "text")))
-    assert listing.captions == ["a crème brûlée", "a dog"] and listing.labels is None
+    assert listing.captions == [("a crème brûlée",), ("a dog",)] and listing.labels is None
     family = Pixel.tiny()
     folder = export_pipeline(family, family.network, DDIM(family.schedule, family.schedule.grid(1)), tmp_path / "p")
     generate("--pipeline", folder, "--num_images", 4, "--output", tmp_path / "classes")

@@ -28,6 +28,7 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.inference.sampling import class_count, sample_images
 from stepdistill.losses.consistency import consistency, skip_grid
 from stepdistill.methods.cd import CD
@@ -408,7 +409,7 @@ def test_what_cannot_work_is_said_before_the_first_step(method, options, message
 )
 def test_options_out_of_range_are_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
-        method.Config(**options)
+        build(method.Config, options)
 
 
 # ------------------------------------------------------------------------------------------------- dropout

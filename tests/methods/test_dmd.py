@@ -18,6 +18,7 @@ from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.files.schema import build
 from stepdistill.losses.distribution_matching import (
     MATCHED,
     both_scores,
@@ -440,4 +441,4 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, family, messa
 @pytest.mark.parametrize("name", ["count", "steps", "batch_size", "shard_size"])
 def test_counts_of_pairs_are_positive(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-        PairsConfig(**{"output_dir": "x", name: 0})
+        build(PairsConfig, {"output_dir": "x", name: 0})

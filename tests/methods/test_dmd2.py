@@ -13,6 +13,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, rollout
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.losses.student_inputs import backward_simulation
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -255,16 +256,16 @@ def test_students_cover_all_modes_by_their_weights(steps, gan_weight):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps, student_update_interval >= 1"),
-        ({"student_update_interval": 0}, "steps, student_update_interval >= 1"),
+        ({"steps": 0}, "steps: expected at least 1"),
+        ({"student_update_interval": 0}, "student_update_interval: expected at least 1"),
         ({"student_update_interval": 1, "fake_update": "alternate"}, "no step"),
-        ({"gan_weight": -1.0}, "gan_weight >= 0"),
-        ({"critic_weight": 0.0}, "critic_weight > 0"),
+        ({"gan_weight": -1.0}, "gan_weight: expected at least 0"),
+        ({"critic_weight": 0.0}, "critic_weight: expected above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        DMD2.Config(**options)
+        build(DMD2.Config, options)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from oracles import SCHEDULES, three_clusters
 
 from stepdistill.batch import Batch
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.methods.ladd import LADD
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -105,8 +106,8 @@ def test_r1_counts_as_much_as_it_should(weight):
 def test_bad_options_and_teachers_are_refused():
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         LADD.check(LADD.Config(), Pixel.tiny(prediction_type="epsilon"))
-    with pytest.raises(ValueError, match="first_share: expected 0 < first_share <= 1, got 0"):
-        LADD.Config(first_share=0.0)
+    with pytest.raises(ValueError, match="first_share: expected above 0 and at most 1, got 0"):
+        build(LADD.Config, {"first_share": 0.0})
     with pytest.raises(ValueError, match="all 16 labels"):
         batch = pixel_batch(16)
         batch.cond["class_labels"][:] = 2

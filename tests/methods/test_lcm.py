@@ -13,6 +13,7 @@ from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import ConsistencySampler, sample
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.cd import CD
 from stepdistill.methods.lcm import LCM
@@ -236,14 +237,14 @@ def test_a_checkpoint_that_holds_such_a_copy_still_resumes(tmp_path, monkeypatch
     ("options", "message"),
     [
         ({"guidance_range": (3.0, 2.0)}, "1 <= low < high"),
-        ({"guidance_range": (0.5, 2.0)}, "1 <= low < high"),
+        ({"guidance_range": (0.5, 2.0)}, r"guidance_range\[0\]: expected at least 1, got 0.5"),
         ({"guidance_range": (2.0, 4.0), "guidance_scale": 8.0}, "guidance_scale: expected one in"),
         ({"target_ema": 1.0}, "target_ema"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LCM.Config(**options)
+        build(LCM.Config, options)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler
 from stepdistill.diffusion.schedule import Trig
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, sampling_times
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -339,16 +340,16 @@ def test_attention_without_a_derivative_is_refused_with_a_way_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps: expected a positive number, got 0"),
-        ({"difference": 0.0}, "difference: expected a positive number, got 0"),
-        ({"warmup": -1}, "warmup: expected 0 or more steps, got -1"),
-        ({"norm_floor": 0.0}, "norm_floor: expected a positive number, got 0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"difference": 0.0}, "difference: expected above 0, got 0"),
+        ({"warmup": -1}, "warmup: expected at least 0, got -1"),
+        ({"norm_floor": 0.0}, "norm_floor: expected above 0, got 0"),
         ({"path": "data", "guidance_scale": 2.0}, "expected 1 with path 'data'"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Scm.Config(**options)
+        build(Scm.Config, options)
 
 
 def test_a_teacher_that_cannot_be_distilled_so_is_refused():

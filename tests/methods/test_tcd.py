@@ -26,6 +26,7 @@ from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicSt
 from stepdistill.diffusion.schedule import expand
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.losses.consistency import skip_grid
 from stepdistill.methods.tcd import TCD, jump, midpoint
 from stepdistill.networks.copy_bank import CopyBank
@@ -370,8 +371,8 @@ def test_what_cannot_work_is_said_before_the_first_step(options, message):
 
 
 def test_gamma_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="gamma: expected 0 to 1, got 1.5"):
-        TCD.Config(gamma=1.5)
+    with pytest.raises(ValueError, match="gamma: expected at least 0 and at most 1, got 1.5"):
+        build(TCD.Config, {"gamma": 1.5})
 
 
 def test_a_flow_student_with_fresh_noise_has_no_stock_scheduler():

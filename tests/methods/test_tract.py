@@ -13,6 +13,7 @@ from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.schedule import Karras
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.schema import build
 from stepdistill.losses.regression import mean_square
 from stepdistill.methods.tract import CONVERT, Tract
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -247,13 +248,13 @@ def test_a_student_of_a_mixture_lands_on_it_in_one_call(name, kind, via):
         ({"start": 512, "via": (30,)}, "512 -> 30 -> 1"),
         ({"start": 512, "via": (512,)}, "descend"),
         ({"start": 30, "via": (), "steps": 7}, "multiple of the next"),
-        ({"steps": 0, "via": ()}, "descend"),
+        ({"steps": 0, "via": ()}, "steps: expected at least 1"),
         ({"self_ema": 1.0}, "self_ema"),
     ],
 )
 def test_a_schedule_that_does_not_divide_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Tract.Config(**options)
+        build(Tract.Config, options)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Teachers trained here: the parts of a text-to-image one, and the pipeline they make."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.families.sd import SD
 from stepdistill.features.clip import Clip
 from stepdistill.files.schema import ConfigError, build
+from stepdistill.pretraining import pixel
 from stepdistill.pretraining.clip import SHIFT, shifted, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, fit
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
@@ -99,6 +101,55 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
     kept = (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     train_text_teacher(config)
     assert (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
+
+
+def test_long_captions_are_cut_and_counted_before_anything_is_trained(tmp_path, monkeypatch):
+    """REPORTS 27: it was a traceback of the CLIP, after the autoencoder was trained; RELIABILITY row 22."""
+    small = [f"{part}.{key}" for part in ("vae", "clip", "unet") for key in ("steps=1", "batch_size=4")]
+    options = [*small, f"output_dir={tmp_path}", "data.max_samples=6", "max_tokens=5", "vocabulary=600"]
+    config = build(TextTeacherConfig, read_config(CONFIG, options))
+    with pytest.warns(UserWarning, match=r"2 of 6 captions are longer than the text encoder's 5 tokens"):
+        folder = train_text_teacher(config)
+    assert SD(DiffusionPipeline.from_pretrained(folder)).embed(["3d red apple"])["encoder_hidden_states"].shape[1] == 5
+
+    def first_training(*options):
+        raise RuntimeError("the first training")
+
+    monkeypatch.setattr("stepdistill.pretraining.text_to_image.train_vae", first_training)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "other"))
+    with pytest.warns(UserWarning, match="2 of 6 captions"), pytest.raises(RuntimeError, match="the first training"):
+        train_text_teacher(config)
+
+
+def colour_archive(path, labels):
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    images[..., 0] = 255
+    np.savez(path, images=images, labels=np.array(labels))
+    return path
+
+
+def test_colours_stay_in_their_channels_and_labels_in_their_range(tmp_path, monkeypatch):
+    """A pixel teacher of colour images once saw the channels of a pixel as its neighbours."""
+    seen = []
+
+    def loss(network, scheduler, x0, **cond):
+        seen.append(x0)
+        return network(x0, torch.zeros(len(x0)), **cond).sample.mean()
+
+    monkeypatch.setattr(pixel, "denoising_loss", loss)
+    model = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "norm_num_groups": 4,
+             "layers_per_block": 1, "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+             "num_class_embeds": 3}  # fmt: skip
+    path = colour_archive(tmp_path / "a.npz", [0, 1] * 4)
+    options = {"model": model, "scheduler": {}, "steps": 1, "batch_size": 2, "output_dir": str(tmp_path / "t")}
+    pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
+    assert (seen[0][:, 0] == 1).all() and (seen[0][:, 1:] == -1).all()
+    path = colour_archive(tmp_path / "b.npz", [0, 2] * 4)
+    with pytest.raises(ValueError, match=r"b\.npz: labels: expected 0 to 1, the network's classes, got 0 to 2"):
+        pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"b\.npz: expected an \.npz of plain arrays"):
+        pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
 
 
 def test_the_judge_is_of_another_seed():

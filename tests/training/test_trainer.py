@@ -15,6 +15,7 @@ from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for, t
 from safetensors.torch import load_file, save_file
 
 from stepdistill.config import read_config
+from stepdistill.files.schema import build
 from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
 from stepdistill.training.checkpoint import CheckpointError
@@ -131,7 +132,7 @@ def test_radam_is_torchs_and_makes_no_step_while_a_number_is_not_finite():
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulation": 0}, {"ema": 1.0}, {"keep": 0}])
 def test_impossible_numbers_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        TrainConfig(**{"steps": 1, "output_dir": "run", **wrong})
+        build(TrainConfig, {"steps": 1, "output_dir": "run", **wrong})
 
 
 # ------------------------------------------------------------------------------------------ non-finite numbers
@@ -266,6 +267,7 @@ def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_
 
 
 def test_a_changed_configuration_is_refused_by_key(tmp_path):
+    """RELIABILITY row 11."""
     train_until(make(tmp_path, save_every=1), 1)
     mapping = sections(tmp_path, teacher_for(METHOD), METHOD, steps=6, save_every=1)
     mapping["optim"]["student"]["lr"] = 1e-3
@@ -277,6 +279,7 @@ def test_a_changed_configuration_is_refused_by_key(tmp_path):
 
 
 def test_another_teacher_under_the_same_path_is_refused(tmp_path):
+    """RELIABILITY row 11: the teacher's hash."""
     train_until(make(tmp_path), 1)
     path = tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})

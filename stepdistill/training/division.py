@@ -1,0 +1,95 @@
+"""How the samples of a step are divided: among processes, and those of a process into micro-batches.
+
+The order of the data (:mod:`stepdistill.data.loader`) and every random number (:mod:`stepdistill.randomness`) belong to
+places in the whole batch of a step. Another division therefore trains on the same samples with the same noise, and a
+run may be resumed on another number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from stepdistill.training.checkpoint import Checkpoint, CheckpointError
+
+logger = get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """A division of the samples of a step.
+
+    Attributes:
+        world: number of processes.
+        accumulation: micro-batches of each process.
+        batch_size: samples of each of these.
+    """
+
+    world: int
+    accumulation: int
+    batch_size: int
+
+    @property
+    def total(self) -> int:
+        """Samples of a step, over all processes: the global batch."""
+        return self.world * self.accumulation * self.batch_size
+
+    def __str__(self) -> str:
+        return f"{self.total} samples a step = {self.world} x accumulation {self.accumulation} x {self.batch_size}"
+
+    def with_total(self, total: int) -> Division | None:
+        """Return the division of ``total`` samples among these processes, or None if they cannot share them evenly.
+
+        Micro-batches are the fewest, and therefore largest, that have at most ``batch_size`` samples.
+
+        >>> Division(world=1, accumulation=1, batch_size=64).with_total(128)
+        Division(world=1, accumulation=2, batch_size=64)
+        >>> Division(world=4, accumulation=1, batch_size=64).with_total(128)
+        Division(world=4, accumulation=1, batch_size=32)
+        """
+        each, rest = divmod(total, self.world)
+        if rest:
+            return None
+        accumulation = -(-each // self.batch_size)
+        while each % accumulation:
+            accumulation += 1
+        return Division(self.world, accumulation, each // accumulation)
+
+
+def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
+    """Return the division with which a run goes on from a checkpoint: the same samples a step, by these processes.
+
+    Args:
+        checkpoint: its state tells the division before, unless it is older than this.
+        configured: what the configuration and the number of processes would give a new run.
+
+    Raises:
+        CheckpointError: if these processes cannot share the samples of a step.
+    """
+    recorded: dict[str, Any] | None = checkpoint.state.get("division")
+    if recorded is None:
+        logger.warning(
+            f"{checkpoint.path} does not tell by how many processes it was made; taken to be {configured.world}, as now"
+        )
+        return configured
+    before = Division(**recorded)
+    if before.world == configured.world:
+        return before
+    division = configured.with_total(before.total)
+    if division is None:
+        raise CheckpointError(
+            f"{checkpoint.path} was made by {_processes(before.world)} ({before}), which "
+            f"{_processes(configured.world)} cannot share evenly; resume on a number of processes that divides "
+            f"{before.total}"
+        )
+    logger.warning(
+        f"{checkpoint.path} was made by {_processes(before.world)} ({before}); going on with {configured.world} "
+        f"({division}): the same samples and noise in every step, but other numbers in dropout, and other rounding"
+    )
+    return division
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
