@@ -9,6 +9,7 @@ import argparse
 import torch
 from tqdm.auto import tqdm
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.config import read_config
 from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.datasets import open_data
@@ -18,6 +19,7 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.files.schema import build
 
 
+@failures_as_sentences("cache.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file with the sections teacher and data, see configs/")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import ReferenceStatistics
 from stepdistill.features.loading import load_features
@@ -28,6 +29,7 @@ def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(picked).sort().values
 
 
+@failures_as_sentences("make_assets.py")
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,14 +39,12 @@ def main() -> None:
     parser.add_argument("--per_class", type=in_range(PositiveInt), default=1000, help="images in train_subset.npz")
     args = parser.parse_args()
     images, labels = read_labelled_images(args.train)
-
     index = first_of_each_class(labels, args.per_class)
     subset = images[index].movedim(1, -1).squeeze(-1).numpy()
     np.savez_compressed(
         args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
     )
-
-    unet = UNet2DModel.from_pretrained(args.teacher / "unet").half()
+    unet = UNet2DModel.from_pretrained(args.teacher / "unet", use_safetensors=True).half()
     scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
     pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
     pipeline.save_pretrained(args.output_dir / "teacher")  # without its code, which the package has

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from stepdistill.cli.failures import failures_as_sentences
+
 STYLES = {"fluent3d": "3d", "twemoji": "flat"}  # a set's name, and the word that its captions begin with
 LEFT_OUT = ("People & Body", "Flags")  # hundreds of figures and flags that differ in a few of 32 x 32 pixels
 HELD_OUT = 20  # one in this many names is held out, in one of its two styles
@@ -32,6 +34,7 @@ def is_held_out(name: str, style: str) -> bool:
     return number % HELD_OUT == 0 and style == list(STYLES)[number // HELD_OUT % 2]
 
 
+@failures_as_sentences("make_emoji.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emoji_dir", type=Path, required=True, help="folder that holds both sets")

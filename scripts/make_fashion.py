@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from stepdistill.cli.failures import failures_as_sentences
+
 
 def read_idx(path: Path) -> np.ndarray:
     """An idx file of unsigned bytes: magic (00 00 08 ndim), big-endian sizes, data."""
@@ -17,6 +19,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
 
 
+@failures_as_sentences("make_fashion.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--idx_dir", type=Path, required=True, help="folder that holds *-images-idx3-ubyte.gz")

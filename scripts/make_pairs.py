@@ -8,6 +8,7 @@ import argparse
 import torch
 from tqdm.auto import tqdm
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.config import read_config
 from stepdistill.data.ode_pairs import PairsConfig, make_pairs
 from stepdistill.families.config import TeacherConfig
@@ -15,6 +16,7 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.files.schema import ConfigError, build
 
 
+@failures_as_sentences("make_pairs.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file with the sections teacher and pairs")

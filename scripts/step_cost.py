@@ -11,11 +11,13 @@ import argparse
 from pathlib import Path
 
 from stepdistill.benchmark.step_cost import plan, step_cost_table
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.files.ranges import PositiveInt, in_range
 
 CONFIGS = ("sd_lcm_lora", "sd_dmd2", "sdxl_lcm_lora", "sdxl_dmd2_lora")
 
 
+@failures_as_sentences("step_cost.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -30,14 +32,11 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="calculate what is held; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
     args = parser.parse_args()
-    try:
-        if args.plan:
-            cases = [(path, [*args.overrides, f"bank.name={bank}"]) for path in args.config for bank in args.bank]
-            print("\n\n".join(plan(path, wanted) for path, wanted in cases))
-            return
-        print(step_cost_table(args.config, args.bank, args.overrides, args.steps, args.tiny))
-    except ValueError as error:
-        parser.error(str(error))
+    if args.plan:
+        cases = [(path, [*args.overrides, f"bank.name={bank}"]) for path in args.config for bank in args.bank]
+        print("\n\n".join(plan(path, wanted) for path, wanted in cases))
+        return
+    print(step_cost_table(args.config, args.bank, args.overrides, args.steps, args.tiny))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.ranges import PositiveFloat, PositiveInt, Seed, in_range
 from stepdistill.pretraining.classifier import accuracy, read_labelled_images, train_classifier
 
 
+@failures_as_sentences("train_features.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help=".npz with images and labels")

@@ -5,12 +5,14 @@
 
 import argparse
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.config import read_config
 from stepdistill.files.schema import build
 from stepdistill.pretraining.pixel import PretrainConfig, train_teacher
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
 
 
+@failures_as_sentences("train_teacher.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/teacher_*.yaml")

@@ -50,6 +50,11 @@ class Batch:
         )
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*self.cond.values()] if self.images is None else [self.images, *self.cond.values()]
+
+    @property
     def x0(self) -> Tensor:
         """The clean images, for methods that train on them."""
         assert self.images is not None, "this method trains on images; Run checks that the data has some"

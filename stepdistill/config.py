@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from stepdistill.files.reading import parse_yaml, read_yaml
+from stepdistill.files.reading import MAX_DEPTH, parse_yaml, read_yaml
 from stepdistill.files.schema import ConfigError, join_keys
+from stepdistill.files.words import shown
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
@@ -26,17 +27,21 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
 
 
 def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
-    """Return a copy of ``mapping`` with every ``a.b.c=value`` set; values are parsed as YAML."""
+    """Return a copy of ``mapping`` with every ``a.b.c=value`` set; values are parsed as YAML.
+
+    Raises:
+        ConfigError: naming the override at fault.
+    """
     result = copy.deepcopy(dict(mapping))
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError([f"override {override!r}: expected section.key=value"])
         *sections, key = dotted.split(".")
+        if not equals or "" in (*sections, key) or len(sections) > MAX_DEPTH:
+            raise ConfigError([f"override {shown(override)}: expected section.key=value"])
         node = result
         for section in sections:
-            if not isinstance(node.setdefault(section, {}), dict):
-                raise ConfigError([f"override {override!r}: {section!r} is a value, not a section"])
+            if type(node.setdefault(section, {})) is not dict:
+                raise ConfigError([f"override {shown(override)}: {section!r} is a value, not a section"])
             node = node[section]
         node[key] = _parse_value(override, text)
     return result
@@ -45,8 +50,8 @@ def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
 def _parse_value(override: str, text: str) -> Any:
     try:
         return parse_yaml(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError([f"override {override!r}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    except ConfigError as error:
+        raise ConfigError(f"override {shown(override)}: {problem}" for problem in error.problems) from None
 
 
 # ----------------------------------------------------------------------------------------------- writing

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.prediction import from_x0
+from stepdistill.diffusion.reading import read_discrete_vp, read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig, edm_scalings, expand
-from stepdistill.diffusion.schedulers import read_discrete_vp, read_schedule
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, edm_scalings, expand
+from stepdistill.diffusion.trig import Trig
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.networks.copy_bank import CopyBank

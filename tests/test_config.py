@@ -8,7 +8,8 @@ import pytest
 
 from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
 from stepdistill.files.reading import parse_yaml
-from stepdistill.files.schema import ConfigError, build, nearest
+from stepdistill.files.schema import ConfigError, build
+from stepdistill.files.words import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.config import read_config
@@ -59,7 +61,7 @@ FORBIDDEN = {
     "catch everything": (is_bare_except, (), "try: pass\nexcept: pass"),
     "run remote code": (
         passes("trust_remote_code", True),
-        ("stepdistill/loading.py",),
+        ("stepdistill/loading/__init__.py", "stepdistill/loading/code.py"),
         "load(path, trust_remote_code=True)",
     ),
 }
@@ -170,3 +172,20 @@ def test_pipelines_install_as_a_subpackage() -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("stepdistill is on the path but not installed")
     assert importlib.util.find_spec("stepdistill.pipelines") is not None
+
+
+# ------------------------------------------------------------------------------------------------- libraries
+
+SAFE = {"torch": "2.10", "diffusers": "0.38", "transformers": "5.3", "pillow": "12.3", "safetensors": "0.4.3"}
+"""The first versions without known holes in what this package calls, see docs/SECURITY.md."""
+
+
+def test_no_version_with_known_holes_is_admitted() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {}
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        floors[requirement.name] = max(Version(part.version) for part in requirement.specifier if part.operator == ">=")
+    assert [name for name, safe in SAFE.items() if floors[name] < Version(safe)] == []
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert [name for name, floor in floors.items() if Version(pinned[name.lower()]) < floor] == []

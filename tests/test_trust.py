@@ -22,7 +22,8 @@ from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import load_teacher, locate
+from stepdistill.families.hub import locate
+from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
@@ -196,13 +197,15 @@ def test_of_a_hub_id_only_what_is_trusted_is_fetched(tmp_path, monkeypatch):
     (teacher / "unet/diffusion_pytorch_model.safetensors").unlink()  # as fetched of a repository that has only pickles
 
     def fetch(path, *, revision, allow_patterns):
-        asked.append({"*.bin", "*.py"} & set(allow_patterns))
+        asked.append({Path(name).suffix for name in allow_patterns} - {".json"})
         return teacher
 
+    names = ["unet/config.json", "unet/diffusion_pytorch_model.bin", "scheduler/scheduler_config.json", "pipeline.py"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *args, **kwargs: names)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     for trusted in ({}, {"trust_pickles": True}, {"trust_remote_code": True}):
         locate(TeacherConfig(path="someone/teacher", **trusted))
-    assert asked == [set(), {"*.bin"}, {"*.py"}]
+    assert asked == [set(), {".bin"}, {".py"}]
     with pytest.raises(ValueError, match=r"pickles \(\.bin\) are not downloaded.*teacher\.trust_pickles=true"):
         load_teacher(TeacherConfig(path="someone/teacher"))
 

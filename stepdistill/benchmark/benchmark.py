@@ -21,6 +21,7 @@ from torch import Tensor
 from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
 from stepdistill.benchmark.pictures import pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
+from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
 from stepdistill.benchmark.students import check_students, export_missing, train_missing
 from stepdistill.benchmark.tables import Row, caption, compared, insert, markdown
@@ -32,6 +33,7 @@ from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
+from stepdistill.files.words import shown
 from stepdistill.files.writing import atomic_write
 from stepdistill.inference.grids import save_comparison
 from stepdistill.inference.sampling import Images, sample_images
@@ -191,13 +193,13 @@ class Benchmark:
     def _finished_rows(self) -> list[Row]:
         if not self.path.is_file():
             return []
-        result = json.loads(self.path.read_text(encoding="utf-8"))
+        result = read_benchmark_result(self.path)
         before, now = flatten(result["setting"]), flatten(json.loads(json.dumps(self.setting)))
         for key, value in now.items():
             # a file of an older version lacks keys that are None by default
             if key.partition(".")[0] not in FREE_KEYS and before.get(key) != value:
                 raise ValueError(
-                    f"{self.path} was measured with another {key}: {before.get(key)!r}, now {value!r}; "
+                    f"{self.path} was measured with another {key}: {shown(before.get(key))}, now {shown(value)}; "
                     "move it away, choose another output, or restore the setting"
                 )
         return list(result["rows"])
@@ -218,7 +220,7 @@ class Benchmark:
         return sample_images(
             pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
             num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,
-            description=row["name"],
+            rows=min(count, self.config.batch_size), description=row["name"],
         )  # fmt: skip
 
     def real_images(self, count: int) -> Tensor:

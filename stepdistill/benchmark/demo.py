@@ -15,7 +15,9 @@ from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.pictures import pictures
 from stepdistill.benchmark.tables import Row, cell, compared, text
 from stepdistill.config import read_config
+from stepdistill.files.reading import read_json
 from stepdistill.files.schema import build
+from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
 from stepdistill.inference.grids import make_grid
 from stepdistill.training.config import resolve
@@ -30,14 +32,15 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     """
     began = time.perf_counter()
     mapping = read_config(path, overrides)
-    measured = mapping.pop("demo")
+    measured = mapping.pop("demo", {})
     run = Run(resolve(mapping))
-    print(f"distilling {mapping['teacher']['path']!r} to {mapping['method']['steps']} steps ...")
+    steps = run.config.method.steps
+    print(f"distilling {run.config.teacher.path!r} to {steps} steps ...")
     final = run.train()
     trained = time.perf_counter() - began
     students = {
         "student, 4 steps": str(final.with_name("pipeline-4-steps")),
-        f"student, {mapping['method']['steps']} steps": str(final),
+        f"student, {steps} steps": str(final),
     }
     output = run.folder / "result.json"
     output.unlink(missing_ok=True)
@@ -48,7 +51,7 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     }
     bench = Benchmark(build(BenchmarkConfig, config | measured, "demo"))
     rows = compared(bench.run(), bench.metric)
-    result = json.loads(output.read_text())
+    result = read_json(output)
     seconds = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
     with atomic_write(output) as partial:
         partial.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
@@ -105,4 +108,4 @@ def print_table(rows: Sequence[Row], metric: str) -> None:
     print(f"\n{'':36s} {'calls':>6s} {metric:>8s} {'s/image':>9s}")
     for row in rows:
         seconds = cell(row.get("seconds_per_image"))
-        print(f"{row['name']:36s} {text(row, 'calls', metric):>6s} {cell(row[metric]):>8s} {seconds:>9s}")
+        print(f"{visible(row['name']):36s} {text(row, 'calls', metric):>6s} {cell(row[metric]):>8s} {seconds:>9s}")

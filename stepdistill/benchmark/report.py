@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
+from stepdistill.benchmark.results import read_report_result
 from stepdistill.benchmark.tables import Row, caption, compared, paper_source, text, texts
 from stepdistill.config import flatten
+from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
 
 STYLE = """
@@ -47,7 +48,7 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
     """
     sections, single = [], []
     for path in results:
-        result = read_result(path)
+        result = read_report_result(path)
         if "rows" in result:
             sections.append(section(path, result))
         else:
@@ -65,19 +66,6 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file of ``evaluate`` or ``benchmark``."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a result of evaluate or benchmark (.json)")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(result, dict) or "setting" not in result:
-        raise ValueError(f"{path}: expected a result of evaluate or benchmark, got a file without 'setting'")
-    return result
-
-
 def section(path: Path, result: Mapping[str, Any]) -> str:
     """Return the section of a benchmark: its table, plots, grid and setting."""
     metric = result["metric"]
@@ -90,7 +78,7 @@ def section(path: Path, result: Mapping[str, Any]) -> str:
     grid = path.with_name(f"{path.stem}-grid.png")
     pictures = figure(grid, "Same seeds, same classes.") if grid.is_file() else ""
     return "\n".join(
-        [f"<h2>{escape(path.stem)}</h2>", table(rows, metric), f"<p>{escape(caption(result['setting']))}</p>",
+        [f"<h2>{escape(visible(path.stem))}</h2>", table(rows, metric), f"<p>{escape(caption(result['setting']))}</p>",
          sources(rows), plots, pictures, setting(result["setting"])]
     )  # fmt: skip
 
@@ -98,15 +86,13 @@ def section(path: Path, result: Mapping[str, Any]) -> str:
 def evaluations(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of single evaluations: a table of all their numbers, and their settings."""
     names: dict[str, None] = {}
-    for result in results:
-        for key, value in result.items():
-            if isinstance(value, (int, float)):
-                names.setdefault(key)
+    numbers = [{key: value for key, value in result.items() if type(value) in (int, float)} for result in results]
+    for found in numbers:
+        names |= dict.fromkeys(found)
     body, settings = [], []
-    for result in results:
-        title = str(result.get("name", ""))
-        body.append([title, *[text(dict(result), name, "") for name in names]])
-        settings.append(setting(result["setting"], title))
+    for result, found in zip(results, numbers, strict=True):
+        body.append([result["name"], *[text(found, name, "") for name in names]])
+        settings.append(setting(result["setting"], result["name"]))
     return f"<h2>Evaluations</h2>\n{html_table(['', *names], body)}\n{''.join(settings)}"
 
 
@@ -126,7 +112,7 @@ def html_table(head: Sequence[str], body: Sequence[Sequence[str]], kinds: Sequen
 
 def html_cells(tag: str, texts: Sequence[str]) -> str:
     """Return the cells of a line."""
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+    return "".join(f"<{tag}>{escape(visible(text))}</{tag}>" for text in texts)
 
 
 def sources(rows: Sequence[Row]) -> str:
@@ -148,4 +134,4 @@ def figure(path: Path, words: str) -> str:
 def setting(values: Mapping[str, Any], name: str = "") -> str:
     """Return the settings that it takes to repeat a measurement, folded away."""
     body = [[key, str(value)] for key, value in flatten(values).items()]
-    return f"<details><summary>Setting {escape(name)}</summary>{html_table(['key', 'value'], body)}</details>"
+    return f"<details><summary>Setting {escape(visible(name))}</summary>{html_table(['key', 'value'], body)}</details>"

@@ -31,7 +31,7 @@ from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
 from stepdistill.families.sdxl import SDXL
 from stepdistill.families.tiny import tiny_clip
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
 from stepdistill.training.config import EvalConfig, RunConfig, resolve

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepdistill.config import read_config
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 

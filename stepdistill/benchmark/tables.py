@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.assets import ASSETS
+from stepdistill.benchmark.results import Row
 from stepdistill.files.reading import parse_yaml
+from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
-
-Row = dict[str, Any]
-
 
 NO_DIFFERENCE = "not distinguishable"
 """Comparison of two rows whose confidence intervals overlap."""
@@ -40,7 +39,7 @@ def comparisons(row: Row, rows: Sequence[Row], metric: str) -> Row:
     added: Row = {}
     teacher = min(of_kind(rows, "teacher"), key=lambda other: other[metric], default=None)
     if teacher is not None and row.get("kind") in ("student", "solver", "teacher"):
-        added["ratio"] = row[metric] / teacher[metric]
+        added["ratio"] = ratio(row[metric], teacher[metric])
     if row.get("kind") == "student":
         added["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
         added["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
@@ -60,7 +59,15 @@ def verdict(row: Row, other: Row | None, metric: str) -> str:
     if other is None:
         return ""
     apart = row[f"{metric}_high"] < other[f"{metric}_low"] or other[f"{metric}_high"] < row[f"{metric}_low"]
-    return f"{row[metric] / other[metric]:.2f} of {other['name']}" if apart else f"{NO_DIFFERENCE}: {other['name']}"
+    if not apart:
+        return f"{NO_DIFFERENCE}: {other['name']}"
+    share = ratio(row[metric], other[metric])
+    return f"worse than {other['name']}" if share is None else f"{share:.2f} of {other['name']}"
+
+
+def ratio(value: float, other: float) -> float | None:
+    """Return ``value / other``; None where ``other`` is not positive, and a ratio means nothing."""
+    return value / other if other > 0 else None
 
 
 @functools.cache
@@ -70,7 +77,7 @@ def _papers() -> dict[str, Any]:
 
 def paper_ratio(method: str, steps: int) -> float | None:
     """Return the student's FID over its teacher's in the method's paper at this number of steps, or None."""
-    return _papers().get(method, {}).get("ratio", {}).get(steps)
+    return _papers().get(method, {}).get("ratio", {}).get(str(steps))
 
 
 def paper_source(method: str) -> str:
@@ -104,20 +111,21 @@ def columns(rows: Sequence[Row], metric: str) -> list[Column]:
 
 def text(row: Row, key: str, metric: str) -> str:
     """Return one value of a row, as it is shown."""
+    value: Any = row.get(key)
+    if key == "interval" and f"{metric}_low" in row:
+        return f"{row[f'{metric}_low']:.3f} - {row[f'{metric}_high']:.3f}"
+    if type(value) not in (int, float) or (key == "calls" and not value):
+        return cell(value or None)
     match key:
-        case "interval" if f"{metric}_low" in row:
-            return f"{row[f'{metric}_low']:.3f} - {row[f'{metric}_high']:.3f}"
-        case "teacher_forwards" if row.get(key) is not None:
-            return f"{row[key] / 1e6:.2f}"
-        case "ratio" | "paper" if row.get(key) is not None:
-            return f"{row[key]:.2f}"
-        case "cpu_minutes" if row.get(key) is not None:
-            return f"{row[key]:.0f}"
-        case "guidance_scale" if row.get(key) is not None:
-            return f"{row[key]:g}"
-        case "calls" if not row["calls"]:
-            return ""
-    return cell(row.get(key))
+        case "teacher_forwards":
+            return f"{value / 1e6:.2f}"
+        case "ratio" | "paper":
+            return f"{value:.2f}"
+        case "cpu_minutes":
+            return f"{value:.0f}"
+        case "guidance_scale":
+            return f"{value:g}"
+    return cell(value)
 
 
 def cell(value: Any) -> str:
@@ -126,8 +134,8 @@ def cell(value: Any) -> str:
     >>> cell(4.0), cell(0.12345), cell(0.00123), cell(None), cell("UniPC")
     ('4', '0.123', '0.0012', '', 'UniPC')
     """
-    if value is None or isinstance(value, str):
-        return value or ""
+    if type(value) not in (int, float):
+        return "" if value is None else visible(str(value))
     if float(value).is_integer():
         return str(int(value))
     return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3f}"
@@ -144,8 +152,9 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as the lines of a Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    """Return lines of cells as the lines of a Markdown table, one line and one column each whatever they hold."""
+    kept = [[visible(cell).replace("|", "\\|") for cell in cells] for cells in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in kept)
 
 
 def texts(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:

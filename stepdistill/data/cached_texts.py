@@ -7,6 +7,7 @@ Any caption that a visit draws is therefore there, and training from the cache d
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,28 @@ from stepdistill.batch import Cond, RawBatch
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import Dataset
 from stepdistill.data.columns import Texts, other_texts, read_texts
-from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.data.shards import (
+    ShardFormat,
+    Shards,
+    concatenate,
+    hashed_write,
+    write_or_check_manifest,
+    write_shards,
+)
 from stepdistill.data.text import json_lines
 from stepdistill.families.base import Family
-from stepdistill.files.writing import atomic_write
 
 CAPTIONS = "captions.jsonl"
 FOLDER = "texts"
 FORMAT = ShardFormat(key="data.path", rows="captions", manifest="texts.json", script="scripts/cache.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A sample in the file of captions."""
+
+    name: str
+    text: Any
 
 
 def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
@@ -37,25 +52,26 @@ def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
     return None if dataset.captions is None else dataset.captions[index]
 
 
-def write_captions(folder: Path, dataset: Dataset) -> None:
-    """Write names and captions of all samples."""
-    with atomic_write(folder / CAPTIONS) as partial, partial.open("w", encoding="utf-8") as file:
+def write_captions(manifest: Path, dataset: Dataset) -> None:
+    """Write names and captions of all samples beside the manifest of a cache."""
+    with hashed_write(manifest.parent / CAPTIONS, manifest) as partial, partial.open("w", encoding="utf-8") as file:
         for index in range(len(dataset)):
             row = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
             file.write(json.dumps(row) + "\n")
 
 
-def read_captions(folder: Path, count: int) -> tuple[list[str], list[Texts]]:
+def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts]]:
     """Return names and captions of all samples of a cache.
 
     Raises:
         ValueError: naming the file and line, if it is damaged or does not have ``count`` lines.
     """
-    file = folder / CAPTIONS
+    file = shards.folder / CAPTIONS
+    shards.verify(file)
     names, captions = [], []
-    for where, row in json_lines(file).items():
-        names.append(str(row.get("name", "")))
-        captions.append(read_texts(row.get("text"), f"{where}: 'text'"))
+    for where, row in json_lines(file, _Line).items():
+        names.append(row.name)
+        captions.append(read_texts(row.text, f"{where}: 'text'"))
     if len(names) != count:
         raise ValueError(f"{file}: expected {count} lines, one a sample, got {len(names)}; make the cache anew")
     return names, captions
@@ -95,7 +111,7 @@ def write_texts(
         parts = [_encode(family, [texts[row] for row in batch]) for batch in batches(rows, batch_size)]
         return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
-    write_shards(folder / FOLDER, len(texts), shard_size, make)
+    write_shards(folder / FOLDER / FORMAT.manifest, FORMAT.rows, make)
 
 
 def _encode(family: Family, texts: Sequence[str]) -> dict[str, Tensor]:

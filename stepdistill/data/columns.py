@@ -89,15 +89,15 @@ def _(value: None) -> Sequence[Any]:
 
 
 def read_label(value: Any, where: str) -> int:
-    """Return a whole number, which may be written as text.
+    """Return a whole number of 64 bits, which may be written as text.
 
     Raises:
         ValueError: naming ``where`` for anything else.
     """
-    if type(value) is int:  # not isinstance, because true is no label
+    if type(value) is int and abs(value) < 2**63:  # not isinstance, because true is no label
         return value
     text = str(value).strip()
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise ValueError(f"{where}: expected a whole number, got {value!r:.60}")
     return int(text)
 

@@ -13,7 +13,8 @@ from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.columns import first_texts, several
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
-from stepdistill.data.listing import IMAGE_SUFFIXES, STRAY, Listing, list_samples, sample_name
+from stepdistill.data.image_files import IMAGE_SUFFIXES
+from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name
 from stepdistill.data.loader import Unreadable
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.text import one_line
@@ -206,7 +207,8 @@ def _check_stated(config: DataConfig, channels: int, size: tuple[int, int]) -> N
 
 def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, int]) -> None:
     if not len(listing.images):
-        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)})")
+        others = f"; left out: {listing.left_out}" if listing.left_out else ""
+        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)}){others}")
     if listing.array_shape is not None:
         _check_array(config, listing.array_shape, (*size, channels))
     elif channels not in (1, 3):

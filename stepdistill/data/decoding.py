@@ -2,8 +2,10 @@
 
 These rules apply, in this order:
 
-1. An image of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels is rejected by its header, before it is decoded.
-2. The first frame is taken, turned upright by its EXIF orientation. Colour profiles are not applied.
+1. Only plain files of the formats in :data:`FORMATS` are opened. One of more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels
+   is rejected by its header, before it is decoded.
+2. The first frame is taken, turned upright by its EXIF orientation; damaged EXIF is ignored. Colour profiles are not
+   applied.
 3. 16-bit greys are scaled, ``round(v / 257)``, not clipped. 32-bit integers are read as 16-bit ones if they fit, and
    rejected if they do not; floating-point pixels have no defined range and are rejected.
 4. Transparency (an alpha channel, a palette's or a ``tRNS`` colour) is composited on white.
@@ -16,12 +18,15 @@ An array of the teacher's shape is taken as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
+import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -33,12 +38,27 @@ from stepdistill.data.webdataset import TarMember
 Source: TypeAlias = str | Mapping | TarMember | np.ndarray | None
 
 
-# What Pillow raises on damaged files, found by cutting short and altering files of every common format.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read. It knows many more, whose decoders are seldom used and looked at."""
+
+
+MAX_BYTES = 2**30
+"""Size of the largest file that is opened."""
+
+
+# What Pillow raises on damaged files, found by cutting short and altering files of every format.
 _DECODE_ERRORS = (
     OSError,
     EOFError,
     SyntaxError,
     ValueError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -49,7 +69,17 @@ _DECODE_ERRORS = (
 _GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
-_ORIENTATION = 0x0112  # EXIF; 5 to 8 swap height and width
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation, what makes an image upright; from 5 on, height and width are swapped."""
 
 
 class UnreadableImageError(ValueError):
@@ -71,11 +101,8 @@ def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit =
     """
     if isinstance(source, np.ndarray) and source.shape == (*size, channels):
         return source.transpose(2, 0, 1)
-    try:
-        with _open(source) as image:
-            return _fit(image, channels, size, fit)
-    except _DECODE_ERRORS as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    with _unreadable(), _open(source) as image:
+        return _fit(_opaque(_eight_bits(_upright(image))), channels, size, fit)
 
 
 @functools.singledispatch
@@ -85,20 +112,29 @@ def read_shape(source: Source) -> tuple[int, int, int]:
     Raises:
         UnreadableImageError: saying why, but not which image.
     """
-    try:
-        with _open(source) as image:
-            readable_exif = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to find it
-            turned = readable_exif and image.getexif().get(_ORIENTATION, 1) >= 5
-            upright = image.size if turned else image.size[::-1]
-            return 1 if image.mode in _GREY_MODES else 3, *upright
-    except _DECODE_ERRORS as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    with _unreadable(), _open(source) as image:
+        readable_exif = image.format != "PNG" or "exif" in image.info  # Pillow would decode a whole PNG to find it
+        turned = readable_exif and _orientation(image) >= 5
+        upright = image.size if turned else image.size[::-1]
+        return 1 if image.mode in _GREY_MODES else 3, *upright
 
 
 @read_shape.register
 def _(source: np.ndarray) -> tuple[int, int, int]:
     height, width, channels = source.shape
     return channels, height, width
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Turn what Pillow raises on damaged files into ``UnreadableImageError``, and ignore what it warns of."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only raises at twice its limit
+            yield
+    except _DECODE_ERRORS as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 @functools.singledispatch
@@ -119,34 +155,60 @@ def _(source: np.ndarray) -> Image.Image:
 
 @_open.register
 def _(source: Mapping) -> Image.Image:
-    return _open_file(source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"]))
+    return _open_path(source["path"]) if source["bytes"] is None else _open_bytes(source["bytes"])
 
 
 @_open.register
 def _(source: TarMember) -> Image.Image:
-    return _open_file(io.BytesIO(source.read()))
+    return _open_bytes(source.read(MAX_BYTES))
 
 
 @_open.register
 def _(source: str) -> Image.Image:
-    return _open_file(source)
+    return _open_path(source)
 
 
-def _open_file(file: str | io.BytesIO) -> Image.Image:
-    with warnings.catch_warnings():  # Pillow itself only raises at twice its limit
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file)
+def _open_path(path: str) -> Image.Image:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever fills it
+        raise ValueError("it is not a plain file")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {status.st_size:,}")
+    return Image.open(path, formats=FORMATS)
+
+
+def _open_bytes(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return how an image is turned by its EXIF, 1 to 8; 1 if that is damaged, or Pillow turns the image itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+        return orientation if orientation in _TURNS else 1
+    except _DECODE_ERRORS:
+        return 1
 
 
 def _fit(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> np.ndarray:
     height, width = size
-    image = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
     image = image.convert("RGB" if channels == 3 else "L")
     match fit:
         case "crop":
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         case "pad":
             white = "white" if channels == 3 else 255
+            scale = min(width / image.width, height / image.height)
+            if round(min(image.size) * scale) < 1:  # Pillow would return white alone
+                raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to pad")
             image = ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=white)
         case "stretch":
             image = image.resize((width, height), Image.Resampling.BICUBIC)

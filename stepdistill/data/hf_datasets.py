@@ -14,7 +14,8 @@ from typing import Any
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.files.reading import read_json
-from stepdistill.files.schema import convert, nearest
+from stepdistill.files.schema import convert
+from stepdistill.files.words import nearest
 
 SPLIT = "train"
 """Split that is read unless ``data.split`` is given."""
@@ -98,7 +99,7 @@ def _saved(folder: Path) -> Any:
     state = read_json(folder / "state.json")
     for entry in convert(state.get("_data_files"), list[dict[str, str]], f"{folder / 'state.json'}: _data_files"):
         _check_arrow(folder / entry.get("filename", ""))
-    with naming(folder, "a saved dataset"):
+    with reading_as(folder, "a saved dataset"):
         return datasets.load_from_disk(str(folder))
 
 
@@ -108,7 +109,7 @@ def _check_arrow(file: Path) -> None:
 
     if not file.is_file():
         raise ValueError(f"{file}: no such file; the saved dataset is not complete")
-    with naming(file, "a saved dataset"), pyarrow.memory_map(str(file)) as source:
+    with reading_as(file, "a saved dataset"), pyarrow.memory_map(str(file)) as source:
         pyarrow.ipc.open_stream(source).read_all()
 
 
@@ -117,12 +118,12 @@ def _check_parquet(files: list[Path]) -> None:
     from pyarrow import parquet
 
     for file in files:
-        with naming(file, "parquet"):
+        with reading_as(file, "parquet"):
             parquet.read_metadata(file)
 
 
 @contextlib.contextmanager
-def naming(path: Path, what: str) -> Iterator[None]:
+def reading_as(path: Path, what: str) -> Iterator[None]:
     """Turn what arrow and datasets raise for a damaged file into a ``ValueError`` that names it."""
     import datasets
     import pyarrow
@@ -147,7 +148,7 @@ def _load_file(path: Path) -> Any:
     import datasets
 
     _check_parquet([path])
-    with naming(path, "parquet"):
+    with reading_as(path, "parquet"):
         return datasets.load_dataset("parquet", data_files=str(path.absolute()), split=SPLIT)
 
 

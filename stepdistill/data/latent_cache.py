@@ -108,7 +108,7 @@ def make_cache(
         "files": files(dataset, str(data.path)), "fit": data.fit, "mirrored": data.flip,
     }  # fmt: skip
     write_or_check_manifest(folder / FORMAT.manifest, manifest, FORMAT.rows)
-    write_captions(folder, dataset)
+    write_captions(folder / FORMAT.manifest, dataset)
     if family.takes_text and dataset.choices is not None:
         write_texts(
             folder, family, dataset.choices, encoders=manifest["encoders"], batch_size=data.batch_size,
@@ -119,7 +119,7 @@ def make_cache(
         parts = [_encode(family, dataset, batch, data) for batch in batches(rows, data.batch_size)]
         return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
 
-    write_shards(folder, count + 1, config.shard_size, make, progress)
+    write_shards(folder / FORMAT.manifest, FORMAT.rows, make, progress)
     return folder
 
 
@@ -170,7 +170,7 @@ class LatentCacheDataset(Dataset):
         self.shards = Shards(str(config.path), FORMAT)
         self._check_made_for(config, family)
         self._check_content(config, needs_images)
-        self._names, texts = read_captions(self.shards.folder, len(self))
+        self._names, texts = read_captions(self.shards, len(self))
         if family.takes_text:
             self._use_texts(texts)
         self.size, self.flip, self.caption_dropout = family.image_shape, config.flip, config.caption_dropout
@@ -184,15 +184,18 @@ class LatentCacheDataset(Dataset):
             self._others = CachedTexts(self.shards.folder, self.choices)
 
     def _check_made_for(self, config: DataConfig, family: Family) -> None:
-        made, current = self.shards.manifest["encoders"], encoders(family)
+        made, current = self.shards.entry("encoders", dict[str, str]), encoders(family)
         if changed := changed_keys(made, current):
             raise ValueError(
                 f"data.path: {config.path} was made by another {', '.join(changed)} than this teacher's; make a cache "
                 f"of its own with {FORMAT.script}"
             )
-        shape = self.shards.manifest["sample_shape"]
-        if shape != list(family.sample_shape):
-            raise ValueError(f"data.path: {config.path}: expected samples {list(family.sample_shape)}, got {shape}")
+        expected = list(family.sample_shape)
+        if (shape := self.shards.entry("sample_shape", list[int])) != expected:
+            raise ValueError(f"data.path: {config.path}: expected samples {expected}, got {shape}")
+        for name, (dtype, shape) in self.shards.layout().items():
+            if name in ("images", "mirrored") and (dtype, shape) != ("F32", expected):
+                raise ValueError(f"data.path: {config.path}: {name}: expected F32 {expected}, got {dtype} {shape}")
 
     def _check_content(self, config: DataConfig, needs_images: bool) -> None:
         if needs_images and "images" not in self.shards.names:

@@ -4,7 +4,8 @@
 path                                 samples
 ===================================  ===============================================================================
 ``.npz``                             ``images`` uint8 (N, H, W) or (N, H, W, C), and optionally ``labels`` int (N,),
-                                     ``captions`` str (N,)
+                                     ``captions`` str (N,); or ``arr_0`` and ``arr_1``, as ADM's samplers call the
+                                     images and labels
 Hugging Face dataset                 its ``image`` column, and optionally ``label``, ``text``; see
 or ``.parquet``                      :mod:`stepdistill.data.hf_datasets`
 folder with ``metadata.jsonl``,      a row an image: ``file_name``, and optionally ``label``, ``text``; see
@@ -17,8 +18,9 @@ folder of ``train`` and other splits  any of these in it, see :func:`~stepdistil
 
 A folder of parquet files is a Hugging Face dataset if they are named as on the hub (``train-00000-of-00002.parquet``),
 or no images lie beside them; a ``metadata.jsonl`` or a tar in it takes precedence over both, and both over other
-metadata. Nothing is unpickled. Hidden folders and files that are not images are ignored, and so are labels and captions
-that cannot be used (words for labels, say) if the teacher does not need them.
+metadata. Nothing is unpickled. Hidden folders and files are ignored, other files that are not images are counted
+(:mod:`stepdistill.data.image_files`), and labels and captions that cannot be used (words for labels, say) are ignored
+if the teacher does not need them.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stepdistill.data.archives import read_archive
 from stepdistill.data.base import TABLE_KEYS, DataConfig
-from stepdistill.data.columns import Column, Texts, read_texts
+from stepdistill.data.columns import Column, Texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
+from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images
 from stepdistill.data.metadata import (
     caption_column,
     find_files,
@@ -48,12 +51,12 @@ from stepdistill.data.metadata import (
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import TarMember, read_tars
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 STRAY = -1  # label of an image that lies beside the class folders
 
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Listing:
     """Which content the path had, if the path alone does not tell."""
     array_shape: tuple[int, ...] | None = None
     """(H, W, C) of all images, if they are one array."""
+    left_out: str = ""
+    """How many other files of which endings the path holds."""
 
 
 def sample_name(images: Any, row: int, path: str | Path | None) -> str:
@@ -105,58 +110,20 @@ def list_samples(config: DataConfig) -> Listing:
 
 
 def _why_not(path: Path) -> str:
+    if path.name.lower().endswith(COMPRESSED_TARS):
+        return "expected an uncompressed tar, whose images are read where they lie; decompress it first"
     if path.exists():
         return "expected a folder, an .npz, a .tar or a .parquet, got another file"
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
 
 
-# ------------------------------------------------------------------------------------------------- .npz
-
-
 def _npz(path: Path) -> Listing:
-    arrays = _arrays(path)
-    images, labels, captions = arrays["images"], arrays.get("labels"), arrays.get("captions")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(
-            f"{path}: images: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} {images.shape}"
-        )
-    no_labels = _unlike(labels, len(images), "iu", f"{path}: labels: expected int")
-    images = images if images.ndim == 4 else images[..., None]
+    found = read_archive(path)
     return Listing(
-        images, None if no_labels else labels, array_shape=images.shape[1:], no_labels=no_labels,
-        **_captions(_array_captions(captions, len(images), path)),
+        found.images, found.labels, array_shape=found.images.shape[1:], no_labels=found.no_labels,
+        **_captions(found.captions),
     )  # fmt: skip
-
-
-def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) -> str | None:
-    """Return what is wrong with the type or shape of a column of an ``.npz``; None if nothing is."""
-    if column is None or (column.dtype.kind in kinds and column.shape == (count,)):
-        return None
-    return f"{expected} ({count},), got {column.dtype} {column.shape}"
-
-
-def _array_captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
-    column = Column[Texts]()
-    if problem := _unlike(captions, count, "U", f"{path}: captions: expected str"):
-        column.fail(problem)
-    elif captions is not None:
-        for row, text in enumerate(captions.tolist()):
-            column.add(read_texts, text, f"{path}[{row}]: captions")
-    return column
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is one bare array")
-            if "images" not in archive.files:
-                raise ValueError(f"no array 'images'{nearest('images', archive.files)}")
-            return {name: archive[name] for name in ("images", "labels", "captions") if name in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected an .npz of plain arrays: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -175,20 +142,31 @@ def _folder(folder: Path, config: DataConfig) -> Listing:
     tars = sorted(folder.glob("*.tar"))
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
-    return _tars(tars, config) if tars else _images(folder)
+    if not tars:
+        return _images(folder)
+    _warn_of_compressed(folder)
+    return _tars(tars, config)
+
+
+def _warn_of_compressed(folder: Path) -> None:
+    names = [entry.name for entry in sorted(folder.iterdir()) if entry.name.lower().endswith(COMPRESSED_TARS)]
+    if names:
+        warnings.warn(f"{folder}: left out {len(names)} compressed tars; the first is {names[0]}", stacklevel=2)
 
 
 def _images(folder: Path) -> Listing:
-    files = sorted(_image_files(folder))
+    found = _found(folder)
+    files, left_out = found.images, count_words(found.left_out)
     captions = _caption_files(files)
     folders = [_class_folder(file, folder) for file in files]
     classes = sorted({*filter(None, folders)})
     if not classes:
-        return Listing(files, **_captions(captions))
+        return Listing(files, left_out=left_out, **_captions(captions))
     number: dict[str | None, int] = {None: STRAY}
     for label, name in enumerate(classes):
         number[name] = label
-    return Listing(files, np.array([number[name] for name in folders]), num_folders=len(classes), **_captions(captions))
+    labels = np.array([number[name] for name in folders])
+    return Listing(files, labels, num_folders=len(classes), left_out=left_out, **_captions(captions))
 
 
 def _class_folder(file: str, folder: Path) -> str | None:
@@ -215,15 +193,10 @@ def _caption_file(file: Path) -> Texts:
     return (" ".join(read_text(file).split()),) if file.is_file() else ()
 
 
-def _image_files(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in filter(_is_image, names):
-            yield os.path.join(root, name)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def _found(folder: Path) -> Found:
+    found = find_images(folder)
+    found.warn(folder)
+    return found
 
 
 def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
@@ -232,7 +205,7 @@ def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
     label = _column(config.label_column, "label", known, str(file))
     caption = _column(config.caption_column, "text", known, str(file))
     keys = ("file_name", f"{config.image_column}_file_name")
-    found = find_files(rows, file, _image_files(file.parent), keys, skip=config.bad_files == "skip")
+    found = find_files(rows, file, _found(file.parent).images, keys, skip=config.bad_files == "skip")
     if within != file.parent:
         found = {where: image for where, image in found.items() if within in Path(image).parents}
     rows = {where: rows[where] for where in found}
@@ -257,6 +230,8 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
 
 def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
     found = read_tars(tars, IMAGE_SUFFIXES, config.caption_column, config.label_column)
+    if found.left_out:
+        warnings.warn(f"{config.path}: left out, because no such files are read: {found.left_out}", stacklevel=2)
     labels, problem = found.labels.values, found.labels.problem
     if labels is not None and None in labels:
         first, missing = found.images[labels.index(None)], labels.count(None)
@@ -266,6 +241,7 @@ def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
         found.images,
         None if labels is None else np.array(labels, dtype=int),
         no_labels=problem,
+        left_out=found.left_out,
         **_captions(found.captions),
     )
 
@@ -280,7 +256,7 @@ def _holds_parquet(path: Path) -> bool:
         return False
     if any(path.rglob("*-of-*.parquet")):
         return True
-    return any(path.rglob("*.parquet")) and not any(_image_files(path))
+    return any(path.rglob("*.parquet")) and not find_images(path).images
 
 
 def _table(path: Path, config: DataConfig) -> Listing:

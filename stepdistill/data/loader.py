@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -115,9 +117,17 @@ def loader(
         batch_size=None,
         sampler=itertools.count(start),
         num_workers=num_workers,
+        worker_init_fn=_leave_group,
         generator=torch.Generator(),  # otherwise starting the loader would draw from the global generator
     )
     return _counted(batches, Unreadable(len(dataset)))
+
+
+def _leave_group(worker: int) -> None:
+    """Put a worker into a group of its own: a Ctrl-C for the run must not end it before the run has saved."""
+    del worker
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)  # its signals are not the run's
 
 
 def _counted(batches: Iterable[RawBatch | ValueError], unreadable: Unreadable) -> Iterator[RawBatch]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.data.columns import Column, Texts, read_label, read_texts
-from stepdistill.data.hf_datasets import naming
+from stepdistill.data.hf_datasets import reading_as
 from stepdistill.data.loader import TOLERATED, TOLERATED_SHARE
 from stepdistill.data.text import json_lines, one_line, table_rows
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 SPLITS = {
     "train": ("train", "training"),
@@ -88,7 +88,7 @@ def read_metadata(file: Path) -> dict[str, dict[str, Any]]:
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     from pyarrow import parquet
 
-    with naming(file, "parquet"), parquet.ParquetFile(file) as table:
+    with reading_as(file, "parquet"), parquet.ParquetFile(file) as table:
         if table.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"expected at most {MAX_ROWS:,} rows, got {table.metadata.num_rows:,}")
         rows = table.read().to_pylist()

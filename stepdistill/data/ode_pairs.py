@@ -69,7 +69,7 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
         family.use_captions(_prompts(config))
     folder = Path(config.output_dir)
     write_or_check_manifest(folder / FORMAT.manifest, _manifest(family, config), FORMAT.rows)
-    write_shards(folder, config.count, config.shard_size, lambda rows: _shard(family, config, rows), progress)
+    write_shards(folder / FORMAT.manifest, FORMAT.rows, lambda rows: _shard(family, config, rows), progress)
     return folder
 
 
@@ -136,6 +136,9 @@ class Pairs:
 
     def __init__(self, folder: str | Path) -> None:
         self.shards = Shards(folder, FORMAT)
+        layout = self.shards.layout()
+        if missing := {"noise", "images"} - set(layout):
+            raise ValueError(f"method.pairs: {folder}: expected noise and images in it, but {missing.pop()} is missing")
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -148,9 +151,12 @@ class Pairs:
 
     def check_teacher(self, family: Family) -> None:
         """Raise ``ValueError`` unless this teacher made them; no role may have been added to its network yet."""
-        maker, teacher = self.shards.manifest["teacher_sha256"], fingerprint_weights(family.network)
+        maker, teacher = self.shards.entry("teacher_sha256", str), fingerprint_weights(family.network)
         if maker != teacher:
             raise ValueError(
                 f"method.pairs: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
             )
+        shape, found = list(family.sample_shape), self.shards.layout()["images"][1]
+        if found != shape:
+            raise ValueError(f"method.pairs: {self.shards.folder}: expected samples {shape}, got {found}")

@@ -1,15 +1,22 @@
 """Rows of tensors in numbered safetensors files beside a manifest: made once, resumable, read row by row.
 
-A folder is a manifest (JSON: what made the rows, and how many there are) and ``shard-00000.safetensors``, ...; a shard
-is complete or absent. Running the same command again makes the missing shards, if the manifest agrees.
+A folder is a manifest (JSON: what made the rows, how many there are, and the SHA-256 of every other file) and
+``shard-00000.safetensors``, ...; a shard is complete or absent. Running the same command again makes the missing
+shards, if the manifest agrees.
+
+A reader compares a shard with its hash before it takes the first row from it, at about 2 GB/s a core. A folder that
+was made before there were hashes is read with a warning; running its command again adds them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.config import differences, fingerprint_json
+from stepdistill.files.reading import read_json
+from stepdistill.files.schema import convert
 from stepdistill.files.writing import atomic_write
+
+HASHES = "sha256"
+"""Key of the manifest: by file name, its hash."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -39,10 +51,10 @@ def write_or_check_manifest(path: Path, manifest: Mapping[str, Any], rows: str) 
         ValueError: if it differs, naming every key that does.
     """
     if not path.is_file():
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _write_json(path, manifest)
         return
-    existing = json.loads(path.read_text(encoding="utf-8"))
+    existing = read_json(path)
+    existing.pop(HASHES, None)
     if changed := differences(existing, manifest):
         raise ValueError(
             f"{path} is of other {rows}; restore these or choose another output_dir:\n  - " + "\n  - ".join(changed)
@@ -50,26 +62,65 @@ def write_or_check_manifest(path: Path, manifest: Mapping[str, Any], rows: str) 
 
 
 def write_shards(
-    folder: Path, count: int, shard_size: int, make: Callable[[range], Mapping[str, Tensor]],
+    manifest: Path, rows: str, make: Callable[[range], Mapping[str, Tensor]],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:  # fmt: skip
     """Write the shards that are missing.
 
     Args:
-        folder: where they go.
-        count: number of rows in all.
-        shard_size: rows per file, which is the most that a stopped run loses.
+        manifest: its file, which tells how many rows there are in all and in a shard.
+        rows: name of the rows, for errors.
         make: returns the tensors, by name, of the rows at some indices.
         progress: called after every shard with the number of rows so far.
+
+    Raises:
+        ValueError: if a row holds a number that is not finite.
     """
+    content = read_json(manifest)
+    count, shard_size, hashes = content["count"], content["shard_size"], content.get(HASHES, {})
     for number in range(math.ceil(count / shard_size)):
         indices = range(number * shard_size, min(count, (number + 1) * shard_size))
-        path = shard_path(folder, number)
+        path = shard_path(manifest.parent, number)
         if not path.is_file():
             tensors = {name: tensor.contiguous() for name, tensor in make(indices).items()}
-            with atomic_write(path) as partial:
+            for name, tensor in tensors.items():
+                if place := not_finite(tensor):
+                    raise ValueError(f"{path}: {name} of {rows}[{indices[place[0]]}] became NaN or infinite")
+            with hashed_write(path, manifest) as partial:
                 save_file(tensors, partial)
+        elif path.name not in hashes:
+            _record(manifest, path.name, sha256_of(path))
         progress(indices.stop)
+
+
+def not_finite(rows: Tensor) -> list[int]:
+    """Return the first of some rows that holds NaN or infinity, as a list of one, or of none."""
+    finite = rows.isfinite().reshape(len(rows), -1).all(1)
+    return [] if finite.all() else [int(finite.int().argmin())]
+
+
+@contextlib.contextmanager
+def hashed_write(path: Path, manifest: Path) -> Iterator[Path]:
+    """Yield a path as :func:`atomic_write` does, and note its hash in the manifest before it replaces ``path``."""
+    with atomic_write(path) as partial:
+        yield partial
+        _record(manifest, path.name, sha256_of(partial))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record(manifest: Path, name: str, sha256: str) -> None:
+    content = read_json(manifest)
+    _write_json(manifest, content | {HASHES: content.get(HASHES, {}) | {name: sha256}})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +158,31 @@ class Shards:
             raise ValueError(
                 f"{format.key}: no {format.manifest} in {self.folder}; make {format.rows} with {format.script} first"
             )
-        self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.count, self.shard_size = self.manifest["count"], self.manifest["shard_size"]
-        self.shards = [self._open(number) for number in range(math.ceil(self.count / self.shard_size))]
+        self.manifest = read_json(path)
+        self.count, self.shard_size = self.entry("count", int), self.entry("shard_size", int)
+        if not (1 <= self.count < 2**48 and 1 <= self.shard_size < 2**48):
+            found = f"{self.count} and {self.shard_size}"[:60]
+            raise ValueError(f"{path}: expected count and shard_size of at least 1 and below 2**48, got {found}")
+        self.shards = [self._open(number) for number in range(-(-self.count // self.shard_size))]
+        self._check_alike()
+        self._hashes = self.entry(HASHES, dict[str, str]) if HASHES in self.manifest else {}
+        self._verified: set[Path] = set()
+        self._warn_without_hashes()
+
+    def entry(self, key: str, hint: Any) -> Any:
+        """Return an entry of the manifest as the type ``hint``; raise ``ValueError`` if it is missing or another."""
+        path = self.folder / self.format.manifest
+        if key not in self.manifest:
+            raise ValueError(f"{path}: {key}: missing; remove {self.folder} and make it anew with {self.format.script}")
+        return convert(self.manifest[key], hint, f"{path}: {key}")
 
     def __len__(self) -> int:
         return self.count
 
     @property
     def version(self) -> str:
-        """What tells these rows from others of the same folder: a hash of the manifest."""
-        return fingerprint_json(self.manifest)
+        """What tells these rows from others of the same folder: a hash of the manifest, without those of the files."""
+        return fingerprint_json({key: value for key, value in self.manifest.items() if key != HASHES})
 
     @property
     def names(self) -> list[str]:
@@ -129,13 +194,63 @@ class Shards:
         """Names of the conditions, which are stored as ``cond.<name>``."""
         return [name.removeprefix("cond.") for name in self.names if name.startswith("cond.")]
 
+    def layout(self, number: int = 0) -> dict[str, tuple[str, list[int]]]:
+        """Return the type and the shape of a row of every tensor, by name, in shard ``number``."""
+        found = {}
+        for name in self.shards[number].keys():  # noqa: SIM118, it is no mapping
+            header = self.shards[number].get_slice(name)
+            found[name] = (header.get_dtype(), header.get_shape()[1:])
+        return found
+
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Return the rows of tensor ``name`` at ``indices``, (B, ...), in that order; half becomes single precision."""
+        """Return the rows of tensor ``name`` at ``indices``, (B, ...), in that order; half becomes single precision.
+
+        Raises:
+            ValueError: if a shard is not what was written, or a row holds NaN or infinity; it names the file.
+        """
         rows = []
         for index in indices:
             shard, row = divmod(index, self.shard_size)
+            self.verify(shard_path(self.folder, shard))
             rows.append(single(self.shards[shard].get_slice(name)[row : row + 1]))
-        return torch.cat(rows)
+        joined = torch.cat(rows)
+        if place := not_finite(joined):
+            shard, row = divmod(indices[place[0]], self.shard_size)
+            raise ValueError(
+                f"{self.format.key}: {shard_path(self.folder, shard)}: {name}, row {row}: expected finite numbers, got "
+                f"NaN or infinity; remove the file and run {self.format.script} again"
+            )
+        return joined
+
+    def verify(self, path: Path) -> None:
+        """Compare a file with its hash, the first time; raise ``ValueError`` if it is another."""
+        if path in self._verified:
+            return
+        if path.name in self._hashes and sha256_of(path) != self._hashes[path.name]:
+            raise ValueError(
+                f"{self.format.key}: {path} is not what {self.format.script} wrote (its SHA-256 is another); remove it "
+                "and run the script again, which makes what is missing"
+            )
+        self._verified.add(path)
+
+    def _warn_without_hashes(self) -> None:
+        without = sum(shard_path(self.folder, number).name not in self._hashes for number in range(len(self.shards)))
+        if without:
+            warnings.warn(
+                f"{self.folder}: {without} of {len(self.shards)} shards were written without hashes, so damage to them "
+                f"goes unnoticed; run {self.format.script} again to add hashes",
+                stacklevel=3,
+            )
+
+    def _check_alike(self) -> None:
+        """Raise ``ValueError`` unless all shards hold the same tensors."""
+        expected = self.layout()
+        for number in range(1, len(self.shards)):
+            if (found := self.layout(number)) != expected:
+                raise ValueError(
+                    f"{self.format.key}: {shard_path(self.folder, number)}: expected {expected}, as in the first "
+                    f"shard, got {found}; remove it and make it anew"
+                )
 
     def _open(self, number: int) -> Any:
         path, format = shard_path(self.folder, number), self.format
@@ -143,13 +258,14 @@ class Shards:
             raise ValueError(f"{format.key}: {path} is missing; run {format.script} again, which makes what is missing")
         try:
             shard = safe_open(path, framework="pt")
-            rows = shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
-        except (OSError, SafetensorError, StopIteration) as error:
+            counts = {(shard.get_slice(name).get_shape() or [1])[0] for name in shard.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{format.key}: {path} cannot be read: {error}; remove it and make it anew") from error
         expected = min(self.shard_size, self.count - number * self.shard_size)
-        if rows != expected:
+        if counts != {expected}:
+            found = ", ".join(map(str, sorted(counts))) or "none"
             raise ValueError(
-                f"{format.key}: {path}: expected {expected} {format.rows}, got {rows}; remove it and make it anew"
+                f"{format.key}: {path}: expected {expected} {format.rows}, got {found}; remove it and make it anew"
             )
         return shard
 

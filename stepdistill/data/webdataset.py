@@ -7,19 +7,42 @@ in the tar, so samples can be read in any order.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import io
+import struct
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepdistill.data.columns import Column, Texts, read_label, read_texts
+from stepdistill.data.image_files import count_words, left_out_suffix
 from stepdistill.data.text import decode_text
-from stepdistill.files.reading import parse_json
-from stepdistill.files.schema import nearest
+from stepdistill.files.reading import check_file, parse_json
+from stepdistill.files.words import nearest
 
 CAPTION_KEYS = ("caption", "text")
 """Keys of a caption in a ``.json``, unless ``caption_column`` is given."""
+
+MAX_TEXT_BYTES = 2**20
+"""Size of the largest caption or label."""
+MAX_HEADER_BYTES = 2**20
+"""Most that the header of one member, with its long name and extensions, may take."""
+MAX_TAR_BYTES = 2**50
+
+_TAR_ERRORS = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    struct.error,
+)
+"""What tarfile raises for damaged archives (``RecursionError`` is a ``RuntimeError``)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +57,10 @@ class TarMember:
     def __str__(self) -> str:
         return f"{self.tar}!{self.name}"
 
-    def read(self) -> bytes:
-        """Return the content; raise ``OSError`` if the tar ends too early."""
+    def read(self, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+        """Return the content; raise ``OSError`` if the tar ends too early, ``ValueError`` if there is too much."""
+        if self.size > max_bytes:
+            raise ValueError(f"{self}: expected at most {max_bytes:,} bytes, got {self.size:,}")
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
@@ -51,6 +76,8 @@ class TarSamples:
     images: list[TarMember]
     captions: Column[Texts]
     labels: Column[int | None]
+    left_out: str
+    """How many other files of which endings have no image beside them."""
 
 
 def read_tars(
@@ -65,9 +92,10 @@ def read_tars(
         label_key: key of the label there; by default ``label``.
 
     Raises:
-        ValueError: for a file that is not an uncompressed tar.
+        ValueError: for a file that is not an uncompressed tar, and for names that lead out of it.
     """
     images, captions, labels = [], Column[Texts](), Column[int | None]()
+    left_out: collections.Counter[str] = collections.Counter()
     for tar in tars:
         for parts in _grouped(tar):
             image = next((member for suffix, member in parts.items() if suffix in suffixes), None)
@@ -75,7 +103,9 @@ def read_tars(
                 images.append(image)
                 captions.add(_caption, parts, caption_key)
                 labels.add(_label, parts, label_key or "label")
-    return TarSamples(images, captions, labels)
+            else:
+                left_out.update(filter(None, (left_out_suffix(f"_{suffix}") for suffix in parts)))
+    return TarSamples(images, captions, labels, count_words(left_out))
 
 
 def _grouped(tar: Path) -> Iterator[dict[str, TarMember]]:
@@ -100,12 +130,40 @@ def _grouped(tar: Path) -> Iterator[dict[str, TarMember]]:
 
 
 def _members(tar: Path) -> Iterator[TarMember]:
+    """Yield the files in a tar; warn once of links, devices and sparse files, whose content is not there."""
+    others, last = [], -1
+    for entry in _entries(tar):
+        name = f"{tar}!{entry.name}"
+        if entry.name.startswith("/") or ".." in entry.name.split("/"):
+            raise ValueError(f"{name}: expected a name inside the tar, got one that leads outside")
+        if entry.size < 0 or entry.offset <= last:  # a negative size leads back to an earlier header, for ever
+            raise ValueError(f"{name}: expected a size of at least 0, got a negative one")
+        last = entry.offset
+        if entry.isreg() and not entry.sparse:
+            yield TarMember(str(tar), entry.name, entry.offset_data, entry.size)
+        elif not entry.isdir():
+            others.append(name)
+    if others:
+        warnings.warn(
+            f"{tar}: left out {len(others)} links, devices or sparse files; the first is {others[0]}", stacklevel=2
+        )
+
+
+class _Headers(io.FileIO):
+    """A tar of which only headers are read, so that one that declares gigabytes takes none."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise OSError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _entries(tar: Path) -> Iterator[tarfile.TarInfo]:
+    check_file(tar, MAX_TAR_BYTES)
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for entry in archive:
-                if entry.isreg() and not entry.sparse:
-                    yield TarMember(str(tar), entry.name, entry.offset_data, entry.size)
-    except tarfile.TarError as error:
+        with _Headers(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            yield from archive
+    except _TAR_ERRORS as error:
         raise ValueError(f"{tar}: cannot be read as an uncompressed tar ({error}); unpack .tar.gz first") from error
 
 

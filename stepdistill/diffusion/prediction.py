@@ -11,6 +11,7 @@ prediction type   the network's output            x_0                           
 ``sample``        x_0                             out                               (x_t - alpha out) / sigma
 ``flow``          eps - x_0 (alpha + sigma = 1)   x_t - sigma out                   x_t + alpha out
 ``edm``           F, preconditioned (Karras)      c_skip x_t + c_out out            (x_t - x_0) / sigma
+``edm_v``         -F (EDM's ``v_prediction``)     c_skip x_t - c_out out            (x_t - x_0) / sigma
 ``trigflow``      F of TrigFlow                   cos x_t - sigma_d sin out         (sin x_t + cos sigma_d out)/sigma_d
 ================  ==============================  ================================  ================================
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule, edm_scalings
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "edm", "trigflow")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "edm", "edm_v", "trigflow")
 
 
 class Prediction(NamedTuple):
@@ -62,9 +63,9 @@ def to_prediction(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedul
             return Prediction(output, (x_t - alpha * output) / sigma)
         case "flow":
             return Prediction(x_t - sigma * output, x_t + alpha * output)
-        case "edm":
+        case "edm" | "edm_v":
             c_skip, c_out, _ = edm_scalings(sigma, schedule.sigma_data)
-            x0 = c_skip * x_t + c_out * output
+            x0 = c_skip * x_t + (c_out if prediction_type == "edm" else -c_out) * output
             return Prediction(x0, (x_t - x0) / sigma)
         case "trigflow":
             sigma_data = schedule.sigma_data
@@ -86,9 +87,9 @@ def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, predict
             return x0
         case "flow":
             return (x_t - x0) / sigma
-        case "edm":
+        case "edm" | "edm_v":
             c_skip, c_out, _ = edm_scalings(sigma, schedule.sigma_data)
-            return (x0 - c_skip * x_t) / c_out
+            return (x0 - c_skip * x_t) / (c_out if prediction_type == "edm" else -c_out)
         case "trigflow":
             return (alpha * x_t - x0) / sigma
         case _:

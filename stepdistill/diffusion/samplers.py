@@ -38,6 +38,8 @@ class Sampler(abc.ABC):
 
     name: ClassVar[str]
     """The rule's name in sampling contracts; it stays when the class is renamed."""
+    adds_noise: ClassVar[bool] = True
+    """Whether the steps between the first and the last add fresh noise."""
 
     def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
         times = times.double().cpu()
@@ -72,6 +74,7 @@ class DDIM(Sampler):
     """The deterministic step ``x_s = alpha_s x_0 + sigma_s eps``: DDIM, and Euler for flows and EDM."""
 
     name = "DDIM"
+    adds_noise = False
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t, noise
@@ -192,6 +195,7 @@ class NoiseCorrected(Sampler):
     """
 
     name = "NoiseCorrected"
+    adds_noise = False
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del noise

@@ -15,7 +15,7 @@ schedule                alpha_t             sigma_t               time
 :class:`DiscreteVP`     cos(angle)          sin(angle)            t = (i + 1) / T is diffusers' timestep i
 :class:`RectifiedFlow`  1 - t               t                     t is the flow's own time
 :class:`Karras`         1                   sigma_max * t^rho     Karras' rho-grid is uniform in t
-:class:`Trig`           cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
+``trig.Trig``            cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
 ======================  ==================  ====================  ==============================================
 
 Times and coefficients are float64. They are converted to the images' precision only where they multiply an image.
@@ -29,6 +29,7 @@ from __future__ import annotations
 import abc
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,14 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
     """Return ``(c_skip, c_out, c_in)`` of EDM (Karras et al. 2022, Table 1)."""
     total = (sigma**2 + sigma_data**2).sqrt()
     return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
+
+
+def evenly_picked(length: int, steps: int) -> list[int]:
+    """Return the ``steps`` places that ``LCMScheduler`` and ``TCDScheduler`` pick in a list of ``length``.
+
+    They are ``floor(i length / steps)`` in numpy's floating point, which may put a whole number just below itself.
+    """
+    return np.floor(np.linspace(0, length, num=steps, endpoint=False)).astype(int).tolist()
 
 
 class NoiseSchedule(abc.ABC):
@@ -83,6 +92,10 @@ class NoiseSchedule(abc.ABC):
             self._grids[steps] = self._make_grid(steps)
         return self._grids[steps]
 
+    def renoising_grid(self, steps: int) -> Tensor:
+        """Return the grid of a sampler that noises clean images again; as :meth:`grid`, unless LCM's picks others."""
+        return self.grid(steps)
+
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(alpha_t, sigma_t)`` at times (B,), each expanded to (B, 1, ..., 1) for ``like``."""
         alpha_t, sigma_t = self(t)
@@ -101,6 +114,11 @@ class NoiseSchedule(abc.ABC):
         """Return ``alpha_t x_0 + sigma_t noise`` for images (B, ...) and times (B,)."""
         alpha_t, sigma_t = self.coefficients(t, x_0)
         return alpha_t * x_0 + sigma_t * noise
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return what the network is given of states (B, ...) at times (B,): the states, or EDM's ``c_in x_t``."""
+        del t
+        return x_t
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         """Scale unit Gaussian ``noise`` to the state at t = 1 that a sampler starts from."""
@@ -202,6 +220,15 @@ class DiscreteVP(NoiseSchedule):
         total = self.num_timesteps
         return torch.tensor([round(total * i / steps) / total for i in range(steps, -1, -1)], dtype=torch.float64)
 
+    def renoising_grid(self, steps: int) -> Tensor:
+        """Return the timesteps that ``LCMScheduler`` picks out of all T: rounded up, such as 999, 666, 333.
+
+        Where ``steps`` divides T, this is diffusers' "trailing" grid.
+        """
+        total = self.num_timesteps
+        positions = [total - place for place in evenly_picked(total, steps)]
+        return torch.tensor([*positions, 0], dtype=torch.float64) / total
+
     def shortened(self, t: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """Round as ``TCDScheduler`` does: the smallest result is timestep 0, and fractions are rounded down."""
         timestep = (t.double() * self.num_timesteps - 1).round().clamp(min=0)
@@ -264,6 +291,8 @@ class Karras(NoiseSchedule):
         self.rho = rho
         self.sigma_data = sigma_data
         self.noise_scale = noise_scale
+        self.initial_sigma = sigma_max
+        """Standard deviation of the state that a sampler starts from; some pipelines add that of the data."""
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma_t = self.sigma_max * t.double() ** self.rho
@@ -281,6 +310,13 @@ class Karras(NoiseSchedule):
     def timestep(self, t: Tensor) -> Tensor:
         _, sigma_t = self(t)
         return self.noise_scale * 0.25 * (sigma_t + 1e-44).log()
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        _, sigma = self(t)
+        return edm_scalings(expand(sigma, x_t), self.sigma_data)[2] * x_t
+
+    def initial_noise(self, noise: Tensor) -> Tensor:
+        return noise * max(1.0, self.initial_sigma)
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         return self.time_of((-log_snr.double() / 2).exp())
@@ -304,28 +340,3 @@ class Karras(NoiseSchedule):
         shifted_skip, _, _ = edm_scalings(sigma - self.sigma_min, self.sigma_data)
         rest = x_0 - expand(skip, x_t) * x_t
         return expand(shifted_skip, x_t) * x_t + expand(1 - self.sigma_min / sigma, x_t) * rest
-
-
-class Trig(NoiseSchedule):
-    """TrigFlow: data of standard deviation ``sigma_data`` turned into noise of the same along a quarter circle."""
-
-    def __init__(self, sigma_data: float = 0.5) -> None:
-        super().__init__()
-        self.sigma_data = sigma_data
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        angle = self.timestep(t)
-        return torch.where(t == 1, 0.0, angle.cos()), self.sigma_data * angle.sin()
-
-    def timestep(self, t: Tensor) -> Tensor:
-        """Return the angle in radians."""
-        return t.double() * (math.pi / 2)
-
-    def inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.atan((-log_snr.double() / 2).exp() / self.sigma_data) / (math.pi / 2)
-
-    def _make_grid(self, steps: int) -> Tensor:
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-
-    def initial_noise(self, noise: Tensor) -> Tensor:
-        return noise * self.sigma_data

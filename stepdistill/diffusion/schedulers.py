@@ -1,4 +1,4 @@
-"""Diffusers schedulers: read as noise schedules, and made from samplers.
+"""Diffusers schedulers, made from samplers.
 
 :func:`to_diffusers` translates each sampler into the scheduler that takes the same steps, stock wherever one exists.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.diffusion.reading import EDM_KEYS, noise_process
 from stepdistill.diffusion.samplers import (
     DDIM,
     ConsistencyKarras,
@@ -20,71 +21,8 @@ from stepdistill.diffusion.samplers import (
     Sampler,
     StrategicStochasticSampler,
 )
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow, Trig
-
-EDM_KEYS = ("sigma_min", "sigma_max", "sigma_data", "rho")
-PROCESS_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "prediction_type", "rescale_betas_zero_snr",
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------- from diffusers
-
-
-def read_schedule(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    """Return the noise schedule and the prediction type of a diffusers scheduler config.
-
-    Raises:
-        ValueError: if the scheduler's process is unknown here, or an epsilon-network would have to see pure noise.
-    """
-    name = config.get("_class_name", "DDPMScheduler")
-    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
-        shift = config.get("shift", config.get("flow_shift", 1.0)) or 1.0
-        return RectifiedFlow(shift, config.get("num_train_timesteps", 1000)), "flow"
-    if name.startswith("EDM"):
-        return read_karras(config, noise_scale=1.0), "edm"
-    if name == "CMStochasticIterativeScheduler":
-        return read_karras(config, noise_scale=1000.0), "edm"
-    if "beta_schedule" not in config and "trained_betas" not in config:
-        raise ValueError(f"scheduler: cannot read the noise process of {name!r}: it has no betas and is no flow")
-    schedule = read_discrete_vp(config)
-    prediction_type = config.get("prediction_type", "epsilon")
-    alpha_1, _ = schedule(torch.ones(1))
-    if prediction_type == "epsilon" and alpha_1.item() == 0:
-        raise ValueError(
-            "scheduler: prediction_type 'epsilon' at zero terminal SNR (alpha_T = 0) cannot predict the clean image; "
-            "expected 'v_prediction' or 'sample', or rescale_betas_zero_snr: false"
-        )
-    return schedule, prediction_type
-
-
-def read_karras(config: Mapping[str, Any], noise_scale: float) -> Karras:
-    """Return the process of an EDM or consistency-model scheduler config."""
-    given = {key: config[key] for key in EDM_KEYS if key in config}
-    return Karras(**given, noise_scale=noise_scale)
-
-
-def read_discrete_vp(config: Mapping[str, Any]) -> DiscreteVP:
-    """Return the process of a scheduler config with betas: any beta schedule, trained betas, zero terminal SNR."""
-    from diffusers import DDIMScheduler
-
-    return DiscreteVP(DDIMScheduler(**noise_process(config)).alphas_cumprod)
-
-
-def noise_process(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a VP scheduler's config that defines the training process, without the sampling options.
-
-    Missing keys get DDIM's defaults. They are written out because LCM's and TCD's schedulers have other defaults.
-    """
-    from diffusers import DDIMScheduler
-
-    given = {key: config[key] for key in PROCESS_KEYS if config.get(key) is not None}
-    whole = DDIMScheduler(**given).config
-    return {key: whole[key] for key in PROCESS_KEYS if whole[key] not in (None, False)}
-
-
-# ------------------------------------------------------------------------------------ to diffusers
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, evenly_picked
+from stepdistill.diffusion.trig import Trig
 
 
 @functools.singledispatch
@@ -108,7 +46,7 @@ def _ddim(sampler: DDIM, teacher: Mapping[str, Any]) -> Any:
         case RectifiedFlow():
             return _flow(sampler.schedule)
         case Karras():
-            return _edm_euler(sampler, sampler.schedule)
+            return _edm_euler(sampler, sampler.schedule, teacher)
     from diffusers import DDIMScheduler
 
     check_trailing_grid(sampler)
@@ -130,7 +68,7 @@ def _consistency(sampler: ConsistencySampler, teacher: Mapping[str, Any]) -> Any
         case Karras():
             if sampler.steps != 1:
                 raise ValueError(f"no stock scheduler re-noises an EDM student: expected 1 step, got {sampler.steps}")
-            return _edm_euler(sampler, sampler.schedule)
+            return _edm_euler(sampler, sampler.schedule, teacher)
     return LCMScheduler.from_config(
         noise_process(teacher),
         original_inference_steps=origin_steps(sampler) if sampler.times[0] == 1 else timesteps_of(sampler),
@@ -146,7 +84,8 @@ def _consistency_karras(sampler: ConsistencyKarras, teacher: Mapping[str, Any]) 
 
     from stepdistill.pipelines.noise_embedding import EDMConsistencyScheduler
 
-    del teacher
+    if teacher.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError("method: no scheduler takes consistency steps with EDM's v_prediction; expected Euler steps")
     rule = EDMConsistencyScheduler if sampler.karras.noise_scale == 1 else CMStochasticIterativeScheduler
     return rule(num_train_timesteps=sampler.points, clip_denoised=False, **edm_process(sampler.karras))
 
@@ -191,7 +130,7 @@ def _flow(schedule: RectifiedFlow, **options: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.num_timesteps, shift=1.0, **options)
 
 
-def _edm_euler(sampler: Sampler, schedule: Karras) -> Any:
+def _edm_euler(sampler: Sampler, schedule: Karras, teacher: Mapping[str, Any]) -> Any:
     """Return Euler's scheduler for EDM, in the teacher's noise embedding."""
     from diffusers import EDMEulerScheduler
 
@@ -200,7 +139,7 @@ def _edm_euler(sampler: Sampler, schedule: Karras) -> Any:
     if not torch.equal(sampler.times, schedule.grid(sampler.steps)):
         raise ValueError(f"no stock scheduler takes these {sampler.steps} Euler steps: expected the grid of Karras")
     rule = EDMEulerScheduler if schedule.noise_scale == 1 else ConsistencyEulerScheduler
-    return rule(**edm_process(schedule))
+    return rule(**edm_process(schedule), prediction_type=teacher.get("prediction_type", "epsilon"))
 
 
 def edm_process(schedule: Karras) -> dict[str, float]:
@@ -255,4 +194,4 @@ def origin_steps(sampler: Sampler) -> int:
 
 def _picked(origin: int, steps: int, total: int) -> list[int]:
     """Positions in 1 to ``total`` that the two schedulers pick for ``steps`` steps out of a grid of ``origin``."""
-    return [total - origin * i // steps * (total // origin) for i in range(steps)]
+    return [total - place * (total // origin) for place in evenly_picked(origin, steps)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepdistill.evaluation.metrics.bootstrap import Interval
 from stepdistill.evaluation.metrics.table import directions
+from stepdistill.evaluation.results import read_result
+from stepdistill.files.words import shown, visible
 
 FREE = ("versions", "seed", "precision", "rows")
 """Settings in which comparable results may differ."""
@@ -22,18 +23,10 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     if len(paths) < 2:
         raise ValueError(f"compare: expected two or more results, got {len(paths)}")
-    results = []
-    for path in paths:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: expected a result file ({error})") from error
-        if "setting" not in result or "name" not in result:
-            raise ValueError(f"{path}: expected a result of evaluate, got a file without 'setting'")
-        results.append(result)
+    results = [read_result(path) for path in paths]
     if len({result["name"] for result in results}) < len(results):
         for result, path in zip(results, paths, strict=True):
-            result["name"] = str(path)
+            result["name"] = visible(str(path))
     return results
 
 
@@ -49,7 +42,8 @@ def compare(results: Sequence[Mapping[str, Any]]) -> str:
             found = other["setting"].get(key)
             if key not in FREE and found != value:
                 raise ValueError(
-                    f"not comparable: {key} is {value!r} in {first['name']!r}, {found!r} in {other['name']!r}"
+                    f"not comparable: {visible(key)} is {shown(value)} in {first['name']!r}, "
+                    f"{shown(found)} in {other['name']!r}"
                 )
     higher_is_better = directions()
     shared = set(first).intersection(*results)
@@ -61,7 +55,7 @@ def _verdict(metric: str, results: Sequence[Mapping[str, Any]], higher_is_better
     ordered = sorted(results, key=lambda result: result[metric], reverse=higher_is_better)
     values = ", ".join(f"{result['name']} {result[metric]:.4g}" for result in ordered)
     best, second = ordered[:2]
-    if f"{metric}_low" not in best:
+    if f"{metric}_low" not in best or f"{metric}_low" not in second:
         return f"{metric}: {values} (no interval)"
     alike = _interval(best, metric).overlaps(_interval(second, metric))
     return f"{metric}: {values}: " + ("not distinguishable" if alike else f"{best['name']} is better")

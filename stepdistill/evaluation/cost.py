@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepdistill.inference.sampling import class_count, condition_of, cycle_labels, network_of
+from stepdistill.inference.rows import network_of
+from stepdistill.inference.sampling import class_count, condition_of, cycle_labels
 
 
 def flops_per_image(pipeline: Any, call: Mapping[str, Any], captions: Sequence[str] | None = None) -> int:

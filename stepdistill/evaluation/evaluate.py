@@ -8,7 +8,6 @@ and after an interruption; also for every batch size, unless a text encoder or a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from stepdistill.evaluation.cost import flops_per_image
-from stepdistill.evaluation.extraction import collect
+from stepdistill.evaluation.extraction import collect, remove_chunks
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.results import versions, write_result
@@ -81,7 +80,7 @@ def run_protocol(
         if write_reference is not None:
             suite.statistics().write(write_reference)
         write_result(output, result)
-        shutil.rmtree(work, ignore_errors=True)
+        remove_chunks(work)
     state.wait_for_everyone()
     return result
 

@@ -79,3 +79,12 @@ def make_chunk(source: Source, suite: MetricSuite, start: int, folder: Path | No
         with atomic_write(path) as partial:
             save_file(chunk, partial)
     return chunk
+
+
+def remove_chunks(work: Path) -> None:
+    """Remove what :func:`collect` wrote, and the folders that are then empty; all else there is the user's."""
+    for path in (*work.glob("*/chunk-*.safetensors"), *work.glob("*/identity.json")):
+        path.unlink()
+    for folder in (*work.glob("*/"), work):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

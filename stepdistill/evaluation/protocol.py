@@ -12,7 +12,8 @@ from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
-from stepdistill.files.schema import build, nearest
+from stepdistill.files.schema import build
+from stepdistill.files.words import nearest
 from stepdistill.inference.sampling import ROWS
 
 PRESETS = ASSETS / "protocols"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -19,9 +18,26 @@ from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.files.schema import nearest
+from stepdistill.files.arrays import array_headers, read_arrays
+from stepdistill.files.reading import parse_json
+from stepdistill.files.words import nearest, shown
 from stepdistill.files.writing import atomic_write
 from stepdistill.inference.sampling import Images
+
+
+class FeatureFacts(TypedDict):
+    """What a file says of the network that made it."""
+
+    name: str
+    sha256: NotRequired[str]
+
+
+class ImageFacts(TypedDict):
+    """What a file says of its images; ``shape`` is (C, H, W)."""
+
+    sha256: NotRequired[str]
+    shape: NotRequired[list[int]]
+
 
 _KEYS = ("mu", "sigma", "n", "features", "rows", "labels", "images", "arr_0")
 
@@ -78,25 +94,19 @@ class ReferenceStatistics:
         Raises:
             ValueError: if there is no such file, or it holds no statistics.
         """
+        path, name = Path(path), f"reference {str(path)!r}"
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                found = archive.files
-                content = {key: archive[key] for key in _KEYS if key in found}
-        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"reference {str(path)!r}: expected an .npz of statistics ({error})") from error
+            found, content = list(array_headers(path)), read_arrays(path, _KEYS)
+        except ValueError as error:
+            raise ValueError(f"reference {error}, expected an .npz of statistics") from None
         if "mu" not in content or "sigma" not in content:
-            raise ValueError(f"reference {str(path)!r}: expected mu and sigma, got {', '.join(found)}")
-        mean = torch.from_numpy(content["mu"].astype(np.float64))
-        cov = torch.from_numpy(content["sigma"].astype(np.float64))
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"reference {str(path)!r}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} do not fit")
-        n = int(content["n"]) or None if "n" in content else None
-        features = json.loads(str(content["features"])) if "features" in content else {"name": "inception"}
-        images = json.loads(str(content["images"])) if "images" in content else None
-        pixels = _tensor(content.get("arr_0"))
-        pixels = None if pixels is None or pixels.dtype != torch.uint8 else pixels.permute(0, 3, 1, 2)
-        rows, labels = _tensor(content.get("rows")), _tensor(content.get("labels"))
-        return cls(Moments(n, mean, cov), features, rows, labels, images, pixels)
+            raise ValueError(f"{name}: expected mu and sigma, got {', '.join(found)}")
+        moments = _moments(content, name)
+        rows, labels = _rows(content, len(moments.mean), name)
+        features = _about(content, "features", FeatureFacts, name) or {"name": "inception"}
+        return cls(
+            moments, features, rows, labels, _about(content, "images", ImageFacts, name), _pixels(content, name),
+        )  # fmt: skip
 
     def describe(self, path: Path) -> dict[str, Any]:
         """Return what is known of these statistics, read from ``path``, as JSON values."""
@@ -110,9 +120,9 @@ class ReferenceStatistics:
         """
         ours = features.describe()
         for key in ("sha256", "preprocessing") if "sha256" in self.features else ("name",):
-            if ours[key] != self.features[key]:
+            if ours[key] != self.features.get(key):
                 raise ValueError(
-                    f"reference made with features {self.features['name']!r} ({key} {self.features[key]!r}), "
+                    f"reference made with features {self.features['name']!r} ({key} {shown(self.features.get(key))}), "
                     f"not {features.name!r} ({key} {ours[key]!r}): make one with these features, or give "
                     "--features that network"
                 )
@@ -235,10 +245,10 @@ class Reference:
 def holds_statistics(path: Path) -> bool:
     """Return whether a ``.npz`` is to be read as statistics: it holds no images, or cannot be read at all."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return "images" not in archive.files or "mu" in archive.files
-    except (OSError, ValueError, AttributeError):
+        names = array_headers(path).keys()
+    except ValueError:
         return True  # whoever reads it names what is wrong
+    return "mu" in names or not names & {"images", "arr_0"}
 
 
 def sha256_of(path: Path) -> str:
@@ -247,5 +257,49 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ------------------------------------------------------------------------------------- what a file of statistics holds
+
+
+def _moments(content: Mapping[str, np.ndarray], name: str) -> Moments:
+    for key in ("mu", "sigma", "n"):
+        if key in content and content[key].dtype.kind not in "fiu":
+            raise ValueError(f"{name}: {key}: expected numbers, got {content[key].dtype}")
+    mean = torch.from_numpy(content["mu"].astype(np.float64))
+    cov = torch.from_numpy(content["sigma"].astype(np.float64))
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"{name}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} do not fit")
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity in mu or sigma")
+    count = content.get("n", np.array(0))
+    if count.shape or not 0 <= count < 2**63:
+        raise ValueError(f"{name}: n: expected the number of images, got {shown(count)}")
+    return Moments(int(count) or None, mean, cov)
+
+
+def _rows(content: Mapping[str, np.ndarray], length: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return features (N, length) and labels (N,) of single images, where the file has them."""
+    rows, labels = content.get("rows"), content.get("labels")
+    if rows is not None and (rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != length):
+        raise ValueError(f"{name}: rows: expected float (N, {length}), got {rows.dtype} {rows.shape}")
+    if labels is not None and (labels.dtype.kind not in "iu" or rows is None or labels.shape != rows.shape[:1]):
+        raise ValueError(f"{name}: labels: expected a whole number for every row, got {labels.dtype} {labels.shape}")
+    return _tensor(rows), _tensor(labels)
+
+
+def _pixels(content: Mapping[str, np.ndarray], name: str) -> Tensor | None:
+    """Return the images (N, C, H, W) of ADM's files, where there are any."""
+    pixels = content.get("arr_0")
+    if pixels is None or pixels.dtype != np.uint8:
+        return None
+    if pixels.ndim != 4 or 0 in pixels.shape:
+        raise ValueError(f"{name}: arr_0: expected images (N, H, W, C), got {pixels.shape}")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _about(content: Mapping[str, np.ndarray], key: str, hint: Any, name: str) -> Any:
+    """Return what a file says of its features or images, which is JSON; None if it says nothing."""
+    return parse_json(str(content[key]), f"{name}: {key}", hint) if key in content else None
+
+
 def _tensor(array: np.ndarray | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+    return None if array is None else torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

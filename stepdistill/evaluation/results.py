@@ -1,4 +1,4 @@
-"""Result files: versions, machine, writing."""
+"""Result files: versions, machine, writing, reading."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 import stepdistill
+from stepdistill.evaluation.metrics.table import directions
+from stepdistill.files.reading import read_json
+from stepdistill.files.schema import ConfigError, convert
+from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
+
+
+class Result(TypedDict):
+    """What every result of ``evaluate`` has, beside its numbers."""
+
+    name: str
+    setting: dict[str, Any]
 
 
 def versions() -> dict[str, str]:
@@ -34,3 +45,27 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result file as a whole."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file of ``evaluate``; characters of its name that are not printed become escapes.
+
+    Raises:
+        ValueError: naming the file, if it is no such result, or a metric of it is no number.
+    """
+    try:
+        result = read_json(path, Result)
+    except ConfigError as error:
+        raise ValueError(f"{path}: expected a result of evaluate; {'; '.join(error.problems)}") from None
+    return numbers_checked(result, path) | {"name": visible(result["name"])}
+
+
+def numbers_checked(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return ``result``, read from ``path``, if every metric that it has is a number, and an interval has both ends."""
+    for metric in directions().keys() & result.keys():
+        interval = [key for key in (f"{metric}_low", f"{metric}_high") if key in result]
+        if len(interval) == 1:
+            raise ValueError(f"{path}: {metric}: expected both ends of its interval, got {interval[0]} only")
+        for key in (metric, *interval):
+            convert(result[key], float, f"{path}: {key}")
+    return result

@@ -27,7 +27,8 @@ from stepdistill.evaluation.cost import parameter_count, peak_memory
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
-from stepdistill.inference.sampling import ROWS, Images, class_count, network_of, sample_images
+from stepdistill.inference.rows import network_of
+from stepdistill.inference.sampling import ROWS, Images, class_count, sample_images
 
 
 class Source(abc.ABC):

@@ -20,7 +20,7 @@ from stepdistill.evaluation.results import versions
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.clip import Clip
 from stepdistill.features.loading import load_features
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 from stepdistill.inference.sampling import Images
 
 

@@ -12,14 +12,39 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypeAlias, TypedDict
 
 from diffusers import DiffusionPipeline
 
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.ranges import PositiveInt, Range
+from stepdistill.files.reading import read_json
+from stepdistill.files.schema import ConfigError, build, convert
 
 CONTRACT = "stepdistill.json"
+
+FORMAT = 1
+"""The version of the file that this package writes, and the newest that it reads."""
+
+Number: TypeAlias = int | float
+Side: TypeAlias = Annotated[int, Range(at_least=1, at_most=2**15)]
+"""Of an image, in pixels."""
+
+
+class Call(TypedDict):
+    """The arguments of a call that are known here; a pipeline may take more."""
+
+    num_inference_steps: NotRequired[Annotated[int, Range(at_least=1, at_most=1000)] | None]
+    guidance_scale: NotRequired[Number | None]
+    eta: NotRequired[Number | None]
+    timesteps: NotRequired[list[Number] | None]
+    sigmas: NotRequired[list[Number] | None]
+    height: NotRequired[Side | None]
+    width: NotRequired[Side | None]
+    max_sequence_length: NotRequired[PositiveInt]
+    use_resolution_binning: NotRequired[bool]
+    clean_caption: NotRequired[bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +79,7 @@ class Origin:
 class Contract:
     """A student's sampling contract. Without arguments: that of a pipeline of which nothing is known."""
 
-    format: int = 1
+    format: Annotated[int, Range(at_least=1, at_most=FORMAT)] = FORMAT
     """Version of the file format."""
     pipeline: str | None = None
     """Class name of the pipeline."""
@@ -66,7 +91,7 @@ class Contract:
     """Name of the sampler, see :attr:`stepdistill.diffusion.samplers.Sampler.name`."""
     steps: int | None = None
     """Number of steps, each one network call."""
-    timesteps: list[float] = dataclasses.field(default_factory=list)
+    timesteps: list[Number] = dataclasses.field(default_factory=list)
     """What the network embeds at each step."""
     gamma: float | None = None
     """Noise parameter of strategic stochastic sampling; None for other samplers."""
@@ -82,6 +107,8 @@ class Contract:
     """Number of class labels; None without labels."""
     sample_shape: list[int] = dataclasses.field(default_factory=list)
     """(C, H, W) of what the network sees."""
+    global_noise: bool | None = None
+    """Whether stock diffusers draws the noise that steps add from torch's global generator, not the call's."""
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Keyword arguments with which a call of the pipeline samples as trained."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -89,6 +116,8 @@ class Contract:
     origin: Origin = dataclasses.field(default_factory=Origin)
     linked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Paths of the parts that are links into the teacher's folder, by name."""
+    absent: list[str] = dataclasses.field(default_factory=list)
+    """Parts that the teacher lacks and that diffusers' own loading wants to be told are None: SD3's third encoder."""
 
     @property
     def reproduced_guidance(self) -> float:
@@ -110,13 +139,18 @@ class Contract:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Contract:
-        """Read the content of a file, of this version or an older one: keys may be missing."""
+        """Read the content of a file, of this version or an older one: keys may be missing.
+
+        Raises:
+            ValueError: if a value is of another type than it is written with.
+        """
+        convert(facts.get("call", {}), Call, "call")
         rest = dict(facts)
         own = {name: rest.pop(name) for name in _names(cls) if name in rest}
         origin = {name: rest.pop(name) for name in _names(Origin) if name in rest}
         if "guidance_baked_in" in rest:  # older exports of LCM have the same number under both names
             origin.setdefault("guidance_distilled", rest.pop("guidance_baked_in"))
-        return cls(**own, origin=Origin(**origin, method_facts=rest))
+        return build(cls, own | {"origin": origin | {"method_facts": rest}})
 
 
 def _origin_to_json(origin: Origin) -> dict[str, Any]:
@@ -171,11 +205,24 @@ def describe(
         conditioning=family.conditioning,
         num_classes=family.num_classes,
         sample_shape=list(family.sample_shape),
+        global_noise=True if draws_globally(family, sampler) else None,
         call=call,
         versions={name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
         origin=origin,
         linked=linked,
+        absent=absent_parts(pipeline),
     )
+
+
+def absent_parts(pipeline: DiffusionPipeline) -> list[str]:
+    """Return the parts that a pipeline lacks although its class does not call them optional."""
+    optional = type(pipeline)._optional_components
+    return [name for name, part in pipeline.components.items() if part is None and name not in optional]
+
+
+def draws_globally(family: Family, sampler: Sampler) -> bool:
+    """Return whether the stock pipeline draws the noise of a sampler's later steps from torch's global generator."""
+    return sampler.adds_noise and sampler.steps > 1 and not family.hands_generators_on
 
 
 def call_arguments(
@@ -197,7 +244,12 @@ def write_contract(contract: Contract, folder: Path) -> None:
 def read_contract(folder: Path) -> Contract:
     """Return the contract in a pipeline's folder; an empty one if the folder was not exported here."""
     path = folder / CONTRACT
-    return Contract.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Contract()
+    if not path.is_file():
+        return Contract()
+    try:
+        return Contract.from_json(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {problem.removeprefix('origin.')}" for problem in error.problems) from None
 
 
 def contract_of(pipeline: Any) -> Contract:

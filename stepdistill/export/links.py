@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from stepdistill.families.base import Family
+from stepdistill.files.weights import chosen_weights
 from stepdistill.loading import only_pickle, parts
 
 NO_LINKS: Mapping[str, Path] = MappingProxyType({})
@@ -38,8 +39,11 @@ def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
     The paths are absolute, so that the export may be moved.
 
     Raises:
-        ValueError: if the teacher is a network without a pipeline, or one of its folders is missing or holds pickles.
+        ValueError: if the teacher is a network without a pipeline or a single file, or one of its folders is missing,
+            or holds pickles, or nothing but a variant, which stock diffusers would not find.
     """
+    if teacher.is_file():
+        raise ValueError(f"export.frozen: expected copy: {teacher} is a single file, so there is no folder to link to")
     if not family.frozen_modules:
         raise ValueError(f"export.frozen: expected copy: {teacher} has nothing but its network, so nothing to link to")
     frozen = [name for name in parts(teacher) if name not in (family.component, "scheduler")]
@@ -49,6 +53,9 @@ def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
             raise ValueError(f"export.frozen: expected copy: there is no folder {teacher / name} to link to")
         if (pickle := only_pickle(folder)) is not None:
             raise ValueError(f"export.frozen: expected copy: {pickle} is a pickle, and exports hold none")
+        variant, _ = chosen_weights((path.name for path in folder.iterdir()), pickles=False)
+        if variant is not None:
+            raise ValueError(f"export.frozen: expected copy: {folder} has its weights only as the variant {variant!r}")
     return folders
 
 

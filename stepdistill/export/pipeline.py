@@ -23,10 +23,15 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.export.contract import Contract, Origin, describe, read_contract, write_contract
+from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
+from stepdistill.export.generators import handed_on
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
+from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
+from stepdistill.families.hub import expand_home
+from stepdistill.files.weights import naming
+from stepdistill.files.words import nearest
 from stepdistill.loading import open_folder
 
 CUSTOM_FILE = "pipeline.py"
@@ -57,20 +62,21 @@ def export_pipeline(
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
-    The directory appears complete or not at all: it is written under another name and renamed.
+    The directory appears complete or not at all, see :mod:`stepdistill.export.replacing`.
 
     Args:
         family: the student's family.
         network: a plain diffusers model.
         sampler: the rule and grid it was trained for.
-        folder: where to write; an existing export is replaced.
+        folder: where to write; an existing export is replaced, and nothing else.
         origin: where the student comes from, for its contract.
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
         links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
 
     Raises:
-        ValueError: if no scheduler can express the sampler, or the file system has no links.
+        ValueError: if no scheduler can express the sampler, the file system has no links, or ``folder`` holds something
+            other than an export.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
     linked = {name: str(target) for name, target in links.items()}
@@ -78,18 +84,12 @@ def export_pipeline(
         family, pipeline, sampler, guidance_scale=guidance_scale, origin=origin or Origin(), linked=linked,
         own_code=has_own_class(pipeline) or bool(family.code),
     )  # fmt: skip
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replacing(folder) as partial:
+        write_contract(contract, partial)
         save_pipeline(pipeline, partial, links, family.code)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
-        write_contract(contract, partial)
         (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # of links, this removes the links
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -175,26 +175,30 @@ def load_pipeline(
     Raises:
         ValueError: if the directory is missing or no pipeline, would run untrusted code, or has broken links.
     """
-    folder = Path(path)
+    folder = expand_home(str(path))
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     refuse_broken_links(folder)
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
-        pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
+        with naming(folder):
+            pipeline = open_folder(folder, trust_remote_code=trust_remote_code, trust_pickles=trust_pickles, **options)
     finally:
         diffusers_logging.set_verbosity(verbosity)
     return apply_contract(pipeline, read_contract(folder))
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> DiffusionPipeline:
-    """Make the contract's arguments the defaults of this pipeline object's call."""
+    """Make the contract's arguments the defaults of this pipeline object's call, which hands its generators on."""
     defaults = contract.call
-    if not defaults:
-        return pipeline
     original = type(pipeline)
     taken = inspect.signature(original.__call__).parameters
+    if unknown := sorted(defaults.keys() - taken.keys()):
+        raise ValueError(
+            f"{pipeline.name_or_path}/{CONTRACT}: call: {original.__name__} takes no argument {unknown[0]!r:.200}"
+            f"{nearest(unknown[0], taken)}"
+        )
 
     @functools.wraps(original.__call__)
     def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +208,8 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
             own = {name: value for name, value in own.items() if name not in GRIDS}  # they have another number of steps
         if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
             own["batch_size"] = len(bound["class_labels"])  # or all images would share one noise
-        return original.__call__(self, *args, **(own | kwargs))
+        with handed_on(self, bound.get("generator")):
+            return original.__call__(self, *args, **(own | kwargs))
 
     # Python looks __call__ up on the class; the name stays because save_pretrained writes it
     pipeline.__class__ = type(

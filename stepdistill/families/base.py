@@ -49,12 +49,18 @@ class Family(abc.ABC):
     """Diffusers classes of networks by which a teacher of this family is recognised."""
     pipeline_names: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipelines of this family, if networks of the class serve several; empty: any."""
+    parts: ClassVar[tuple[str, ...]]
+    """Parts of the pipeline beside the network and the scheduler; a teacher with others is refused."""
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts that a teacher may have or lack."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
     caches_latents: ClassVar[bool] = False
     """Whether frozen encoders of :attr:`pipe` make latents and embeddings, which can be cached."""
     loads_lora: ClassVar[bool] = False
     """Whether the stock pipeline has ``load_lora_weights``."""
+    processes: ClassVar[tuple[type[NoiseSchedule], ...]]
+    """The noise processes that :meth:`call` and the pipeline implement."""
     feature_blocks: ClassVar[tuple[str, ...]]
     """Sub-modules whose outputs are the features of a critic."""
     lora_targets: ClassVar[tuple[str, ...]]
@@ -78,6 +84,8 @@ class Family(abc.ABC):
     """Number of class labels; None for a teacher without labels."""
     inputs: Inputs = Inputs()
     """Inputs of the network besides state, time and condition; see :meth:`add_inputs`."""
+    hands_generators_on: ClassVar[bool] = True
+    """Whether the stock pipeline passes its generators to its scheduler; else a step's noise is the global one's."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
     pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
@@ -99,6 +107,15 @@ class Family(abc.ABC):
     def accepts_pipeline(cls, pipeline: str | None) -> bool:
         """Return whether a teacher in this diffusers pipeline (None: none, or a custom one) may be of this family."""
         return not cls.pipeline_names or pipeline in cls.pipeline_names
+
+    def check_process(self) -> None:
+        """Raise ``ValueError`` with the scheduler's name if the family does not implement its noise process."""
+        if not isinstance(self.schedule, self.processes):
+            known = " or ".join(process.__name__ for process in self.processes)
+            raise ValueError(
+                f"scheduler/scheduler_config.json: {self.scheduler_config.get('_class_name')}: expected a scheduler "
+                f"of {known}, got one of {type(self.schedule).__name__}, which {type(self).__name__} does not implement"
+            )
 
     @property
     def conditioning(self) -> str:
@@ -146,6 +163,10 @@ class Family(abc.ABC):
             raise ValueError(
                 "method.first_time: expected 1: the pipeline of this teacher's students takes no timesteps"
             )
+
+    def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the noise (B, C, H, W) that a step adds, drawn as the scheduler of this family's pipeline draws it."""
+        return torch.stack([torch.randn(self.sample_shape, generator=one) for one in generators])
 
     def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
         """Use the training's captions as examples, and warn of those that are longer than the text encoder reads.

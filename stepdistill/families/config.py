@@ -13,9 +13,13 @@ class TeacherConfig:
     """The ``teacher`` section."""
 
     path: str
-    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a hub id, or ``embedded``."""
+    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a single-file checkpoint of Stable
+    Diffusion or SDXL, a hub id, or ``embedded``."""
     revision: str | None = None
     """Commit or tag of a hub id."""
+    config: str | None = None
+    """For a single-file checkpoint: folder or hub id of a pipeline of its kind, of which only settings and tokenizers
+    are read. None is the original one on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; students always train in float32."""
     family: str | None = None

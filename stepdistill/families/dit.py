@@ -10,6 +10,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond, RawBatch
+from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.families.latent import PlainLatentFamily
 
 NULL_CLASS = 1000  # hard-coded in DiTPipeline
@@ -21,6 +22,9 @@ class DiT(PlainLatentFamily):
     component = "transformer"
     network_classes = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
     pipeline_names = ("DiTPipeline",)
+    parts = ("vae",)
+    hands_generators_on = False
+    processes = (DiscreteVP,)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2",

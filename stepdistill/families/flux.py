@@ -27,6 +27,10 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("FluxTransformer2DModel",)
     pipeline_names = ("FluxPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    hands_generators_on = False
+    latents_per_token = 4
+    processes = (RectifiedFlow,)
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
@@ -87,6 +91,12 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             list(prompts), device=self.pipe.text_encoder.device, max_sequence_length=self.sequence_length
         )
         return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
+
+    def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        channels, height, width = self.sample_shape
+        tokens = (height * width // 4, 4 * channels)  # what the scheduler sees
+        noise = torch.stack([torch.randn(tokens, generator=one) for one in generators])
+        return unpack(noise, height, width)
 
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         del cond

@@ -12,14 +12,15 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import open_pipeline
@@ -37,6 +38,10 @@ class LatentFamily(Family):
     """
 
     caches_latents = True
+    latents_per_token: ClassVar[int] = 1
+    """Places of the latent that the pipeline packs into one of the network's inputs."""
+    scales_states: ClassVar[bool] = False
+    """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
     def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
@@ -48,6 +53,8 @@ class LatentFamily(Family):
         self.network = getattr(pipe, self.component)
         self.scheduler_config = json.loads(pipe.scheduler.to_json_string())
         self.schedule, self.prediction_type = read_schedule(self.scheduler_config)
+        self.check_process()
+        check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
             check_resolution(pipe, resolution, (height, width), factor)
@@ -64,12 +71,16 @@ class LatentFamily(Family):
 
     @classmethod
     def load(cls, folder: Path, config: TeacherConfig) -> LatentFamily:
-        if config.null_class is not None:
-            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
-        pipe = open_pipeline(folder, cls.component, config)
-        family = cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        family = cls.from_pipe(open_pipeline(folder, cls.component, config), config)
         family.code = read_code(folder)
         return family
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, config: TeacherConfig) -> LatentFamily:
+        """Return the teacher in an opened pipeline."""
+        if config.null_class is not None:
+            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
+        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
 
     def spatial_factor(self) -> int:
         """Return the side in pixels of the square that one latent covers."""
@@ -91,8 +102,7 @@ class LatentFamily(Family):
     def to_latents(self, images: Tensor) -> Tensor:
         """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype))
-        latents = (encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent).float()
+        latents = mode(vae.encode(images.to(vae.device, vae.dtype))).float()
         shift, scale = latent_statistics(vae.config, latents)
         # a cache returns contiguous latents; channels_last would select other kernels
         return ((latents - shift) * scale).contiguous()
@@ -108,8 +118,14 @@ class LatentFamily(Family):
         """Return the condition of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        step, call = to_diffusers(sampler, self.scheduler_config).step, type(self.pipe).__call__
-        taken = {*inspect.signature(step).parameters, "timesteps"}
+        scheduler, call = to_diffusers(sampler, self.scheduler_config), type(self.pipe).__call__
+        start, expected = float(getattr(scheduler, "init_noise_sigma", 1.0)), self.schedule.initial_noise(torch.ones(1))
+        if abs(start - expected.item()) > 1e-6 * start:
+            raise ValueError(
+                f"method: {type(scheduler).__name__} starts {type(self.pipe).__name__} from noise of {start:g}, its "
+                f"teacher's from {expected.item():g}; expected a method of Euler steps, or of one step"
+            )
+        taken = {*inspect.signature(scheduler.step).parameters, "timesteps"}
         needed = {name for name in sampler.pipeline_kwargs if name in taken}
         if missing := sorted(needed - set(inspect.signature(call).parameters)):
             raise ValueError(
@@ -126,6 +142,11 @@ class LatentFamily(Family):
 
     def teacher_pipeline(self, scheduler: Any | None) -> Any:
         if scheduler is not None:
+            if not self.scales_states and float(scheduler.init_noise_sigma) != 1:
+                raise ValueError(
+                    f"solver: {type(self.pipe).__name__} does not scale its states as {type(scheduler).__name__} "
+                    "expects; choose DDIM, DPM-Solver++ or UniPC"
+                )
             self.pipe.scheduler = scheduler
         return self.pipe
 
@@ -194,12 +215,32 @@ def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor
         raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
 
 
+def check_channels(network: Any, vae: Any, packed: int) -> None:
+    """Raise ``ValueError`` with both numbers unless the network takes the latents of the VAE."""
+    taken, made = network.config.in_channels, vae.config.latent_channels * packed
+    if taken != made:
+        raise ValueError(
+            f"vae/config.json: expected latents of {taken // packed} channels, as {type(network).__name__} takes them, "
+            f"got latent_channels {vae.config.latent_channels}"
+        )
+
+
 def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(shift, scale)``, (1, C, 1, 1) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
     scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
     return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
+
+
+def mode(encoded: Mapping[str, Any]) -> Tensor:
+    """Return the latents that a VAE's ``encode`` returns: the mode of a posterior, or what a deterministic one gives.
+
+    They stand under ``latent_dist`` (AutoencoderKL), ``latent`` (AutoencoderDC) or ``latents`` (AutoencoderTiny).
+    """
+    if "latent_dist" in encoded:
+        return encoded["latent_dist"].mode()
+    return encoded["latents"] if "latents" in encoded else encoded["latent"]
 
 
 def rebuild(pipe: Any, **parts: Any) -> Any:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-import json
 import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 import stepdistill.families as package
-from stepdistill.assets import FASHION
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
-from stepdistill.files.schema import nearest
-from stepdistill.loading import open_folder, own_class, permission_hint, read_index, refuse_code, stock_base
+from stepdistill.families.hub import locate
+from stepdistill.files.reading import read_json
+from stepdistill.files.weights import naming
+from stepdistill.files.words import nearest
+from stepdistill.loading import (
+    open_folder,
+    own_class,
+    part_entries,
+    permission_hint,
+    read_index,
+    refuse_code,
+    stock_base,
+)
+from stepdistill.loading.settings import refuse_endless
+
+HARMLESS = ("safety_checker", "feature_extractor")
+"""Parts of pipelines that change no image."""
 
 
 def families() -> dict[str, type[Family]]:
@@ -32,22 +46,43 @@ def families() -> dict[str, type[Family]]:
 
 
 def load_teacher(config: TeacherConfig) -> Family:
-    """Open a teacher: a diffusers pipeline directory, a bare ``unet/`` or ``transformer/`` folder, or a hub id.
+    """Open a teacher: a diffusers pipeline folder, a bare ``unet/`` or ``transformer/`` folder, a checkpoint, a hub id.
 
     Raises:
-        ValueError: if there is no such folder, its network's class belongs to no family, or it would run untrusted
-            code.
+        ValueError: if there is no such folder, its network's class belongs to no family, it has parts or weights that
+            would be dropped or are missing, or it would run untrusted code.
     """
     known = families()
     if config.family is not None and config.family not in known:
         raise ValueError(f"teacher.family: unknown family {config.family!r}{nearest(config.family, known)}")
-    folder = locate(config)
-    if config.family is not None:
-        return known[config.family].load(folder, config)
+    place = locate(config)
+    if place.is_file():
+        return load_checkpoint(place, config, known)
+    cls = find_family(place, config, known) if config.family is None else known[config.family]
+    check_parts(place, cls)
+    check_settings(place)
+    with fitting(place, cls):
+        return cls.load(place, config)
+
+
+def load_checkpoint(file: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> Family:
+    """Open a single-file checkpoint; see :mod:`stepdistill.families.single_file`."""
+    from stepdistill.families.single_file import open_checkpoint
+
+    pipe = open_checkpoint(file, config)
+    cls: Any = next(cls for cls in known.values() if type(pipe).__name__ in cls.pipeline_names)
+    if config.family not in (None, cls.__module__.rpartition(".")[2]):
+        raise ValueError(f"teacher.family: got {config.family!r}, but {file} is a {type(pipe).__name__}")
+    with fitting(file, cls):
+        return cls.from_pipe(pipe, config)
+
+
+def find_family(folder: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> type[Family]:
+    """Return the family of the network and the pipeline in a folder."""
     pipeline = pipeline_class(folder, config.trust_remote_code)
     for cls in known.values():
         if network_class(folder, cls.component) in cls.network_classes and cls.accepts_pipeline(pipeline):
-            return cls.load(folder, config)
+            return cls
     if own_class(folder) is not None and not config.trust_remote_code:
         refuse_code(folder)
     found = network_class(folder, "unet") or network_class(folder, "transformer")
@@ -59,27 +94,15 @@ def load_teacher(config: TeacherConfig) -> Family:
     )
 
 
-def locate(config: TeacherConfig) -> Path:
-    """Return the local folder of ``config.path``: itself, the embedded teacher's, or a downloaded snapshot."""
-    if config.path == "embedded":
-        return FASHION / "teacher"
-    folder = Path(config.path)
-    if folder.is_dir():
-        return folder
-    if config.path.count("/") != 1 or folder.is_absolute() or config.path.startswith("."):
-        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ValueError(f"teacher.path: no folder {config.path!r}{nearest(folder.name, siblings)}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    patterns += ["*.bin"] * config.trust_pickles + ["*.py"] * config.trust_remote_code
-    return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
-
-
 def network_class(folder: Path, component: str) -> str | None:
     """Return the class name in ``<component>/config.json``, or None if there is no such component."""
     path = folder / component / "config.json"
-    return json.loads(path.read_text())["_class_name"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    name = read_json(path).get("_class_name")
+    if type(name) is not str:
+        raise ValueError(f"teacher.path: {path}: _class_name: expected the class of the network, got {name!r}")
+    return name
 
 
 def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
@@ -93,11 +116,53 @@ def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
     return stock_base(folder, *own) if trust_remote_code else None
 
 
-def cannot_open(folder: Path, config: TeacherConfig, error: Exception) -> ValueError:
-    """Return the error to raise if diffusers raises ``error`` for a teacher's folder."""
-    fetched = not (config.trust_pickles or Path(config.path).exists())
-    hint = f"; pickles (.bin) are not downloaded: if it has no other weights, {permission_hint('trust_pickles')}"
-    return ValueError(f"teacher.path: {folder}: diffusers cannot open it: {error}{hint if fetched else ''}")
+# -------------------------------------------------------------------------------------------- what is refused
+
+
+def check_parts(folder: Path, cls: type[Family]) -> None:
+    """Raise ``ValueError`` if the pipeline in a folder has a part that the family would drop, or lacks one it needs."""
+    index = read_index(folder)
+    if not index:
+        return
+    found = part_entries(index)
+    family, pipeline = cls.__module__.rpartition(".")[2], index.get("_class_name")
+    taken = {cls.component, "scheduler", *cls.parts}
+    for name in sorted({*found} - taken - {*cls.optional_parts, *HARMLESS}):
+        raise ValueError(
+            f"teacher.path: {folder}: {pipeline} has the part {name!r} ({found[name][-1]}), which the family "
+            f"{family!r} would drop; expected only {', '.join(sorted(taken))}"
+        )
+    for name in sorted(taken - {*found}):
+        raise ValueError(f"teacher.path: {folder}: {pipeline} has no {name}, which the family {family!r} needs")
+
+
+def check_settings(folder: Path) -> None:
+    """Raise ``ValueError`` if a part has no end, or quantised weights, into which no student can be merged."""
+    for path in sorted(folder.glob("*/*config.json")):
+        settings = read_json(path, Any)
+        refuse_endless(path, settings)
+        quantised = settings.get("quantization_config") if type(settings) is dict else None
+        if quantised:
+            method = quantised.get("quant_method", quantised) if type(quantised) is dict else quantised
+            raise ValueError(
+                f"teacher.path: {path}: quantization_config: the weights are quantised ({method}); expected the "
+                "teacher in full or half precision"
+            )
+
+
+@contextlib.contextmanager
+def fitting(place: Path, cls: type[Family]) -> Iterator[None]:
+    """Turn what is raised for settings that do not fit into a ``ValueError`` of the key ``teacher.path``."""
+    try:
+        with naming(place, f"its settings do not make a working {cls.__name__}"):
+            yield
+    except ValueError as error:
+        if str(error).startswith("teacher."):
+            raise
+        raise ValueError(f"teacher.path: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------- opening
 
 
 def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
@@ -111,9 +176,19 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
             f"teacher.path: {folder}: no model_index.json; expected a complete pipeline (VAE, text encoder, ...)"
         )
     dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
-    try:
+    with opening(folder, config):
         return open_folder(
             folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
         )
-    except (OSError, KeyError, TypeError, UnpicklingError) as error:
-        raise cannot_open(folder, config, error) from error
+
+
+@contextlib.contextmanager
+def opening(folder: Path, config: TeacherConfig) -> Iterator[None]:
+    """Turn what is raised because a part of a teacher cannot be read into a ``ValueError`` that says what to do."""
+    try:
+        with naming(folder):
+            yield
+    except ValueError as error:
+        fetched = not (config.trust_pickles or Path(config.path).exists())
+        hint = f"; pickles (.bin) are not downloaded: if it has no other weights, {permission_hint('trust_pickles')}"
+        raise ValueError(f"teacher.path: {error}{hint if fetched else ''}") from error

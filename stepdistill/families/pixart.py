@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, masked
 
@@ -19,6 +20,9 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second in older files
     pipeline_names = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    parts = ("vae", "text_encoder", "tokenizer")
+    scales_states = True
+    processes = (DiscreteVP,)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2", "proj",

@@ -7,9 +7,9 @@ networks (a Karras schedule) are preconditioned here: they take ``c_in x_t`` and
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -26,13 +26,16 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import edm_scalings, expand
-from stepdistill.diffusion.schedulers import read_schedule, to_diffusers
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import cannot_open
-from stepdistill.loading import refuse_pickles, wants_safetensors
+from stepdistill.families.loading import opening
+from stepdistill.files.reading import read_json
+from stepdistill.files.weights import read_network
+from stepdistill.loading import read_index, refuse_pickles
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pipelines.condition_embedding import ConditionEmbedding
 
@@ -42,6 +45,9 @@ class Pixel(Family):
 
     component = "unet"
     network_classes = ("UNet2DModel",)
+    parts = ()
+    optional_parts = ("condition_embedding",)  # of a student, which is refused with a reason of its own
+    processes = (DiscreteVP, RectifiedFlow, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = (
         "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "time_emb_proj",
@@ -60,6 +66,11 @@ class Pixel(Family):
                 f"unet/config.json: class_embed_type: expected null, got {network.config.class_embed_type!r}; a "
                 "student with further inputs cannot be distilled again"
             )
+        if network.config.in_channels != network.config.out_channels:
+            raise ValueError(
+                f"unet/config.json: expected as many channels out as in, got {network.config.in_channels} in and "
+                f"{network.config.out_channels} out: it also predicts a variance, or is conditioned on images"
+            )
         labels = network.config.num_class_embeds
         if null_class is not None and (labels is None or not 0 <= null_class < labels):
             raise ValueError(
@@ -69,6 +80,7 @@ class Pixel(Family):
         self.network = network
         self.scheduler_config = dict(scheduler_config)
         self.schedule, self.prediction_type = read_schedule(scheduler_config)
+        self.check_process()
         self.sample_shape = (network.config.in_channels, height, width)
         self.image_shape = self.sample_shape
         self.null_class = null_class
@@ -84,20 +96,20 @@ class Pixel(Family):
                 raise ValueError(f"teacher.{name}: got {getattr(config, name)}, but a pixel teacher takes none")
         if not config.trust_pickles:
             refuse_pickles(folder / "unet")
-        safe, dtype = wants_safetensors(config.trust_pickles), getattr(torch, config.dtype)
-        try:
-            network = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=safe, dtype=dtype)
-        except OSError as error:
-            raise cannot_open(folder / "unet", config, error) from error
-        scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        dtype = getattr(torch, config.dtype)
+        with opening(folder / "unet", config):
+            network = read_network(folder / "unet", UNet2DModel, pickles=config.trust_pickles, dtype=dtype)
+        scheduler_config = read_json(folder / "scheduler/scheduler_config.json")
         return cls(network, scheduler_config, cls._null_class(folder, config))
 
     @staticmethod
     def _null_class(folder: Path, config: TeacherConfig) -> int | None:
-        index = folder / "model_index.json"
-        if config.null_class is not None or not index.is_file():
+        if config.null_class is not None:
             return config.null_class
-        return json.loads(index.read_text()).get("null_class")
+        null_class = read_index(folder).get("null_class")
+        if type(null_class) not in (int, NoneType):
+            raise ValueError(f"{folder / 'model_index.json'}: null_class: expected whole number, got {null_class!r}")
+        return null_class
 
     @classmethod
     def tiny(cls, seed: int = 0, *, prediction_type: str = "v_prediction", num_classes: int | None = 3, size: int = 8,
@@ -128,9 +140,7 @@ class Pixel(Family):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        if self.prediction_type == "edm":
-            _, sigma = self.schedule(t)
-            x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
+        x_t = self.schedule.network_input(x_t, t)
         timestep = self.schedule.timestep(t).float()
         labels = cond.get("class_labels")
         if self.inputs != Inputs():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, masked
 from stepdistill.families.tiny import tiny_gemma
@@ -20,6 +21,8 @@ class Sana(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("SanaTransformer2DModel",)
     pipeline_names = ("SanaPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer")
+    processes = (DiscreteVP, RectifiedFlow)
     feature_blocks = ("transformer_blocks",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     loads_lora = True

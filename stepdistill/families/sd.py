@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, Karras
 from stepdistill.families.base import Inputs
 from stepdistill.families.latent import TextToImageFamily
 from stepdistill.families.tiny import tiny_clip, tiny_unet, tiny_vae
-from stepdistill.families.unet import UNET_LORA_TARGETS, check_unet, extend_unet, guidance_features
+from stepdistill.families.unet import (
+    UNET_LORA_TARGETS,
+    check_unet,
+    extend_unet,
+    guidance_features,
+    start_as_stock_pipelines,
+)
 
 
 class SD(TextToImageFamily):
@@ -21,6 +28,9 @@ class SD(TextToImageFamily):
     component = "unet"
     network_classes = ("UNet2DConditionModel",)
     pipeline_names = ("StableDiffusionPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer")
+    scales_states = True
+    processes = (DiscreteVP, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     loads_lora = True
@@ -28,6 +38,7 @@ class SD(TextToImageFamily):
     def __init__(self, pipe: Any, **options: Any) -> None:
         check_unet(pipe.unet)
         super().__init__(pipe, **options)
+        start_as_stock_pipelines(self.schedule)
 
     @classmethod
     def tiny(cls, seed: int = 0, *, prediction_type: str = "epsilon") -> SD:
@@ -63,7 +74,7 @@ class SD(TextToImageFamily):
         assert s is None, "this network takes no second time"
         dtype = next(network.parameters()).dtype
         return network(
-            x_t.to(dtype),
+            self.schedule.network_input(x_t, t).to(dtype),
             self.schedule.timestep(t).float(),
             encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
             timestep_cond=guidance_features(self.pipe, w, dtype),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.tiny import tiny_t5
 
@@ -18,10 +19,15 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     component = "transformer"
     network_classes = ("SD3Transformer2DModel",)
     pipeline_names = ("StableDiffusion3Pipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    optional_parts = ("text_encoder_3", "tokenizer_3")  # without T5 the pipeline feeds zeros
+    hands_generators_on = False
+    processes = (DiscreteVP, RectifiedFlow)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",  # the second attention of SD3.5-medium
     )  # fmt: skip
     loads_lora = True
 

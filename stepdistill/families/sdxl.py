@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.schedule import DiscreteVP, Karras
 from stepdistill.families.base import Inputs
 from stepdistill.families.latent import TextToImageFamily
 from stepdistill.families.tiny import tiny_clip, tiny_unet, tiny_vae
-from stepdistill.families.unet import UNET_LORA_TARGETS, check_unet, extend_unet, guidance_features
+from stepdistill.families.unet import (
+    UNET_LORA_TARGETS,
+    check_unet,
+    extend_unet,
+    guidance_features,
+    start_as_stock_pipelines,
+)
 
 
 class SDXL(TextToImageFamily):
@@ -21,6 +28,9 @@ class SDXL(TextToImageFamily):
     component = "unet"
     network_classes = ("UNet2DConditionModel",)
     pipeline_names = ("StableDiffusionXLPipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    scales_states = True
+    processes = (DiscreteVP, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     loads_lora = True
@@ -28,6 +38,7 @@ class SDXL(TextToImageFamily):
     def __init__(self, pipe: Any, **options: Any) -> None:
         check_unet(pipe.unet)
         super().__init__(pipe, **options)
+        start_as_stock_pipelines(self.schedule)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> SDXL:
@@ -72,7 +83,7 @@ class SDXL(TextToImageFamily):
         # original size, crop, target size: the defaults of a call of the pipeline
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x_t.device)
         return network(
-            x_t.to(dtype),
+            self.schedule.network_input(x_t, t).to(dtype),
             self.schedule.timestep(t).float(),
             encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
             timestep_cond=guidance_features(self.pipe, w, dtype),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule
 from stepdistill.families.base import Inputs
 
 UNET_LORA_TARGETS = (
@@ -32,6 +33,13 @@ def check_unet(unet: Any) -> None:
             f"unet/config.json: {unet.config.in_channels} channels in, {unet.config.out_channels} out: an inpainting "
             "or image-conditioned network; expected text-to-image"
         )
+
+
+def start_as_stock_pipelines(schedule: NoiseSchedule) -> None:
+    """Start samplers of an EDM process where stock pipelines do: at sigma_max, with data of unit variance in it."""
+    match schedule:
+        case Karras():
+            schedule.initial_sigma = (schedule.sigma_max**2 + 1) ** 0.5
 
 
 def extend_unet(unet: Any, inputs: Inputs) -> None:

@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.reading import read_json
+from stepdistill.files.schema import convert
 from stepdistill.networks.hooks import capture_outputs
+
+MAX_SIZE = 4096
+"""Largest number of channels, classes or features that a folder may ask for."""
 
 
 class SmallConvNet(FeatureExtractor):
@@ -70,11 +76,23 @@ class SmallConvNet(FeatureExtractor):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SmallConvNet:
-        """Read what :meth:`save_pretrained` wrote; float32, frozen, in evaluation mode, named after the folder."""
+        """Read what :meth:`save_pretrained` wrote; float32, frozen, in evaluation mode, named after the folder.
+
+        Raises:
+            ValueError: with the name of the file that is missing, damaged, or of another network.
+        """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        network = cls(config["in_channels"], config["num_classes"], config["width"], config["num_features"])
-        network.load_state_dict(load_file(folder / "model.safetensors"))
+        config, weights = read_json(folder / "config.json"), folder / "model.safetensors"
+        sizes = {}
+        for name in ("in_channels", "num_classes", "width", "num_features"):
+            sizes[name] = convert(config.get(name), int, f"{folder / 'config.json'}: {name}")
+            if not 0 < sizes[name] <= MAX_SIZE:
+                raise ValueError(f"{folder / 'config.json'}: {name}: expected 1 to {MAX_SIZE}, got {sizes[name]}")
+        network = cls(**sizes)
+        try:
+            network.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights}: expected the weights of this network: {error}") from error
         network.name = folder.name
         return network.requires_grad_(False).eval()
 

@@ -41,7 +41,7 @@ class Clip:
         if not isinstance(images, TransformersFeatures) or not hasattr(images.network, "get_text_features"):
             raise ValueError(f"clip {path!r}: expected a whole CLIP, but {images.name!r} has no text half")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"clip {path!r}: expected a tokenizer, got none\n{error}") from error
         known = images.network.config.text_config.vocab_size

@@ -9,19 +9,12 @@
 The network returns a feature or a list of them, shallow to deep: maps (B, C, H, W), tokens (B, N, C) or vectors (B, C).
 The mean of the last over its positions is the image's embedding.
 
-``torch.export.load`` unpickles what it finds and evaluates text of the file as Python. A file is therefore checked
-first, and refused if it holds more than tensors and a graph whose sizes are arithmetic. This keeps pickles out but is
-no sandbox: take a program only from people whose code you would run.
+A file is checked before torch opens it, see :mod:`stepdistill.features.program`.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
-import re
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +24,8 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.features.program import load_program
 from stepdistill.networks.hooks import as_map
-
-SAMPLE = "data/sample_inputs/model.pt"
-
-
-GRAPH = "models/model.json"
-
-
-CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
-
-
-MEMBERS = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/\w+|data/weights/weight_\d+|data/constants/tensor_\d+|"
-    + "|".join(re.escape(name) for name in (SAMPLE, GRAPH, *CONFIGS))
-)
-
-
-ARITHMETIC = re.compile(
-    r"(L\['\w+'\]\.size\(\)\[\d\]|Symbol|Integer|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|"
-    r"ModularIndexing|Eq|Ne|positive|nonnegative|integer|True|False|and|or|not|[-+*/%(),=<>!' \dsu])*"
-)
 
 
 class ExportedFeatures(FeatureExtractor):
@@ -80,15 +54,9 @@ class ExportedFeatures(FeatureExtractor):
         """Load a file (``.pt2``) that ``torch.export.save`` wrote.
 
         Raises:
-            ValueError: if there is no such file, or it holds more than tensors and their graph.
+            ValueError: if there is no such file, or it holds more than tensors and a graph of known operators.
         """
-        try:
-            check_contents(path)
-        except OSError as error:
-            raise ValueError(f"features {path!r}: {error.strerror or error}") from error
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(f"features {path!r}: expected a program of torch.export.save: {error}") from error
-        return cls(torch.export.load(path), Path(path).name)
+        return cls(load_program(path), Path(path).name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return all features of the program."""
@@ -178,49 +146,3 @@ def _kinds(value: Any) -> str:
 def _parts(value: Any) -> list[Any]:
     """Return the members of a list or tuple, or ``value`` alone."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def check_contents(path: str) -> None:
-    """Raise ``ValueError`` if the file of an exported program holds more than tensors and a graph.
-
-    That is: pickled objects, compiled libraries, and sizes and guards that are not arithmetic.
-    """
-    with zipfile.ZipFile(path) as file:
-        members = _check_members(path, file)
-        try:
-            torch.load(io.BytesIO(file.read(members[SAMPLE])), weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"features {path!r}: {SAMPLE}: expected tensors, got pickled objects") from error
-        for config in members.keys() & set(CONFIGS):
-            if any(key == "use_pickle" and value for key, value in _leaves(json.loads(file.read(members[config])))):
-                raise ValueError(f"features {path!r}: {config}: expected plain tensors, got pickled ones")
-        for key, text in _leaves(json.loads(file.read(members[GRAPH]))):
-            if key in ("expr_str", "guards_code") and not ARITHMETIC.fullmatch(text):
-                raise ValueError(f"features {path!r}: {GRAPH}: {key}: expected arithmetic, got {text[:80]!r}")
-
-
-def _check_members(path: str, file: zipfile.ZipFile) -> dict[str, str]:
-    """Return the members of an archive by their names inside its folder, if all of them are known and unique."""
-    members: dict[str, str] = {}
-    for name in file.namelist():
-        inside = name.partition("/")[2]
-        if inside in members or not MEMBERS.fullmatch(inside):
-            strange = name if inside not in members else "two members of one name"
-            raise ValueError(
-                f"features {path!r}: expected tensors and a graph, as a newer torch writes them, got {strange}"
-            )
-        members[inside] = name
-    return members
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every number and text of a JSON value, with its key."""
-    match value:
-        case dict():
-            for name, part in value.items():
-                yield from _leaves(part, name)
-        case list():
-            for part in value:
-                yield from _leaves(part, key)
-        case _:
-            yield key, value

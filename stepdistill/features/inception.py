@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.files.schema import nearest
+from stepdistill.files.words import nearest
 
 RESIZES = {
     "adm": "bilinear-tf1",  # TensorFlow 1's bilinear: no antialias, corners off by half a pixel

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from stepdistill.assets import FASHION
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.classifier import SmallConvNet
+from stepdistill.files.reading import read_json
 
 
 def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
@@ -45,4 +45,4 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
 
 def _is_small_convnet(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("_class_name") == SmallConvNet.__name__
+    return config.is_file() and read_json(config).get("_class_name") == SmallConvNet.__name__

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.files.schema import nearest
+from stepdistill.files.weights import READING, refuse_incomplete
+from stepdistill.files.words import nearest
+from stepdistill.loading.pickles import refuse_pickles
+from stepdistill.loading.settings import refuse_settings
 from stepdistill.networks.hooks import capture_outputs
 
 
@@ -40,28 +44,33 @@ class TransformersFeatures(FeatureExtractor):
     def from_pretrained(cls, path: str) -> TransformersFeatures:
         """Load a folder or hub id that holds a vision model and its ``preprocessor_config.json``.
 
+        Nothing of it is run or unpickled: the model must be one of transformers' own, its weights safetensors.
+
         Raises:
-            ValueError: if there is no model or image processor, or the file lacks some of the weights.
+            ValueError: if there is no model or image processor, the file lacks some of the weights, or code or pickles
+                would have to be opened.
         """
         import transformers
 
+        refuse_untrusted(Path(path))
         try:
-            config = transformers.AutoConfig.from_pretrained(path)
-            processor = transformers.AutoImageProcessor.from_pretrained(path)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
             architecture = (getattr(config, "architectures", None) or [""])[0]
             # AutoModel would drop the projection of a CLIP vision model, and CMMD is defined after it.
             projected = architecture.endswith("WithProjection")
-            loader = getattr(transformers, architecture) if projected else transformers.AutoModel
-            network, info = loader.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            loader = (
+                getattr(transformers, architecture, transformers.AutoModel) if projected else transformers.AutoModel
+            )
+            with READING:
+                network, info = loader.from_pretrained(
+                    path, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             hint = nearest(path, ["embedded", "inception"])
             raise ValueError(f"features {path!r}: expected a vision model, got none{hint}\n{error}") from error
-        if info["missing_keys"]:
-            keys = ", ".join(sorted(info["missing_keys"])[:3])
-            kind = type(network).__name__
-            raise ValueError(
-                f"features {path!r}: {kind} needs weights that the file lacks, they would be random: {keys}"
-            )
+        refuse_incomplete(network, info, f"features {path!r}", heads=True)
         return cls(network, _processor_settings(processor, path), Path(path).name)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -132,6 +141,17 @@ class TransformersFeatures(FeatureExtractor):
     def preprocessing(self) -> dict[str, Any]:
         """Return size, resampling, crop, scale, mean and standard deviation."""
         return self.settings
+
+
+def refuse_untrusted(folder: Path) -> None:
+    """Raise ``ValueError`` if a vision model in a folder would need its own code or pickles."""
+    if not folder.is_dir():
+        return  # a hub id: transformers gets no permission either
+    try:
+        refuse_settings(folder, "a network that measures or judges brings no code: use a model of transformers' own")
+        refuse_pickles(folder, "save it again with save_pretrained(..., safe_serialization=True)")
+    except ValueError as error:
+        raise ValueError(f"features {str(folder)!r}: {error}") from error
 
 
 def _processor_settings(processor: Any, path: str) -> dict[str, Any]:

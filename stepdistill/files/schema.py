@@ -1,40 +1,47 @@
-"""Plain values turned into typed ones, strictly: all problems at once, each with the nearest right name."""
+"""Plain values turned into typed ones, strictly: all problems at once, each with the nearest right name.
+
+A dataclass is a closed section: a key that it does not have is a problem, in a configuration because it is a typing
+error, and in a file of ours because a newer version may mean something by it that must not be passed over. A TypedDict
+is an open section: its keys are checked, and others are kept as they are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)  # fmt: skip
+
+from stepdistill.files.words import LISTED, closest, nearest, no_letter, shortened, shown, visible
 
 T = TypeVar("T")
 
+MAX_WHOLE = 2**63
+"""Whole numbers are smaller: tensors hold no others."""
+
 
 class ConfigError(ValueError):
-    """One or more problems in a configuration; ``problems`` lists them, one line each."""
+    """One or more problems in a configuration or a file; ``problems`` lists them, one line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("invalid configuration:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, or all names, or nothing.
-
-    >>> nearest("progresive", ["progressive", "dmd2"])
-    "; did you mean 'progressive'?"
-    """
-    names = sorted(names)
-    known = f"; known: {', '.join(names)}" if names else ""
-    return _closest(name, names) or known
-
-
-def _closest(name: str, names: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, or nothing."""
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+        self.problems = list(map(visible, problems))
+        lines = self.problems[:LISTED]
+        if len(self.problems) > LISTED:
+            lines.append(f"and {len(self.problems) - LISTED} more")
+        many = f"{len(self.problems)} problems:" + "".join(f"\n  - {line}" for line in lines)
+        super().__init__(many if len(self.problems) > 1 else "".join(lines))
 
 
 # --------------------------------------------------------------------------------------------- building
@@ -55,7 +62,7 @@ def build(cls: type[T], mapping: Mapping | None, where: str = "") -> T:
     return value
 
 
-def convert(value: Any, hint: Any, where: str = "content") -> Any:
+def convert(value: Any, hint: Any, where: str = "") -> Any:
     """Return a plain value as the type ``hint``: a generic type of plain ones, or a dataclass.
 
     Raises:
@@ -70,14 +77,16 @@ def convert(value: Any, hint: Any, where: str = "content") -> Any:
 
 def _build_dataclass(cls: Any, mapping: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(mapping, Mapping):
-        problems.append(f"{where or 'config'}: expected a section of keys, got {mapping!r}")
+        problems.append(f"{where or 'config'}: expected a section of keys, got {shown(mapping)}")
         return None
     before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls, include_extras=True)
-    for key in mapping:
-        if key not in fields:
-            problems.append(f"{join_keys(where, key)}: unknown key{nearest(str(key), fields)}")
+    unknown = [str(key) for key in mapping if key not in fields]
+    for key in unknown[:LISTED]:
+        problems.append(f"{join_keys(where, key)}: unknown key{nearest(key, fields)}")
+    if len(unknown) > LISTED:
+        problems.append(f"{where or 'config'}: {len(unknown) - LISTED} more unknown keys")
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -97,6 +106,8 @@ def _read(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     """Return ``value`` as the type ``hint``, or add a problem."""
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, where, problems)
+    if is_typeddict(hint):
+        return _read_open_section(value, hint, where, problems)
     return _READERS[get_origin(hint) or hint](value, hint, where, problems)
 
 
@@ -111,15 +122,23 @@ def _read_exactly(value: Any, hint: Any, where: str, problems: list[str]) -> Any
     return value
 
 
-def _read_integer(value: Any, hint: Any, where: str, problems: list[str]) -> int:
-    if type(value) is int and abs(value) < 2**63:  # what tensors can hold
+def _read_text(value: Any, hint: Any, where: str, problems: list[str]) -> str:
+    if type(value) is not str:
+        problems.append(_mismatch(value, hint, where))
+    elif letter := no_letter(value):
+        problems.append(f"{where or 'content'}: expected text, got {letter}, in {shown(value)}")
+    return value
+
+
+def _read_whole_number(value: Any, hint: Any, where: str, problems: list[str]) -> int:
+    if type(value) is int and abs(value) < MAX_WHOLE:
         return value
-    problems.append(_mismatch(value, hint, where))
+    problems.append(_mismatch(value, hint, where) + (", which is too large" if type(value) is int else ""))
     return 0
 
 
 def _read_number(value: Any, hint: Any, where: str, problems: list[str]) -> float:
-    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not, either
+    if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # false for NaN
         return float(value)
     problems.append(_mismatch(value, hint, where))
     return 0.0
@@ -137,8 +156,8 @@ def _read_annotated(value: Any, hint: Any, where: str, problems: list[str]) -> A
 
 def _read_literal(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     options = get_args(hint)
-    if value not in options:
-        problems.append(_mismatch(value, hint, where) + _closest(str(value), map(str, options)))
+    if not any(value == option and type(value) is type(option) for option in options):
+        problems.append(_mismatch(value, hint, where) + closest(str(value), map(str, options)))
     return value
 
 
@@ -162,6 +181,19 @@ def _read_section(value: Any, hint: Any, where: str, problems: list[str]) -> dic
     return section
 
 
+def _read_open_section(value: Any, hint: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """Return a section with the keys of a TypedDict read, and all others as they are."""
+    section = _read_section(value, dict[str, Any], where, problems)
+    for key, kind in get_type_hints(hint, include_extras=True).items():
+        optional = get_origin(kind) is NotRequired
+        kind = get_args(kind)[0] if optional else kind
+        if key in section:
+            section[key] = _read(section[key], kind, join_keys(where, key), problems)
+        elif not optional:
+            problems.append(f"{join_keys(where, key)}: missing (expected {_describe(kind)})")
+    return section
+
+
 def _read_union(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     """Return ``value`` as the first option that it fits."""
     options = list(get_args(hint))
@@ -171,26 +203,30 @@ def _read_union(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             return None
     if len(options) == 1:
         return _read(value, options[0], where, problems)
+    told: list[str] = []
     for option in options:
         attempt: list[str] = []
         result = _read(value, option, where, attempt)
         if not attempt:
             return result
-    problems.append(_mismatch(value, hint, where))
+        if attempt != [_mismatch(value, option, where)]:  # more than that the type is another
+            told += attempt
+    problems += told or [_mismatch(value, hint, where)]
     return None
 
 
 _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
     Any: _read_any,
     bool: _read_exactly,
-    int: _read_integer,
-    str: _read_exactly,
+    int: _read_whole_number,
+    str: _read_text,
     float: _read_number,
     Annotated: _read_annotated,
     Literal: _read_literal,
     tuple: _read_items,
     list: _read_items,
     dict: _read_section,
+    Mapping: _read_section,
     Union: _read_union,
     types.UnionType: _read_union,
 }
@@ -198,10 +234,10 @@ _READERS: dict[Any, Callable[[Any, Any, str, list[str]], Any]] = {
 
 
 def _mismatch(value: Any, hint: Any, where: str) -> str:
-    return f"{where}: expected {_describe(hint)}, got {value!r}"
+    return f"{where or 'content'}: expected {_describe(hint)}, got {shown(value)}"
 
 
-_WORDS = {float: "number", int: "whole number", str: "text", bool: "true/false"}
+_WORDS = {float: "number", int: "whole number", str: "text", bool: "true/false", type(None): "null"}
 
 
 def _describe(hint: Any) -> str:
@@ -213,7 +249,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is Annotated:
         return _describe(args[0])
-    if origin is dict:
+    if origin in (dict, Mapping) or is_typeddict(hint) or dataclasses.is_dataclass(hint):
         return "a section of keys"
     if origin is None:
         return _WORDS.get(hint, str(hint))
@@ -222,4 +258,5 @@ def _describe(hint: Any) -> str:
 
 def join_keys(where: str, key: Any) -> str:
     """Return the dotted name of a key in the section ``where``."""
-    return f"{where}.{key}" if where else str(key)
+    word = shortened(str(key))
+    return f"{where}.{word}" if where else word

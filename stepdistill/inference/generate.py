@@ -1,6 +1,6 @@
 """``stepdistill generate``: from prompts or labels to a grid or single files, optionally beside the teacher's images.
 
-Image i is a function of (pipeline, seed, i, its prompt), up to rounding for every batch size. A single file records
+Image i is a function of (pipeline, seed, i, its prompt), the same for every batch size. A single file records
 how it was made as PNG text: ``prompt`` or ``class_label``, ``seed`` and ``index`` (``stepdistill generate`` repeats the
 image from both), ``generator_seed`` (for ``torch.Generator().manual_seed`` in diffusers), ``pipeline`` and, if there is
 one, ``negative_prompt``. A folder of such files with its ``metadata.jsonl`` is training data: LADD and other methods
@@ -29,7 +29,8 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
 from stepdistill.inference.grids import save_grid, to_pil
-from stepdistill.inference.sampling import Images, class_count, network_of, sample_images
+from stepdistill.inference.rows import network_of
+from stepdistill.inference.sampling import Images, class_count, sample_images
 from stepdistill.inference.solvers import teacher_pipeline
 from stepdistill.randomness import derive_seed
 

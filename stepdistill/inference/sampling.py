@@ -1,10 +1,9 @@
 """Images sampled from a pipeline, each a pure function of the set's seed and its own index.
 
-So a set depends neither on the batch size nor on the number of processes: every image has its own random generator, and
-the denoising network processes a fixed number of rows at a time (the number of rows selects the kernels of a linear
-layer or a convolution, and these the last bits). On one machine the images of a pixel pipeline are then equal to the
-last bit. Text encoders and decoders see batches as they come: fewer than one in 1,000 values of a latent pipeline may
-be one level off. Images are rounded to bytes, as in a file, before any metric is computed.
+So a set depends neither on the batch size nor on the number of processes: every image has its own random generator,
+which the noise of every step comes from (:mod:`stepdistill.export.generators`), and all networks process a fixed number
+of rows at a time (:mod:`stepdistill.inference.rows`). On one machine the images are then equal to the last bit. Images
+are rounded to bytes, as in a file, before any metric is computed.
 """
 
 from __future__ import annotations
@@ -14,25 +13,24 @@ import dataclasses
 import inspect
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from stepdistill.export.contract import contract_of
+from stepdistill.export.generators import handed_on
+from stepdistill.files.weights import naming
 from stepdistill.inference.grids import to_uint8
+from stepdistill.inference.rows import counted_rows, in_rows, network_of, rows_for
 from stepdistill.randomness import derive_seed
 
 ROWS = 16
 """Rows that the network processes at a time in an evaluation."""
-
-
-SHARED = ("img_ids", "txt_ids")
-"""Arguments of transformers that all rows share, whatever their length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +71,8 @@ def sample_images(
         precision: ``"bf16"`` runs the network under autocast.
         call: further arguments of the call, for example ``num_inference_steps``.
         first: index of the first image.
-        rows: number of rows that the network processes at a time, padded in smaller batches, so that the batch size
-            changes no bit of a pixel pipeline's images. None takes a batch as it comes; then a few pixels in 100,000
-            may be one level off, as with a latent pipeline's encoders and decoder in any case.
+        rows: number of rows that the networks process at a time, padded in smaller batches, so that the batch size
+            changes no bit; by default :func:`stepdistill.inference.rows.rows_for`.
         description: text of the progress bar.
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -84,8 +81,9 @@ def sample_images(
     prompts = None if captions is None else [captions[index % len(captions)] for index in range(first, stop)]
     pixels, seconds = [], []
     network = network_of(pipeline)
-    in_pieces = contextlib.nullcontext() if rows is None else fixed_rows(network, rows)
-    with counted_rows(network) as counted, in_pieces, autocast(device, precision):
+    with _named_failures(pipeline):
+        rows = rows_for(pipeline) if rows is None else rows
+    with counted_rows(network) as counted, in_rows(pipeline, rows), autocast(device, precision):
         for start in tqdm(range(first, stop, batch_size), desc=description, leave=False, dynamic_ncols=True):
             indices = range(start, min(start + batch_size, stop))
             condition = condition_of(
@@ -107,11 +105,21 @@ def _sample_batch(
     """Sample the images (B, C, H, W) of these indices as bytes, and return them with the seconds that it took."""
     generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
     began = time.perf_counter()
-    output = pipeline(**condition, generator=generators, output_type="np", **call).images
+    with handed_on(pipeline, generators), _named_failures(pipeline):
+        output = pipeline(**condition, generator=generators, output_type="np", **call).images
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     elapsed = time.perf_counter() - began
     return to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)), elapsed
+
+
+def _named_failures(pipeline: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a call that fails names the folder of the pipeline, if it was opened from one.
+
+    Settings that fit their weights may still not work together; only the call of the networks tells.
+    """
+    folder = getattr(pipeline, "name_or_path", None)
+    return naming(Path(folder), "a call of it fails") if folder else contextlib.nullcontext()
 
 
 def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: Sequence[str] | None) -> dict[str, Any]:
@@ -137,11 +145,6 @@ def cycle_labels(count: int, labels: Sequence[int]) -> Tensor:
     return torch.tensor(list(labels))[torch.arange(count) % len(labels)]
 
 
-def network_of(pipeline: Any) -> Any:
-    """Return the denoising network of a pipeline."""
-    return getattr(pipeline, "unet", None) or pipeline.transformer
-
-
 def class_count(pipeline: Any) -> int | None:
     """Return the number of class labels of a pipeline; None if it takes none."""
     if "class_labels" not in inspect.signature(type(pipeline).__call__).parameters:
@@ -152,55 +155,6 @@ def class_count(pipeline: Any) -> int | None:
     embedded = config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
     null_class = pipeline.config.get("null_class")
     return embedded if null_class is None or embedded is None else embedded - 1
-
-
-@contextlib.contextmanager
-def fixed_rows(network: torch.nn.Module, rows: int) -> Iterator[None]:
-    """Run ``network`` on exactly ``rows`` rows at a time inside the context; a shorter last piece repeats its last row.
-
-    Arguments of the batch's length are cut into pieces, and the outputs are concatenated.
-    """
-    original = network.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        batch = len(args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"])
-
-        def piece(start: int) -> Any:
-            index = torch.arange(start, start + rows).clamp(max=batch - 1)
-
-            def cut(leaf: Any) -> Any:
-                is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-                return leaf[index.to(leaf.device)] if is_batch else leaf
-
-            per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
-            cut_args, cut_kwargs = tree_map(cut, (args, per_row))
-            return original(*cut_args, **{**kwargs, **cut_kwargs})
-
-        outputs = [piece(start) for start in range(0, batch, rows)]
-        return tree_map(lambda *leaves: torch.cat(leaves)[:batch], *outputs)
-
-    network.forward = forward
-    try:
-        yield
-    finally:
-        del network.forward
-
-
-@contextlib.contextmanager
-def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Count the images that pass through a network, in a list of one number."""
-    rows = [0]
-
-    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        del module
-        first = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        rows[0] += len(first)
-
-    handle = network.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        handle.remove()
 
 
 def autocast(device: torch.device, precision: str) -> Any:

@@ -11,12 +11,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from stepdistill.diffusion.schedulers import noise_process, read_schedule
+from stepdistill.diffusion.reading import noise_process, read_schedule
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import load_teacher, locate
-from stepdistill.files.schema import nearest
+from stepdistill.families.hub import locate
+from stepdistill.families.loading import load_teacher
+from stepdistill.files.words import nearest
 
 SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heun")
 
@@ -40,7 +41,7 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
     )
 
     _, prediction_type = read_schedule(teacher)
-    if prediction_type in ("flow", "edm"):
+    if prediction_type in ("flow", "edm", "edm_v"):
         raise ValueError(f"solver: expected a teacher with betas, got {teacher.get('_class_name', 'none')!r}")
     process = noise_process(teacher)
     match name:

@@ -44,9 +44,9 @@ def _student_batch(
     cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
 
     def fresh(x: Tensor) -> Tensor:
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+        return family.later_noise(generators).to(x.device, x.dtype)
 
-    noise = fresh(torch.empty(len(indices), *family.sample_shape, device=device))
-    start = distiller.schedule.initial_noise(noise)
+    noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators])
+    start = distiller.schedule.initial_noise(noise.to(device))
     x0 = sample(distiller.result.conditioned(cond), distiller.sampler(), start, fresh)
     return family.decode(x0.float()), cond

@@ -6,7 +6,8 @@ import importlib
 import inspect
 import pkgutil
 
-from stepdistill.files.schema import ConfigError, nearest
+from stepdistill.files.schema import ConfigError
+from stepdistill.files.words import nearest
 from stepdistill.methods.base import Distiller
 
 

@@ -104,7 +104,7 @@ class ADD(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return ConsistencySampler(family.schedule, family.schedule.grid(config.steps))
+        return ConsistencySampler(family.schedule, family.schedule.renoising_grid(config.steps))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
@@ -127,7 +127,7 @@ class ADD(Distiller):
 
     def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the student's clean images (B, ...), and the times (B,) of its inputs."""
-        times = self.times(self.schedule.grid, self.config.steps, draws.device)
+        times = self.times(self.schedule.renoising_grid, self.config.steps, draws.device)
         t = times[draws.integers(0, self.config.steps)]
         x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
         return self.student(x_t, t, batch.cond).x0, t

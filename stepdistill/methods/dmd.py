@@ -64,7 +64,7 @@ class DMD(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return ConsistencySampler(family.schedule, family.schedule.grid(config.steps))
+        return ConsistencySampler(family.schedule, family.schedule.renoising_grid(config.steps))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

@@ -70,7 +70,7 @@ class DMD2(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        times = family.schedule.grid(config.steps).clone()
+        times = family.schedule.renoising_grid(config.steps).clone()
         times[0] = config.first_time
         return ConsistencySampler(family.schedule, times)
 

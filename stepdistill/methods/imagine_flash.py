@@ -105,7 +105,7 @@ class ImagineFlash(Distiller):
         """
         schedule, steps = family.schedule, config.steps
         alpha_1, _ = schedule(torch.ones(1))
-        exact = family.prediction_type not in ("epsilon", "edm") and alpha_1.item() < NO_SIGNAL
+        exact = family.prediction_type not in ("epsilon", "edm", "edm_v") and alpha_1.item() < NO_SIGNAL
         stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
         return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
 

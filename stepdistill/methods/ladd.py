@@ -71,7 +71,7 @@ class LADD(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return ConsistencySampler(family.schedule, family.schedule.grid(config.steps))
+        return ConsistencySampler(family.schedule, family.schedule.renoising_grid(config.steps))
 
     def build(self) -> None:
         config = self.config
@@ -95,7 +95,7 @@ class LADD(Distiller):
     def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the student's clean images (B, ...), and the times (B,) of its inputs."""
         boundaries = self.shares().cumsum(0).to(draws.device)[:-1]
-        times = self.times(self.schedule.grid, self.config.steps, draws.device)
+        times = self.times(self.schedule.renoising_grid, self.config.steps, draws.device)
         t = times[torch.searchsorted(boundaries, draws.uniform(), right=True)]
         x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
         return self.student(x_t, t, batch.cond).x0, t

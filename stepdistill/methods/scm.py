@@ -36,7 +36,8 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
-from stepdistill.diffusion.schedule import Karras, NoiseSchedule, Trig, expand
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.diffusion.trig import Trig
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt
 from stepdistill.methods.base import Distiller, Losses

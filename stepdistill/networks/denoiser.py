@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Denoiser:
         self.bank = bank
         self.role = role
         self.w = w
+        self.watch: Callable[[Tensor, Tensor], object] = lambda x_t, output: None
+        """Called with the input and the output of every call."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -44,7 +46,9 @@ class Denoiser:
         if w is None and self.w is not None:
             w = torch.full((len(x_t),), self.w, device=x_t.device)
         with self.bank.using(self.role) as network:
-            return self.family.call(network, x_t, t, cond, w=w, s=s)
+            output = self.family.call(network, x_t, t, cond, w=w, s=s)
+        self.watch(x_t, output)
+        return output
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None

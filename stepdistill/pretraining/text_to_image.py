@@ -79,7 +79,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
                 made.save_pretrained(folder / f"{name}.partial")
                 (folder / f"{name}.partial").replace(folder / name)
             accelerator.wait_for_everyone()
-        return cls.from_pretrained(folder / name)
+        return cls.from_pretrained(folder / name, use_safetensors=True)
 
     vae = part("vae", AutoencoderKL, functools.partial(train_vae, images, config.vae, accelerator))
     for name, seed in [("clip", config.clip.seed), ("judge", config.judge_seed)]:
@@ -87,7 +87,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
         part(name, CLIPModel, functools.partial(train_clip, images, captions, tokenizer, fitting, accelerator))
         tokenizer.save_pretrained(folder / name)
         image_processor(images.shape[-1]).save_pretrained(folder / name)
-    pipe = assemble(config, vae, CLIPTextModel.from_pretrained(folder / "clip"), tokenizer)
+    pipe = assemble(config, vae, CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True), tokenizer)
     train_unet(pipe, images, captions, config, accelerator, folder)
     return folder / "pipeline"
 

@@ -30,11 +30,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.files.schema import nearest
+from stepdistill.files.reading import read_json
+from stepdistill.files.schema import ConfigError, convert
+from stepdistill.files.words import nearest
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, found, verified or restored; the message names the file or the entry."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest tells about a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``."""
+
+    step: int
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,8 @@ class Checkpoint:
 
     path: Path
     step: int
-    state: dict[str, Any]
+    state: Any
+    """What ``state.json`` holds, as the type that the caller asked for."""
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Return the tensors of one group, on the CPU, with the dtypes and values they were saved with.
@@ -147,6 +167,14 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _prune(output_dir: Path, keep: int, spare: int | None) -> None:
+    """Remove what is old; the new checkpoint is safe, so an error is a warning, and the next save tries again."""
+    try:
+        _remove_old(output_dir, keep, spare)
+    except OSError as error:
+        warnings.warn(f"{output_dir}: an old checkpoint cannot be removed: {error}", stacklevel=3)
+
+
+def _remove_old(output_dir: Path, keep: int, spare: int | None) -> None:
     spared = None
     for path in _checkpoints(output_dir):
         if spare is not None and _step(path) <= spare:
@@ -161,8 +189,12 @@ def _prune(output_dir: Path, keep: int, spare: int | None) -> None:
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first; 1000 comes after 500."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    folders = filter(_is_checkpoint, output_dir.glob("checkpoint-*"))
     return sorted(folders, key=_step)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d{1,18}", path.name) is not None
 
 
 def _step(path: Path) -> int:
@@ -194,11 +226,15 @@ def _digest(manifest: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
+def latest_checkpoint(output_dir: str | Path, hint: Any = dict[str, Any]) -> Checkpoint | None:
     """Return the newest valid checkpoint of a run, or None if the run never completed one.
 
     An invalid one is renamed to ``*.corrupt`` with a warning that names the file at fault, and the next older one is
     tried. In a distributed run the main process calls this, and the others :func:`load_checkpoint` with its ``path``.
+
+    Args:
+        output_dir: the run's folder.
+        hint: the type of the state.
 
     Raises:
         CheckpointError: if there were checkpoints and none is valid. Only the user may decide to start afresh.
@@ -207,7 +243,7 @@ def latest_checkpoint(output_dir: str | Path) -> Checkpoint | None:
     problems = []
     for path in reversed(_checkpoints(output_dir)):
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, hint)
         except CheckpointError as error:
             problems.append(str(error))
             aside = _set_aside(path, "corrupt")
@@ -231,8 +267,8 @@ def set_aside_later(output_dir: Path, step: int) -> str:
     return f"{kept}; set aside: {', '.join(names)}" if names else kept
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Verify the checkpoint at ``path``, every byte of it, and return it.
+def load_checkpoint(path: str | Path, hint: Any = dict[str, Any]) -> Checkpoint:
+    """Verify the checkpoint at ``path``, every byte of it, and return it; its state is of the type ``hint``.
 
     Raises:
         CheckpointError: if it is missing or invalid, naming the first file at fault. There is no fallback.
@@ -243,33 +279,48 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         names = [checkpoint.name for checkpoint in _checkpoints(path.parent)]
         raise CheckpointError(f"{path}: {problem}{nearest(path.name, names)}")
     manifest = _read_manifest(path / "manifest.json")
-    for name, recorded in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if (size := file.stat().st_size) != recorded["size"]:
-            raise CheckpointError(f"{file}: expected {recorded['size']} bytes, got {size}")
-        if _sha256(file) != recorded["sha256"]:
-            raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(path, manifest["step"], state)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+    if _is_checkpoint(path) and _step(path) != manifest.step:
+        raise CheckpointError(f"{path}: its manifest is of step {manifest.step}; the folder was renamed")
+    for name, recorded in manifest.files.items():
+        _verify(path / name, recorded)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        intact = manifest.pop("sha256") == _digest(manifest)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
+        return Checkpoint(path, manifest.step, read_json(path / "state.json", hint))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _verify(file: Path, recorded: FileRecord) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing")
+    try:
+        if (size := file.stat().st_size) != recorded.size:
+            raise CheckpointError(f"{file}: expected {recorded.size} bytes, got {size}")
+        if _sha256(file) != recorded.sha256:
+            raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a complete manifest ({error})") from error
+    if content.pop("sha256", None) != _digest(content):
         raise CheckpointError(f"{path}: not a complete manifest (its own SHA-256 does not match)")
-    return manifest
+    try:
+        return convert(content, Manifest)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: not a complete manifest ({error.problems[0]})") from error
 
 
 def _set_aside(path: Path, why: str) -> Path:
     aside = path.with_name(f"{path.name}.{why}")
     if aside.exists():
         aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{why}")
-    return path.rename(aside)
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be renamed to {aside.name}: {error.strerror}") from error

@@ -13,7 +13,8 @@ from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
-from stepdistill.files.schema import ConfigError, build, nearest
+from stepdistill.files.schema import ConfigError, build
+from stepdistill.files.words import nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
 from stepdistill.training.optimizers import OptimConfig
@@ -40,10 +41,16 @@ class TrainConfig:
     keep: PositiveInt = 2
     """How many checkpoints are kept."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    nan_policy: Literal["raise", "skip"] = "raise"
+    """What happens when a loss or gradient is not finite: the run ends, or the step is left out, 10 times in 100 steps
+    at most."""
+    timeout: Annotated[float, Range(above=0, at_most=10**7)] = 1800.0
+    """Seconds that a process waits for the others, and longer than anything the main process does alone."""
 
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
+    "train.nan_policy", "train.timeout",
     "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip

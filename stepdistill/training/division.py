@@ -8,10 +8,10 @@ run may be resumed on another number of processes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from accelerate.logging import get_logger
 
+from stepdistill.files.ranges import PositiveInt
 from stepdistill.training.checkpoint import Checkpoint, CheckpointError
 
 logger = get_logger(__name__)
@@ -27,9 +27,9 @@ class Division:
         batch_size: samples of each of these.
     """
 
-    world: int
-    accumulation: int
-    batch_size: int
+    world: PositiveInt
+    accumulation: PositiveInt
+    batch_size: PositiveInt
 
     @property
     def total(self) -> int:
@@ -68,13 +68,12 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
     Raises:
         CheckpointError: if these processes cannot share the samples of a step.
     """
-    recorded: dict[str, Any] | None = checkpoint.state.get("division")
-    if recorded is None:
+    before: Division | None = checkpoint.state.division
+    if before is None:
         logger.warning(
             f"{checkpoint.path} does not tell by how many processes it was made; taken to be {configured.world}, as now"
         )
         return configured
-    before = Division(**recorded)
     if before.world == configured.world:
         return before
     division = configured.with_total(before.total)

@@ -36,7 +36,7 @@ class RunIdentity:
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs, and changed data."""
         before = dict(self.defaults)
-        for key, value in checkpoint.state["config"].items():
+        for key, value in checkpoint.state.config.items():
             before[RENAMED.get(key, key)] = value
         unknown = sorted(key for key in self.values.keys() - before.keys() if key.endswith(")"))  # as of versions
         if unknown:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, final
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
-from accelerate.utils import is_tensorboard_available, is_wandb_available
+from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +24,9 @@ from stepdistill.networks.launcher import ACCUMULATION, PRECISION, open_accelera
 from stepdistill.networks.sharding import gathered
 from stepdistill.training import fsdp
 from stepdistill.training.config import TrainConfig
+
+GRACE = 10.0
+"""Seconds by which the backend waits longer than ``train.timeout``."""
 
 
 class Parallelism(abc.ABC):
@@ -137,11 +141,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Precision, accumulation and the averaging of gradients are not left to it, because all accelerators of a session
     share one state, which a notebook or an earlier run may have set.
     """
+    # a little longer than the heartbeat waits, which can name the process that is silent
+    timeout = datetime.timedelta(seconds=config.timeout + GRACE)
     return open_accelerator(
         None if is_initialized() else "no",
         {PRECISION: config.precision, ACCUMULATION: str(config.accumulation)},
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
 
 

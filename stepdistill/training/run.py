@@ -19,10 +19,12 @@ from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.replacing import check_replaceable
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.loading import load_teacher, locate
-from stepdistill.files.writing import atomic_write
+from stepdistill.families.hub import locate
+from stepdistill.families.loading import load_teacher
+from stepdistill.files.writing import atomic_write, check_writable, writing_to
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -34,6 +36,7 @@ from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
+from stepdistill.training.heartbeat import naming_a_failed_start
 from stepdistill.training.identity import INVENTORY, RunIdentity, identify
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.parallelism import check_tracker, tracking
@@ -53,6 +56,7 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
+        check_replaceable(self.folder / "pipeline")
         check_environment()
         check_tracker(config.train.tracker)
         torch.manual_seed(config.train.seed)
@@ -101,10 +105,12 @@ class Run:
 
     def train(self) -> Path:
         """Train, export, and return the pipeline's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trainer = self.trainer()
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with naming_a_failed_start():
+            trainer = self.trainer()
         is_main_process = trainer.accelerator.is_main_process
-        with RunLock(self.folder) if is_main_process else contextlib.nullcontext():
+        with RunLock(self.folder) if is_main_process else contextlib.nullcontext(), trainer.watched():
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
                 self._write_config(trainer.identity)
@@ -121,10 +127,12 @@ class Run:
     def _write_config(self, identity: RunIdentity) -> None:
         if self.links:
             check_links(self.folder)
-        with atomic_write(self.folder / "config.yaml") as partial:
+        path = self.folder / "config.yaml"
+        with writing_to(path), atomic_write(path) as partial:
             partial.write_text(configuration.to_yaml(self.config.as_sections()))
         if identity.data.parts:
-            identity.data.write(self.folder / INVENTORY)
+            with writing_to(self.folder / INVENTORY):
+                identity.data.write(self.folder / INVENTORY)
 
     def _end_stage(self, trainer: Trainer, stage: Stage) -> None:
         cost = trainer.total_cost()
@@ -148,6 +156,7 @@ class Run:
 
     def export_checkpoint(self, folder: Path) -> Path:
         """Write the student of the run's newest checkpoint."""
+        check_output(folder, self.config)
         trainer = self.trainer()
         trainer.restore()
         if trainer.step == 0:
@@ -218,7 +227,17 @@ def distill(
         "train": {"steps": 2000, **sections.pop("train", {}), "output_dir": str(output_dir)},
         **sections,
     }
+    check_writable(Path(output_dir))
     return Run(resolve(mapping)).train()
+
+
+def check_output(folder: Path, config: RunConfig) -> None:
+    """Raise ``ValueError`` if an export to ``folder`` would replace something other than an export.
+
+    That is: files of the user's, the run itself, its teacher, or the student that it started from.
+    """
+    used = (config.train.output_dir, config.teacher.path, config.bank.init_from)
+    check_replaceable(folder, tuple(path for path in used if path is not None))
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:

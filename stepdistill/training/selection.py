@@ -7,19 +7,21 @@ optimistic, so the contract of an export tells how it was selected; measure a fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.reading import parse_json
+from stepdistill.files.writing import atomic_write, writing_to
 from stepdistill.networks.sharding import write
 
 DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
@@ -27,6 +29,15 @@ DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
 
 
 FILE = "best.safetensors"
+
+REMEDY = "remove it, and the best student is chosen anew from there on"
+
+
+class Kept(NamedTuple):
+    """What the file holds."""
+
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 class BestStudent:
@@ -52,7 +63,8 @@ class BestStudent:
         if best is not None and self._comparable(best, metric) and best["value"] <= values[metric]:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        with atomic_write(self.path) as partial:
+        record["sha256"] = _digest(tensors)
+        with writing_to(self.path), atomic_write(self.path) as partial:
             save_file(tensors, partial, metadata={"record": json.dumps(record)})
 
     def _comparable(self, record: Mapping[str, Any], metric: str) -> bool:
@@ -64,17 +76,49 @@ class BestStudent:
         """Return step, value and metric of the student kept from ``stage``, and what it was measured on; or None."""
         if not self.path.is_file():
             return None
-        with safe_open(self.path, framework="pt") as file:
-            record = json.loads(file.metadata()["record"])
-        return record if record["stage"] == stage else None
+        record = self._read().record
+        return record if record.get("stage") == stage else None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if a student was kept whose file is damaged."""
+        if self.path.is_file():
+            self._read()
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Write the kept student into ``weights``."""
-        kept = load_file(self.path)
+        kept = self._read().tensors
+        for name, tensor in weights.items():
+            if name not in kept or kept[name].shape != tensor.shape:
+                raise ValueError(f"{self.path}: {name} is missing or of another shape; {REMEDY}")
         for name, tensor in weights.items():
             write(tensor, kept[name])
+
+    def _read(self) -> Kept:
+        """Read the whole file, so that damage is found before hours of training and not after them."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                text = (file.metadata() or {})["record"]
+            tensors = load_file(self.path)
+        except KeyError:
+            raise ValueError(f"{self.path}: expected a student that a run kept, got other weights; {REMEDY}") from None
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path}: cannot be read: {error}; {REMEDY}") from error
+        record = parse_json(text, str(self.path))
+        if not {"stage", "step", "value", "metric"} <= record.keys():
+            raise ValueError(f"{self.path}: its record lacks stage, step, value or metric; {REMEDY}")
+        if record.pop("sha256", None) not in (None, _digest(tensors)):
+            raise ValueError(f"{self.path}: the content has changed since it was written (SHA-256 differs); {REMEDY}")
+        return Kept(record, tensors)
 
     def forget(self) -> None:
         """Remove the student that another run left in the folder."""
         self.path.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -21,24 +21,26 @@ from tqdm.auto import tqdm
 from stepdistill.batch import Batch
 from stepdistill.data.base import Dataset
 from stepdistill.data.loader import loader
+from stepdistill.files.writing import writing_to
 from stepdistill.inference.grids import save_grid
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller, Stage, Turn
 from stepdistill.networks.bank import EMA, STUDENT
 from stepdistill.randomness import Draws, derive_seed
-from stepdistill.training.checkpoint import save_checkpoint, set_aside_later
+from stepdistill.training.checkpoint import save_checkpoint
 from stepdistill.training.config import RunConfig
 from stepdistill.training.cost import TrainingCost, counted, over_processes
 from stepdistill.training.division import Division, resumed_division
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.fsdp import split_shards
-from stepdistill.training.guards import DivergenceError, DivergenceGuard, FiniteGuard, patience_of
+from stepdistill.training.guards import POLICIES, FiniteGuard, SkippedStepError
+from stepdistill.training.heartbeat import Heartbeat, naming_the_lost
 from stepdistill.training.identity import RunIdentity
-from stepdistill.training.interruption import INTERRUPTED, StopSignal
-from stepdistill.training.metrics_log import MetricsLog
+from stepdistill.training.interruption import ECHO, Agreement, StopSignal, exit_code
 from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
 from stepdistill.training.parallelism import choose_parallelism, make_accelerator
-from stepdistill.training.run_state import load_weights, newest_checkpoint, trained_weights
+from stepdistill.training.reporting import Reporter, show
+from stepdistill.training.run_state import SavedState, load_weights, newest_checkpoint, trained_weights
 
 logger = get_logger(__name__)
 
@@ -86,40 +88,67 @@ class Trainer:
         """This process's share; the main process's includes what the run had cost before it was resumed."""
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
-        self.log = MetricsLog(self.folder)
-        self.unwritten: dict[str, Tensor] = {}
-        """The newest scalars of every turn since the last row of the log, still on the device."""
-        self.guard = FiniteGuard(self.device)
-        self.divergence = DivergenceGuard(patience_of(self.config.steps))
-        self.stop = StopSignal()
+        self.reporter = Reporter(self.accelerator, self.folder, self.config.steps)
+        self.guard = FiniteGuard(self.device, dataset.name)
+        self.nan = POLICIES[self.config.nan_policy](self.guard)
+        distiller.teacher.watch = self.guard.watch_teacher
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.stop = StopSignal(echo=ECHO if world > 1 else 0.0)
+        self.agreement = Agreement(self.accelerator, self.config.log_every)
+        self.heartbeat = Heartbeat(self.folder, rank, world, self.config.timeout)
 
     # ------------------------------------------------------------------------------------------------ the loop
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch the other processes and the data workers: if one is lost, end with a sentence that names it.
+
+        Raises:
+            LostProcessError: writing_to it.
+        """
+        with self.heartbeat, naming_the_lost(self.heartbeat):
+            yield
 
     def run(self, start: Position) -> Generator[Stage]:
         """Train from ``start``, where :meth:`restore` put the run, to the end; yield every stage when it is finished.
 
         Raises:
-            SystemExit: after a SIGTERM, when the step is finished and saved.
+            SystemExit: after a signal, when the step is finished and saved, with 128 + the signal's number.
         """
         stages = self.distiller.stages(self.config.steps)
-        self._resume_log()
+        self.reporter.resume(self.step)
         if self.step == 0 and self.accelerator.is_main_process:
             self.evaluation.best.forget()
         batches = self._batches()
         first, done = start
-        with self._progress(stages) as progress, self.stop:
+        total = sum(stage.steps for stage in stages)
+        with self.reporter.progress(total, self.step) as progress, self.stop:
             for index, stage in enumerate(stages[first:], start=first):
                 self.distiller.stage = stage
                 if done == 0:
                     self._begin_stage()
                 for step_in_stage in range(done, stage.steps):
                     with counted(self.distiller.bank, self.cost):
-                        logs = self._step(step_in_stage, [next(batches) for _ in range(self.division.accumulation)])
-                        self.step += 1
-                        self._report(logs, step_in_stage + 1, progress)
+                        self._train_on(step_in_stage, [next(batches) for _ in range(self.division.accumulation)])
+                        self._report(step_in_stage + 1, progress)
                     self._after_step(Position(index, step_in_stage + 1))
                 done = 0
+                self.guard.raise_if_tripped()
                 yield stage
+
+    def _train_on(self, step_in_stage: int, batches: list[Batch]) -> None:
+        """Train one step, or leave it out if it is not finite and the policy says so."""
+        self.heartbeat.advance()
+        try:
+            self.reporter.collect(self._step(step_in_stage, batches))
+        except SkippedStepError as skipped:
+            logger.warning(f"skipped: {skipped}")
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.cost.steps += 1
+        for batch in batches:
+            self.cost.images += batch.size
 
     def _begin_stage(self) -> None:
         self.distiller.begin_stage()
@@ -139,9 +168,6 @@ class Trainer:
             # a young average follows closely, so that it forgets the weights it started from
             keep = min(self.config.ema, (1 + step_in_stage) / (10 + step_in_stage))
             self.distiller.bank.blend(EMA, STUDENT, keep)
-        self.cost.steps += 1
-        for batch in batches:
-            self.cost.images += batch.size
         return logs
 
     def _move(self, turn: Turn, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
@@ -153,6 +179,7 @@ class Trainer:
         logs[f"{turn.name}/grad_norm"] = self.parallelism.clip(turn.params, optim.clip)
         scalars = {name: value for name, value in logs.items() if value.ndim == 0}
         flag = self.guard.check(self.step, turn.name, scalars)
+        self.nan.before_move(self.step)
         optimizer.found_inf = flag  # type: ignore[attr-defined]  # the step is skipped while it is 1
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(step_in_stage, self.distiller.stage.steps)
@@ -203,60 +230,44 @@ class Trainer:
             num_workers=self.data.num_workers,
         )
         for raw in raw_batches:
-            yield self.dataset.encode(self.distiller.family, raw).to(self.device)
+            self.guard.note_samples(self.step, raw.indices)
+            batch = self.dataset.encode(self.distiller.family, raw).to(self.device)
+            self.guard.watch_data(
+                [*batch.cond.values()] if batch.images is None else [batch.images, *batch.cond.values()]
+            )
+            self.heartbeat.advance()
+            yield batch
 
     # --------------------------------------------------------------------------------------- logging and saving
 
-    def _report(self, logs: dict[str, Tensor], done: int, progress: tqdm) -> None:
+    def _report(self, done: int, progress: tqdm) -> None:
         due = self.step % self.config.log_every == 0 or self.step == self.config.steps
         if self.device.type == "cpu" or due:
             self.guard.raise_if_tripped()
         progress.update()
-        self.unwritten |= logs  # a turn that rests on this very step moved on an earlier one
         if due:
-            self._log(self.unwritten, done, progress)
-            self.unwritten = {}
-
-    def _log(self, logs: dict[str, Tensor], done: int, progress: tqdm) -> None:
-        stage, shown = self.distiller.stage, {}
-        values = {name: round(float(value), 6) for name, value in logs.items()}
-        lrs = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        self._write_row(values | lrs)
-        self._check_divergence(values)
-        for name, value in values.items():
-            if "grad_norm" not in name:
-                shown[name.replace("/", " ")] = f"{value:.4g}"
-        progress.set_description(f"{stage.name} {done}/{stage.steps}")
-        progress.set_postfix(shown)
-
-    def _write_row(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.step)
-        if self.accelerator.is_main_process:
-            self.log.append(self.step, self.distiller.stage.name, values)
-
-    def _check_divergence(self, values: dict[str, float]) -> None:
-        """Stop a run that has diverged, and leave the last checkpoint from before as the newest."""
-        try:
-            self.divergence.check(self.step, values)
-        except DivergenceError as error:
-            if not self.accelerator.is_main_process:
-                raise
-            good = self.divergence.good_until
-            assert good is not None
-            raise DivergenceError(f"{error}. {set_aside_later(self.folder, good)}") from None
+            rates = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+            stage = self.distiller.stage
+            values = self.reporter.write(self.step, stage, rates | self.nan.logged())
+            show(progress, f"{stage.name} {done}/{stage.steps}", values)
 
     def _after_step(self, position: Position) -> None:
         config, finished = self.config, self.step == self.config.steps
-        if self.step % config.sample_every == 0 or finished:
+        samples = self.step % config.sample_every == 0 or finished
+        measures = self.evaluation.is_due(self.step, finished=finished)
+        stop = self.agreement.on(self.step, self.stop.received)
+        saves = self.step % config.save_every == 0 or finished or bool(stop)
+        if samples or measures or saves:
+            self.guard.raise_if_tripped()  # so that every checkpoint is from before a number that is not finite
+        if samples:
             self._sample()
-        if self.evaluation.is_due(self.step, finished=finished):
+        if measures:
             self._measure()
-        stop = self._any_stop_requested()
-        if self.step % config.save_every == 0 or finished or stop:
+        if saves:
             self._save(position)
         if stop and not finished:
             logger.warning(f"stopped by a signal after step {self.step}; run the same command again to go on")
-            raise SystemExit(INTERRUPTED)
+            raise SystemExit(exit_code(stop))
 
     def _sample(self, count: int = 32) -> None:
         """Write a grid of the result role's samples, from fixed noise and conditions."""
@@ -265,41 +276,36 @@ class Trainer:
         with self.parallelism.autocast():
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
         if self.accelerator.is_main_process:
-            save_grid(images.pixels / 255, self.folder / "samples" / f"step-{self.step:06d}.png")
+            path = self.folder / "samples" / f"step-{self.step:06d}.png"
+            with writing_to(path):
+                save_grid(images.pixels / 255, path)
 
     def _measure(self) -> None:
         """Log the metrics of the result role, and keep its weights if they are the best so far."""
         values = self.evaluation.measure(self.distiller) if self.parallelism.participates else {}
-        self._write_row({f"eval/{name}": value for name, value in values.items()})
+        self.reporter.write_row(
+            self.step, self.distiller.stage, {f"eval/{name}": value for name, value in values.items()}
+        )
         weights = self.parallelism.gather(self.result_weights())
         if self.accelerator.is_main_process:
             self.evaluation.best.offer(self.distiller.stage.name, self.step, values, weights)
         self.accelerator.wait_for_everyone()
 
-    def _any_stop_requested(self) -> bool:
-        """Whether any process was asked to stop; several processes ask each other on the steps that they log."""
-        if self.accelerator.num_processes == 1:
-            return self.stop.requested
-        if self.step % self.config.log_every:
-            return False
-        asked = torch.tensor(float(self.stop.requested), device=self.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum").item())
-
     def _save(self, position: Position) -> None:
         groups = {"weights": self.parallelism.gather(trained_weights(self.distiller))}
         for name, optimizer in self.optimizers.items():
             groups[f"optimizer-{name}"] = self.parallelism.gather(optimizer_tensors(optimizer))
-        state = {
-            "stage": position.stage,
-            "stage_name": self.distiller.stage.name,
-            "done": position.step_in_stage,
-            "cost": dataclasses.asdict(self.total_cost()),
-            "division": dataclasses.asdict(self.division),
-            "config": self.identity.values,
-        }
+        divergence = self.reporter.divergence
+        state = SavedState(
+            stage=position.stage, stage_name=self.distiller.stage.name, done=position.step_in_stage,
+            cost=self.total_cost(), division=self.division, config=self.identity.values, signs=divergence.since,
+            skipped=self.nan.recent, skipped_in_all=self.nan.total,
+        )  # fmt: skip
         if self.accelerator.is_main_process:
-            spare = self.divergence.good_until
-            save_checkpoint(self.folder, self.step, groups, state, keep=self.config.keep, spare=spare)
+            save_checkpoint(
+                self.folder, self.step, groups, dataclasses.asdict(state), keep=self.config.keep,
+                spare=divergence.good_until,
+            )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> Position:
@@ -313,33 +319,21 @@ class Trainer:
             return Position()
         self.identity.check(checkpoint)
         self.division = resumed_division(checkpoint, self.division)
-        position = Position(checkpoint.state["stage"], checkpoint.state["done"])
-        self.distiller.stage = self.distiller.stages(self.config.steps)[position.stage]
-        load_weights(self.distiller, checkpoint.tensors("weights"))
+        state, stages = checkpoint.state, self.distiller.stages(self.config.steps)
+        state.check(checkpoint, stages)
+        self.distiller.stage = stages[state.stage]
+        load_weights(self.distiller, checkpoint.tensors("weights"), str(checkpoint.path))
         for name, turn in self.distiller.turns.items():
             self.optimizers[name] = self._make_optimizer(turn)
             restore_optimizer(self.optimizers[name], checkpoint.tensors(f"optimizer-{name}"))
         self.step = checkpoint.step
+        self.nan = POLICIES[self.config.nan_policy](self.guard, state.skipped, state.skipped_in_all)
+        self.reporter.divergence.resume(state.signs)
         if self.accelerator.is_main_process:
-            # checkpoints from before costs were kept have none: counting starts from zero
-            self.cost = TrainingCost(**checkpoint.state.get("cost", {}))
+            self.cost = state.cost
+            self.evaluation.best.check()
         logger.info(f"resuming from {checkpoint.path} at step {self.step}")
-        return position
-
-    def _resume_log(self) -> None:
-        """Forget what was logged after the checkpoint; the divergence guard sees the remaining rows once more."""
-        if not self.accelerator.is_main_process:
-            return
-        for row in self.log.cut_after(self.step):
-            values = {name: value for name, value in row.items() if name.partition("/")[0] in self.distiller.turns}
-            self.divergence.check(row["step"], values)
-
-    @contextlib.contextmanager
-    def _progress(self, stages: list[Stage]) -> Iterator[tqdm]:
-        total = sum(stage.steps for stage in stages)
-        disable = not self.accelerator.is_local_main_process
-        with tqdm(total=total, initial=self.step, disable=disable, dynamic_ncols=True) as bar:
-            yield bar
+        return Position(state.stage, state.done)
 
     def result_weights(self) -> dict[str, Tensor]:
         """Return the tensors of the role that is measured and exported."""

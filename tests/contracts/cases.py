@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,6 @@ from stepdistill.training.trainer import Trainer
 BANKS = ("copy", "adapter")
 STEPS = 4
 """Training steps of a small run."""
-HANDED = {"pixel", "sd", "sdxl", "pixart", "sana"}
-"""Families whose pipelines hand their generator to the scheduler."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -181,11 +180,6 @@ def train_student(
     return run
 
 
-def family_of(run: Run) -> str:
-    """The name of a run's family."""
-    return type(run.family).__module__.rpartition(".")[2]
-
-
 def make_run(folder: Path, method: str, bank: str = "copy", **train: Any) -> Run:
     return Run(resolve(sections(folder, teacher_for(method), method, bank, **train)))
 
@@ -206,7 +200,7 @@ def stopping_after(step: int) -> Iterator[None]:
     original = Trainer._step
 
     def ask(self: Trainer, *args: Any) -> dict[str, Tensor]:
-        self.stop.requested |= self.step + 1 == step
+        self.stop.received |= signal.SIGTERM * (self.step + 1 == step)
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -229,26 +223,35 @@ def weights(run: Run) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in run.distiller.state_dict().items()}
 
 
+def generators(count: int, seed: int) -> list[torch.Generator]:
+    """One generator an image."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
 @torch.no_grad()
 def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) -> Tensor:
-    """What the trainer's sampler makes of the result, from the noise that a pipeline draws with this seed.
+    """What the trainer's sampler makes of the result, from the noise that a pipeline draws with these generators.
 
-    Not every pipeline hands its generator to its scheduler: the others' later noise is the global generator's.
+    Not every stock pipeline hands them to its scheduler: without, later noise is the global generator's.
     """
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed + 1)
+    own = generators(count, seed)
 
     def noise(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator)
+        return torch.stack([torch.randn(x.shape[1:], generator=one) for one in own])
+
+    def later(x: Tensor) -> Tensor:
+        seen = as_seen(family, x)
+        return as_latents(family, noise(seen) if handed else torch.randn(seen.shape))
 
     family, distiller = run.distiller.family, run.distiller
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
+    torch.manual_seed(seed + 1)
     return family.decode(
         sample(
             distiller.result.conditioned(family.example_cond(range(count))),
             distiller.sampler(),
             start,
-            noise if handed else lambda x: as_latents(family, torch.randn(as_seen(family, x).shape)),
+            later,
         )
     )
 
@@ -264,11 +267,10 @@ def as_latents(family: Family, x: Tensor) -> Tensor:
 
 
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:
-    """Images (B, C, H, W) of a pipeline for the family's example conditions."""
+    """Images (B, C, H, W) of a pipeline for the family's example conditions; nothing else is seeded."""
     pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(seed + 1)  # for pipelines that do not hand the generator to their scheduler
-    asked, generator = asked_of(family, count), torch.Generator().manual_seed(seed)
-    images = pipeline(**asked, generator=generator, output_type="np", **options).images
+    asked = asked_of(family, count)
+    images = pipeline(**asked, generator=generators(count, seed), output_type="np", **options).images
     return torch.from_numpy(np.asarray(images)).movedim(-1, 1)
 
 

@@ -33,8 +33,8 @@ def job(
     contract = read_contract(export)
     call = {**asked_of(family, count), **contract.call, **options}
     return {
-        "export": str(export), "own_code": contract.own_code, "call": call, "seed": seed,
-        "output": str(export / output), "teacher": teacher,
+        "export": str(export), "own_code": contract.own_code, "call": call, "seed": seed, "count": count,
+        "seeds_globally": not family.hands_generators_on, "output": str(export / output), "teacher": teacher,
     }  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 
 from stepdistill import load_pipeline
 from stepdistill.batch import RawBatch
+from stepdistill.diffusion.reading import noise_process
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
-from stepdistill.diffusion.schedulers import noise_process
 from stepdistill.export.contract import call_arguments
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux

@@ -1,7 +1,7 @@
 """Every family's students where there is no stepdistill: whole and as a LoRA file, the images of our sampler."""
 
 import pytest
-from contracts.cases import BANKS, HANDED, family_of, pipeline_images, reference_images, train_student
+from contracts.cases import BANKS, pipeline_images, reference_images, train_student
 from contracts.stock import job, read_images
 
 from stepdistill import load_pipeline
@@ -38,7 +38,7 @@ def has_lora(run):
 @every_student
 def test_stock_diffusers_alone_makes_the_images_of_our_sampler(students, name, bank):
     run = students[name, bank]
-    images, handed = read_images(run.folder / "pipeline"), family_of(run) in HANDED
+    images, handed = read_images(run.folder / "pipeline"), run.family.hands_generators_on
     assert (images - reference_images(run, 3, seed=5, handed=handed)).abs().max() < 1e-5
     assert images.std() > 0.01
 
@@ -47,7 +47,7 @@ def test_stock_diffusers_alone_makes_the_images_of_our_sampler(students, name, b
 def test_load_pipeline_samples_so_by_itself(students, name, bank):
     run = students[name, bank]
     bare = pipeline_images(load_pipeline(run.folder / "pipeline"), run.family, 3, seed=5)
-    assert (bare - read_images(run.folder / "pipeline")).abs().max() < 1e-5
+    assert (bare - reference_images(run, 3, seed=5)).abs().max() < 1e-5
 
 
 @every_student

@@ -20,8 +20,9 @@ class Absent:
 
 def generate_images(pipeline, job, output):
     pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(job["seed"] + 1)  # for pipelines that do not hand the generator to their scheduler
-    generator = torch.Generator().manual_seed(job["seed"])
+    if job["seeds_globally"]:  # as the model card says
+        torch.manual_seed(job["seed"] + 1)
+    generator = [torch.Generator().manual_seed(job["seed"] + index) for index in range(job["count"])]
     np.save(output, pipeline(**job["call"], generator=generator, output_type="np").images)
 
 

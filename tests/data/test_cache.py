@@ -92,6 +92,7 @@ def test_a_stopped_cache_goes_on_where_it_was(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
+    """RELIABILITY row 31: another VAE, text encoder, scale, fit, data."""
     family = SD.tiny()
     data = {"name": "images", "path": str(save_images(family, tmp_path / "i.npz")), "batch_size": 4}
     section = build(DataConfig, cached(family, tmp_path / "a", data))

@@ -15,6 +15,7 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.inventory import Inventory, take_inventory
 from stepdistill.training.checkpoint import Checkpoint
+from stepdistill.training.run_state import SavedState
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
@@ -134,7 +135,8 @@ def test_a_checkpoint_that_does_not_tell_its_data_is_resumed_with_one_note(tmp_p
 
     config = {key: value for key, value in trainer.identity.values.items() if key != "data (files)"}
     with caplog.at_level(logging.WARNING):
-        trainer.identity.check(Checkpoint(tmp_path / "checkpoint-1", 1, {"config": config}))
+        state = SavedState(stage=0, stage_name="train", done=1, config=config)
+        trainer.identity.check(Checkpoint(tmp_path / "checkpoint-1", 1, state))
     (message,) = caplog.messages
     assert message.endswith("checkpoint-1 does not tell its data (files); taken to be as now")
 

@@ -7,9 +7,10 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_den
 
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import to_prediction
+from stepdistill.diffusion.reading import read_discrete_vp
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, rollout, sample
 from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
-from stepdistill.diffusion.schedulers import read_discrete_vp, to_diffusers
+from stepdistill.diffusion.schedulers import to_diffusers
 
 vp_teachers = pytest.mark.parametrize(
     ("process", "prediction_type"),
@@ -63,6 +64,16 @@ def test_vp_samplers_equal_their_diffusers_twins(rule, process, prediction_type,
     schedule = read_discrete_vp(teacher.config)
     sampler = rule(schedule, schedule.grid(steps))
     assert_twins(sampler, to_diffusers(sampler, teacher.config), prediction_type, num_inference_steps=steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 7, 38])
+@pytest.mark.parametrize("total", [1000, 999])
+def test_renoising_takes_any_number_of_steps_on_the_grid_that_lcm_picks(total, steps):
+    process = {"num_train_timesteps": total, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+    schedule = read_discrete_vp(process)
+    sampler = ConsistencySampler(schedule, schedule.renoising_grid(steps))
+    assert_twins(sampler, to_diffusers(sampler, process), "v_prediction", num_inference_steps=steps)
+    assert total % steps or torch.equal(sampler.times, schedule.grid(steps))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -10,8 +10,9 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, three_clust
 
 from stepdistill.diffusion.ode import ode_step, transfer
 from stepdistill.diffusion.prediction import to_prediction
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, Trig
-from stepdistill.diffusion.schedulers import read_discrete_vp
+from stepdistill.diffusion.reading import read_discrete_vp
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.diffusion.trig import Trig
 
 TIMES = torch.linspace(0, 1, 129, dtype=torch.float64)
 INSIDE = torch.linspace(0.1, 0.7, 13, dtype=torch.float64)  # log-SNRs that every schedule has

@@ -23,7 +23,8 @@ from stepdistill.evaluation.sources import FileSource, PipelineSource, read_capt
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
-from stepdistill.inference.sampling import Images, class_count, fixed_rows, sample_images
+from stepdistill.inference.rows import fixed_rows
+from stepdistill.inference.sampling import Images, class_count, sample_images
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
 EVERYTHING = (
@@ -92,6 +93,22 @@ def plain(result):
 
 
 # ------------------------------------------------------------------------------------- the same, however it is run
+
+
+def test_samples_of_guided_diffusion_give_the_number_of_our_own_files(tmp_path, network):
+    """REPORTS 19: ``arr_0`` and ``arr_1``, as the images that are measured and as the reference."""
+    numbers = []
+    for name in ("ours", "adm"):
+        for role, seed in (("real", 0), ("made", 1)):
+            with np.load(archive(tmp_path / f"{name}-{role}.npz", seed=seed)) as arrays:
+                images, labels = arrays["images"], arrays["labels"]
+            if name == "adm":
+                np.savez(tmp_path / f"adm-{role}.npz", images[..., None], labels)
+        opened = MetricSuite.open(str(network), str(tmp_path / f"{name}-real.npz"))
+        result = evaluate_files(ImageSet(tmp_path / f"{name}-made.npz"), opened, ("fd", "accuracy", "precision_recall"))
+        numbers.append([result[key] for key in ("fd", "accuracy", "precision", "recall")])
+        assert opened.reference.about["kind"] == "images" and len(opened.reference.labels) == 120
+    assert numbers[0] == numbers[1] and numbers[0][0] > 0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
@@ -267,9 +284,11 @@ def test_flops_of_known_layers_are_two_a_multiply_add(monkeypatch):
 
 
 def test_a_result_holds_what_its_numbers_depend_on(suite):
+    """RELIABILITY row 33: the result records the number of images, the feature network's hash and its resizing."""
     result = evaluate_pipeline(pipeline(), suite, count=10)
     setting, subject = result["setting"], result["subject"]
     assert setting["num_samples"] == 10 and setting["features"]["sha256"] == suite.features.sha256
+    assert "preprocessing" in setting["features"]
     assert setting["reference"]["images"] == 120 and len(setting["reference"]["sha256"]) == 64
     assert {"torch", "diffusers", "stepdistill", "python"} <= setting["versions"].keys()
     assert subject["scheduler"] == "DDIMScheduler" and len(subject["weights_sha256"]) == 64
@@ -398,6 +417,7 @@ def test_images_that_differ_are_named(tmp_path, size, mode, named):
 
 
 def test_samples_unlike_the_reference_are_refused(tmp_path, network):
+    """RELIABILITY row 33: images of another size."""
     other = MetricSuite.open(str(network), str(archive(tmp_path / "big.npz", size=16)))
     with pytest.raises(ValueError, match="images are 8x8 grey, the reference's are 16x16 grey: give --size"):
         evaluate_pipeline(pipeline(), other, count=4)

@@ -1,5 +1,6 @@
 """Every metric against something that shares no code with it: torchmetrics, scipy, a naive formula, a closed form."""
 
+import json
 import math
 
 import numpy as np
@@ -298,6 +299,7 @@ def test_our_reference_statistics_come_back(tmp_path, network):
 
 
 def test_statistics_of_other_weights_are_refused(tmp_path, network):
+    """RELIABILITY row 33: another feature network."""
     ReferenceStatistics.of(Moments.of(correlated(50)), network).write(tmp_path / "reference.npz")
     with torch.no_grad():
         network.head.weight[0, 0] += 1e-3
@@ -339,10 +341,49 @@ def test_files_without_statistics_are_named(tmp_path):
             ReferenceStatistics.read(tmp_path / name)
 
 
+FACTS = json.dumps({"name": "small_convnet", "sha256": "0", "preprocessing": {}})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mu": np.array(["a"])}, "mu: expected numbers, got <U1"),
+        ({"mu": np.full(3, np.nan)}, "got NaN or infinity in mu or sigma"),
+        ({"sigma": np.full((3, 3), np.inf)}, "got NaN or infinity in mu or sigma"),
+        ({"n": np.array([1, 2])}, "n: expected the number of images"),
+        ({"n": np.array(-1)}, "n: expected the number of images, got array"),
+        ({"rows": np.zeros((4, 2))}, r"rows: expected float \(N, 3\), got float64 \(4, 2\)"),
+        ({"rows": np.zeros((4, 3), int)}, r"rows: expected float \(N, 3\), got int64"),
+        ({"rows": np.zeros((4, 3)), "labels": np.zeros(3, int)}, "labels: expected a whole number for every row"),
+        ({"labels": np.zeros(3, int)}, "labels: expected a whole number for every row"),
+        ({"features": np.array("{")}, "features: expected JSON"),
+        ({"features": np.array("[1]")}, r"features: content: expected a section of keys, got \[1\]"),
+        ({"features": np.array('{"sha256": "0"}')}, r"features: name: missing"),
+        ({"images": np.array('{"shape": 3}')}, "images: shape: expected list"),
+        ({"arr_0": np.zeros((2, 8), np.uint8)}, r"arr_0: expected images \(N, H, W, C\), got \(2, 8\)"),
+        ({"rows": np.array([{}], dtype=object)}, "holds Python objects"),
+    ],
+)  # fmt: skip
+def test_odd_statistics_are_named(tmp_path, changed, message):
+    """FAULTS 9, 10: a reference of any content is one sentence with the file's name."""
+    np.savez(
+        tmp_path / "a.npz", **{"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(9), "features": FACTS} | changed
+    )
+    with pytest.raises(ValueError, match=rf"a\.npz.*: .*{message}"):
+        ReferenceStatistics.read(tmp_path / "a.npz")
+
+
+def test_statistics_that_name_no_preprocessing_are_refused(network):
+    reference = ReferenceStatistics(Moments.of(correlated(9)), {"name": "x", "sha256": network.sha256})
+    with pytest.raises(ValueError, match="made with features 'x' \\(preprocessing None\\)"):
+        reference.check(network)
+
+
 # --------------------------------------------------------------------------------------------------- bad input
 
 
 def test_one_image_has_no_covariance():
+    """RELIABILITY row 33: N < 2."""
     with pytest.raises(ValueError, match="expected at least 2 images for a covariance, got 1"):
         frechet_distance(Moments.of(normal(9)), Moments.of(normal(1)))
     with pytest.raises(ValueError, match="expected at least 4 images, got 3"):
@@ -350,6 +391,7 @@ def test_one_image_has_no_covariance():
 
 
 def test_nan_features_are_counted_and_located():
+    """RELIABILITY row 33: NaN features."""
     features = normal(9)
     features[4, 2] = math.nan
     for metric in (Moments.of, inception_score, lambda x: cmmd(normal(9), x), lambda x: precision_recall(normal(9), x)):
@@ -358,6 +400,7 @@ def test_nan_features_are_counted_and_located():
 
 
 def test_lengths_that_differ_are_named():
+    """RELIABILITY row 33: sizes of features."""
     with pytest.raises(ValueError, match="expected length 6, as the reference has, got 5"):
         cmmd(normal(9), normal(9, 5))
     with pytest.raises(ValueError, match="expected length 6, as the reference has, got 5"):

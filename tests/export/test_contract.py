@@ -102,3 +102,36 @@ def test_an_export_of_format_1_is_read_and_written_as_it_was(tmp_path):
 )
 def test_the_guidance_that_a_student_reproduces(facts, expected):
     assert Contract.from_json(facts).reproduced_guidance == expected
+
+
+# ------------------------------------------------------------------------------------------- a contract from outside
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": "4"}, "steps: expected whole number, got '4'"),
+        ({"timesteps": [1, None]}, r"timesteps\[1\]: expected whole number or number, got None"),
+        ({"method": 3}, "method: expected text"),
+        ({"call": 3}, "call: expected a section of keys, got 3"),
+        ({"call": {"num_inference_steps": 2**40}}, "call.num_inference_steps: expected at least 1 and at most 1000"),
+        ({"call": {"guidance_scale": "x"}}, "call.guidance_scale: expected"),
+        ({"format": 2}, "format: expected at least 1 and at most 1, got 2"),
+        ({"critic": {"a": 1}}, "critic.a: expected text, got 1"),
+        ({"versions": []}, r"versions: expected a section of keys, got \[\]"),
+    ],
+)
+def test_a_contract_of_odd_content_is_named(tmp_path, changed, message):
+    """FAULTS 9: 37 of 266 damaged contracts were tracebacks."""
+    (tmp_path / CONTRACT).write_text(
+        json.dumps({"format": 1, "steps": 4, "call": {"num_inference_steps": 4}} | changed)
+    )
+    with pytest.raises(ValueError, match=rf"{CONTRACT}: {message}"):
+        read_contract(tmp_path)
+
+
+def test_keys_of_another_version_are_kept(tmp_path):
+    (tmp_path / CONTRACT).write_text(json.dumps({"steps": 4, "timesteps": [999, 1.5], "new": {"a": 1}}))
+    contract = read_contract(tmp_path)
+    assert contract.origin.method_facts == {"new": {"a": 1}} and contract.timesteps == [999, 1.5]
+    assert type(contract.timesteps[0]) is int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.cases import FLOW, ZERO_SNR, pipeline_images, save_teacher, scheduler_config, sections
+from contracts.cases import FLOW, ZERO_SNR, generators, pipeline_images, save_teacher, scheduler_config, sections
 from contracts.stock import job, read_images
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
@@ -62,10 +62,10 @@ def make_sampler(family, name):
 
 @torch.no_grad()
 def expected_images(family, sampler, count=3, seed=3, *, denoise=None):
-    generator = torch.Generator().manual_seed(seed)
+    own = generators(count, seed)
 
     def noise(x):
-        return torch.randn(x.shape, generator=generator)
+        return torch.stack([torch.randn(x.shape[1:], generator=one) for one in own])
 
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
     denoise = denoise or denoiser_of(family).conditioned(family.example_cond(range(count)))

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from stepdistill.assets import FASHION as ASSETS
 from stepdistill.features.classifier import SmallConvNet
@@ -136,6 +137,61 @@ def dinov2(folder, **processor):
     return folder
 
 
+def pickles(folder):
+    """Weights that exist only as a pickle."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def names(file, key, value):
+    def do(folder):
+        content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps(content | {key: value}))
+
+    return do
+
+
+UNTRUSTED = {
+    "pickles": (pickles, r"pytorch_model\.bin is a pickle.*save_pretrained"),
+    "a pickle that shards name": (
+        names("model.safetensors.index.json", "weight_map", {"a": "pytorch_model.bin"}), "weight_map: expected",
+    ),
+    "weights elsewhere": (names("config.json", "transformers_weights", "../x.safetensors"), "_weights: expected a"),
+    "code": (names("config.json", "auto_map", {"AutoModel": "evil.Evil"}), r"config\.json: auto_map: names code"),
+    "code of the processor": (
+        names("preprocessor_config.json", "auto_map", {"AutoImageProcessor": "a/b--evil.Evil"}), "auto_map: names code",
+    ),
+    "an adapter": (names("adapter_config.json", "base_model_name_or_path", "a/b"), "expected a whole model, got an ad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNTRUSTED)
+def test_a_vision_model_brings_no_code_and_no_pickles(tmp_path, what, monkeypatch):
+    """RELIABILITY row 27: there is no permission for judges, and nobody is asked on the console."""
+    change, message = UNTRUSTED[what]
+    change(dinov2(tmp_path / "dino"))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match=message):
+        load_features(str(tmp_path / "dino"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (names("config.json", "width", "24"), r"config\.json: width: expected whole number"),
+        (names("config.json", "num_features", 10**9), r"config\.json: num_features: expected 1 to 4096"),
+        (names("config.json", "num_classes", 5), r"model\.safetensors: expected the weights of this network"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), r"model\.safetensors: expected the w"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: .*expected a section"),
+    ],
+)
+def test_a_damaged_classifier_is_named(tmp_path, change, message):
+    SmallConvNet(width=4, num_features=4).save_pretrained(tmp_path / "judge")
+    change(tmp_path / "judge")
+    with pytest.raises(ValueError, match=message):
+        load_features(str(tmp_path / "judge"))
+
+
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 7, "projection_dim": 8}  # fmt: skip
 
@@ -222,6 +278,26 @@ def test_weights_that_would_be_random_are_refused(tmp_path):
     transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="ViTModel needs weights that the file lacks.*pooler"):
         load_features(str(tmp_path / "vit"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "why"),
+    [
+        ("layernorm.weight", (3, 5), r"layernorm\.weight: expected the shape .*got \(3, 5\)"),
+        ("embeddings.further", (2,), "would drop: embeddings.further"),
+        ("classifier.weight", (4, 4), None),  # a head on top, which a vision folder may have
+    ],
+)
+def test_weights_that_do_not_fit_a_vision_model_are_refused_by_name(tmp_path, name, shape, why):
+    """FAULTS 4, where networks measure or judge."""
+    folder = dinov2(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(shape)}, file, metadata={"format": "pt"})
+    if why is None:
+        assert load_features(str(folder)).num_features > 0
+        return
+    with pytest.raises(ValueError, match=rf"features '.*': .*{why}"):
+        load_features(str(folder))
 
 
 def test_a_resample_that_torch_lacks_is_refused(tmp_path):

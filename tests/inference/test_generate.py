@@ -1,8 +1,10 @@
 """Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
 
 import io
+import json
 import os
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from stepdistill.cli import main
 from stepdistill.data.base import DataConfig
 from stepdistill.data.listing import list_samples
-from stepdistill.diffusion.samplers import DDIM
+from stepdistill.diffusion.samplers import DDIM, ConsistencySampler
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
@@ -23,6 +25,7 @@ from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
 from stepdistill.inference.solvers import teacher_pipeline
 
@@ -220,3 +223,40 @@ def test_a_request_must_fit_the_pipeline(tmp_path, student, capsys):
             generate(*arguments, "--output", tmp_path / "x.png")
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_seed_alone_makes_the_images_of_a_pipeline_that_keeps_its_generators_to_itself(tmp_path):
+    """REPORTS 1: SD3's pipeline does not hand them to its scheduler, which noises again in every step."""
+    family = SD3.tiny()
+    sampler = ConsistencySampler(family.schedule, family.schedule.grid(2))
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student")
+    for name, size in (("four", 4), ("two", 2)):
+        generate(
+            "--pipeline", student, "--prompt", *"abcd", "--seed", 5, "--batch_size", size, "--output", tmp_path / name
+        )
+    for image in sorted((tmp_path / "four").glob("*.png")):
+        assert image.read_bytes() == (tmp_path / "two" / image.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("unet/config.json", {"norm_eps": []}, "a call of it fails: TypeError"),
+        (
+            "stepdistill.json",
+            {"call": {"num_inference_step": 2}},
+            "takes no argument 'num_inference_step'; did you mean",
+        ),
+    ],
+)
+def test_settings_with_which_no_call_works_are_a_sentence_with_the_folder(
+    tmp_path, student, capsys, file, changed, message
+):
+    """Found by fuzzing: settings that fit the weights, and still do not work together."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(student, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changed))
+    with pytest.raises(SystemExit) as left:
+        generate("--pipeline", folder, "--prompt", "a cat", "--output", tmp_path / "a.png")
+    printed = capsys.readouterr().err.replace("\n  ", " ")
+    assert left.value.code == 2 and str(folder) in printed and message in printed

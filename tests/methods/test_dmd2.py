@@ -273,7 +273,6 @@ def test_options_that_make_no_sense_are_refused(options, message):
     [
         ({"guidance_scale": 2.0}, lambda: Pixel.tiny(num_classes=None), "unconditional"),
         ({}, lambda: Pixel.tiny(prediction_type="epsilon"), "epsilon"),
-        ({"steps": 3}, Pixel.tiny, "no stock scheduler"),
     ],
 )
 def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, family, message):

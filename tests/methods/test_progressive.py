@@ -26,9 +26,9 @@ from torch import nn
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import from_x0
+from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
-from stepdistill.diffusion.schedulers import read_schedule
 from stepdistill.losses.progressive import two_step_target
 from stepdistill.methods.progressive import CONVERT, Progressive
 from stepdistill.networks.copy_bank import CopyBank

@@ -14,8 +14,8 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import transfer
 from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import ConsistencySampler
-from stepdistill.diffusion.schedule import Trig
 from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.diffusion.trig import Trig
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, sampling_times

@@ -6,8 +6,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from oracles import SCHEDULES, VP_PROCESSES, Gaussian, Oracle, native_types, points, teacher_denoiser, three_clusters
 
 from stepdistill.diffusion.prediction import Prediction, from_x0, to_prediction
-from stepdistill.diffusion.schedule import Karras, RectifiedFlow, Trig, expand
-from stepdistill.diffusion.schedulers import read_discrete_vp
+from stepdistill.diffusion.reading import read_discrete_vp
+from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
+from stepdistill.diffusion.trig import Trig
 from stepdistill.networks.denoiser import classifier_free_guidance
 
 TIMES = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)

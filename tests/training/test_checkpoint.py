@@ -11,14 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from contracts.cases import make_run, train_until
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill.methods.base import Stage
 from stepdistill.training import checkpoint
-from stepdistill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from stepdistill.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
 from stepdistill.training.optimizers import OptimConfig
 from stepdistill.training.run_lock import RunLock
+from stepdistill.training.run_state import SavedState
 
 FILES = ["fake.safetensors", "manifest.json", "state.json", "student.safetensors"]
 
@@ -154,6 +163,7 @@ POINTS = [("save_file", 1), ("save_file", 2), ("_sha256", 1), *(("_fsync", k) fo
 @pytest.mark.parametrize(("name", "k"), POINTS)
 @pytest.mark.parametrize("fault", [disk_full, interrupt])
 def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch, name, k, fault):
+    """RELIABILITY row 5: inside a checkpoint."""
     save(tmp_path, 10, keep=1)
     original = os.rename if name == "os.rename" else getattr(checkpoint, name)
     with monkeypatch.context() as patch:
@@ -183,7 +193,7 @@ def test_a_short_write_by_the_kernel_is_an_error_with_the_path(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_kill_9_at_every_point_of_a_save(tmp_path, monkeypatch):
-    """A child process kills itself at the k-th flush, rename or removal, until a save gets through."""
+    """RELIABILITY row 2: a child kills itself at the k-th flush, rename or removal, until a save gets through."""
     survived = []
     for k in range(1, 20):
         folder = tmp_path / str(k)
@@ -251,6 +261,7 @@ DAMAGES = [truncate, flip_a_bit, empty, grow, Path.unlink]
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(tmp_path, file, damage):
+    """RELIABILITY row 7."""
     save(tmp_path, 10)
     damaged = save(tmp_path, 20) / file
     damage(damaged)
@@ -264,6 +275,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(tmp_path, file,
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_flipped_bit_anywhere_is_found(tmp_path, file):
+    """RELIABILITY row 8."""
     path = save(tmp_path, 10) / file
     intact = path.read_bytes()
     for position in range(0, len(intact), 3):
@@ -277,6 +289,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path, file):
 
 
 def test_all_corrupt_is_an_error_and_stays_one(tmp_path):
+    """RELIABILITY row 9."""
     for step, file in ((10, "state.json"), (20, "student.safetensors")):
         empty(save(tmp_path, step) / file)
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"(?s)student.safetensors.*state.json"):
@@ -298,6 +311,7 @@ def test_the_same_step_can_go_bad_twice(tmp_path):
 
 
 def test_an_explicit_path_must_be_right(tmp_path):
+    """RELIABILITY row 10: there is no such checkpoint, or it is a file."""
     path = save(tmp_path, 500)
     with pytest.raises(CheckpointError, match="checkpoint-5000: no such checkpoint; did you mean 'checkpoint-500'"):
         load_checkpoint(tmp_path / "checkpoint-5000")
@@ -311,6 +325,84 @@ def test_a_foreign_manifest_is_refused(tmp_path, manifest):
     (path / "manifest.json").write_text(manifest, encoding="latin-1")
     with pytest.raises(CheckpointError, match="manifest.json: not a complete manifest"):
         load_checkpoint(path)
+
+
+def reseal(folder: Path, **changes: object) -> None:
+    """Write a manifest that fits the files as they are now, with some entries changed."""
+    content = {"step": int(folder.name.split("-")[1]), "files": {}, "versions": {}}
+    for path in folder.iterdir():
+        if path.name != "manifest.json":
+            content["files"][path.name] = {"size": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    content |= changes
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
+
+
+STATE = {"stage": 0, "stage_name": "train", "done": 20, "config": {}}
+DAMAGED_STATES = {
+    "text": "junk", "nothing": "", "list": "[]", "null": "null", "nested": "[" * 100_000, "bytes": "\xff\xfe",
+    "lacks a key": json.dumps({"stage": 0}), "wrong type": json.dumps({**STATE, "stage": "first"}),
+    "wrong cost": json.dumps({**STATE, "cost": {"steps": [1]}}),
+    "wrong signs": json.dumps({**STATE, "signs": {"a": 1}}),
+    "unknown key": json.dumps({**STATE, "stagge": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED_STATES)
+def test_a_damaged_state_with_a_whole_manifest_counts_as_corrupt(tmp_path, name):
+    """FAULTS 9: nine of nine such states were tracebacks. RELIABILITY row 7."""
+    for step in (10, 20):
+        folder = save_checkpoint(tmp_path, step, groups(step), {**STATE, "done": step}, keep=9)
+    (folder / "state.json").write_text(DAMAGED_STATES[name], encoding="latin-1")
+    reseal(folder)
+    with pytest.warns(UserWarning, match=r"checkpoint-20/state\.json: .*renamed to checkpoint-20\.corrupt"):
+        assert latest_checkpoint(tmp_path, SavedState).state.done == 10
+    (tmp_path / "checkpoint-10/state.json").write_text(DAMAGED_STATES[name], encoding="latin-1")
+    reseal(tmp_path / "checkpoint-10")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"(?s)no valid checkpoint is left.*state"):
+        latest_checkpoint(tmp_path, SavedState)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "20"}, {"files": []}, {"files": {"state.json": 3}}, {"files": {"state.json": {"size": 1}}}, {"step": 10}],
+)
+def test_a_manifest_of_the_wrong_form_or_step_counts_as_corrupt(tmp_path, changes):
+    """A manifest's step was not compared with the folder's name: a renamed one was trained on as another step."""
+    save(tmp_path, 10)
+    reseal(save(tmp_path, 20), **changes)
+    with pytest.warns(UserWarning, match=r"checkpoint-20.*manifest"):
+        assert latest_checkpoint(tmp_path).step == 10
+
+
+@pytest.mark.parametrize(("stage", "done"), [(7, 20), (-1, 20), (0, 19), (0, -1), (1, 20)])
+def test_a_position_that_the_run_does_not_have_is_a_sentence(tmp_path, stage, done):
+    state = SavedState(stage=stage, stage_name="train", done=done, config={})
+    with pytest.raises(CheckpointError, match=r"checkpoint-20/state\.json: (stage|done): "):
+        state.check(Checkpoint(tmp_path / "checkpoint-20", 20, state), [Stage("train", 20), Stage("more", 5)])
+
+
+@pytest.mark.parametrize("how", ["lost", "renamed", "of another shape"])
+def test_weights_of_another_network_are_a_sentence(tmp_path, how):
+    """RELIABILITY row 10: of another architecture."""
+    run = make_run(tmp_path, "progressive", save_every=1)
+    train_until(run, 2)
+    folder = tmp_path / "run/checkpoint-2"
+    tensors = load_file(folder / "weights.safetensors")
+    name, tensor = next(iter(tensors.items()))
+    del tensors[name]
+    if how != "lost":
+        tensors["student/other" if how == "renamed" else name] = torch.cat([tensor, tensor])
+    save_file(tensors, folder / "weights.safetensors")
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-2: .*{name}"):
+        make_run(tmp_path, "progressive", save_every=1).train()
+
+
+def test_a_checkpoint_that_cannot_be_renamed_is_a_sentence(tmp_path, monkeypatch):
+    empty(save(tmp_path, 10) / "state.json")
+    monkeypatch.setattr(Path, "rename", lambda path, to: disk_full())
+    with pytest.raises(CheckpointError, match=r"checkpoint-10: cannot be renamed to checkpoint-10\.corrupt: No space"):
+        latest_checkpoint(tmp_path)
 
 
 def test_a_file_that_changes_after_verification_is_named(tmp_path):
@@ -464,6 +556,7 @@ def test_an_optimizer_that_could_not_be_restored_is_refused_when_saved():
 
 
 def test_a_second_run_in_the_folder_is_refused_and_a_later_one_is_not(tmp_path):
+    """RELIABILITY row 32."""
     with RunLock(tmp_path / "run"):
         for _ in range(2):  # a refused run does not free the lock
             with pytest.raises(CheckpointError, match=f"run: in use by another run .pid {os.getpid()} on "):
@@ -479,6 +572,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_later_one_is_not(tmp_path):
 HOLDER = """
 import os, sys, time
 from stepdistill.training.run_lock import RunLock
+from stepdistill.training.run_state import SavedState
 lock = RunLock(sys.argv[1]).__enter__()
 worker = os.fork()  # like a data worker, which lives on for seconds when its parent is killed
 if not worker:

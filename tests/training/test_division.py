@@ -1,12 +1,12 @@
 """Another number of processes: the same samples and noise in every step, or a refusal."""
 
-import dataclasses
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from stepdistill.data.loader import loader
 from stepdistill.randomness import Draws
 from stepdistill.training.checkpoint import Checkpoint, CheckpointError
 from stepdistill.training.division import Division, resumed_division
+from stepdistill.training.run_state import SavedState
 
 LENGTH, TOTAL = 30, 12
 
@@ -79,7 +80,8 @@ def test_micro_batches_never_become_larger_than_configured():
 
 
 def recorded(before):
-    return Checkpoint("checkpoint-5", 5, {} if before is None else {"division": dataclasses.asdict(before)})
+    state = SavedState(stage=0, stage_name="train", done=5, config={}, division=before)
+    return Checkpoint(Path("checkpoint-5"), 5, state)
 
 
 def test_processes_that_cannot_share_a_step_are_refused_with_both_numbers():

@@ -17,6 +17,7 @@ from stepdistill.files.schema import ConfigError
 from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import RENAMED, resolve
 from stepdistill.training.run import Run
+from stepdistill.training.run_state import SavedState
 
 
 @pytest.fixture
@@ -97,6 +98,7 @@ def test_a_step_count_that_no_scheduler_has(mapping):
 
 
 def test_epsilon_at_zero_terminal_snr(mapping, tmp_path):
+    """RELIABILITY row 26."""
     family = Pixel.tiny()
     family.scheduler_config |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
     mapping["teacher"] = {"path": str(save_teacher(family, tmp_path / "impossible"))}
@@ -200,6 +202,7 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
+    """RELIABILITY row 26."""
     refused(mapping | {"bank": {"init_from": str(tmp_path / "studnt")}}, "^bank.init_from: no folder")
     other = save_teacher(Pixel.tiny(prediction_type="epsilon"), tmp_path / "epsilon")
     refused(
@@ -218,9 +221,9 @@ def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     before = {
         key: value for key, value in run.identity.values.items() if key not in ("bank.init_from", "train.precision")
     }
-    checkpoint = Checkpoint(Path("checkpoint"), 1, {"config": before})
+    checkpoint = Checkpoint(Path("checkpoint"), 1, SavedState(stage=0, stage_name="train", done=1, config=before))
     run.identity.check(checkpoint)
-    checkpoint.state["config"] |= {"bank.init_from": "a student"}
+    checkpoint.state.config.update({"bank.init_from": "a student"})
     with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
         run.identity.check(checkpoint)
 

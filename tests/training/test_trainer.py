@@ -20,7 +20,8 @@ from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
 from stepdistill.training.checkpoint import CheckpointError
 from stepdistill.training.config import TrainConfig, resolve
-from stepdistill.training.guards import DivergenceError, DivergenceGuard, NonFiniteError
+from stepdistill.training.divergence import DivergenceError, DivergenceGuard
+from stepdistill.training.guards import NonFiniteError
 from stepdistill.training.optimizers import OptimConfig
 from stepdistill.training.run import Run
 from stepdistill.training.trainer import Trainer
@@ -161,7 +162,7 @@ def test_a_non_finite_number_stops_the_run_and_nothing_is_stepped(tmp_path, monk
     monkeypatch.setattr(Trainer, "_step", count)
     run = make(tmp_path, save_every=1, steps=8)
     term = "extra" if fault == "loss" else "grad_norm"
-    with pytest.raises(NonFiniteError, match=rf"step 3, turn 'student': '{term}' is not finite"):
+    with pytest.raises(NonFiniteError, match=rf"step 3, rank 0, turn 'student': '{term}' is not finite"):
         run.train()
     saved = load_file(run.folder / "checkpoint-2/weights.safetensors")
     student = {f"student/{name}": tensor for name, tensor in run.distiller.bank.state("student").items()}
@@ -219,7 +220,7 @@ def collapsing(folder, monkeypatch, steps=12):
         return original(self, *args)
 
     monkeypatch.setattr(Trainer, "_step", step)
-    trainer.divergence = DivergenceGuard(patience=3, rows=4)
+    trainer.reporter.divergence = DivergenceGuard(patience=3, rows=4)
     monkeypatch.setattr(run, "trainer", lambda: trainer)
     return run
 
@@ -255,7 +256,7 @@ def test_a_resumed_run_diverges_where_it_would_have(tmp_path, monkeypatch):
 
 def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_path, monkeypatch):
     run = collapsing(tmp_path, monkeypatch)
-    run.trainer().divergence = DivergenceGuard(patience=1, rows=2)
+    run.trainer().reporter.divergence = DivergenceGuard(patience=1, rows=2)
     monkeypatch.setattr("stepdistill.methods.ladd.diversity_ratio", lambda x0, real: torch.zeros(()))
     with pytest.raises(DivergenceError, match="No checkpoint is as old as step 0; set aside: checkpoint-1.diverged"):
         run.train()
@@ -339,7 +340,7 @@ make_run(Path(sys.argv[1]), "progressive", steps=16, save_every=3, ema=0.9).trai
 
 
 def test_killed_in_any_step_and_started_again_it_ends_in_the_same_bits(tmp_path):
-    """The step is of the seeded state; where in it, or after it, the kill hits is chance."""
+    """RELIABILITY row 1. The step is of the seeded state; where in it, or after it, the kill hits is chance."""
     options = {"steps": 16, "save_every": 3, "ema": 0.9}
     whole = make(tmp_path / "whole", **options)
     whole.train()

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
+from stepdistill.files.words import shown, visible
 
 COUNT, SEED, SCALE = in_range(PositiveInt), in_range(Seed), in_range(NonNegativeFloat)
 LABEL = in_range(NonNegativeInt)
@@ -41,13 +43,10 @@ TRUST_FLAGS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; print one message and exit with code 2 if the user made a mistake."""
+    """Run a command; print one message and exit with code 2 for whatever is wrong with its input or the machine."""
     args = make_parser().parse_args(arguments)
-    try:
+    with failures_as_sentences(f"stepdistill {args.command}", getattr(args, "config", None)):
         args.run(args)
-    except ValueError as error:
-        print(f"stepdistill {args.command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -163,12 +162,16 @@ def train(args: argparse.Namespace) -> None:
     """Run ``stepdistill train``."""
     from stepdistill.config import read_config
     from stepdistill.export.contract import read_contract
+    from stepdistill.files.writing import check_writable
     from stepdistill.networks.sharding import is_main
     from stepdistill.training.config import resolve
     from stepdistill.training.cost import TrainingCost
     from stepdistill.training.run import Run
 
-    run = Run(resolve(read_config(args.config, args.overrides)))
+    config = resolve(read_config(args.config, args.overrides))
+    if not args.dry_run:
+        check_writable(Path(config.train.output_dir))
+    run = Run(config)
     if args.dry_run:
         print(run.plan())
         return
@@ -176,11 +179,12 @@ def train(args: argparse.Namespace) -> None:
     if not is_main():
         return
     cost = TrainingCost(**read_contract(folder).origin.training)
-    print(f"student: {folder}, after {cost}")
+    print(f"student: {visible(str(folder))}, after {cost}")
 
 
 def generate(args: argparse.Namespace) -> None:
     """Run ``stepdistill generate``."""
+    from stepdistill.files.writing import check_writable
     from stepdistill.inference.generate import (
         Request,
         beside_teacher,
@@ -191,6 +195,8 @@ def generate(args: argparse.Namespace) -> None:
         save_images,
     )
 
+    for output in args.output:
+        check_writable(output)
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
         about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
@@ -212,7 +218,7 @@ def generate(args: argparse.Namespace) -> None:
         )  # fmt: skip
     for output in args.output:
         save_images(images, output, seed=args.seed, about=about)
-    print(f"{cost}: {', '.join(str(output) for output in args.output)}")
+    print(f"{cost}: {', '.join(visible(str(output)) for output in args.output)}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -226,8 +232,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
+    from stepdistill.files.writing import check_writable
     from stepdistill.inference.solvers import teacher_pipeline
 
+    check_writable(args.output)
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:
@@ -243,7 +251,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     print(json.dumps({key: value for key, value in result.items() if key not in ("setting", "subject")}, indent=2))
     for key, (preset, given) in about["overridden"].items():
-        print(f"{key}: protocol {about['name']!r} has {preset}, this result {given}", file=sys.stderr)
+        print(f"{key}: protocol {about['name']!r} has {shown(preset)}, this result {shown(given)}", file=sys.stderr)
     write_page(args.report, args.output)
 
 
@@ -257,10 +265,14 @@ def compare(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Run ``stepdistill export``."""
     from stepdistill.config import read_config
+    from stepdistill.files.writing import check_writable
     from stepdistill.training.config import resolve
-    from stepdistill.training.run import Run
+    from stepdistill.training.run import Run, check_output
 
-    print(Run(resolve(read_config(args.config, args.overrides))).export_checkpoint(Path(args.output)))
+    config = resolve(read_config(args.config, args.overrides))
+    check_writable(Path(args.output))
+    check_output(Path(args.output), config)  # before the models are opened
+    print(visible(str(Run(config).export_checkpoint(Path(args.output)))))
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -279,7 +291,7 @@ def report(args: argparse.Namespace) -> None:
     """Run ``stepdistill report``."""
     from stepdistill.benchmark.report import write_report
 
-    print(write_report([Path(path) for path in args.results], Path(args.output)))
+    print(visible(str(write_report([Path(path) for path in args.results], Path(args.output)))))
 
 
 def write_page(output: str | None, result: Path) -> None:
@@ -287,7 +299,7 @@ def write_page(output: str | None, result: Path) -> None:
     if output is not None:
         from stepdistill.benchmark.report import write_report
 
-        print(write_report([result], Path(output)))
+        print(visible(str(write_report([result], Path(output)))))
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -1,0 +1,141 @@
+"""A fixed number of rows in every call of a pipeline's networks, so that no image depends on its batch.
+
+The number of rows of a batch selects the kernels of a linear layer or a convolution, and these the last bits. So text
+encoders, the denoising network and the decoder see always the same number of rows: a longer batch is cut into pieces,
+and a shorter one is filled up with copies of its last row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from stepdistill.export.generators import patched
+
+SHARED = ("img_ids", "txt_ids")
+"""Arguments of transformers that all rows share, whatever their length."""
+
+CONDITIONING = ("text_encoder", "text_encoder_2", "text_encoder_3", "condition_embedding")
+"""Components of a pipeline that make conditions."""
+
+MOST_ROWS = 16
+
+PLACES = 64 * 64
+"""Places (height times width) that the network sees at a time: a latent of 512 x 512 pixels."""
+
+PIXELS = 512 * 512
+"""Pixels that are decoded at a time."""
+
+
+def network_of(pipeline: Any) -> Any:
+    """Return the denoising network of a pipeline."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def rows_for(pipeline: Any) -> int:
+    """Return how many rows the network of a pipeline sees at a time, by the size of its samples: 1 to 16.
+
+    A single image then costs about as much as one of 512 x 512 pixels, or what it costs alone.
+    """
+    return min(_rows_within(PLACES, places_of(pipeline)), decoder_rows(pipeline))
+
+
+def decoder_rows(pipeline: Any) -> int:
+    """Return how many images are decoded at a time: 1 to 16."""
+    factor = 1 if getattr(pipeline, "vae", None) is None else getattr(pipeline, "vae_scale_factor", 8)
+    return _rows_within(PIXELS, places_of(pipeline) * factor**2)
+
+
+def places_of(pipeline: Any) -> int:
+    """Return the height times the width of what the network sees, by default of a call."""
+    config = getattr(network_of(pipeline), "config", {})
+    size = config.get("sample_size") or getattr(pipeline, "default_sample_size", None) or 1
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * width
+
+
+def _rows_within(budget: int, row: int) -> int:
+    return min(max(budget // row, 1), MOST_ROWS)
+
+
+@contextlib.contextmanager
+def in_rows(pipeline: Any, rows: int) -> Iterator[None]:
+    """Run the networks of a pipeline on a fixed number of rows at a time inside the context.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        rows: of the denoising network. Prompts are encoded one by one, and images decoded by their size.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in CONDITIONING:
+            if (module := getattr(pipeline, name, None)) is not None:
+                stack.enter_context(fixed_rows(module, 1))
+        stack.enter_context(fixed_rows(network_of(pipeline), rows))
+        if (vae := getattr(pipeline, "vae", None)) is not None:
+            stack.enter_context(fixed_rows(vae, decoder_rows(pipeline), "decode"))
+        yield
+
+
+@contextlib.contextmanager
+def fixed_rows(module: torch.nn.Module, rows: int, method: str = "forward") -> Iterator[None]:
+    """Run a method of a module on exactly ``rows`` rows at a time inside the context.
+
+    Arguments of the batch's length are cut into pieces, and the outputs are concatenated.
+    """
+    original = getattr(module, method)
+
+    def in_pieces(*args: Any, **kwargs: Any) -> Any:
+        batch = batch_of(args, kwargs)
+
+        def piece(start: int) -> Any:
+            index = torch.arange(start, start + rows).clamp(max=batch - 1)
+
+            def cut(leaf: Any) -> Any:
+                is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+                return leaf[index.to(leaf.device)] if is_batch else leaf
+
+            per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
+            cut_args, cut_kwargs = tree_map(cut, (args, per_row))
+            return original(*cut_args, **{**kwargs, **cut_kwargs})
+
+        outputs = [piece(start) for start in range(0, batch, rows)]
+        return tree_map(lambda *leaves: join(leaves, batch), *outputs)
+
+    with patched(module, method, in_pieces):
+        yield
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of rows of a call: the length of its first tensor, or of the one that is named for it."""
+    for name in ("sample", "hidden_states"):
+        if name in kwargs:
+            return len(kwargs[name])
+    leaves, _ = tree_flatten((args, kwargs))
+    return next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
+
+
+def join(leaves: tuple[Any, ...], batch: int) -> Any:
+    """Return the outputs of pieces as one of ``batch`` rows; what is no tensor is that of the first."""
+    first = leaves[0]
+    return torch.cat(leaves)[:batch] if isinstance(first, Tensor) and first.ndim > 0 else first
+
+
+@contextlib.contextmanager
+def counted_rows(network: torch.nn.Module) -> Iterator[list[int]]:
+    """Count the images that pass through a network, in a list of one number."""
+    rows = [0]
+
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        del module
+        rows[0] += batch_of(args, kwargs)
+
+    handle = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
