@@ -1,4 +1,8 @@
-"""The critic of DMD2: a head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1)."""
+"""The critic of DMD2: a head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1).
+
+The bottleneck of a transformer is its middle block. Its tokens are laid out as a map of the image, so that the head is
+the same for all networks.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, 
 from stepdistill.losses.distribution_matching import sample_times
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
+from stepdistill.networks.hooks import middle_block
 from stepdistill.randomness import Draws
 
 
@@ -22,12 +27,14 @@ class BottleneckHead(nn.Module):
     The features already contain the image's condition and its noise level.
 
     Args:
-        shape: (C, H, W) of the feature map, or (C, N) of tokens, which are averaged.
+        shape: (C, H, W) of the feature map, or (C, N) of tokens.
+        aspect: height over width of the image that tokens cover row by row.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], aspect: float = 1.0) -> None:
         super().__init__()
-        channels, *size = shape if len(shape) == 3 else (shape[0], 1, 1)
+        self.map_shape = map_shape(shape, aspect)
+        channels, *size = self.map_shape
         layers: list[nn.Module] = []
         while min(size) > 4:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
@@ -37,23 +44,38 @@ class BottleneckHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Return logits (B, 1) of a feature (B, *shape)."""
-        x = feature if feature.ndim == 4 else feature.mean(2)[:, :, None, None]
-        return self.body(x)
+        return self.body(feature.reshape(-1, *self.map_shape))
+
+
+def map_shape(shape: Sequence[int], aspect: float) -> tuple[int, int, int]:
+    """Return (C, H, W) of a map, or of tokens (C, N) that cover an image of that aspect.
+
+    >>> map_shape((64, 32), aspect=0.5)
+    (64, 4, 8)
+    """
+    if len(shape) == 3:
+        return (shape[0], shape[1], shape[2])
+    rows = round(math.sqrt(shape[1] * aspect))
+    assert shape[1] % rows == 0, f"{shape[1]} tokens do not cover an image of aspect {aspect}"
+    return (shape[0], rows, shape[1] // rows)
 
 
 def _norm_silu(channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(math.gcd(channels, 32) if channels > 32 else 1, channels), nn.SiLU()]
+    """Return a normalisation in groups of 16 channels or more, and SiLU: groups of two have only signs left."""
+    groups = math.gcd(channels, max(1, min(32, channels // 16)))
+    return [nn.GroupNorm(groups, channels), nn.SiLU()]
 
 
 class BottleneckCritic:
-    """A head on the last feature of the fake score, at noised images.
+    """A head on the middle of the fake score, at noised images.
 
     It is a plain object, since the fake score belongs to the bank; the method registers and trains :attr:`head`.
     """
 
     def __init__(self, fake: Denoiser) -> None:
-        self.blocks = BlockFeatures(fake, fake.family.feature_blocks[-1:])
-        self.head = BottleneckHead(self.blocks.shapes()[-1])
+        family = fake.family
+        self.blocks = BlockFeatures(fake, [middle_block(family.network, family.feature_blocks)])
+        self.head = BottleneckHead(self.blocks.shapes()[-1], family.sample_shape[1] / family.sample_shape[2])
         self.schedule = fake.schedule
 
     def __call__(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:

@@ -18,6 +18,8 @@ A student is trained on pairs ``(x_t, x_s)`` of neighbours on one trajectory. Th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,55 @@ def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: st
     if isinstance(schedule, DiscreteVP) and intervals > schedule.num_timesteps:
         limit = schedule.num_timesteps
         raise ValueError(f"method.{key}: expected at most the teacher's {limit} timesteps, got {intervals}")
+
+
+def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, intervals: int) -> Sampler:
+    """Return multistep consistency sampling from the noise level ``sigma_max`` down.
+
+    The first step is told that level, though its input is pure noise; the other times are those of the schedule's grid.
+
+    Args:
+        schedule: the networks' schedule.
+        steps: sampling steps.
+        sigma_max: ``sigma_t / alpha_t`` of the first step; a schedule that ends below it starts at its own end.
+        intervals: for EDM, intervals of the grid that the times are chosen from.
+
+    Raises:
+        ValueError: if the second time is not below the first, or an EDM schedule goes beyond ``sigma_max``.
+    """
+    if isinstance(schedule, Karras):
+        if schedule.sigma_max > sigma_max:
+            raise ValueError(f"method.sigma_max: expected at least the teacher's {schedule.sigma_max}, got {sigma_max}")
+        return consistency_sampler(schedule, steps, intervals, "the sampling grid")
+    if steps < 1:
+        raise ValueError(f"method.steps: expected at least 1, got {steps}")
+    times = schedule.grid(steps).clone()
+    times[0] = time_of_level(schedule, sigma_max)
+    if times[0] <= times[1]:
+        raise ValueError(
+            f"method.sigma_max: {sigma_max} is below the second of {steps} steps; expected more, or fewer steps"
+        )
+    return ConsistencySampler(schedule, times)
+
+
+def time_of_level(schedule: NoiseSchedule, sigma: float) -> float:
+    """Return the time at which ``sigma_t / alpha_t`` is ``sigma``, or 1; of a discrete process a whole timestep."""
+    t = schedule.inverse(torch.tensor([-2 * math.log(sigma)], dtype=torch.float64)).clamp(max=1)
+    return schedule.shortened(t, 1.0)[1].item()
+
+
+def karras_times(schedule: NoiseSchedule, intervals: int, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Return ``intervals + 1`` descending times: noise levels even in ``sigma^(1 / rho)``, then the trajectory's end.
+
+    EDM's own trajectory is such a grid (Karras et al. 2022, Eq. 5).
+    """
+    if isinstance(schedule, Karras):
+        return schedule.trajectory(intervals)
+    ends = torch.tensor([time_of_level(schedule, sigma_max), schedule.lowest_time], dtype=torch.float64)
+    top, bottom = noise_to_signal(schedule, ends).clamp(max=sigma_max) ** (1 / rho)
+    levels = torch.lerp(top, bottom, torch.linspace(0, 1, intervals, dtype=torch.float64)) ** rho
+    times = schedule.inverse(-2 * levels.log())
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.families.base import Family
 
 
 def two_step_target(
@@ -33,6 +34,15 @@ def two_step_target(
     x_mid = ode_step(denoise(x_t, t), schedule, t_mid)
     x_s = ode_step(denoise(x_mid, t_mid), schedule, s)
     return invert_step(x_t, x_s, t, s, schedule)
+
+
+def needs_velocity(family: Family, steps: int) -> bool:
+    """Return whether a student of ``steps`` steps must not predict the noise, as this teacher does.
+
+    One step hangs on the clean image at pure noise alone. Several steps tolerate its error where some signal is left
+    there (:meth:`Family.sees_pure_noise`), as in Stable Diffusion.
+    """
+    return family.prediction_type == "epsilon" and (steps == 1 or not family.sees_pure_noise())
 
 
 def halvings(start: int, steps: int) -> list[int]:

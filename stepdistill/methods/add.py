@@ -33,11 +33,11 @@ from stepdistill.discriminators.critics import CleanCritic, Conditioning
 from stepdistill.discriminators.feature_sources import open_feature_source
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
-from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveInt
+from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 DistillationWeight = Literal["exponential", "sds", "nfsd"]
@@ -93,6 +93,10 @@ class ADD(Distiller):
         """Whether the teacher's loss compares decoded images (the paper's choice for latents)."""
         r1: NonNegativeFloat = 1e-5
         """Gamma, the weight of R1 on the features of real images."""
+        student_update_interval: PositiveInt = 1
+        """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: NonNegativeInt = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
             if self.negative_prompt and self.weighting != "nfsd":
@@ -115,7 +119,7 @@ class ADD(Distiller):
         features = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
         critic = CleanCritic(self.family, features, config.conditioning, loss=config.adversarial, r1_weight=config.r1)
         self.negative = self.family.embed([config.negative_prompt]) if config.negative_prompt else None
-        self.add_turn("student", self.student_loss)
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(critic, self.critic_loss)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:

@@ -60,6 +60,15 @@ class Turn:
     """Whether the turn happens on a step (counted from 0)."""
 
 
+def last_of(interval: int, after: int = 0) -> Callable[[int], bool]:
+    """Return a turn's ``when``: on the last step of every ``interval``, once ``after`` steps are over.
+
+    >>> [step for step in range(9) if last_of(3, after=2)(step)]
+    [4, 7]
+    """
+    return lambda step: step >= after and (step - after) % interval == interval - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stretch of training with fresh optimisers and its own learning-rate schedule."""
@@ -110,16 +119,14 @@ class Distiller(nn.Module, abc.ABC):
     """Whether the method trains on real images; otherwise it needs only noise and conditions."""
     starts_from_noise: ClassVar[bool] = False
     """Whether the student predicts the clean image in pure noise while it trains, which not every teacher can."""
-    predicts_velocity: ClassVar[bool] = False
-    """Whether the student of a noise-predicting teacher predicts the velocity, see ``progressive``."""
 
     def __init__(
         self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.converts = self.predicts_velocity and family.prediction_type == "epsilon"
-        """Whether the student's prediction type is not the teacher's."""
+        self.converts = self.needs_velocity(config, family)
+        """Whether the student predicts the velocity, though the teacher does not."""
         self.family = family.with_prediction("v_prediction") if self.converts else family
         self.bank = bank
         self.config = config
@@ -168,6 +175,12 @@ class Distiller(nn.Module, abc.ABC):
         if cls.starts_from_noise:
             check_first_step(family, sampler.times[0].item())
         family.check_sampler(sampler)
+
+    @classmethod
+    def needs_velocity(cls, config: Any, family: Family) -> bool:
+        """Return whether the student of this noise-predicting teacher predicts the velocity, see ``progressive``."""
+        del config, family
+        return False
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

@@ -42,8 +42,9 @@ class CD(Distiller):
         """The teacher's step across an interval: ``euler`` costs one network call, ``heun`` two."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
-        distance: ConsistencyDistance = "l2"
-        """``lpips`` is the paper's choice for images; it is an optional dependency."""
+        distance: ConsistencyDistance = "huber"
+        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
+        an optional dependency."""
         target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
 

@@ -61,8 +61,9 @@ class CT(Distiller):
         """N at the start (s_0); the paper, which starts from random weights, uses 2."""
         last_points: Annotated[int, Range(at_least=2)] = 150
         """N - 1 at the end (s_1)."""
-        distance: ConsistencyDistance = "l2"
-        """``lpips`` is the paper's choice for images; it is an optional dependency."""
+        distance: ConsistencyDistance = "huber"
+        """A squared error starves the small residuals of low noise levels; ``lpips``, the paper's choice for images, is
+        an optional dependency."""
         first_decay: Annotated[float, Range(above=0, below=1)] = 0.9
         """mu at the start (mu_0)."""
 

@@ -32,7 +32,7 @@ from stepdistill.families.base import Family
 from stepdistill.files import ranges
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 
@@ -87,7 +87,7 @@ class DMD2(Distiller):
 
     def updates_student(self, step: int) -> bool:
         """Return whether ``step`` is the last of an interval: the fake score comes first."""
-        return step % self.config.student_update_interval == self.config.student_update_interval - 1
+        return last_of(self.config.student_update_interval)(step)
 
     def updates_fake(self, step: int) -> bool:
         """Return True on every step, or if the turns alternate on all steps but the student's."""

@@ -28,7 +28,7 @@ from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
-from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
+from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -41,7 +41,6 @@ class Guided(Distiller):
 
     # the learning rate must reach zero in every stage, because the next stage learns this one's errors too
     optim_defaults: ClassVar = {"student": {"lr": 2e-4, "schedule": "linear"}}
-    predicts_velocity = True
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -75,6 +74,10 @@ class Guided(Distiller):
                 )
             if self.sampler == STOCHASTIC and self.steps < 2:
                 raise ValueError(f"steps: expected at least 2 with the stochastic sampler, got {self.steps}")
+
+    @classmethod
+    def needs_velocity(cls, config: Config, family: Family) -> bool:
+        return needs_velocity(family, config.steps)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, stage: Stage | None = None) -> Sampler:

@@ -41,6 +41,7 @@ from stepdistill.files.ranges import (
     FiniteFloat,
     GuidanceScale,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PositiveShare,
@@ -48,7 +49,7 @@ from stepdistill.files.ranges import (
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 NO_SIGNAL = 1e-3
@@ -72,8 +73,10 @@ class ImagineFlash(Distiller):
         """k, the DDIM steps of the teacher to a target."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
-        reconstruction: Literal["shifted", "plain"] = "shifted"
-        """Where the teacher starts: at the student's image noised again to gamma, or at the student's input."""
+        reconstruction: Literal["shifted", "plain"] = "plain"
+        """Where the teacher starts: at the student's image noised again to gamma, or at the student's input.
+
+        With the gamma below, the shifted target alone made a good student worse (docs/RESULTS.md)."""
         shift_power: PositiveFloat = 2.0
         """p of gamma."""
         shift_top: PositiveShare = 0.95
@@ -89,6 +92,10 @@ class ImagineFlash(Distiller):
         """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
         scale: PositiveFloat = 1.0
         """Standard deviation of these noise levels."""
+        student_update_interval: PositiveInt = 1
+        """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: NonNegativeInt = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -103,7 +110,8 @@ class ImagineFlash(Distiller):
         return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
 
     def build(self) -> None:
-        self.add_turn("student", self.student_loss)
+        config = self.config
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(self.make_critic(), self.critic_loss)
 
     def make_critic(self) -> Critic:

@@ -34,7 +34,7 @@ from stepdistill.files.ranges import (
 )
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 
@@ -64,8 +64,10 @@ class LADD(Distiller):
         """Weight of the approximate R1; FastGen uses 0.1 to 1000."""
         r1_distance: PositiveFloat = 0.1
         """Distance of R1's finite difference, in standard deviations of noise on a real image."""
-        student_update_interval: PositiveInt = 1
+        student_update_interval: PositiveInt = 4
         """The student is updated on every n-th step, the critic on each."""
+        critic_warmup: NonNegativeInt = 50
+        """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -77,7 +79,7 @@ class LADD(Distiller):
             self.teacher, config.location, config.scale,
             loss=config.adversarial, r1_weight=config.r1, r1_distance=config.r1_distance,
         )  # fmt: skip
-        self.add_turn("student", self.student_loss, when=lambda step: step % config.student_update_interval == 0)
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(critic, self.critic_loss)
 
     def shares(self) -> Tensor:

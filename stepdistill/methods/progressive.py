@@ -9,8 +9,9 @@ is the clean image whose single DDIM step from ``x_t`` ends there (Eq. 8): the s
 the mean velocity for flows and the Euler target for EDM.
 
 A student that predicts noise cannot reach one step: its clean image at pure noise is the prediction's error divided by
-an alpha near zero (Section 4). A student of a noise-predicting teacher therefore predicts the velocity. In a first
-stage it learns the teacher's own velocities on the finest grid.
+an alpha near zero (Section 4). A student of a noise-predicting teacher therefore predicts the velocity, if it has one
+step or its schedule leaves no signal in pure noise. In a first stage it learns the teacher's own velocities on the
+finest grid.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
-from stepdistill.losses.progressive import halvings, nested_grid, two_step_target
+from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -38,7 +39,6 @@ class Progressive(Distiller):
 
     # the learning rate must reach zero in every stage, because the next stage learns this one's errors too
     optim_defaults: ClassVar = {"student": {"lr": 2e-4, "schedule": "linear"}}
-    predicts_velocity = True
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -57,6 +57,10 @@ class Progressive(Distiller):
 
         def __post_init__(self) -> None:
             halvings(self.start, self.steps)
+
+    @classmethod
+    def needs_velocity(cls, config: Config, family: Family) -> bool:
+        return needs_velocity(family, config.steps)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, steps: int | None = None) -> Sampler:

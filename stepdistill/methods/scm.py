@@ -85,7 +85,7 @@ class Scm(Distiller):
         warmup: NonNegativeInt = 1000
         """Training steps until the tangent has its full weight (r = 1)."""
         norm_floor: PositiveFloat = 0.1
-        """The tangent is divided by its norm plus this (c); images of few pixels need more, as their norms differ."""
+        """The tangent is divided by its root mean square over an image plus this (c)."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
 
@@ -118,15 +118,14 @@ class Scm(Distiller):
         with self.computing_target(self.student):
             path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
             tangent = self.tangent(x_t, point, path, batch.cond)
-            norm = tangent.flatten(1).norm(dim=1)
-            # the root of the number of pixels brings a pixel's error near 1; only the learnt weight depends on it
-            step = tangent / expand((norm + self.config.norm_floor) / math.sqrt(tangent[0].numel()), tangent)
+            size = tangent.square().flatten(1).mean(1).sqrt()
+            step = tangent / expand(size + self.config.norm_floor, tangent)
         velocity = self.velocity(self.student(x_t, point.t, batch.cond), point).float()
         error = (velocity - velocity.detach() - step).square().flatten(1).mean(1)
         log_weight = self.time_weight(point.t)
         return Losses(
             {"loss": (log_weight.exp() * error - log_weight).mean()},
-            {"tangent": norm.mean(), "error": error.detach().mean()},
+            {"tangent": size.mean(), "error": error.detach().mean()},
         )
 
     def draw_point(self, draws: Draws, like: Tensor) -> Point:

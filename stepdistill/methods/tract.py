@@ -31,7 +31,7 @@ from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
 from stepdistill.losses.consistency import check_intervals
-from stepdistill.losses.progressive import nested_grid
+from stepdistill.losses.progressive import needs_velocity, nested_grid
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -41,8 +41,6 @@ CONVERT = "convert"
 
 class Tract(Distiller):
     """One student, its self-teacher, and the student of the last phase; a stage per phase."""
-
-    predicts_velocity = True
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -70,6 +68,10 @@ class Tract(Distiller):
         def ladder(self) -> tuple[int, ...]:
             """The numbers of steps of the teacher and of the student after every phase."""
             return (self.start, *self.via, self.steps)
+
+    @classmethod
+    def needs_velocity(cls, config: Config, family: Family) -> bool:
+        return needs_velocity(family, config.steps)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, steps: int | None = None) -> Sampler:

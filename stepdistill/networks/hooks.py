@@ -78,6 +78,22 @@ def block_modules(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return modules
 
 
+def middle_block(network: nn.Module, names: Sequence[str]) -> str:
+    """Return the name of the block halfway through a network: a UNet's bottleneck, or a transformer's middle block.
+
+    Args:
+        network: the network.
+        names: its blocks, or lists of them, in the order in which they run; a UNet's end with its bottleneck.
+    """
+    blocks = []
+    for name in names:
+        count = len(members(network.get_submodule(name)))
+        if count == 0:
+            return names[-1]
+        blocks += [f"{name}.{index}" for index in range(count)]
+    return blocks[len(blocks) // 2]
+
+
 def as_map(output: Tensor) -> Tensor:
     """Return an output (B, C), (B, N, C) or (B, C, H, W) with channels second and at least one position."""
     return {2: output[..., None], 3: output.transpose(1, -1), 4: output}[output.ndim]

@@ -32,7 +32,7 @@ from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
-from stepdistill.networks.hooks import capture_outputs
+from stepdistill.networks.hooks import capture_outputs, middle_block
 from stepdistill.randomness import Draws
 
 SHAPES = {"tokens": (6, 12), "one position": (6, 1), "map": (6, 5, 4), "pixel": (6, 1, 1)}
@@ -129,12 +129,28 @@ def test_the_projection_of_no_condition_is_no_logit(shape):
     assert Head(shape, 0)(torch.randn(2, *shape), torch.zeros(2, 0)).any()
 
 
-@pytest.mark.parametrize("shape", [(6, 7, 7), (64, 32, 32), (6, 1, 1), (6, 12)])
+@pytest.mark.parametrize("shape", [(6, 7, 7), (64, 32, 32), (6, 1, 1), (6, 16)])
 def test_a_bottleneck_head_gives_one_logit_and_a_gradient(shape):
     feature = torch.randn(3, *shape, requires_grad=True)
     logits = BottleneckHead(shape)(feature)
     logits.sum().backward()
     assert logits.shape == (3, 1) and feature.grad.abs().max() > 0
+
+
+def test_a_critic_of_a_fake_score_sees_its_middle_block():
+    def blocks(count):
+        return nn.ModuleList(nn.Identity() for _ in range(count))
+
+    transformer = nn.ModuleDict({"paired": blocks(2), "single": blocks(5)})
+    assert middle_block(transformer, ("paired", "single")) == "single.1"
+    unet = nn.ModuleDict({"down_blocks": blocks(3), "mid_block": nn.Identity()})
+    assert middle_block(unet, ("down_blocks", "mid_block")) == "mid_block"
+
+
+def test_tokens_lie_row_by_row_in_a_bottleneck_head():
+    """Tokens (C, N) and the map (C, H, W) that they are rows of have the same logit."""
+    head, feature = BottleneckHead((32, 32), aspect=0.5), torch.randn(3, 32, 4, 8)
+    assert torch.equal(head(feature.flatten(2)), head(feature))
 
 
 def test_conditions_become_vectors():

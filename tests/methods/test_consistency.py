@@ -363,8 +363,8 @@ def product(*values):
 @pytest.mark.parametrize(
     ("method", "options", "train_steps", "nearer"),
     [
-        (CD, {"intervals": 20, "target_ema": 0.9}, 600, NEARER),
-        product(CT, {"first_points": 5, "last_points": 20}, 800, NEARER_FROM_DATA),
+        (CD, {"intervals": 20, "target_ema": 0.9, "distance": "l2"}, 600, NEARER),
+        product(CT, {"first_points": 5, "last_points": 20, "distance": "l2"}, 800, NEARER_FROM_DATA),
         product(ICT, {"first_intervals": 5, "last_intervals": 40, **WIDE_DATA}, 800, NEARER_FROM_DATA),
         (ECT, {"num_stages": 5, **WIDE_DATA}, 800, NEARER_FROM_DATA),
     ],
@@ -389,8 +389,8 @@ def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(method
         (CD, {"steps": 0}, "expected 1 to"),
         (CD, {"steps": 50, "intervals": 50, "guidance_scale": 2.0}, "unconditional"),
         (CT, {"last_points": 2000}, "1000 timesteps"),
-        (ICT, {"last_intervals": 1280}, "1000 timesteps"),
-        (ECT, {"steps": 41}, "expected 1 to"),
+        (ECT, {"steps": 0}, "expected at least 1"),
+        (ECT, {"sigma_max": 0.5}, "sigma_max: 0.5 is below the second of 2 steps"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_step(method, options, message):

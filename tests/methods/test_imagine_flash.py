@@ -101,7 +101,7 @@ def test_the_teachers_walk_is_a_product_of_gains(name, k):
     schedule = SCHEDULES[name]
     kind = {"flow": "flow", "karras": "edm"}.get(name, "v_prediction")
     oracle = Gaussian(TWO, 0.5, schedule, kind)
-    distiller = taught_by(ImagineFlash, oracle, teacher_steps=k, shift_top=0.8, steps=1)
+    distiller = taught_by(ImagineFlash, oracle, teacher_steps=k, reconstruction="shifted", shift_top=0.8, steps=1)
     x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
     grid = [distiller.gamma(t) * i / k for i in range(k, -1, -1)]
@@ -113,7 +113,7 @@ def test_the_teachers_walk_is_a_product_of_gains(name, k):
 
 
 def test_one_step_without_shift_is_adds_target():
-    flash = taught_by(ImagineFlash, ORACLE, teacher_steps=1, shift_power=1.0, shift_top=1.0)
+    flash = taught_by(ImagineFlash, ORACLE, teacher_steps=1, reconstruction="shifted", shift_power=1.0, shift_top=1.0)
     add = taught_by(ADD, ORACLE)
     x0, noise = torch.randn(2, 4, 2, 1, 1, dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
@@ -271,7 +271,7 @@ def test_bad_options_and_teachers_are_refused():
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.product), 2])
 def test_a_student_of_a_mixture_covers_all_modes(steps):
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2}
+    options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2, "reconstruction": "shifted"}
     distiller = train_adversarially(ImagineFlash, ORACLE, 300, steps=steps, **options)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares

@@ -52,10 +52,10 @@ class ORACLE_ANSWER:  # noqa: N801
         self.x0 = x
 
 
-def test_the_student_moves_on_every_nth_step_only():
-    turns = taught_by(LADD, ORACLE, student_update_interval=5).turns
-    assert [step for step in range(11) if turns["student"].when(step)] == [0, 5, 10]
-    assert all(turns["critic"].when(step) for step in range(11))
+def test_the_critic_comes_first_and_the_student_moves_on_every_nth_step_only():
+    turns = taught_by(LADD, ORACLE, student_update_interval=5, critic_warmup=3).turns
+    assert [step for step in range(20) if turns["student"].when(step)] == [7, 12, 17]
+    assert all(turns["critic"].when(step) for step in range(20))
 
 
 def test_what_the_critic_sees_depends_on_image_level_and_class():
@@ -116,7 +116,7 @@ def test_bad_options_and_teachers_are_refused():
 
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    distiller = train_adversarially(LADD, ORACLE, 400, steps=1, location=-1.0)
+    distiller = train_adversarially(LADD, ORACLE, 400, steps=1, location=-1.0, student_update_interval=1)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
     assert stray < 0.3

@@ -301,6 +301,12 @@ def test_only_a_teacher_of_the_noise_is_converted_first():
         assert CONVERT not in [stage.name for stage in small(config, start=8, steps=2).stages(100)]
 
 
+@pytest.mark.parametrize(("steps", "converts"), [(2, False), (1, True)])
+def test_noise_is_kept_where_signal_is_left_unless_one_step_hangs_on_it(steps, converts):
+    config = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
+    assert small({**config, "_class_name": "DDIMScheduler"}, start=8, steps=steps).converts is converts
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_stage_begins_with_the_weights_that_were_evaluated(ema):
     distiller = small(vp_config(), start=4, steps=1, ema=ema)

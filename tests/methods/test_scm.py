@@ -148,7 +148,7 @@ def test_trained_on_data_the_path_is_the_circle_through_that_image_and_that_nois
 
 
 def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its_time():
-    """Steps 5 and 6: of e^w / D ||F - F^- - g||^2 - w, with g of norm sqrt(D) ||g|| / (||g|| + 0.1), here at D = 2."""
+    """Steps 5 and 6: of e^w / D ||F - F^- - g||^2 - w, with g / (rms(g) + 0.1), here at D = 2."""
     distiller, _, _, _, _ = scene("trig", "trigflow")
     distiller.time_weight.double().linear.bias.data.fill_(0.7)
     batch, seen, given = batch_of(three_clusters(SCHEDULES["trig"], "trigflow"), 16), [], {}
@@ -162,7 +162,7 @@ def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its
     distiller.velocity = watch
     losses = distiller("student", batch, Draws(0, 16)).terms["loss"]
     (gradient,) = torch.autograd.grad(losses, seen[-1])
-    g = given["g"] * math.sqrt(2) / (given["g"].flatten(1).norm(dim=1)[:, None, None, None] + 0.1)
+    g = given["g"] / (given["g"].flatten(1).norm(dim=1)[:, None, None, None] / math.sqrt(2) + 0.1)
     torch.testing.assert_close(gradient, -2 * math.exp(0.7) / 2 * g / 16, atol=1e-6, rtol=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_the_weight_balances_the_error_of_its_time():
 
 @pytest.mark.parametrize(
     ("path", "train_steps", "norm_floor"),
-    [("teacher", 1400, 0.5), pytest.param("data", 1600, 0.1, marks=pytest.mark.product)],
+    [("teacher", 1400, 0.35), pytest.param("data", 1600, 0.07, marks=pytest.mark.product)],
 )
 def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, train_steps, norm_floor):
     """What a network gets wrong where the clusters part is carried to all higher noise: hence one with waves.
