@@ -19,7 +19,9 @@ EMBEDDED = {
 }
 """Embedded data sets, by their ``data.path``."""
 
-READERS = {"embedded": FASHION / "features", "faces": FACES / "reader"}
+FEATURES = {"embedded": FASHION / "features", "faces": FACES / "judge"}
 """Embedded feature networks, by the name that a user gives."""
-JUDGES = {"faces": FACES / "judge"}
+CLIPS = {"faces": FACES / "judge"}
 """Embedded CLIPs, likewise."""
+READERS = {"faces": FACES / "reader"}
+"""Embedded attribute readers, likewise."""

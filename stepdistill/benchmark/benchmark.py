@@ -60,7 +60,7 @@ class Benchmark:
         self.config = config
         check_students(config.students)
         self.family = load_teacher(config.teacher)
-        self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip)
+        self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip, attributes=config.attributes)
         self.suite.check(config.metrics)
         self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
         if self.family.takes_text and self.captions is None:

@@ -44,6 +44,8 @@ class BenchmarkConfig:
     """Prompts for a teacher that takes text; see :class:`stepdistill.evaluation.protocol.Protocol`."""
     clip: str | None = None
     """A CLIP for the metric ``clip``, on which nothing here was trained."""
+    attributes: str | None = None
+    """A network that reads attributes, for the metric ``adherence``."""
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     batch_size: PositiveInt = 100
     precision: Precision = "fp32"

@@ -26,6 +26,7 @@ PROTOCOL_FLAGS = (
     ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
     ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
     ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
+    ("attributes", str, "'faces', or the folder of an attribute reader, for adherence"),
     ("size", COUNT, "side of the square to which all images are resized and cropped"),
     ("captions", str, "prompts: a file of them (as --prompt_file of generate), or images with captions"),
     ("guidance_scale", SCALE, "1 is no guidance; by default the pipeline's own"),

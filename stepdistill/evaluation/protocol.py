@@ -29,6 +29,7 @@ class Protocol:
         features: feature network, see :func:`stepdistill.features.loading.load_features`.
         resize: how Inception's input is made: ``adm``, ``torch-fidelity``, ``torchmetrics``, ``clean``.
         clip: a CLIP for the metrics ``clip`` and ``cmmd``.
+        attributes: a network that reads attributes, for the metrics ``adherence`` and ``adherence_unseen``.
         reference: what they are compared with, see :meth:`stepdistill.evaluation.reference.Reference.open`.
         reference_images: reference images that metrics beyond the Fréchet distance use, at most.
         size: samples and reference images are resized (short side) and cropped to a square of this side.
@@ -47,6 +48,7 @@ class Protocol:
     features: str = "embedded"
     resize: str | None = None
     clip: str | None = None
+    attributes: str | None = None
     reference: str | None = None
     reference_images: Annotated[int, Range(at_least=2)] = 10_000
     size: PositiveInt | None = None

@@ -20,7 +20,7 @@ from stepdistill.evaluation.reference import Reference, ReferenceStatistics
 from stepdistill.evaluation.results import versions
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.clip import Clip
-from stepdistill.features.loading import load_features
+from stepdistill.features.loading import load_features, load_reader
 from stepdistill.files.words import nearest
 from stepdistill.inference.sampling import Images
 
@@ -32,6 +32,7 @@ class MetricSuite:
         features: embeds the images for all metrics but the CLIP's.
         reference: what samples are compared with, on these features.
         clip: for the CLIP score.
+        attributes: reads attributes, for adherence; by default the ``features``, where they can.
         clip_reference: the reference on the CLIP's features, for CMMD; without it CMMD uses ``features``.
     """
 
@@ -41,11 +42,14 @@ class MetricSuite:
         reference: Reference,
         *,
         clip: Clip | None = None,
+        attributes: FeatureExtractor | None = None,
         clip_reference: Reference | None = None,
     ) -> None:
         self.features = features.eval()
+        self.reader = self.features if attributes is None else attributes.eval()
         self.reference = reference
         self.clip, self.clip_reference = clip, clip_reference
+        self._one_network = clip is not None and clip.images.sha256 == self.features.sha256
 
     @classmethod
     def open(
@@ -58,6 +62,7 @@ class MetricSuite:
         size: int | None = None,
         device: torch.device | str = "cpu",
         clip: str | None = None,
+        attributes: str | None = None,
     ) -> MetricSuite:
         """Open what a user names.
 
@@ -69,10 +74,14 @@ class MetricSuite:
             size: reference images are resized and cropped to a square of this side.
             device: where features are computed.
             clip: folder or hub id of a CLIP.
+            attributes: see :func:`stepdistill.features.loading.load_reader`.
         """
         network = load_features(features, resize).to(device)
         opened = Reference.open(network, reference, max_images=max_images, size=size)
-        return cls(network, opened, clip=Clip.open(clip, device) if clip else None)
+        return cls(
+            network, opened, clip=Clip.open(clip, device) if clip else None,
+            attributes=load_reader(attributes).to(device) if attributes else None,
+        )  # fmt: skip
 
     @classmethod
     def of_protocol(cls, protocol: Protocol, device: torch.device | str = "cpu") -> MetricSuite:
@@ -84,7 +93,7 @@ class MetricSuite:
         assert protocol.reference is not None, "read_protocol refuses this"
         suite = cls.open(
             protocol.features, protocol.reference, max_images=protocol.reference_images, resize=protocol.resize,
-            size=protocol.size, device=device, clip=protocol.clip,
+            size=protocol.size, device=device, clip=protocol.clip, attributes=protocol.attributes,
         )  # fmt: skip
         if suite.clip is not None and "cmmd" in protocol.metrics:
             suite.clip_reference = Reference.open(
@@ -114,8 +123,11 @@ class MetricSuite:
             )
         if "classifier" in metric.needs and self.features.num_classes is None:
             return f"{metric.name!r} needs a classifier; features {self.features.name!r} have no classes"
-        if "attributes" in metric.needs and self.features.vocabulary is None:
-            return f"{metric.name!r} needs features that read attributes, such as 'faces'; got {self.features.name!r}"
+        if "attributes" in metric.needs and self.reader.vocabulary is None:
+            return (
+                f"{metric.name!r} needs a network that reads attributes: give --attributes, such as 'faces'; "
+                f"{self.reader.name!r} reads none"
+            )
         if "reference_images" in metric.needs and reference.rows is None:
             return f"{metric.name!r} needs the reference's images; the reference holds statistics only"
         if "reference_labels" in metric.needs and reference.labels is None:
@@ -124,7 +136,7 @@ class MetricSuite:
 
     def refuse_critic(self, critic: Mapping[str, str]) -> None:
         """Raise ``ValueError`` if a network of this suite is among those, by sha256, that trained what is measured."""
-        networks = [self.features] if self.clip is None else [self.features, self.clip.images]
+        networks = [self.features, self.reader] if self.clip is None else [self.features, self.reader, self.clip.images]
         for network in networks:
             if network.sha256 in critic.values():
                 raise ValueError(
@@ -155,20 +167,22 @@ class MetricSuite:
         if images.labels is not None:
             found["labels"] = images.labels
         if images.captions is not None:
-            found |= self._embed_words(images.captions)
+            found |= self._embed_words(images, found["features"])
         if self.clip is None:
             return found
         if images.captions is None:
             raise ValueError("metrics: 'clip' needs captions: give --captions, or images with a metadata.jsonl")
-        found["clip"] = self.clip.images.extract(images.pixels)
+        found["clip"] = found["features"] if self._one_network else self.clip.images.extract(images.pixels)
         found["captions"], found["cut"] = self.clip.embed_captions(images.captions)
         return found
 
-    def _embed_words(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        found = {"prompts": prompt_keys(captions)}
-        if self.features.vocabulary is not None:
-            found["asked"] = self.features.vocabulary.asked(captions)
-        return found
+    def _embed_words(self, images: Images, features: Tensor) -> dict[str, Tensor]:
+        assert images.captions is not None
+        found = {"prompts": prompt_keys(images.captions)}
+        if self.reader.vocabulary is None:
+            return found
+        seen = features if self.reader is self.features else self.reader.extract(images.pixels)
+        return found | {"asked": self.reader.vocabulary.asked(images.captions), "shown": self._read(seen)}
 
     def score(self, images: Images, names: Sequence[str] = ("fd",)) -> dict[str, float]:
         """Return the metrics ``names`` of some images, of whatever shape, by the names they are reported under."""
@@ -189,8 +203,8 @@ class MetricSuite:
         reference, features = self._reference(metric), rows["clip" if self._on_clip(metric) else "features"]
         return Sample(
             features, rows.get("labels"), reference.moments, reference.rows, reference.labels, self.logits,
-            rows.get("captions"), rows.get("cut"), rows.get("prompts"), rows.get("asked"), self.read,
-            None if self.features.vocabulary is None else self.features.vocabulary.is_unseen,
+            rows.get("captions"), rows.get("cut"), rows.get("prompts"), rows.get("asked"), rows.get("shown"),
+            None if self.reader.vocabulary is None else self.reader.vocabulary.is_unseen,
         )  # fmt: skip
 
     def _on_clip(self, metric: Metric) -> bool:
@@ -208,9 +222,9 @@ class MetricSuite:
         return self.features.logits(rows.to(next(self.features.parameters()).device)).cpu()
 
     @torch.no_grad()
-    def read(self, rows: Tensor) -> Tensor:
-        """Return attributes (N, attributes) int64, on the CPU, that features (N, d) show."""
-        return self.features.read(rows.to(next(self.features.parameters()).device)).cpu()
+    def _read(self, rows: Tensor) -> Tensor:
+        """Return attributes (N, attributes) int64, on the CPU, that the reader's features (N, d) show."""
+        return self.reader.read(rows.to(next(self.reader.parameters()).device)).cpu()
 
     @property
     def distance(self) -> str:
@@ -224,7 +238,11 @@ class MetricSuite:
     def describe(self) -> dict[str, Any]:
         """Return networks and reference as JSON values."""
         clip = None if self.clip is None else self.clip.images.describe()
-        return {"features": self.features.describe(), "clip": clip, "reference": self.reference.describe()}
+        attributes = None if self.reader.vocabulary is None else self.reader.describe()
+        return {
+            "features": self.features.describe(), "clip": clip, "attributes": attributes,
+            "reference": self.reference.describe(),
+        }  # fmt: skip
 
     def describe_setting(self, **settings: Any) -> dict[str, Any]:
         """Return ``settings`` with the feature network, the reference and all versions, as JSON values."""

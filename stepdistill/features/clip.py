@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.assets import JUDGES
+from stepdistill.assets import CLIPS
 from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 
@@ -38,7 +38,7 @@ class Clip:
         """
         import transformers
 
-        path = str(JUDGES.get(path, path))
+        path = str(CLIPS.get(path, path))
         images = load_features(path)
         if not isinstance(images, TransformersFeatures) or not hasattr(images.network, "get_text_features"):
             raise ValueError(f"clip {path!r}: expected a whole CLIP, but {images.name!r} has no text half")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepdistill.assets import READERS
+from stepdistill.assets import FEATURES, READERS
 from stepdistill.features.attributes import AttributeReader
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.classifier import SmallConvNet
@@ -18,10 +18,10 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
     """Return the feature network that ``spec`` names, frozen and on the CPU.
 
     Args:
-        spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"faces"`` (its attribute reader of
-            faces), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`, a program
-            written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or hub id
-            of a ``transformers`` vision model (DINOv2, CLIP, ...).
+        spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"faces"`` (the image half of its
+            small CLIP), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`, a
+            program written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or
+            hub id of a ``transformers`` vision model (DINOv2, CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
@@ -36,8 +36,8 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
         return InceptionFeatures.from_pretrained(None if spec == "inception" else spec, resize or "torch-fidelity")
     if resize is not None:
         raise ValueError(f"resize: {resize!r} is for Inception only; features {spec!r} have their own preprocessing")
-    if spec in READERS:
-        network = _open_small(READERS[spec])
+    if spec in FEATURES:
+        network = load_features(str(FEATURES[spec]))
         network.name = spec
         return network
     if spec.endswith(".pt2"):
@@ -45,6 +45,18 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
     if _class_name(Path(spec)) in SMALL:
         return _open_small(Path(spec))
     return TransformersFeatures.from_pretrained(spec)
+
+
+def load_reader(spec: str) -> FeatureExtractor:
+    """Return the network that ``spec`` names and that reads attributes: ``"faces"``, or the folder of one.
+
+    Raises:
+        ValueError: if it is none; names it.
+    """
+    network = load_features(str(READERS.get(spec, spec)))
+    if network.vocabulary is None:
+        raise ValueError(f"attributes: expected 'faces' or the folder of an attribute reader, got {spec!r}")
+    return network
 
 
 def _open_small(folder: Path) -> FeatureExtractor:

@@ -1,7 +1,8 @@
 """Train a small image autoencoder, the first part of a latent teacher.
 
-The loss is the absolute error of the reconstruction, and a light Kullback-Leibler term that keeps the latents near a
-unit Gaussian (Kingma & Welling, arXiv 1312.6114; Rombach et al., arXiv 2112.10752).
+The loss is the absolute and the squared error of the reconstruction, and a light Kullback-Leibler term that keeps the
+latents near a unit Gaussian (Kingma & Welling, arXiv 1312.6114; Rombach et al., arXiv 2112.10752). The absolute error
+alone gives up details of one pixel, such as an earring.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from stepdistill.pretraining.fit import FitConfig, fit
 
+SQUARED_WEIGHT = 3.0
+"""Weight of the squared error, relative to the absolute one."""
 KL_WEIGHT = 1e-3
 """Weight of the term per latent number, relative to the absolute error per colour value in [-1, 1]."""
 
@@ -27,8 +30,9 @@ def train_vae(images: Tensor, config: FitConfig, accelerator: Accelerator, log: 
         x = images[index].to(accelerator.device)
         model = accelerator.unwrap_model(network)
         posterior = model.encode(x).latent_dist
-        back = model.decode(posterior.sample()).sample
-        return (back - x).abs().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        error = model.decode(posterior.sample()).sample - x
+        reconstruction = error.abs().mean() + SQUARED_WEIGHT * error.square().mean()
+        return reconstruction + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(**config.model, scaling_factor=1.0)

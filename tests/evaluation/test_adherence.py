@@ -12,6 +12,7 @@ from stepdistill.evaluation.sources import read_captions
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.features.attributes import AttributeReader
 from stepdistill.features.classifier import SmallConvNet
+from stepdistill.features.loading import load_reader
 from stepdistill.features.vocabulary import UNASKED, Vocabulary
 from stepdistill.inference.sampling import Images
 
@@ -76,7 +77,7 @@ def pixels(count, seed=0):
 
 
 def test_a_suite_measures_what_prompts_ask_for(suite):
-    shown = suite.read(suite.features.extract(pixels(40)))
+    shown = suite.features.read(suite.features.extract(pixels(40)))
     prompts = ["a red hat and a smile", "a frown"] * 20
     names = ["adherence", "adherence_unseen", "prompt_spread"]
     suite.check(names)
@@ -88,10 +89,27 @@ def test_a_suite_measures_what_prompts_ask_for(suite):
         assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
 
 
+def test_attributes_are_read_by_another_network_than_the_features(suite):
+    torch.manual_seed(1)
+    plain = SmallConvNet(width=4).eval()
+    rows = plain.extract(pixels(60, seed=1))
+    both = MetricSuite(plain, Reference(Moments.of(rows), rows=rows), attributes=suite.features)
+    images = Images(pixels(40), captions=["a red hat and a smile", "a frown"] * 20)
+    found = both.score(images, ["fd", "adherence"])
+    assert found["adherence"] == suite.score(images, ["adherence"])["adherence"]
+    assert found["fd"] == MetricSuite(plain, both.reference).score(images)["fd"]
+    assert both.describe()["attributes"]["sha256"] == suite.features.sha256
+
+
+def test_a_network_that_reads_no_attributes_is_refused():
+    with pytest.raises(ValueError, match="attributes: expected 'faces' or the folder of an attribute reader, got 'em"):
+        load_reader("embedded")
+
+
 def test_what_adherence_lacks_is_named(suite):
     torch.manual_seed(0)
     plain = MetricSuite(SmallConvNet(width=4), suite.reference)
-    with pytest.raises(ValueError, match="'adherence' needs features that read attributes, such as 'faces'"):
+    with pytest.raises(ValueError, match="'adherence' needs a network that reads attributes: give --attributes"):
         plain.check(["adherence"])
     for name, captions, message in [
         ("adherence", None, "'adherence' needs captions"),

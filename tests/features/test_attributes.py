@@ -6,7 +6,7 @@ import torch
 
 from stepdistill.assets import FACES
 from stepdistill.features.attributes import WORDS, AttributeReader
-from stepdistill.features.loading import load_features
+from stepdistill.features.loading import load_features, load_reader
 from stepdistill.features.vocabulary import UNASKED, Vocabulary
 from stepdistill.pretraining.reader import accuracies, disturbed, read_attributes
 
@@ -112,14 +112,14 @@ def in_32_levels(pixels):
 @pytest.mark.parametrize("change", [torch.clone, decoded, in_32_levels])
 def test_the_embedded_reader_reads_faces_that_it_has_not_seen(held_out, change):
     pixels, values = held_out
-    found = accuracies(load_features("faces"), change(pixels), values)
+    found = accuracies(load_reader("faces"), change(pixels), values)
     assert min(found[name] for name in ("skin", "hair_colour", "shirt", "glasses", "hat")) > 0.97, found
     assert min(found.values()) > 0.95, found
 
 
 def test_the_embedded_reader_reads_combinations_that_it_has_not_seen(held_out, faces):
     unseen = faces.is_unseen(held_out[1])
-    found = accuracies(load_features("faces"), held_out[0][unseen], held_out[1][unseen])
+    found = accuracies(load_reader("faces"), held_out[0][unseen], held_out[1][unseen])
     assert unseen.sum() > 50 and found["hair_colour"] > 0.9 and found["shirt"] > 0.95
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stepdistill.assets import EMBEDDED, FACES, JUDGES
+from stepdistill.assets import CLIPS, EMBEDDED, FACES
 from stepdistill.features.attributes import WORDS, AttributeReader
 from stepdistill.features.clip import Clip
 from stepdistill.features.vocabulary import UNASKED, Vocabulary
@@ -158,4 +158,4 @@ def test_the_embedded_judge_is_small_and_knows_the_words():
     for column, name in enumerate(["green", "black"]):
         asked, other = scores[colour == hair.index(name)][:, [column, 1 - column]].T
         assert (asked > other).mean() > 0.95
-    assert sum(file.stat().st_size for file in JUDGES["faces"].iterdir()) < 1.5e6
+    assert sum(file.stat().st_size for file in CLIPS["faces"].iterdir()) < 1.5e6

@@ -50,7 +50,7 @@ class Sample:
         cut: (N,) bool, captions that were too long and lost their end.
         prompts: (N,) int, equal for equal captions.
         asked: (N, attributes) int, what captions ask for.
-        read: maps features (N, d) to the attributes (N, attributes) that images show.
+        shown: (N, attributes) int, what was read from images.
         is_unseen: maps ``asked`` to (N,) bool, combinations that were held out of the teacher's training.
     """
 
@@ -64,7 +64,7 @@ class Sample:
     cut: Tensor | None = None
     prompts: Tensor | None = None
     asked: Tensor | None = None
-    read: Callable[[Tensor], Tensor] | None = None
+    shown: Tensor | None = None
     is_unseen: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -179,9 +179,9 @@ def adherence_unseen(sample: Sample) -> dict[str, Score]:
 
 
 def _shown_and_asked(sample: Sample) -> tuple[Tensor, Tensor]:
-    if sample.asked is None or sample.read is None:
+    if sample.asked is None or sample.shown is None:
         raise ValueError("metrics: 'adherence' needs captions: give --captions, or images with captions")
-    return sample.read(sample.features), sample.asked
+    return sample.shown, sample.asked
 
 
 def prompt_spread(sample: Sample) -> dict[str, Score]:

@@ -23,7 +23,7 @@ Need = Literal[
 ]
 """What a metric needs beside features and the moments of the reference: Inception's features, a feature network with
 classes, features and labels of single reference images, the labels that samples were asked for, a CLIP, captions, a
-feature network that reads attributes."""
+network that reads attributes."""
 
 
 @dataclass(frozen=True)
