@@ -19,9 +19,9 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
 
     Args:
         spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"faces"`` (the image half of its
-            small CLIP), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`, a
-            program written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or
-            hub id of a ``transformers`` vision model (DINOv2, CLIP, ...).
+            small CLIP), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`,
+            a program written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`),
+            a folder or hub id of a ``transformers`` vision model (DINOv2, CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
