@@ -172,7 +172,7 @@ class MetricSuite:
             return found
         if images.captions is None:
             raise ValueError("metrics: 'clip' needs captions: give --captions, or images with a metadata.jsonl")
-        found["clip"] = found["features"] if self._one_network else self.clip.images.extract(images.pixels)
+        found["clip"] = found["features"].clone() if self._one_network else self.clip.images.extract(images.pixels)
         found["captions"], found["cut"] = self.clip.embed_captions(images.captions)
         return found
 
