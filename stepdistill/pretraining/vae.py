@@ -18,7 +18,7 @@ from stepdistill.pretraining.fit import FitConfig, fit
 
 SQUARED_WEIGHT = 3.0
 """Weight of the squared error, relative to the absolute one."""
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 5e-4
 """Weight of the term per latent number, relative to the absolute error per colour value in [-1, 1]."""
 
 

@@ -10,7 +10,7 @@ import torch.distributed
 import torchmetrics
 from torch import Tensor
 
-ROWS = ("features", "clip", "captions", "cut", "prompts", "asked", "labels", "calls", "seconds", "images")
+ROWS = ("features", "clip", "captions", "cut", "prompts", "asked", "shown", "labels", "calls", "seconds", "images")
 """What may be known of the images; see :func:`stepdistill.evaluation.extraction.collect`."""
 
 
