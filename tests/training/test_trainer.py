@@ -209,9 +209,9 @@ def test_every_turns_diagnostics_are_in_every_row_although_the_turns_rest_in_tur
     assert rows(run)[0]["student/grad_norm"] != rows(run)[1]["student/grad_norm"]
 
 
-def collapsing(folder, monkeypatch, steps=12):
+def collapsing(folder, monkeypatch, steps=12, save_every=1):
     """A run whose student's spread is gone from step 6 on, and which is told so after four logs."""
-    run = make_run(folder, "ladd", steps=steps, save_every=1)
+    run = make_run(folder, "ladd", steps=steps, save_every=save_every)
     monkeypatch.setattr("stepdistill.methods.ladd.diversity_ratio", lambda x0, real: torch.tensor(0.9 - (run.done > 4)))
     trainer, original = run.trainer(), Trainer._step
 
@@ -255,13 +255,13 @@ def test_a_resumed_run_diverges_where_it_would_have(tmp_path, monkeypatch):
 
 
 def test_where_no_checkpoint_is_good_the_same_command_does_not_start_afresh(tmp_path, monkeypatch):
-    run = collapsing(tmp_path, monkeypatch)
+    run = collapsing(tmp_path, monkeypatch, save_every=2)  # the critic is alone on the first step
     run.trainer().reporter.divergence = DivergenceGuard(patience=1, rows=2)
     monkeypatch.setattr("stepdistill.methods.ladd.diversity_ratio", lambda x0, real: torch.zeros(()))
-    with pytest.raises(DivergenceError, match="No checkpoint is as old as step 0; set aside: checkpoint-1.diverged"):
+    with pytest.raises(DivergenceError, match="No checkpoint is as old as step 1; set aside: checkpoint-2.diverged"):
         run.train()
-    with pytest.raises(CheckpointError, match=r"no valid checkpoint is left; .*(\n.*)*checkpoint-1\.diverged"):
-        make_run(tmp_path, "ladd", steps=12, save_every=1).train()
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint is left; .*(\n.*)*checkpoint-2\.diverged"):
+        make_run(tmp_path, "ladd", steps=12, save_every=2).train()
 
 
 # ---------------------------------------------------------------------------------------------------- resuming
