@@ -15,6 +15,7 @@ References: DDIM, Song et al. 2021 (arXiv 2010.02502), Eq. 12; multistep consist
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -109,15 +110,20 @@ class ConsistencyKarras(Sampler):
     Args:
         schedule: the networks' schedule.
         steps: number of steps, each one network call.
-        points: noise levels of Karras' grid from sigma_max to sigma_min, of which every (points // steps)-th is used.
+        points: noise levels from sigma_max to sigma_min, even in ``sigma^(1 / rho)``, of which every
+            (points // steps)-th is used.
+        rho: of these levels; by default the schedule's own, Karras' grid.
     """
 
     name = "ConsistencyKarras"
 
-    def __init__(self, schedule: Karras, steps: int, points: int) -> None:
-        grid, stride = schedule.grid(points), points // steps
-        super().__init__(schedule, torch.cat([grid[: stride * steps : stride], grid[-1:]]))
-        self.points = points
+    def __init__(self, schedule: Karras, steps: int, points: int, rho: float | None = None) -> None:
+        stride = points // steps
+        self.points, self.rho = points, schedule.rho if rho is None else rho
+        ends = torch.tensor([schedule.sigma_max, schedule.sigma_min], dtype=torch.float64) ** (1 / self.rho)
+        levels = torch.lerp(*ends, torch.linspace(0, 1, points, dtype=torch.float64)) ** self.rho
+        times = schedule.time_of(levels[: stride * steps : stride]).clamp(max=1)
+        super().__init__(schedule, torch.cat([times, torch.zeros(1, dtype=torch.float64)]))
         self.karras = schedule
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
@@ -126,6 +132,27 @@ class ConsistencyKarras(Sampler):
         _, sigma_s = self.schedule(s)
         lift = (sigma_s**2 - self.karras.sigma_min**2).clamp(min=0).sqrt()
         return x_end + expand(lift, x_end) * noise(x_end)
+
+
+def rho_through(sigma: float, schedule: Karras) -> float:
+    """Return the rho of the levels, even in ``sigma^(1 / rho)`` from end to end, whose middle is ``sigma``.
+
+    >>> round(rho_through(2.5152, Karras()), 2)
+    7.0
+
+    Raises:
+        ValueError: if ``sigma`` is not between the geometric and the arithmetic mean of both ends (rho infinite and 1).
+    """
+    low, high = schedule.sigma_min, schedule.sigma_max
+    limits = math.sqrt(low * high), (low + high) / 2
+    if not limits[0] < sigma < limits[1]:
+        raise ValueError(f"method.mid_sigma: expected between {limits[0]:.4g} and {limits[1]:.4g}, got {sigma}")
+    below, above = 0.0, 1.0  # of 1 / rho, in which the middle grows
+    for _ in range(60):
+        power = (below + above) / 2
+        too_low = ((low**power + high**power) / 2) ** (1 / power) < sigma
+        below, above = (power, above) if too_low else (below, power)
+    return 1 / above
 
 
 class StrategicStochasticSampler(Sampler):

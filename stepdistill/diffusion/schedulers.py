@@ -87,7 +87,8 @@ def _consistency_karras(sampler: ConsistencyKarras, teacher: Mapping[str, Any]) 
     if teacher.get("prediction_type", "epsilon") != "epsilon":
         raise ValueError("method: no scheduler takes consistency steps with EDM's v_prediction; expected Euler steps")
     rule = EDMConsistencyScheduler if sampler.karras.noise_scale == 1 else CMStochasticIterativeScheduler
-    return rule(num_train_timesteps=sampler.points, clip_denoised=False, **edm_process(sampler.karras))
+    process = edm_process(sampler.karras) | {"rho": sampler.rho}
+    return rule(num_train_timesteps=sampler.points, clip_denoised=False, **process)
 
 
 @to_diffusers.register
@@ -131,15 +132,23 @@ def _flow(schedule: RectifiedFlow, **options: Any) -> Any:
 
 
 def _edm_euler(sampler: Sampler, schedule: Karras, teacher: Mapping[str, Any]) -> Any:
-    """Return Euler's scheduler for EDM, in the teacher's noise embedding."""
+    """Return Euler's scheduler for EDM, in the teacher's noise embedding.
+
+    Noise levels even in Karras' time are his grid down to the last of them, which therefore is the scheduler's
+    ``sigma_min``.
+    """
     from diffusers import EDMEulerScheduler
 
     from stepdistill.pipelines.noise_embedding import ConsistencyEulerScheduler
 
-    if not torch.equal(sampler.times, schedule.grid(sampler.steps)):
+    times = sampler.times[:-1]
+    if not torch.allclose(times, torch.linspace(1, times[-1].item(), len(times), dtype=torch.float64), atol=1e-9):
         raise ValueError(f"no stock scheduler takes these {sampler.steps} Euler steps: expected the grid of Karras")
+    process = edm_process(schedule)
+    if not torch.equal(sampler.times, schedule.grid(sampler.steps)):
+        process["sigma_min"] = schedule(times[-1])[1].item()
     rule = EDMEulerScheduler if schedule.noise_scale == 1 else ConsistencyEulerScheduler
-    return rule(**edm_process(schedule), prediction_type=teacher.get("prediction_type", "epsilon"))
+    return rule(**process, prediction_type=teacher.get("prediction_type", "epsilon"))
 
 
 def edm_process(schedule: Karras) -> dict[str, float]:

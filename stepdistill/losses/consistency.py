@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler
+from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler, rho_through
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
 from stepdistill.networks.denoiser import Denoiser
 
@@ -43,7 +43,10 @@ def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
     [999, 759, 499, 259]
     """
     grid = schedule.grid(intervals)
-    return torch.cat([grid[[intervals * i // steps for i in range(steps)]], grid[-1:]])
+    places = [intervals * i // steps for i in range(steps)]
+    if isinstance(schedule, Karras):  # whose scheduler takes even strides only
+        places = [intervals // steps * i for i in range(steps)]
+    return torch.cat([grid[places], grid[-1:]])
 
 
 def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int, key: str) -> Sampler:
@@ -73,7 +76,7 @@ def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: st
         raise ValueError(f"method.{key}: expected at most the teacher's {limit} timesteps, got {intervals}")
 
 
-def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, intervals: int) -> Sampler:
+def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sigma: float) -> Sampler:
     """Return multistep consistency sampling from the noise level ``sigma_max`` down.
 
     The first step is told that level, though its input is pure noise; the other times are those of the schedule's grid.
@@ -82,17 +85,18 @@ def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, interva
         schedule: the networks' schedule.
         steps: sampling steps.
         sigma_max: ``sigma_t / alpha_t`` of the first step; a schedule that ends below it starts at its own end.
-        intervals: for EDM, intervals of the grid that the times are chosen from.
+        mid_sigma: for EDM, the noise level halfway down the grid.
 
     Raises:
-        ValueError: if the second time is not below the first, or an EDM schedule goes beyond ``sigma_max``.
+        ValueError: if the second time is not below the first, an EDM schedule goes beyond ``sigma_max``, or no grid of
+            it has this middle.
     """
+    if steps < 1:
+        raise ValueError(f"method.steps: expected at least 1, got {steps}")
     if isinstance(schedule, Karras):
         if schedule.sigma_max > sigma_max:
             raise ValueError(f"method.sigma_max: expected at least the teacher's {schedule.sigma_max}, got {sigma_max}")
-        return consistency_sampler(schedule, steps, intervals, "the sampling grid")
-    if steps < 1:
-        raise ValueError(f"method.steps: expected at least 1, got {steps}")
+        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(mid_sigma, schedule))
     times = schedule.grid(steps).clone()
     times[0] = time_of_level(schedule, sigma_max)
     if times[0] <= times[1]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
+from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler, rho_through
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.diffusion.trig import Trig
 from stepdistill.families.base import Family
@@ -43,7 +44,14 @@ from stepdistill.files.ranges import FiniteFloat, GuidanceScale, NonNegativeInt,
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.modes import is_single_precision, single_precision
 from stepdistill.randomness import Draws
+
+MIDDLE_ANGLE = 1.1
+"""TrigFlow's angle halfway down the sampling grid of EDM students: the second of two steps in the paper."""
+
+LARGEST_UNIT_SPAN = 10.0
+"""Of times on unit scale: TrigFlow's span 1.6, EDM's logarithms 2.6."""
 
 
 class Point(NamedTuple):
@@ -78,10 +86,11 @@ class Scm(Distiller):
         """Mean of the log noise level ``log(sigma / alpha)`` in training (P_mean)."""
         log_sigma_std: PositiveFloat = 1.4
         """Its standard deviation (P_std)."""
-        tangent: Literal["jvp", "difference"] = "jvp"
-        """The student's derivative: exact, by forward-mode differentiation, or by a difference of two calls."""
-        difference: PositiveFloat = 2e-3
-        """Distance of these two calls, as an angle."""
+        tangent: Literal["auto", "jvp", "difference"] = "auto"
+        """The student's derivative: exact, by forward-mode differentiation, or by a difference of two calls; ``auto``
+        is exact if the embedded time is on unit scale, see :func:`embeds_unit_times`."""
+        difference: PositiveFloat = 0.04
+        """Distance of these two calls, as an angle: 25 of a thousand timesteps; 0.04 to 0.1."""
         warmup: NonNegativeInt = 1000
         """Training steps until the tangent has its full weight (r = 1)."""
         norm_floor: PositiveFloat = 0.1
@@ -95,15 +104,20 @@ class Scm(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return ConsistencySampler(family.schedule, sampling_times(family.schedule, config.steps))
+        schedule = family.schedule
+        if isinstance(schedule, Karras) and config.steps > 1:
+            rho = rho_through(schedule.sigma_data * math.tan(MIDDLE_ANGLE), schedule)
+            return ConsistencyKarras(schedule, config.steps, points=config.steps + 1, rho=rho)
+        return ConsistencySampler(schedule, schedule.grid(config.steps))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
         super().check(config, family)
-        if config.tangent == "jvp":
+        if differentiates(config, family.schedule):
             check_forward_mode(family)
 
     def build(self) -> None:
+        self.is_exact = differentiates(self.config, self.schedule)
         defines = isinstance(self.schedule, (Karras, Trig))
         self.sigma_data = self.schedule.sigma_data if defines else self.config.sigma_data
         self.time_weight = TimeWeight()
@@ -117,10 +131,12 @@ class Scm(Distiller):
         x_t = self.schedule.add_noise(batch.x0, noise, point.t)
         with self.computing_target(self.student):
             path = self.path(x_t, point.t, Prediction(batch.x0, noise), batch.cond)
-            tangent = self.tangent(x_t, point, path, batch.cond)
-            size = tangent.square().flatten(1).mean(1).sqrt()
-            step = tangent / expand(size + self.config.norm_floor, tangent)
-        velocity = self.velocity(self.student(x_t, point.t, batch.cond), point).float()
+            tangent_of = self.tangent_rule(x_t, point, path, batch.cond)
+        student = self.student(x_t, point.t, batch.cond)
+        tangent = tangent_of(Prediction(student.x0.detach(), student.eps.detach()))
+        size = tangent.square().flatten(1).mean(1).sqrt()
+        step = tangent / expand(size + self.config.norm_floor, tangent)
+        velocity = self.velocity(student, point).float()
         error = (velocity - velocity.detach() - step).square().flatten(1).mean(1)
         log_weight = self.time_weight(point.t)
         return Losses(
@@ -129,10 +145,10 @@ class Scm(Distiller):
         )
 
     def draw_point(self, draws: Draws, like: Tensor) -> Point:
-        """Return points at log-normal noise levels."""
+        """Return points at log-normal noise levels, those below the lowest that networks know at the lowest."""
         normal = draws.normal().double()
         log_sigma = self.config.log_sigma_mean + self.config.log_sigma_std * normal
-        return self.point(self.schedule.inverse(-2 * log_sigma).clamp(max=1), like)
+        return self.point(self.schedule.inverse(-2 * log_sigma).clamp(self.schedule.lowest_time, 1), like)
 
     def point(self, t: Tensor, like: Tensor) -> Point:
         """Return times (B,) of the teacher's schedule with their angle, in the shape of images ``like``."""
@@ -151,13 +167,14 @@ class Scm(Distiller):
         """Return TrigFlow's F."""
         return prediction.velocity(point.cos, point.sin / self.sigma_data)
 
-    def tangent(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
-        """Return the tangent g of Algorithm 1, before its normalisation."""
-        if self.config.tangent == "difference":
+    def tangent_rule(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Callable[[Prediction], Tensor]:
+        """Return the tangent g of Algorithm 1, before its normalisation, as a function of the student's prediction."""
+        if not self.is_exact:
             return self.tangent_by_difference(x_t, point, path, cond)
         student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond)
         turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
-        return -(point.cos**2) * self.residual(student, path, point) - self.tangent_warmup() * turn
+        tangent = -(point.cos**2) * self.residual(student, path, point) - self.tangent_warmup() * turn
+        return lambda _: tangent
 
     def tangent_warmup(self) -> float:
         """Return r, the weight of the student's derivative, from 0 to 1."""
@@ -175,26 +192,47 @@ class Scm(Distiller):
         dx = path.to_state(expand(d_alpha * dt, x_t), expand(d_sigma * dt, x_t))
         return self.student.jvp(x_t, point.t, cond, dx, dt)
 
-    def tangent_by_difference(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> Tensor:
+    def tangent_by_difference(
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond
+    ) -> Callable[[Prediction], Tensor]:
         """Return the tangent of the discrete algorithm (dsCD, Appendix D), whose limit is g.
 
-        It takes two calls, in one batch and in float32. At r = 1 it is the change of the consistency function itself
-        over the angle. At any distance of the calls, its fixed point is that of consistency distillation by Euler steps
-        of this angle.
+        At r = 1 it is the change of the consistency function itself over the angle. At any distance of the calls, its
+        fixed point is that of consistency distillation by Euler steps of this angle.
+
+        One of the two calls is the student's own, which has the gradient. A lower precision would leave rounding noise
+        of the difference; then both are made again, in float32.
+        """
+        near = self.neighbour(point, x_t)
+        x_near = ode_step(path, self.schedule, near.t)
+        ends = expand(near.t == 0, x_t) > 0
+        told = near.t.clamp(min=self.schedule.lowest_time)
+
+        def tangent(here: Prediction, x_0_near: Tensor) -> Tensor:
+            x_0_near = torch.where(ends, x_near, x_0_near)
+            sin = point.sin * near.cos - point.cos * near.sin  # of the angle between them
+            turned = -near.cos * self.residual(here, path, point)
+            return point.cos * torch.lerp(turned, (here.x0 - x_0_near) / sin, self.tangent_warmup())
+
+        if is_single_precision(self.bank, self.student.role, x_t.device):
+            x_0_near = self.student(x_near, told, cond).x0
+            return lambda here: tangent(here, x_0_near)
+        both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
+        with single_precision(self.bank, self.student.role, x_t.device):
+            x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([point.t, told]), both)
+        found = tangent(Prediction(x_0[: len(x_t)], eps[: len(x_t)]), x_0[len(x_t) :])
+        return lambda _: found
+
+    def neighbour(self, point: Point, like: Tensor) -> Point:
+        """Return points lower by the angle ``difference``; those below what networks know become clean data.
+
+        An angle is halved at most, so that the path's direction stays that at the point itself.
         """
         trig = Trig(self.sigma_data)
         theta = trig.inverse(self.schedule.log_snr(point.t))
-        theta_near = torch.maximum(theta - self.config.difference / (math.pi / 2), theta / 2)
-        near = self.point(self.schedule.inverse(trig.log_snr(theta_near)), x_t)
-        both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
-        x_both = torch.cat([x_t, ode_step(path, self.schedule, near.t)])
-        with torch.autocast(x_t.device.type, enabled=False):
-            x_0, eps = self.student(x_both, torch.cat([point.t, near.t]), both)
-        (x_0, x_0_near), (eps, _) = x_0.chunk(2), eps.chunk(2)
-        change = (x_0 - x_0_near) / expand(((theta - theta_near) * (math.pi / 2)).sin(), x_t)
-        return point.cos * torch.lerp(
-            -near.cos * self.residual(Prediction(x_0, eps), path, point), change, self.tangent_warmup()
-        )
+        theta = torch.maximum(theta - self.config.difference / (math.pi / 2), theta / 2)
+        t = self.schedule.inverse(trig.log_snr(theta))
+        return self.point(torch.where(t < self.schedule.lowest_time, 0, t), like)
 
 
 class TimeWeight(nn.Module):
@@ -213,14 +251,20 @@ class TimeWeight(nn.Module):
             return self.linear((math.pi * k * t[:, None]).cos().to(self.linear.weight.dtype)).squeeze(1)
 
 
-def sampling_times(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Return the schedule's grid, or for EDM even angles: the rho-grid would spend a step on almost no noise."""
-    if not isinstance(schedule, Karras):
-        return schedule.grid(steps)
-    trig = Trig(schedule.sigma_data)
-    top = trig.inverse(schedule.log_snr(torch.ones(1, dtype=torch.float64)))
-    between = schedule.inverse(trig.log_snr(top * trig.grid(steps)[1:-1]))
-    return torch.cat([torch.ones(1), between, torch.zeros(1)])
+def embeds_unit_times(schedule: NoiseSchedule) -> bool:
+    """Return whether the times that networks embed span a few units (EDM, TrigFlow), not a thousand timesteps.
+
+    An embedding's waves turn by about a radian per unit. Over a thousand units, the derivative by the angle is that
+    much larger, and belongs to waves between timesteps that training never showed: the tangent grows without bound (Lu
+    & Song 2024, Section 4.1; SANA-Sprint, arXiv 2503.09641, which changes the teacher's time first).
+    """
+    ends = schedule.timestep(torch.tensor([schedule.lowest_time, 1.0], dtype=torch.float64))
+    return (ends[1] - ends[0]).abs().item() < LARGEST_UNIT_SPAN
+
+
+def differentiates(config: Scm.Config, schedule: NoiseSchedule) -> bool:
+    """Return whether the student is differentiated exactly on a teacher of this schedule."""
+    return config.tangent == "jvp" or (config.tangent == "auto" and embeds_unit_times(schedule))
 
 
 def check_forward_mode(family: Family) -> None:

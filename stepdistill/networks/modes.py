@@ -1,13 +1,16 @@
-"""Training and evaluation mode of single roles, for the length of a block."""
+"""Training and evaluation mode of single roles, and their precision, for the length of a block."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from stepdistill.networks.bank import STUDENT, NetworkBank
+from stepdistill.networks.sharding import is_share
 
 
 @contextlib.contextmanager
@@ -33,3 +36,38 @@ def shared_dropout(bank: NetworkBank, role: str) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), in_mode(bank, role, training=training):
         yield
+
+
+def is_single_precision(bank: NetworkBank, role: str, device: torch.device) -> bool:
+    """Return whether ``role`` computes in float32 or better now: no autocast, and no frozen weights of bfloat16."""
+    return not torch.is_autocast_enabled(device.type) and not _half_tensors(bank, role)
+
+
+@contextlib.contextmanager
+def single_precision(bank: NetworkBank, role: str, device: torch.device) -> Iterator[None]:
+    """Let ``role`` compute in float32, also where adapters lie on a base of bfloat16, and convert it back afterwards.
+
+    No bit is lost on the way, but the network's whole base is held in float32 meanwhile. There must be no graph whose
+    backward pass needs its weights.
+
+    Raises:
+        ValueError: if that base is divided among processes, where weights cannot change their type.
+    """
+    half = _half_tensors(bank, role)
+    if any(map(is_share, half)):
+        raise ValueError("teacher.dtype: expected float32 for a difference of two calls of divided networks, got less")
+    types = [tensor.dtype for tensor in half]
+    for tensor in half:
+        tensor.data = tensor.data.float()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for tensor, dtype in zip(half, types, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _half_tensors(bank: NetworkBank, role: str) -> list[Tensor]:
+    half = (torch.bfloat16, torch.float16)
+    with bank.using(role) as network:
+        return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.dtype in half]

@@ -18,7 +18,7 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.diffusion.trig import Trig
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
-from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, sampling_times
+from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, differentiates, embeds_unit_times
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, forward_mode
@@ -36,7 +36,7 @@ def scene(name, kind, *, done=1000, **options):
     """A distiller whose student is another smooth network than its teacher, in float64, and states on a path."""
     oracle = three_clusters(SCHEDULES[name], kind)
     network = PointNet(oracle.schedule, oracle).double()
-    distiller = make(Scm, network, oracle, **options)
+    distiller = make(Scm, network, oracle, **{"tangent": "jvp"} | options)
     for parameter in distiller.bank.params("student"):
         parameter.data += 0.05 * torch.randn_like(parameter)
     distiller.step_in_stage = done
@@ -45,6 +45,11 @@ def scene(name, kind, *, done=1000, **options):
     x_t = oracle.schedule.add_noise(oracle.draw(5), torch.randn(5, 2, 1, 1, dtype=torch.float64), t)
     path = distiller.path(x_t, t, Prediction(x_t, x_t), {})
     return distiller, theta, t, x_t, path
+
+
+def tangent_of(distiller, x_t, point, path):
+    """The tangent at the student's own prediction."""
+    return distiller.tangent_rule(x_t, point, path, {})(distiller.student(x_t, point.t, {}))
 
 
 class Trigflow:
@@ -78,7 +83,7 @@ def test_the_tangent_is_step_4_of_algorithm_1_by_central_differences(name, kind,
     dx, cos, sin = teacher.velocity(x, theta), wide(theta.cos()), wide(theta.sin())
     d_velocity = (student.velocity(x + h * dx, theta + h) - student.velocity(x - h * dx, theta - h)) / (2 * h)
     expected = -(cos**2) * (student.velocity(x, theta) - dx) - warmup * cos * sin * (x + d_velocity)
-    found = distiller.tangent(x_t, distiller.point(t, x_t), path, {})
+    found = tangent_of(distiller, x_t, distiller.point(t, x_t), path)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     if warmup == 1:  # in full, the tangent is that of the consistency function along the teacher's path
         d_end = (student.end(x + h * dx, theta + h) - student.end(x - h * dx, theta - h)) / (2 * h)
@@ -98,7 +103,7 @@ def test_a_difference_of_two_calls_is_the_discrete_algorithm_however_far_apart_t
     here, there = student.velocity(x, theta), student.velocity(x_near, near)
     turn = x + (math.cos(h) * here - there) / math.sin(h)
     delta = -wide(near.cos()) * (here - dx) - warmup * wide(near.sin()) * turn
-    found = distiller.tangent(x_t, distiller.point(t, x_t), path, {})
+    found = tangent_of(distiller, x_t, distiller.point(t, x_t), path)
     torch.testing.assert_close(found, wide(theta.cos()) * delta, atol=1e-7, rtol=1e-6)
     if warmup == 1:
         change = (student.end(x, theta) - student.end(x_near, near)) / math.sin(h)
@@ -108,13 +113,13 @@ def test_a_difference_of_two_calls_is_the_discrete_algorithm_however_far_apart_t
 @every_kind
 def test_a_difference_of_two_calls_tends_to_the_derivative(name, kind):
     exact, _, t, x_t, path = scene(name, kind)
-    expected = exact.tangent(x_t, exact.point(t, x_t), path, {})
+    expected = tangent_of(exact, x_t, exact.point(t, x_t), path)
     errors = []
     for difference in (1e-3, 1e-4):
         rough = make(Scm, exact.bank.networks["teacher"], three_clusters(exact.schedule, kind), tangent="difference",
                      difference=difference)  # fmt: skip
         rough.bank.networks["student"], rough.step_in_stage = exact.bank.networks["student"], 1000
-        errors.append((rough.tangent(x_t, exact.point(t, x_t), path, {}) - expected).abs().max().item())
+        errors.append((tangent_of(rough, x_t, exact.point(t, x_t), path) - expected).abs().max().item())
     assert errors[1] < 0.3 * errors[0]
     assert errors[1] < 0.01 * expected.abs().max()
 
@@ -141,7 +146,7 @@ def test_trained_on_data_the_path_is_the_circle_through_that_image_and_that_nois
 
     data = Prediction(x0, eps)
     x_t = distiller.schedule.add_noise(x0, eps, t)
-    found = distiller.tangent(x_t, distiller.point(t, x_t), distiller.path(x_t, t, data, {}), {})
+    found = tangent_of(distiller, x_t, distiller.point(t, x_t), distiller.path(x_t, t, data, {}))
     torch.testing.assert_close(
         found, wide(theta.cos()) * (end(theta + h) - end(theta - h)) / (2 * h), atol=1e-6, rtol=1e-5
     )
@@ -152,13 +157,13 @@ def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its
     distiller, _, _, _, _ = scene("trig", "trigflow")
     distiller.time_weight.double().linear.bias.data.fill_(0.7)
     batch, seen, given = batch_of(three_clusters(SCHEDULES["trig"], "trigflow"), 16), [], {}
-    velocity, tangent = distiller.velocity, distiller.tangent
+    velocity, rule = distiller.velocity, distiller.tangent_rule
 
     def watch(prediction, point):
         seen.append(velocity(prediction, point).requires_grad_())
         return seen[-1]
 
-    distiller.tangent = lambda *args: given.setdefault("g", tangent(*args))
+    distiller.tangent_rule = lambda *args: lambda here: given.setdefault("g", rule(*args)(here))
     distiller.velocity = watch
     losses = distiller("student", batch, Draws(0, 16)).terms["loss"]
     (gradient,) = torch.autograd.grad(losses, seen[-1])
@@ -194,16 +199,16 @@ def test_at_the_known_optimum_there_is_no_tangent(name, kind):
     t = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64)
     x_t = schedule.add_noise(gaussian.draw(3), torch.randn(3, 2, 1, 1, dtype=torch.float64), t)
     path, point = distiller.path(x_t, t, Prediction(x_t, x_t), {}), distiller.point(t, x_t)
-    away = distiller.tangent(x_t, point, path, {}).abs().max()
+    away = tangent_of(distiller, x_t, point, path).abs().max()
     put(distiller, Solved(mean, 0.7, schedule, kind))
-    assert distiller.tangent(x_t, point, path, {}).abs().max() < 1e-3 * away
+    assert tangent_of(distiller, x_t, point, path).abs().max() < 1e-3 * away
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow"])
 def test_data_as_wide_as_the_noise_does_not_move(name):
     schedule, kind = SCHEDULES[name], dict(KINDS)[name]
     gaussian = Gaussian(torch.zeros(2, dtype=torch.float64), 0.5, schedule, kind)
-    distiller = make(Scm, gaussian, gaussian, warmup=0)
+    distiller = make(Scm, gaussian, gaussian, warmup=0, tangent="jvp")
     theta = torch.tensor([0.3, 0.8, 1.4], dtype=torch.float64)
     t = schedule.inverse(Trig(0.5).log_snr(theta / (math.pi / 2)))
     x_t = schedule.add_noise(gaussian.draw(3), torch.randn(3, 2, 1, 1, dtype=torch.float64), t)
@@ -213,7 +218,7 @@ def test_data_as_wide_as_the_noise_does_not_move(name):
     x = Trigflow(distiller, distiller.student).state(x_t, t)
     expected = -wide((theta / 2).tan()) * x / 0.5
     torch.testing.assert_close(distiller.velocity(distiller.student(x_t, t, {}), point), expected, atol=1e-7, rtol=0)
-    assert distiller.tangent(x_t, point, path, {}).abs().max() < 1e-7
+    assert tangent_of(distiller, x_t, point, path).abs().max() < 1e-7
 
 
 @every_kind
@@ -333,8 +338,8 @@ def test_attention_without_a_derivative_is_refused_with_a_way_out():
         if isinstance(module, Attention):
             module.set_processor(FusedAttention())
     with pytest.raises(ValueError, match=r"method\.tangent: 'jvp' needs a UNet2DModel.*Set tangent: difference"):
-        Scm.check(Scm.Config(), family)
-    Scm.check(Scm.Config(tangent="difference"), family)
+        Scm.check(Scm.Config(tangent="jvp"), family)
+    Scm.check(Scm.Config(), family)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +362,6 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused():
         Scm.check(Scm.Config(), Pixel.tiny(prediction_type="epsilon"))
     with pytest.raises(ValueError, match="unconditional"):
         Scm.check(Scm.Config(guidance_scale=2.0), Pixel.tiny(num_classes=None))
-    with pytest.raises(ValueError, match="no stock scheduler"):
-        Scm.check(Scm.Config(steps=3, tangent="difference"), OracleFamily(nn.Identity(), SCHEDULES["karras"], "edm"))
 
 
 # ---------------------------------------------------------------------------------------------- the sampler
@@ -367,7 +370,7 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused():
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
     trig = SCHEDULES["trig"]
-    oracle, sampler = three_clusters(trig, "trigflow"), ConsistencySampler(trig, sampling_times(trig, steps))
+    oracle, sampler = three_clusters(trig, "trigflow"), ConsistencySampler(trig, trig.grid(steps))
     scheduler = to_diffusers(sampler, {})
     assert isinstance(scheduler, SCMScheduler)
     angles = trig.timestep(sampler.times)
@@ -383,10 +386,84 @@ def test_on_trigflow_the_sampler_is_diffusers_scmscheduler(steps):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_edm_students_are_called_at_even_angles():
-    sampler = ConsistencySampler(SCHEDULES["karras"], sampling_times(SCHEDULES["karras"], 2))
-    assert isinstance(sampler, ConsistencySampler)
+def test_the_second_of_two_steps_of_an_edm_student_is_the_papers():
+    sampler = Scm.make_sampler(Scm.Config(steps=2), OracleFamily(nn.Identity(), SCHEDULES["karras"], "edm"))
     _, sigma = sampler.schedule(sampler.times)
-    angle = (sigma / sampler.schedule.sigma_data).atan()
-    assert sigma[0].item() == pytest.approx(80.0)
-    torch.testing.assert_close(angle / angle[0], torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    expected = torch.tensor([80.0, 0.5 * math.tan(1.1), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(sigma, expected, atol=1e-9, rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------ calls and precision
+
+
+UNIT_SCALE = {"cosine": False, "linear": False, "flow": False, "karras": True, "trig": True}
+
+
+@every_kind
+def test_the_student_is_differentiated_exactly_only_if_it_is_told_times_on_unit_scale(name, kind):
+    assert embeds_unit_times(SCHEDULES[name]) == UNIT_SCALE[name]
+    assert differentiates(Scm.Config(), SCHEDULES[name]) == UNIT_SCALE[name]
+    assert differentiates(Scm.Config(tangent="jvp"), SCHEDULES[name])
+    assert not differentiates(Scm.Config(tangent="difference"), SCHEDULES[name])
+
+
+def counting_calls(distiller):
+    """The number of images that a network has been called on, by role."""
+    calls = {"student": 0, "teacher": 0}
+
+    def count(role):
+        def watch(x_t, output):
+            calls[role] += len(x_t)
+
+        return watch
+
+    distiller.student.watch, distiller.teacher.watch = count("student"), count("teacher")
+    return calls
+
+
+def test_a_difference_takes_one_call_more_than_the_loss_and_in_low_precision_two():
+    family = Pixel.tiny()
+    distiller = Scm(family, CopyBank(family.network), Scm.Config())
+    calls = counting_calls(distiller)
+    distiller("student", BATCH, Draws(0, 4))
+    assert calls == {"student": 2 * 4, "teacher": 4}  # with the backward pass, 5 forward passes of the network
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distiller("student", BATCH, Draws(0, 4))
+    assert calls == {"student": 5 * 4, "teacher": 2 * 4}
+
+
+def test_adapters_on_a_base_of_bfloat16_have_the_tangent_of_float32():
+    tangents = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        family = Pixel.tiny()
+        family.network.to(torch.bfloat16).to(dtype)  # the same weights
+        bank = AdapterBank(family.network, rank=2, targets=["to_q", "conv1", "conv2"])
+        distiller = Scm(family, bank, Scm.Config(difference=2e-3))
+        torch.manual_seed(0)
+        for parameter in bank.params("student"):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        distiller.step_in_stage = 1000
+        point, noise = distiller.draw_point(Draws(0, 4), BATCH.x0), Draws(1, 4).normal_like(BATCH.x0)
+        x_t = distiller.schedule.add_noise(BATCH.x0, noise, point.t)
+        with torch.no_grad():
+            path = distiller.path(x_t, point.t, Prediction(BATCH.x0, noise), BATCH.cond)
+            rule = distiller.tangent_rule(x_t, point, path, BATCH.cond)
+            tangents[dtype] = rule(distiller.student(x_t, point.t, BATCH.cond))
+        kept = {p.dtype for name, p in family.network.named_parameters() if "lora_" not in name}
+        assert kept == {dtype}
+    cosine = torch.nn.functional.cosine_similarity(*(tangent.flatten(1) for tangent in tangents.values()))
+    assert cosine.min() > 0.99
+
+
+def test_no_network_is_asked_below_the_lowest_time_it_knows():
+    """Where the neighbour would be, the trajectory has ended at clean data: its end is that state itself."""
+    distiller, _, _, _, _ = scene("linear", "epsilon", tangent="difference", log_sigma_mean=-6.0, log_sigma_std=0.5)
+    oracle = three_clusters(SCHEDULES["linear"], "epsilon")
+    told = []
+    forward = distiller.student.family.call
+    distiller.student.family.call = lambda network, x, t, cond, **rest: (
+        told.append(t) or forward(network, x, t, cond, **rest)
+    )
+    losses = distiller("student", batch_of(oracle, 16), Draws(0, 16))
+    assert torch.cat(told).min() >= distiller.schedule.lowest_time
+    assert losses.terms["loss"].isfinite() and losses.metrics["tangent"].isfinite()
