@@ -22,6 +22,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: steps of a bare call.
         guidance_scale: guidance of a bare call; 1 is none.
         sigmas: noise levels of a bare call, for schedulers that take them (flow matching).
+        timesteps: timesteps of a bare call, for schedulers that take them and do not choose these by themselves.
         noise_scale: standard deviation of the initial noise; None takes the scheduler's.
         eta: share of fresh noise of a bare call, for schedulers whose step takes it; None takes the scheduler's.
         condition_embedding: what embeds class, guidance weight and target time, for a UNet that takes the vector;
@@ -42,6 +43,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         noise_scale: float | None = None,
         eta: float | None = None,
         condition_embedding: ModelMixin | None = None,
+        timesteps: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, condition_embedding=condition_embedding)
@@ -52,6 +54,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sigmas=None if sigmas is None else list(sigmas),
             noise_scale=noise_scale,
             eta=eta,
+            timesteps=None if timesteps is None else list(timesteps),
         )
 
     @torch.no_grad()
@@ -121,6 +124,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return latents.to(self.device, self.unet.dtype)
 
     def _set_timesteps(self, steps: int) -> None:
+        if self.config.timesteps is not None and steps == len(self.config.timesteps):
+            self.scheduler.set_timesteps(timesteps=self.config.timesteps, device=self.device)
+            return
         if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters or self.config.sigmas is None:
             self.scheduler.set_timesteps(steps, device=self.device)
             return

@@ -21,6 +21,13 @@ def ode_step(prediction: Prediction, schedule: NoiseSchedule, s: Tensor) -> Tens
     return prediction.to_state(alpha_s, sigma_s)
 
 
+def clipped(prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Prediction:
+    """Return the prediction with its clean image cut to [-1, 1], and the noise that is then left in ``x_t``."""
+    x0 = prediction.x0.clamp(-1, 1)
+    alpha_t, sigma_t = schedule.coefficients(t, x0)
+    return Prediction(x0, (x_t - alpha_t * x0) / sigma_t)
+
+
 def noise_up(x_s: Tensor, s: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Noise) -> Tensor:
     """Add noise to states at times ``s`` (B,), so that they have the process's distribution at times ``t`` >= ``s``.
 

@@ -25,9 +25,14 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
 
-MIN_ALPHA = 0.01
-"""Smallest signal with which a noise-predicting network can predict the clean image: a hundredfold error, see
-:meth:`Family.sees_pure_noise`."""
+MIN_ALPHA = 0.005
+"""Smallest signal with which a noise-predicting network can predict the clean image, see
+:meth:`Family.sees_pure_noise`.
+
+Schedules fall in two groups. Those with linear or scaled linear betas end at 0.0063 (DDPM, DiT, PixArt) or 0.068
+(Stable Diffusion); on both, published students of few steps still predict noise (LCM of PixArt, arXiv 2401.05252).
+Cosine schedules end at 5e-5 and rescaled ones at 0, where nothing but noise is left. The limit lies between them.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Family(abc.ABC):
     """Parts that a teacher may have or lack."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
+    predicts_pixels: ClassVar[bool] = False
+    """Whether clean images of the networks' space are pixels in [-1, 1]."""
     caches_latents: ClassVar[bool] = False
     """Whether frozen encoders of :attr:`pipe` make latents and embeddings, which can be cached."""
     loads_lora: ClassVar[bool] = False
@@ -159,10 +166,10 @@ class Family(abc.ABC):
     def check_sampler(self, sampler: Sampler) -> None:
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
         to_diffusers(sampler, self.scheduler_config)
-        if "timesteps" in sampler.pipeline_kwargs:
-            raise ValueError(
-                "method.first_time: expected 1: the pipeline of this teacher's students takes no timesteps"
-            )
+
+    def passes_eta(self) -> bool:
+        """Return whether a call of the pipeline hands ``eta``, the share of fresh noise, on to its scheduler."""
+        return True
 
     def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the noise (B, C, H, W) that a step adds, drawn as the scheduler of this family's pipeline draws it."""

@@ -133,6 +133,9 @@ class LatentFamily(Family):
                 "which this sampler needs; expected a method whose sampler does not (lcm, progressive, ...)"
             )
 
+    def passes_eta(self) -> bool:
+        return "eta" in inspect.signature(self.pipe.__call__).parameters
+
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
         scheduler = to_diffusers(sampler, self.scheduler_config)

@@ -47,6 +47,7 @@ class Pixel(Family):
     network_classes = ("UNet2DModel",)
     parts = ()
     optional_parts = ("condition_embedding",)  # of a student, which is refused with a reason of its own
+    predicts_pixels = True
     processes = (DiscreteVP, RectifiedFlow, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = (
@@ -203,7 +204,8 @@ class Pixel(Family):
         network, embedding = split_embedding(network)
         if embedding is None and self.num_classes is None and type(scheduler) is DDIMScheduler:
             return DDIMPipeline(network, scheduler)
-        if embedding is None and self.num_classes is None and isinstance(scheduler, LCMScheduler):
+        timesteps = sampler.pipeline_kwargs.get("timesteps")
+        if embedding is None and self.num_classes is None and not timesteps and isinstance(scheduler, LCMScheduler):
             return DDPMPipeline(network, scheduler)
         if embedding is None and isinstance(scheduler, CMStochasticIterativeScheduler):
             return ConsistencyModelPipeline(network, scheduler)
@@ -218,6 +220,7 @@ class Pixel(Family):
             noise_scale=self.schedule.initial_noise(torch.ones(1)).item(),
             eta=sampler.pipeline_kwargs.get("eta"),
             condition_embedding=embedding,
+            timesteps=timesteps,
         )
 
     def teacher_pipeline(self, scheduler: Any | None) -> ClassConditionalPipeline:

@@ -31,7 +31,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.discriminators.critics import CleanCritic, Conditioning
 from stepdistill.discriminators.feature_sources import open_feature_source
-from stepdistill.families.base import Family
+from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
 from stepdistill.losses.adversarial import AdversarialLoss
@@ -65,7 +65,6 @@ def distillation_weight(schedule: NoiseSchedule, t: Tensor, kind: DistillationWe
 class ADD(Distiller):
     """A student, its teacher, and a critic on frozen features."""
 
-    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 
@@ -167,7 +166,7 @@ class ADD(Distiller):
         direction = domain + NFSD_SCALE * (conditional - unconditional)
         alpha_t, sigma_t = self.schedule.coefficients(t, x_t)
         # at pure noise alpha may vanish; the weight vanishes with it
-        return x0 - sigma_t / alpha_t.clamp(min=1e-6) * direction
+        return x0 - sigma_t / alpha_t.clamp(min=MIN_ALPHA) * direction
 
     def negative_cond(self, cond: Cond) -> Cond:
         """Return the negative prompt's condition, in the shapes of ``cond``."""

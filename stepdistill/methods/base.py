@@ -117,8 +117,6 @@ class Distiller(nn.Module, abc.ABC):
     """Options that only the sampler reads: they may change on resuming and at export."""
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images; otherwise it needs only noise and conditions."""
-    starts_from_noise: ClassVar[bool] = False
-    """Whether the student predicts the clean image in pure noise while it trains, which not every teacher can."""
 
     def __init__(
         self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
@@ -172,7 +170,7 @@ class Distiller(nn.Module, abc.ABC):
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
         family.check_guidance(getattr(config, "guidance_scale", 1.0))
         sampler = cls.make_sampler(config, family)
-        if cls.starts_from_noise:
+        if not cls.needs_velocity(config, family):
             check_first_step(family, sampler.times[0].item())
         family.check_sampler(sampler)
 

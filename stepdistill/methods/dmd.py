@@ -34,7 +34,6 @@ from stepdistill.randomness import Draws
 class DMD(Distiller):
     """A student of one step, and a fake score that follows it."""
 
-    starts_from_noise = True
     turn_names = ("student", "fake")
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
     needs_images = False

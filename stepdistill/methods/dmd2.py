@@ -39,7 +39,6 @@ from stepdistill.randomness import Draws
 class DMD2(Distiller):
     """A student of one or a few steps, a fake score that follows it closely, and a critic on the fake score."""
 
-    starts_from_noise = True
     turn_names = ("student", "fake")
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
 

@@ -59,8 +59,8 @@ class ECT(Distiller):
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
         mid_sigma: PositiveFloat = 0.821
-        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers have
-        0.821 for CIFAR-10."""
+        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers
+        have 0.821 for CIFAR-10."""
         noise_mean: FiniteFloat = -1.1
         """Mean m of ln sigma; larger values favour few sampling steps."""
         noise_std: PositiveFloat = 2.0

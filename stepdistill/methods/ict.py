@@ -70,8 +70,8 @@ class ICT(Distiller):
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
         mid_sigma: PositiveFloat = 0.821
-        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers have
-        0.821 for CIFAR-10."""
+        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers
+        have 0.821 for CIFAR-10."""
         noise_mean: FiniteFloat = -1.1
         """Mean of ln sigma."""
         noise_std: PositiveFloat = 2.0

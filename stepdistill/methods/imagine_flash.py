@@ -32,10 +32,10 @@ from torch import Tensor
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
-from stepdistill.diffusion.schedule import DiscreteVP
+from stepdistill.diffusion.schedule import DiscreteVP, Karras
 from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic
 from stepdistill.discriminators.feature_sources import open_feature_source
-from stepdistill.families.base import Family
+from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.ranges import (
     FiniteFloat,
@@ -52,14 +52,10 @@ from stepdistill.losses.student_inputs import backward_simulation, diversity_rat
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
-NO_SIGNAL = 1e-3
-"""Below this alpha_T, a network of velocities or clean images predicts pure noise to be the noise in it."""
-
 
 class ImagineFlash(Distiller):
     """A student that is trained on its own samples, and a critic."""
 
-    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 
@@ -101,11 +97,14 @@ class ImagineFlash(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         """Return DDIM, noise-corrected at the first step unless the network does so by itself.
 
+        Without signal, velocities and clean images do; EDM's noise ``(x - x_0) / sigma`` errs by a part in ``sigma``.
+
         The scheduler of the corrected sampler also takes numbers of steps that stock DDIM cannot, such as 3 of 1000.
         """
         schedule, steps = family.schedule, config.steps
         alpha_1, _ = schedule(torch.ones(1))
-        exact = family.prediction_type not in ("epsilon", "edm", "edm_v") and alpha_1.item() < NO_SIGNAL
+        known = family.prediction_type != "epsilon" and alpha_1.item() < MIN_ALPHA
+        exact = known or isinstance(schedule, Karras)
         stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
         return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
 

@@ -41,7 +41,6 @@ from stepdistill.randomness import Draws
 class LADD(Distiller):
     """A student, and a critic on its teacher's features."""
 
-    starts_from_noise = True
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"critic": {"betas": (0.0, 0.99)}}
 

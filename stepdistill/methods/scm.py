@@ -68,7 +68,6 @@ class Point(NamedTuple):
 class Scm(Distiller):
     """A student, and a loss weight that is learnt for every time."""
 
-    starts_from_noise = True
     optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
     sampling_options = frozenset({"steps"})
 

@@ -31,7 +31,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step, solver_step
 from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import Sampler, StrategicStochasticSampler
-from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.diffusion.schedule import DiscreteVP, NoiseSchedule, expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt, Share
 from stepdistill.losses.consistency import check_intervals, skip_grid
@@ -39,6 +39,9 @@ from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
+
+USUAL_GAMMA = 0.2
+"""The paper's choice for few steps."""
 
 MIDPOINT_RANGE = 10.0
 """Log-SNRs are clamped to +- this before a midpoint is taken: at clean data and at pure noise they are infinite."""
@@ -62,6 +65,11 @@ def jump(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSch
     return torch.where(expand(s == t, x_t) > 0, x_t, ode_step(prediction, schedule, s))
 
 
+def default_gamma(family: Family) -> float:
+    """Return the paper's gamma, or 0 for flows, EDM and DiT, whose schedulers or pipelines add no noise back."""
+    return USUAL_GAMMA if isinstance(family.schedule, DiscreteVP) and family.passes_eta() else 0.0
+
+
 class TCD(Distiller):
     """A student that jumps to any point of the teacher's trajectory, and its slowly moving target."""
 
@@ -81,8 +89,9 @@ class TCD(Distiller):
         """Whether the time of the jump is an input; stock diffusers then needs the export's own pipeline file."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
-        gamma: Share = 0.2
-        """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more."""
+        gamma: Share | None = None
+        """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more. By default 0.2,
+        or 0 for a teacher whose stock scheduler or pipeline adds no noise back, see :func:`default_gamma`."""
         distance: Distance = "huber"
         target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
@@ -95,7 +104,8 @@ class TCD(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
-        return StrategicStochasticSampler(family.schedule, times, config.gamma, two_time=config.two_time)
+        gamma = default_gamma(family) if config.gamma is None else config.gamma
+        return StrategicStochasticSampler(family.schedule, times, gamma, two_time=config.two_time)
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch, Cond
-from stepdistill.diffusion.ode import Solver, invert_step, ode_step, solver_step
+from stepdistill.diffusion.ode import clipped, invert_step, ode_step, solver_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.diffusion.schedule import Karras, expand
@@ -56,6 +56,8 @@ class Tract(Distiller):
         """Decay of the self-teacher, an average with bias correction: its first update copies the student."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
+        clip: bool | None = None
+        """Whether clean images in targets are cut to [-1, 1], as in the authors' code; by default for pixels."""
 
         def __post_init__(self) -> None:
             if self.steps < 1 or any(b < 1 or a <= b or a % b for a, b in itertools.pairwise(self.ladder)):
@@ -82,6 +84,7 @@ class Tract(Distiller):
         return self.make_sampler(self.config, self.family, self.stage.value)
 
     def build(self) -> None:
+        self.clips = self.family.predicts_pixels if self.config.clip is None else self.config.clip
         self.last_student = self.add_role("mentor", trainable=False)
         self.self_teacher = self.add_average("self_teacher", self.self_decay)
         self.add_turn("student", self.loss)
@@ -132,13 +135,23 @@ class Tract(Distiller):
 
     def closure(self, x_t: Tensor, t: Tensor, t_next: Tensor, t_end: Tensor, cond: Cond) -> Tensor:
         """Return one step of the teacher and one jump of the self-teacher, as a clean image in float64."""
-        solver: Solver = "heun" if self.is_first and isinstance(self.schedule, Karras) else "euler"
-        x_next = solver_step(self.stage_teacher(cond), x_t, t, t_next, self.schedule, solver)
+        teacher = self.stage_teacher(cond)
+        if self.is_first and isinstance(self.schedule, Karras):
+            x_next = solver_step(teacher, x_t, t, t_next, self.schedule, "heun")
+        else:
+            x_next = solver_step(self.bounded(teacher), x_t, t, t_next, self.schedule)
         last = t_next == t_end
         # where no jump is left its result is unused, and the network must not be called at clean data
-        jump = ode_step(self.self_teacher(x_next, torch.where(last, t, t_next), cond), self.schedule, t_end)
+        self_teacher = self.bounded(self.self_teacher.conditioned(cond))
+        jump = ode_step(self_teacher(x_next, torch.where(last, t, t_next)), self.schedule, t_end)
         x_end = torch.where(expand(last, x_t) > 0, x_next, jump)
         return invert_step(x_t, x_end, t, t_end, self.schedule)
+
+    def bounded(self, denoise: Denoise) -> Denoise:
+        """Return ``denoise``, cut to [-1, 1] where ``clip`` holds; the authors leave EDM's Heun steps as they are."""
+        if not self.clips:
+            return denoise
+        return lambda x_t, t: clipped(denoise(x_t, t), x_t, t, self.schedule)
 
     def stage_teacher(self, cond: Cond) -> Denoise:
         """Return the teacher of this phase: the (guided) teacher, then the last phase's student."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +31,17 @@ def without_checkpointing(network: nn.Module) -> nn.Module:
             module.gradient_checkpointing = False  # type: ignore[assignment]
             module._gradient_checkpointing_func = None  # type: ignore[assignment]
     return network
+
+
+@contextlib.contextmanager
+def in_training(network: nn.Module, mode: bool) -> Iterator[None]:
+    """Put a network into training (True) or evaluation mode, and back afterwards."""
+    before = network.training
+    network.train(mode)
+    try:
+        yield
+    finally:
+        network.train(before)
 
 
 def _checkpoint(contexts: Contexts, function: nn.Module, *args: object) -> object:

@@ -54,7 +54,10 @@ class AdapterBank(NetworkBank):
     def distinct_networks(self) -> list[Any]:
         return [self.network]
 
-    def _recomputation(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    def _recomputation(
+        self, network: nn.Module
+    ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        del network  # it never leaves evaluation mode
         layer = self._layers[0]
         role = TEACHER if layer._disable_adapters else layer._active_adapter[0]
         return contextlib.nullcontext(), self.using(role)

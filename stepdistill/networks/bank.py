@@ -11,13 +11,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.networks.activation_checkpointing import enable_checkpointing
+from stepdistill.networks.activation_checkpointing import enable_checkpointing, in_training
 from stepdistill.networks.sharding import assembled, blueprint, local, shard, write
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class NetworkBank(nn.Module, abc.ABC):
     """Networks by role. The role ``"teacher"`` always exists, is frozen, and never changes.
 
     Gradient checkpointing recomputes a block during the backward pass, under whichever role is active *then*. Nothing
-    fails if that is another role than in the forward pass, but the gradient is wrong. The recomputation therefore runs
-    under the role of its forward pass, see :meth:`enable_checkpointing`.
+    fails if that is another role than in the forward pass, or another mode, but the gradient is wrong. The
+    recomputation therefore runs under the role and mode of its forward pass, see :meth:`enable_checkpointing`.
     """
 
     def __init__(self) -> None:
@@ -114,11 +115,13 @@ class NetworkBank(nn.Module, abc.ABC):
             ValueError: if the network's class has no gradient checkpointing.
         """
         for network in self.distinct_networks():
-            enable_checkpointing(network, self._recomputation)
+            enable_checkpointing(network, functools.partial(self._recomputation, network))
 
-    def _recomputation(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """Contexts of a checkpointed block's forward and of its recomputation."""
-        return contextlib.nullcontext(), contextlib.nullcontext()
+    def _recomputation(
+        self, network: nn.Module
+    ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """Contexts of a checkpointed block's forward and of its recomputation, which has the same dropout or none."""
+        return contextlib.nullcontext(), in_training(network, network.training)
 
     def lora_state(self, role: str) -> dict[str, Tensor] | None:
         """Return the adapter of ``role`` as PEFT names it in files; None if the roles are no adapters."""

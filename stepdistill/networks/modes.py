@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from stepdistill.networks.activation_checkpointing import in_training
 from stepdistill.networks.bank import STUDENT, NetworkBank
 from stepdistill.networks.sharding import is_share
 
@@ -17,12 +18,9 @@ from stepdistill.networks.sharding import is_share
 def in_mode(bank: NetworkBank, role: str, *, training: bool) -> Iterator[None]:
     """Put the network of ``role`` into training or evaluation mode, and back afterwards."""
     with bank.using(role) as network:
-        before = network.training
-    network.train(training)
-    try:
+        pass
+    with in_training(network, training):
         yield
-    finally:
-        network.train(before)
 
 
 @contextlib.contextmanager

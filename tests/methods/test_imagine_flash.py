@@ -11,7 +11,6 @@ from torch import nn
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import from_x0, to_prediction
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, rollout, sample
-from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.pixel import Pixel
@@ -201,8 +200,7 @@ def test_the_sampler_is_stock_wherever_it_can_be():
     assert isinstance(sampler_of(family("flow", "flow"), 3), DDIM)
     assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 1), DDIM)
     assert isinstance(sampler_of(family("scaled_linear", "epsilon"), 2), NoiseCorrected)
-    with pytest.raises(ValueError, match="NoiseCorrected is exported for VP teachers only"):
-        to_diffusers(sampler_of(family("karras", "edm"), 2), {})
+    assert isinstance(sampler_of(family("karras", "edm"), 2), DDIM)  # its noise errs by a part in sigma_max
 
 
 @pytest.mark.parametrize("steps", [2, 3])

@@ -29,6 +29,7 @@ from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
+from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.losses.progressive import two_step_target
 from stepdistill.methods.progressive import CONVERT, Progressive
 from stepdistill.networks.copy_bank import CopyBank
@@ -216,14 +217,19 @@ def trained_times(config: dict, **options) -> dict[int, bool]:
     return found
 
 
-def test_an_edm_student_of_several_steps_is_refused_because_no_stock_scheduler_has_its_grid():
-    """Karras' grids of n and 2 n steps are not nested; nested ones are not Karras'."""
+def test_an_edm_student_of_several_steps_is_sampled_on_the_times_it_was_trained_at():
+    """Karras' grids of n and 2 n steps are not nested; nested ones are Karras' grids that end at a higher noise."""
     config = {"_class_name": "EDMEulerScheduler"}
     assert trained_times(config, start=8, steps=2) == {4: True, 2: True}
     family = small(config, start=8, steps=2).family
-    with pytest.raises(ValueError, match="no stock scheduler"):
-        Progressive.check(Progressive.Config(start=8, steps=2), family)
-    Progressive.check(Progressive.Config(start=8, steps=1), family)
+    for steps in (1, 2, 4):
+        options = Progressive.Config(start=8, steps=steps)
+        Progressive.check(options, family)
+        sampler = Progressive.make_sampler(options, family)
+        scheduler = to_diffusers(sampler, config)
+        scheduler.set_timesteps(steps)
+        _, sigma = sampler.schedule(sampler.times)
+        torch.testing.assert_close(scheduler.sigmas.double(), sigma, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", ["constant", "snr", "truncated_snr", "snr_plus_one"])
@@ -290,7 +296,7 @@ def test_stages_spend_every_step(start, total):
 
 
 def test_only_a_teacher_of_the_noise_is_converted_first():
-    distiller = small(vp_config("linear", "epsilon"), start=8, steps=2)
+    distiller = small(vp_config("cosine", "epsilon"), start=8, steps=2)
     names = [(stage.name, stage.value) for stage in distiller.stages(100)]
     assert names == [(CONVERT, 8), ("4-steps", 4), ("2-steps", 2)]
     assert distiller.teacher.family.prediction_type == "epsilon"
@@ -302,8 +308,9 @@ def test_only_a_teacher_of_the_noise_is_converted_first():
 
 
 @pytest.mark.parametrize(("steps", "converts"), [(2, False), (1, True)])
-def test_noise_is_kept_where_signal_is_left_unless_one_step_hangs_on_it(steps, converts):
-    config = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
+@pytest.mark.parametrize("betas", [("scaled_linear", 0.00085, 0.012), ("linear", 0.0001, 0.02)])
+def test_noise_is_kept_where_signal_is_left_unless_one_step_hangs_on_it(steps, converts, betas):
+    config = DDIMScheduler(beta_schedule=betas[0], beta_start=betas[1], beta_end=betas[2]).config
     assert small({**config, "_class_name": "DDIMScheduler"}, start=8, steps=steps).converts is converts
 
 

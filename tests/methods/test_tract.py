@@ -270,12 +270,14 @@ def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, message):
         Tract.check(Tract.Config(**options), Pixel.tiny(num_classes=None))
 
 
-def test_edm_takes_one_step_or_is_refused_before_training():
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_edm_students_are_sampled_on_every_nth_level_of_their_teachers_grid(steps):
     oracle = three_clusters(SCHEDULES["karras"], "edm")
     family = make(Tract, oracle, oracle, start=8, via=()).family
-    Tract.check(Tract.Config(start=40, via=(), steps=1), family)
-    with pytest.raises(ValueError, match="no stock scheduler takes these 2"):
-        Tract.check(Tract.Config(start=40, via=(), steps=2), family)
+    config = Tract.Config(start=40, via=(), steps=steps)
+    Tract.check(config, family)
+    sampler = Tract.make_sampler(config, family)
+    assert torch.equal(sampler.times, family.schedule.grid(40)[:: 40 // steps])
 
 
 def test_the_grid_of_a_phase_is_the_one_diffusers_samples_on():
@@ -284,3 +286,19 @@ def test_the_grid_of_a_phase_is_the_one_diffusers_samples_on():
     assert isinstance(scheduler, DDIMScheduler)
     scheduler.set_timesteps(8)
     assert scheduler.timesteps.tolist() == distiller.schedule.timestep(distiller.sampler().times[:-1]).tolist()
+
+
+def test_clean_images_of_pixels_are_cut_in_targets_by_default():
+    """Both networks predict 3; a target of images in [-1, 1] lies there too, and without the cut at 3."""
+    for clip, expected in ((None, 1.0), (True, 1.0), (False, 3.0)):
+        family = Pixel.tiny(prediction_type="sample")
+        distiller = Tract(family, CopyBank(family.network), Tract.Config(start=4, via=(), clip=clip))
+        distiller.stage = distiller.stages(4)[0]
+        for role in ("teacher", "self_teacher"):
+            last = distiller.bank.networks[role].conv_out
+            last.weight.data.zero_()
+            last.bias.data.fill_(3.0)
+        grid = distiller.grid(4)
+        x_t = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+        target = distiller.closure(x_t, grid[1:2], grid[2:3], grid[4:5], {"class_labels": torch.tensor([0])})
+        torch.testing.assert_close(target, torch.full_like(target, expected), atol=1e-5, rtol=0)
