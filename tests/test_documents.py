@@ -97,6 +97,7 @@ def optim_text(method: str) -> str:
         own: Mapping[str, Any] = distiller.optim_defaults.get(turn, {})
         listed = ", ".join(f"`{key}: {value_text(value)}`" for key, value in own.items())
         turns.append(f"`optim.{turn}`" + (f" ({listed})" if listed else ""))
+    turns += [f"`optim.{head}` (by default as `optim.{turn}`)" for head, turn in distiller.heads.items()]
     return f"Optimisers: {', '.join(turns)}."
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
+from stepdistill.discriminators.heads import grid_shape
 from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.distribution_matching import sample_times
 from stepdistill.networks.denoiser import Denoiser
@@ -33,7 +34,8 @@ class BottleneckHead(nn.Module):
 
     def __init__(self, shape: Sequence[int], aspect: float = 1.0) -> None:
         super().__init__()
-        self.map_shape = map_shape(shape, aspect)
+        self.map_shape = grid_shape(shape, aspect)
+        assert len(self.map_shape) == 3, f"{shape[1]} tokens do not cover an image of aspect {aspect}"
         channels, *size = self.map_shape
         layers: list[nn.Module] = []
         while min(size) > 4:
@@ -45,19 +47,6 @@ class BottleneckHead(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Return logits (B, 1) of a feature (B, *shape)."""
         return self.body(feature.reshape(-1, *self.map_shape))
-
-
-def map_shape(shape: Sequence[int], aspect: float) -> tuple[int, int, int]:
-    """Return (C, H, W) of a map, or of tokens (C, N) that cover an image of that aspect.
-
-    >>> map_shape((64, 32), aspect=0.5)
-    (64, 4, 8)
-    """
-    if len(shape) == 3:
-        return (shape[0], shape[1], shape[2])
-    rows = round(math.sqrt(shape[1] * aspect))
-    assert shape[1] % rows == 0, f"{shape[1]} tokens do not cover an image of aspect {aspect}"
-    return (shape[0], rows, shape[1] // rows)
 
 
 def _norm_silu(channels: int) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.functional import normalize
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.schedule import expand
 from stepdistill.discriminators.conditioning import condition_vector
-from stepdistill.discriminators.feature_sources import FeatureSource
+from stepdistill.discriminators.feature_sources import MAX_BLOCKS, FeatureSource, spaced_features
 from stepdistill.discriminators.heads import Heads
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
@@ -36,7 +37,6 @@ from stepdistill.losses.adversarial import (
     r1_penalty,
 )
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.features import BlockFeatures
 from stepdistill.randomness import Draws
 
 Conditioning = Literal["none", "condition", "both"]
@@ -66,37 +66,58 @@ class Critic(nn.Module, abc.ABC):
         self.loss = loss
         self.r1_weight = r1_weight
 
-    @abc.abstractmethod
-    def view(self, batch: Batch, t: Tensor, draws: Draws) -> Tensor:
-        """Return what real and generated images are judged under, where the student's input was at times ``t`` (B,)."""
+    def see(self, x0: Tensor) -> Tensor:
+        """Return what is judged of clean images (B, ...): these themselves, or decoded."""
+        return x0
 
     @abc.abstractmethod
-    def forward(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Logits:
-        """Return the logits of clean images (B, ...)."""
+    def view(self, batch: Batch, real: Callable[[], Tensor], t: Tensor, draws: Draws) -> Tensor:
+        """Return what real and generated images are judged under.
+
+        Args:
+            batch: real images and their conditions.
+            real: returns what is seen of the real images.
+            t: times (B,) of the student's input.
+            draws: source of noise levels.
+        """
 
     @abc.abstractmethod
-    def r1(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Tensor:
-        """Return the R1 penalty at real images (B, ...)."""
+    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+        """Return the features of what is seen of clean images (B, ...)."""
+
+    @abc.abstractmethod
+    def logits(self, features: list[Tensor], cond: Cond, view: Tensor) -> Logits:
+        """Return the logits of features."""
+
+    @abc.abstractmethod
+    def r1(self, seen: Tensor, features: list[Tensor], cond: Cond, view: Tensor, draws: Draws) -> Tensor:
+        """Return the R1 penalty at what is seen of real images (B, ...), and at the features that were judged."""
+
+    def forward(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Logits:
+        """Return the logits of what is seen of clean images (B, ...)."""
+        return self.logits(self.look(seen, cond, view, draws), cond, view)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
         """Return the feature network by its configuration key, unless it is the teacher."""
         return {}
 
-    def student_loss(self, x0: Tensor, batch: Batch, t: Tensor, draws: Draws) -> Tensor:
-        """Return the adversarial loss of a student's images (B, ...), whose input was at times ``t`` (B,)."""
-        view = self.view(batch, t, draws)
-        return generator_loss(self(x0, batch.cond, view, draws), self.loss)
+    def student_loss(self, seen: Tensor, batch: Batch, t: Tensor, draws: Draws) -> Tensor:
+        """Return the adversarial loss of what is seen of a student's images, whose input was at times ``t`` (B,)."""
+        view = self.view(batch, lambda: self.see(batch.x0), t, draws)
+        return generator_loss(self(seen, batch.cond, view, draws), self.loss)
 
     def critic_loss(
         self, x0: Tensor, batch: Batch, t: Tensor, draws: Draws
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the critic's loss terms and metrics, on the real images of a batch and a student's ``x0``."""
-        view = self.view(batch, t, draws)
-        real = self(batch.x0, batch.cond, view, draws)
-        fake = self(x0, batch.cond, view, draws)
+        seen = self.see(batch.x0)
+        view = self.view(batch, lambda: seen, t, draws)
+        features = self.look(seen, batch.cond, view, draws)
+        real = self.logits(features, batch.cond, view)
+        fake = self(self.see(x0), batch.cond, view, draws)
         terms = {"loss": critic_loss(real, fake, self.loss)}
         if self.r1_weight:
-            terms["r1"] = self.r1_weight * self.r1(batch.x0, batch.cond, view, draws)
+            terms["r1"] = self.r1_weight * self.r1(seen, features, batch.cond, view, draws)
         return terms, critic_metrics(real, fake)
 
 
@@ -128,31 +149,38 @@ class CleanCritic(Critic):
         self.conditional = conditioning != "none"
         self.num_classes = family.num_classes
 
-    def condition(self, cond: Cond, x0: Tensor, t: Tensor) -> Tensor:
-        """Return the projected vector (B, d), where the student's input was ``x0`` (B, ...) noised to times ``t`` (B,).
+    def see(self, x0: Tensor) -> Tensor:
+        return self.features.see(x0)
 
-        At t = 1 the input contains nothing of ``x0``, and the embedding is zero for real and generated images alike.
+    def condition(self, cond: Cond, real: Callable[[], Tensor], t: Tensor) -> Tensor:
+        """Return the projected vector (B, d), where the student's input was the real image, noised to times ``t`` (B,).
+
+        At t = 1 the input contains nothing of the image, and the embedding is zero for real and generated images alike.
         The vector starts with a 1: the projection of a zero vector would be a zero logit.
         """
         if self.conditioning == "none":
-            return x0.new_zeros(len(x0), 0)
-        given = condition_vector(cond, len(x0), self.num_classes).to(x0.device)
-        vector = torch.cat([given.new_ones(len(x0), 1), given], 1)
+            return torch.zeros(len(t), 0, device=t.device)
+        given = condition_vector(cond, len(t), self.num_classes).to(t.device)
+        vector = torch.cat([given.new_ones(len(t), 1), given], 1)
         if self.conditioning == "condition":
             return vector
-        embedded = normalize(self.features.embed(x0, cond), dim=1)
+        embedded = normalize(self.features.embed(real(), cond), dim=1)
         return torch.cat([vector, expand(t < 1, embedded) * embedded], 1)
 
-    def view(self, batch: Batch, t: Tensor, draws: Draws) -> Tensor:
+    def view(self, batch: Batch, real: Callable[[], Tensor], t: Tensor, draws: Draws) -> Tensor:
         del draws
-        return self.condition(batch.cond, batch.x0, t)
+        return self.condition(batch.cond, real, t)
 
-    def forward(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Logits:
-        return self.heads(self.features.extract(x0, cond, draws), view)
+    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+        del view
+        return self.features.extract(seen, cond, draws)
 
-    def r1(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Tensor:
-        with torch.no_grad():
-            features = self.features.extract(x0, cond, draws)
+    def logits(self, features: list[Tensor], cond: Cond, view: Tensor) -> Logits:
+        del cond
+        return self.heads(features, view)
+
+    def r1(self, seen: Tensor, features: list[Tensor], cond: Cond, view: Tensor, draws: Draws) -> Tensor:
+        del seen, cond, draws
         return r1_penalty(lambda leaves: self.heads(leaves, view), features)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
@@ -170,6 +198,7 @@ class RenoisedCritic(Critic):
         loss: the adversarial loss.
         r1_weight: weight of the approximate R1 penalty.
         r1_distance: distance of its finite difference, in standard deviations of noise on a real image.
+        max_blocks: most blocks of the teacher with a head.
     """
 
     conditional = True
@@ -183,18 +212,19 @@ class RenoisedCritic(Critic):
         loss: AdversarialLoss = "hinge",
         r1_weight: float = 0.0,
         r1_distance: float = 0.1,
+        max_blocks: int = MAX_BLOCKS,
     ) -> None:
-        blocks = BlockFeatures(teacher)
+        blocks, shapes = spaced_features(teacher, max_blocks)
         example = condition_vector(teacher.family.example_cond([0]), 1, teacher.family.num_classes)
-        super().__init__(Heads(blocks.shapes(), example.shape[1] + TIME_WAVES), loss, r1_weight)
+        super().__init__(Heads(shapes, example.shape[1] + TIME_WAVES), loss, r1_weight)
         self.blocks = blocks
         self.schedule = teacher.schedule
         self.num_classes = teacher.family.num_classes
         self.location, self.scale = location, scale
         self.r1_distance = r1_distance
 
-    def view(self, batch: Batch, t: Tensor, draws: Draws) -> Tensor:
-        del batch, t
+    def view(self, batch: Batch, real: Callable[[], Tensor], t: Tensor, draws: Draws) -> Tensor:
+        del batch, real, t
         return self.sample_times(draws)
 
     def sample_times(self, draws: Draws) -> Tensor:
@@ -202,15 +232,18 @@ class RenoisedCritic(Critic):
         u = self.location + self.scale * draws.normal().double()
         return self.schedule.inverse(-2 * u).clamp(MIN_TIME, 1.0)
 
-    def forward(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Logits:
-        x_t = self.schedule.add_noise(x0, draws.normal_like(x0), view)
-        return self.heads(self.blocks(x_t, view, cond), self.condition(cond, view))
+    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+        return self.blocks(self.schedule.add_noise(seen, draws.normal_like(seen), view), view, cond)
 
-    def r1(self, x0: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Tensor:
+    def logits(self, features: list[Tensor], cond: Cond, view: Tensor) -> Logits:
+        return self.heads(features, self.condition(cond, view))
+
+    def r1(self, seen: Tensor, features: list[Tensor], cond: Cond, view: Tensor, draws: Draws) -> Tensor:
         """Return the approximate R1 penalty at real images, which Gaussian noise moves in image space."""
-        noise, direction = draws.normal_like(x0), draws.normal_like(x0)
-        x_t = self.schedule.add_noise(x0, noise, view)
-        near = self.schedule.add_noise(x0 + self.r1_distance * direction, noise, view)
+        del features
+        noise, direction = draws.normal_like(seen), draws.normal_like(seen)
+        x_t = self.schedule.add_noise(seen, noise, view)
+        near = self.schedule.add_noise(seen + self.r1_distance * direction, noise, view)
         vector = self.condition(cond, view)
         features, moved = self.blocks(x_t, view, cond), self.blocks(near, view, cond)
         return approximate_r1(lambda maps: self.heads(maps, vector), features, moved, self.r1_distance)

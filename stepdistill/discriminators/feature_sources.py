@@ -11,11 +11,17 @@ from torch import Tensor
 from stepdistill.batch import Cond
 from stepdistill.discriminators.augmentation import diff_augment
 from stepdistill.discriminators.backbones import Backbone, open_backbone
+from stepdistill.discriminators.heads import grid_shape
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
+from stepdistill.networks.hooks import spaced_blocks
 from stepdistill.randomness import Draws
+
+MAX_BLOCKS = 5
+"""Blocks of a teacher with a head, as in SANA-Sprint (arXiv 2503.09641); a head on each of FLUX.1's 57 blocks would
+take a gigabyte an image."""
 
 
 class FeatureSource(abc.ABC):
@@ -26,12 +32,19 @@ class FeatureSource(abc.ABC):
     num_embedded: int
     """Length of an image's embedding."""
 
-    @abc.abstractmethod
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
-        """Return features of clean images (B, ...), in the space that the denoising network works in."""
+    decodes: bool
+    """Whether images are decoded for it."""
 
     @abc.abstractmethod
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
+    def see(self, x0: Tensor) -> Tensor:
+        """Return what is seen of clean images (B, ...) of the denoising network's space: it is decoded here, once."""
+
+    @abc.abstractmethod
+    def extract(self, seen: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+        """Return features of what was seen of clean images (B, ...)."""
+
+    @abc.abstractmethod
+    def embed(self, seen: Tensor, cond: Cond) -> Tensor:
         """Return one vector per image (B, num_embedded), without gradient."""
 
     def networks(self) -> dict[str, FeatureExtractor]:
@@ -42,20 +55,24 @@ class FeatureSource(abc.ABC):
 class ImageFeatureSource(FeatureSource):
     """A feature network on decoded images; real and fake images are augmented in the same way."""
 
+    decodes = True
+
     def __init__(self, family: Family, backbone: Backbone, *, augment: bool) -> None:
         self.family = family
         self.backbone = backbone
         self.augment = augment
         self.shapes, self.num_embedded = backbone.shapes, backbone.num_features
 
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
-        del cond
-        images = self.family.decode(x0)
-        return self.backbone(diff_augment(images, draws) if self.augment else images)
+    def see(self, x0: Tensor) -> Tensor:
+        return self.family.decode(x0)
 
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
+    def extract(self, seen: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del cond
-        return self.backbone.embed(self.family.decode(x0))
+        return self.backbone(diff_augment(seen, draws) if self.augment else seen)
+
+    def embed(self, seen: Tensor, cond: Cond) -> Tensor:
+        del cond
+        return self.backbone.embed(seen)
 
     def networks(self) -> dict[str, FeatureExtractor]:
         return {"method.features": self.backbone.network}
@@ -64,28 +81,45 @@ class ImageFeatureSource(FeatureSource):
 class TeacherFeatureSource(FeatureSource):
     """The teacher's own blocks, run on clean images."""
 
-    def __init__(self, teacher: Denoiser) -> None:
-        self.blocks = BlockFeatures(teacher)
-        self.shapes = self.blocks.shapes()
+    decodes = False
+
+    def __init__(self, teacher: Denoiser, max_blocks: int = MAX_BLOCKS) -> None:
+        self.blocks, self.shapes = spaced_features(teacher, max_blocks)
         self.num_embedded = self.shapes[-1][0]
 
-    def extract(self, x0: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
+    def see(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def extract(self, seen: Tensor, cond: Cond, draws: Draws) -> list[Tensor]:
         del draws
-        return self.blocks.clean(x0, cond)
+        return self.blocks.clean(seen, cond)
 
     @torch.no_grad()
-    def embed(self, x0: Tensor, cond: Cond) -> Tensor:
-        return self.blocks.clean(x0, cond)[-1].flatten(2).mean(2)
+    def embed(self, seen: Tensor, cond: Cond) -> Tensor:
+        return self.blocks.clean(seen, cond)[-1].flatten(2).mean(2)
 
 
-def open_feature_source(features: str, family: Family, teacher: Denoiser, *, augment: bool) -> FeatureSource:
-    """Open what ``method.features`` names: ``"teacher"``, or a feature network.
+def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[BlockFeatures, list[tuple[int, ...]]]:
+    """Return the features of at most so many of the teacher's blocks, evenly spaced, and their shapes.
+
+    Tokens that cover the image have the shape of a map, so that heads see neighbours in both directions (LADD).
+    """
+    family = teacher.family
+    blocks = BlockFeatures(teacher, spaced_blocks(family.network, family.feature_blocks, max_blocks))
+    aspect = family.sample_shape[1] / family.sample_shape[2]
+    return blocks, [grid_shape(shape, aspect) for shape in blocks.shapes()]
+
+
+def open_feature_source(
+    features: str, family: Family, teacher: Denoiser, *, augment: bool, max_blocks: int = MAX_BLOCKS
+) -> FeatureSource:
+    """Open what ``method.features`` names: at most so many blocks of the ``"teacher"``, or a feature network.
 
     Raises:
         ValueError: if the network measures students, or cannot process the teacher's images.
     """
     if features == "teacher":
-        return TeacherFeatureSource(teacher)
+        return TeacherFeatureSource(teacher, max_blocks)
     device = next(family.network.parameters()).device
     with torch.no_grad():
         channels, height, width = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]

@@ -58,18 +58,33 @@ class SpectralNorm(nn.Module):
             return weight / (u @ matrix @ v).clamp(min=1e-12)
 
 
+def grid_shape(shape: Sequence[int], aspect: float) -> tuple[int, ...]:
+    """Return (C, H, W) for tokens (C, N) that cover an image of this height over width; else ``shape`` itself.
+
+    >>> grid_shape((64, 32), aspect=0.5), grid_shape((64, 33), aspect=0.5), grid_shape((64, 3, 9), aspect=0.5)
+    ((64, 4, 8), (64, 33), (64, 3, 9))
+    """
+    if len(shape) == 3:
+        return tuple(shape)
+    rows = round(math.sqrt(shape[1] * aspect))
+    columns = round(rows / aspect)
+    return (shape[0], rows, columns) if rows * columns == shape[1] else tuple(shape)
+
+
 class Head(nn.Module):
     """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit per position.
 
     The last layer has no spectral norm: behind normalised layers, it alone sets the scale of the logits.
 
     Args:
-        shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3.
+        shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3, which tokens
+            fill row by row.
         cond_size: length of the condition; 0 is an unconditional head.
     """
 
     def __init__(self, shape: Sequence[int], cond_size: int = 0) -> None:
         super().__init__()
+        self.shape = tuple(shape)
         width = min(shape[0], MAX_WIDTH)
         self.narrow = _block(shape, shape[0], width, kernel=1)
         self.wide = _block(shape, width, width, kernel=9 if len(shape) == 2 else 3)
@@ -77,8 +92,8 @@ class Head(nn.Module):
         self.project = nn.Linear(cond_size, PROJECTION, bias=False) if cond_size else None
 
     def forward(self, feature: Tensor, cond: Tensor) -> Tensor:
-        """Return logits (B, positions) of features (B, *shape) under conditions (B, cond_size)."""
-        x = self.narrow(feature.float())
+        """Return logits (B, positions) of features of ``shape`` under conditions (B, cond_size)."""
+        x = self.narrow(feature.float().reshape(-1, *self.shape))
         x = self.last((x + self.wide(x)) / math.sqrt(2)).flatten(2)
         if self.project is None:
             return x.squeeze(1)

@@ -108,12 +108,15 @@ class TransformersFeatures(FeatureExtractor):
             )
 
     def smooth_pixels(self, images: Tensor) -> Tensor:
-        """Return :meth:`pixels` of images (B, 1 or 3, H, W) in [0, 1], without rounding: differentiable."""
-        x = images.expand(-1, 3, -1, -1) * 255
-        if self.settings["size"]:
+        """Return the network's input for the whole of images (B, 1 or 3, H, W) in [0, 1]: differentiable.
+
+        It is :meth:`pixels` without rounding, and without a crop, beyond which no pixel would have a gradient: the
+        frame is resized to the crop's size instead.
+        """
+        x, size = images.expand(-1, 3, -1, -1) * 255, tuple(self.settings["crop"])
+        if not size and self.settings["size"]:
             size = _output_size(x.shape[-2:], self.settings["size"])
-            x = interpolate(x, size, mode=self._mode, antialias=True)
-        return self._normalise(x)
+        return self._scale(interpolate(x, size, mode=self._mode, antialias=True) if size else x)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return the network's input (B, 3, h, w) float32, normalised, of uint8 ``images`` (B, 3, H, W)."""
@@ -121,7 +124,7 @@ class TransformersFeatures(FeatureExtractor):
         if self.settings["size"]:
             height, width = _output_size(x.shape[-2:], self.settings["size"])
             x = self._resize(self._resize(x, (x.shape[-2], width)), (height, width))
-        return self._normalise(x)
+        return self._scale(_centre_crop(x, *self.settings["crop"]) if self.settings["crop"] else x)
 
     @property
     def _mode(self) -> str:
@@ -130,10 +133,8 @@ class TransformersFeatures(FeatureExtractor):
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return interpolate(x, size, mode=self._mode, antialias=True).round().clamp(0, 255)
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        """Crop, scale and normalise images (B, 3, h, w) in [0, 255]."""
-        if self.settings["crop"]:
-            x = _centre_crop(x, *self.settings["crop"])
+    def _scale(self, x: Tensor) -> Tensor:
+        """Scale and normalise images (B, 3, h, w) in [0, 255]."""
         mean = x.new_tensor(self.settings["mean"]).view(1, -1, 1, 1)
         std = x.new_tensor(self.settings["std"]).view(1, -1, 1, 1)
         return (x * self.settings["scale"] - mean) / std

@@ -30,7 +30,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.discriminators.critics import CleanCritic, Conditioning
-from stepdistill.discriminators.feature_sources import open_feature_source
+from stepdistill.discriminators.feature_sources import MAX_BLOCKS, open_feature_source
 from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -92,6 +92,8 @@ class ADD(Distiller):
         """Whether the teacher's loss compares decoded images (the paper's choice for latents)."""
         r1: NonNegativeFloat = 1e-5
         """Gamma, the weight of R1 on the features of real images."""
+        max_blocks: PositiveInt = MAX_BLOCKS
+        """Most blocks of the teacher that the critic has a head on, evenly spaced."""
         student_update_interval: PositiveInt = 1
         """The student is updated on every n-th step, the critic on each."""
         critic_warmup: NonNegativeInt = 50
@@ -115,7 +117,10 @@ class ADD(Distiller):
 
     def build(self) -> None:
         config = self.config
-        features = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
+        features = open_feature_source(
+            config.features, self.family, self.teacher, augment=config.augment, max_blocks=config.max_blocks
+        )
+        self.features = features
         critic = CleanCritic(self.family, features, config.conditioning, loss=config.adversarial, r1_weight=config.r1)
         self.negative = self.family.embed([config.negative_prompt]) if config.negative_prompt else None
         self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
@@ -133,8 +138,10 @@ class ADD(Distiller):
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, t = self.generate(batch, draws)
-        adversarial = self.critic.student_loss(x0, batch, t, draws)
-        distillation = self.config.distillation * self.distillation_loss(x0, batch.cond, draws)
+        seen = self.critic.see(x0)
+        adversarial = self.critic.student_loss(seen, batch, t, draws)
+        images = seen if self.features.decodes or not self.config.decoded else self.family.decode(x0)
+        distillation = self.config.distillation * self.distillation_loss(x0, images, batch.cond, draws)
         terms = {"adversarial": adversarial, "distillation": distillation}
         return Losses(terms, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
@@ -143,14 +150,17 @@ class ADD(Distiller):
             x0, t = self.generate(batch, draws)
         return Losses(*self.critic.critic_loss(x0, batch, t, draws))
 
-    def distillation_loss(self, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
-        """Return ``E c(t) ||x - x_psi(x_t, t)||^2`` (mean over pixels); no gradient flows through ``x_t``."""
+    def distillation_loss(self, x0: Tensor, images: Tensor, cond: Cond, draws: Draws) -> Tensor:
+        """Return ``E c(t) ||x - x_psi(x_t, t)||^2`` (mean over pixels); no gradient flows through ``x_t``.
+
+        With ``decoded``, ``x`` are the ``images`` that ``x0`` was decoded to.
+        """
         t = draws.uniform(MIN_TIME, 1.0)
         noise = draws.normal_like(x0)
         with torch.no_grad():
             target = self.distillation_target(x0.detach(), noise, t, cond)
         if self.config.decoded:
-            x0, target = self.family.decode(x0), self.family.decode(target)
+            x0, target = images, self.family.decode(target)
         weight = distillation_weight(self.schedule, t, self.config.weighting)
         return weighted(weight, mean_square(x0, target))
 

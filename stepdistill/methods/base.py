@@ -37,7 +37,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.modes import in_mode, shared_dropout
 from stepdistill.randomness import Draws
 
-TARGET = "target"
+TARGET, HEAD = "target", "head"
 
 
 class Losses(NamedTuple):
@@ -58,6 +58,15 @@ class Turn:
     loss: Callable[[Batch, Draws], Losses]
     when: Callable[[int], bool] = lambda step: True
     """Whether the turn happens on a step (counted from 0)."""
+    head: Sequence[nn.Parameter] = ()
+    """Those of its parameters that have an optimiser of their own, ``head``."""
+
+    @property
+    def parts(self) -> dict[str, Sequence[nn.Parameter]]:
+        """The parameters by the optimiser that steps them: the turn's own, and a head's."""
+        apart = set(map(id, self.head))
+        parts: dict[str, Sequence[nn.Parameter]] = {self.name: [p for p in self.params if id(p) not in apart]}
+        return parts | ({HEAD: self.head} if self.head else {})
 
 
 def last_of(interval: int, after: int = 0) -> Callable[[int], bool]:
@@ -113,6 +122,8 @@ class Distiller(nn.Module, abc.ABC):
     turn_names: ClassVar[tuple[str, ...]] = (STUDENT,)
     optim_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """By turn, where the paper's optimiser differs from :class:`~stepdistill.training.optimizers.OptimConfig`."""
+    heads: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Further optimisers, of heads that train in another's turn: the turn whose settings they take if not given."""
     sampling_options: ClassVar[frozenset[str]] = frozenset()
     """Options that only the sampler reads: they may change on resuming and at export."""
     needs_images: ClassVar[bool] = True
@@ -226,13 +237,13 @@ class Distiller(nn.Module, abc.ABC):
 
     def add_turn(
         self, name: str, loss: Callable[[Batch, Draws], Losses], *modules: nn.Module,
-        when: Callable[[int], bool] = lambda step: True,
+        when: Callable[[int], bool] = lambda step: True, head: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
-        """Add a turn that trains the role ``name``, if there is one, and ``modules``."""
+        """Add a turn that trains the role ``name``, if there is one, ``modules``, and a ``head`` by its optimiser."""
         params = list(self.bank.params(name)) if name in self.bank.roles else []
         for module in modules:
             params.extend(module.parameters())
-        self.turns[name] = Turn(name, params, loss, when)
+        self.turns[name] = Turn(name, [*params, *head], loss, when, head)
 
     def add_critic(self, critic: Critic, loss: Callable[[Batch, Draws], Losses]) -> Critic:
         """Add a turn that trains ``critic``."""

@@ -34,7 +34,7 @@ from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras
 from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic
-from stepdistill.discriminators.feature_sources import open_feature_source
+from stepdistill.discriminators.feature_sources import MAX_BLOCKS, open_feature_source
 from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.ranges import (
@@ -88,6 +88,8 @@ class ImagineFlash(Distiller):
         """Mean of the logit-normal noise levels at which a critic on the teacher judges."""
         scale: PositiveFloat = 1.0
         """Standard deviation of these noise levels."""
+        max_blocks: PositiveInt = MAX_BLOCKS
+        """Most blocks of the teacher that the critic has a head on, evenly spaced."""
         student_update_interval: PositiveInt = 1
         """The student is updated on every n-th step, the critic on each."""
         critic_warmup: NonNegativeInt = 50
@@ -117,7 +119,9 @@ class ImagineFlash(Distiller):
         """Return heads on ``features``; the student's input contains no image that a critic could be given."""
         config = self.config
         if config.features == "teacher":
-            return RenoisedCritic(self.teacher, config.location, config.scale, loss=config.adversarial)
+            return RenoisedCritic(
+                self.teacher, config.location, config.scale, loss=config.adversarial, max_blocks=config.max_blocks
+            )
         features = open_feature_source(config.features, self.family, self.teacher, augment=config.augment)
         return CleanCritic(self.family, features, "condition", loss=config.adversarial)
 
@@ -136,7 +140,8 @@ class ImagineFlash(Distiller):
             target = self.reconstruction(*start, batch.cond)
         terms = {
             "reconstruction": mean_square(x0, target).mean(),
-            "adversarial": self.config.adversarial_weight * self.critic.student_loss(x0, batch, t, draws),
+            "adversarial": self.config.adversarial_weight
+            * self.critic.student_loss(self.critic.see(x0), batch, t, draws),
         }
         return Losses(terms, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 

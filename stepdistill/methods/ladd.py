@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.discriminators.critics import RenoisedCritic
+from stepdistill.discriminators.feature_sources import MAX_BLOCKS
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import (
     FiniteFloat,
@@ -60,9 +61,11 @@ class LADD(Distiller):
         """``s`` of the noise levels at which the critic judges."""
         adversarial: AdversarialLoss = "hinge"
         r1: NonNegativeFloat = 0.0
-        """Weight of the approximate R1; FastGen uses 0.1 to 1000."""
+        """Weight of the approximate R1; FastGen, which does not divide by the squared distance, has 0.001 to 10."""
         r1_distance: PositiveFloat = 0.1
         """Distance of R1's finite difference, in standard deviations of noise on a real image."""
+        max_blocks: PositiveInt = MAX_BLOCKS
+        """Most blocks of the teacher that the critic has a head on, evenly spaced."""
         student_update_interval: PositiveInt = 4
         """The student is updated on every n-th step, the critic on each."""
         critic_warmup: NonNegativeInt = 50
@@ -77,6 +80,7 @@ class LADD(Distiller):
         critic = RenoisedCritic(
             self.teacher, config.location, config.scale,
             loss=config.adversarial, r1_weight=config.r1, r1_distance=config.r1_distance,
+            max_blocks=config.max_blocks,
         )  # fmt: skip
         self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.critic_warmup))
         self.critic = self.add_critic(critic, self.critic_loss)
@@ -101,7 +105,7 @@ class LADD(Distiller):
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, t = self.generate(batch, draws)
-        loss = self.critic.student_loss(x0, batch, t, draws)
+        loss = self.critic.student_loss(self.critic.see(x0), batch, t, draws)
         return Losses({"loss": loss}, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:

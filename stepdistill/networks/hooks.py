@@ -85,13 +85,26 @@ def middle_block(network: nn.Module, names: Sequence[str]) -> str:
         network: the network.
         names: its blocks, or lists of them, in the order in which they run; a UNet's end with its bottleneck.
     """
+    if not members(network.get_submodule(names[-1])):
+        return names[-1]
+    blocks = block_names(network, names)
+    return blocks[len(blocks) // 2]
+
+
+def spaced_blocks(network: nn.Module, names: Sequence[str], limit: int) -> list[str]:
+    """Return the names of at most ``limit`` blocks, evenly spaced, the last among them; names as above."""
+    blocks = block_names(network, names)
+    count = min(limit, len(blocks))
+    return [blocks[(index + 1) * len(blocks) // count - 1] for index in range(count)]
+
+
+def block_names(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names of all blocks; a list of blocks stands for its members."""
     blocks = []
     for name in names:
         count = len(members(network.get_submodule(name)))
-        if count == 0:
-            return names[-1]
-        blocks += [f"{name}.{index}" for index in range(count)]
-    return blocks[len(blocks) // 2]
+        blocks += [f"{name}.{index}" for index in range(count)] or [name]
+    return blocks
 
 
 def as_map(output: Tensor) -> Tensor:

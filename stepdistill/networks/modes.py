@@ -18,8 +18,8 @@ from stepdistill.networks.sharding import is_share
 def in_mode(bank: NetworkBank, role: str, *, training: bool) -> Iterator[None]:
     """Put the network of ``role`` into training or evaluation mode, and back afterwards."""
     with bank.using(role) as network:
-        pass
-    with in_training(network, training):
+        mode = in_training(network, training)
+    with mode:
         yield
 
 

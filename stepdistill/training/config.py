@@ -190,7 +190,7 @@ def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimCon
     section = section or {}
     if not isinstance(section, Mapping):
         raise ConfigError([f"optim: expected a section of keys, got {section!r}"])
-    turns = distiller.turn_names
+    turns = (*distiller.turn_names, *distiller.heads)
     problems = [
         f"optim.{name}: the method has no such turn{nearest(str(name), turns)}" for name in section if name not in turns
     ]
@@ -203,7 +203,11 @@ def _build_optim(section: Any, distiller: type[Distiller]) -> dict[str, OptimCon
 
 
 def _build_turn(section: Mapping[str, Any], distiller: type[Distiller], turn: str) -> OptimConfig:
-    given = section.get(turn) or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError([f"optim.{turn}: expected a section of keys, got {given!r}"])
-    return build(OptimConfig, {**distiller.optim_defaults.get(turn, {}), **given}, f"optim.{turn}")
+    owner = distiller.heads.get(turn, turn)
+    options = dict(distiller.optim_defaults.get(owner, {}))
+    for name in (owner, turn):
+        given = section.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError([f"optim.{name}: expected a section of keys, got {given!r}"])
+        options |= given
+    return build(OptimConfig, options, f"optim.{turn}")

@@ -54,7 +54,8 @@ def shard_bank(distiller: Distiller, accelerator: Accelerator) -> None:
     replacements = {id(parameter): after[name] for name, parameter in before.items()}
     for name, turn in distiller.turns.items():
         params = [replacements[id(parameter)] for parameter in turn.params]
-        distiller.turns[name] = dataclasses.replace(turn, params=params)
+        head = [replacements[id(parameter)] for parameter in turn.head]
+        distiller.turns[name] = dataclasses.replace(turn, params=params, head=head)
 
 
 def average_gradients(params: Sequence[nn.Parameter]) -> None:

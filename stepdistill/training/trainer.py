@@ -152,8 +152,8 @@ class Trainer:
 
     def _begin_stage(self) -> None:
         self.distiller.begin_stage()
-        for name, turn in self.distiller.turns.items():
-            self.optimizers[name] = self._make_optimizer(turn)
+        for turn in self.distiller.turns.values():
+            self._make_optimizers(turn)
 
     def _step(self, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
         """Step every turn that is due once; return what to log, still on the device."""
@@ -171,20 +171,22 @@ class Trainer:
         return logs
 
     def _move(self, turn: Turn, step_in_stage: int, batches: list[Batch]) -> dict[str, Tensor]:
-        """Accumulate gradients over all micro-batches, then step the turn's optimiser."""
-        optimizer, optim = self.optimizers[turn.name], self.optim[turn.name]
+        """Accumulate gradients over all micro-batches, then step the turn's optimiser, and that of its head."""
         self._train_only(turn)
         logs = self._accumulate(turn, batches)
         self.parallelism.average_gradients(turn.params)
-        logs[f"{turn.name}/grad_norm"] = self.parallelism.clip(turn.params, optim.clip)
+        for name, params in turn.parts.items():
+            logs[f"{name}/grad_norm"] = self.parallelism.clip(params, self.optim[name].clip)
         scalars = {name: value for name, value in logs.items() if value.ndim == 0}
         flag = self.guard.check(self.step, turn.name, scalars)
         self.nan.before_move(self.step)
-        optimizer.found_inf = flag  # type: ignore[attr-defined]  # the step is skipped while it is 1
-        for group in optimizer.param_groups:
-            group["lr"] = optim.lr_at(step_in_stage, self.distiller.stage.steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for name in turn.parts:
+            optimizer = self.optimizers[name]
+            optimizer.found_inf = flag  # type: ignore[attr-defined]  # the step is skipped while it is 1
+            for group in optimizer.param_groups:
+                group["lr"] = self.optim[name].lr_at(step_in_stage, self.distiller.stage.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return logs
 
     def _accumulate(self, turn: Turn, batches: list[Batch]) -> dict[str, Tensor]:
@@ -216,8 +218,9 @@ class Trainer:
         seed = derive_seed(self.config.seed, self.step, turn.name)
         return Draws(seed, size, rank=part, world=parts, device=self.device)
 
-    def _make_optimizer(self, turn: Turn) -> torch.optim.Optimizer:
-        return self.optim[turn.name].make(split_shards(turn.params))
+    def _make_optimizers(self, turn: Turn) -> None:
+        for name, params in turn.parts.items():
+            self.optimizers[name] = self.optim[name].make(split_shards(params))
 
     def _batches(self) -> Iterator[Batch]:
         raw_batches = loader(
@@ -323,9 +326,10 @@ class Trainer:
         state.check(checkpoint, stages)
         self.distiller.stage = stages[state.stage]
         load_weights(self.distiller, checkpoint.tensors("weights"), str(checkpoint.path))
-        for name, turn in self.distiller.turns.items():
-            self.optimizers[name] = self._make_optimizer(turn)
-            restore_optimizer(self.optimizers[name], checkpoint.tensors(f"optimizer-{name}"))
+        for turn in self.distiller.turns.values():
+            self._make_optimizers(turn)
+        for name, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, checkpoint.tensors(f"optimizer-{name}"))
         self.step = checkpoint.step
         self.nan = POLICIES[self.config.nan_policy](self.guard, state.skipped, state.skipped_in_all)
         self.reporter.divergence.resume(state.signs)

@@ -136,7 +136,7 @@ def fall(run, steps=12):
         terms = [wanted.falls] if wanted.falls else run.distiller(name, batch, Draws(1, batch.size)).terms
     run.distiller.stage = dataclasses.replace(run.distiller.stage, steps=steps)
     trainer.optim[name] = OptimConfig(lr=wanted.overfit_lr, schedule="linear")
-    trainer.optimizers[name] = trainer._make_optimizer(turn)
+    trainer._make_optimizers(turn)
     trainer._draws = lambda turn, micro, size: Draws(1, size)
     losses = []
     for step in range(steps):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from stepdistill.assets import FASHION as ASSETS
+from stepdistill.batch import Batch
 from stepdistill.discriminators.augmentation import colour, cutout, diff_augment, shift
 from stepdistill.discriminators.backbones import Backbone, open_backbone
 from stepdistill.discriminators.bottleneck import BottleneckHead
@@ -21,6 +22,7 @@ from stepdistill.discriminators.heads import Head, Heads, SpectralNorm
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.families.pixart import PixArt
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.features.identity import refuse_same_weights
@@ -28,11 +30,12 @@ from stepdistill.features.loading import load_features
 from stepdistill.features.transformers import TransformersFeatures
 from stepdistill.losses.adversarial import approximate_r1, critic_loss, critic_metrics, generator_loss, r1_penalty
 from stepdistill.losses.student_inputs import check_first_step, diversity_ratio
+from stepdistill.methods.add import ADD
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
-from stepdistill.networks.hooks import capture_outputs, middle_block
+from stepdistill.networks.hooks import capture_outputs, middle_block, spaced_blocks
 from stepdistill.randomness import Draws
 
 SHAPES = {"tokens": (6, 12), "one position": (6, 1), "map": (6, 5, 4), "pixel": (6, 1, 1)}
@@ -407,8 +410,8 @@ def test_eyes_are_the_teachers_or_those_of_a_network(small):
     images = family.decode(x0)
     plain = open_feature_source(str(small), family, teacher, augment=False)
     for found, seen_images in (
-        (eyes.extract(x0, {}, Draws(0, 3)), diff_augment(images, Draws(0, 3))),
-        (plain.extract(x0, {}, Draws(0, 3)), images),
+        (eyes.extract(eyes.see(x0), {}, Draws(0, 3)), diff_augment(images, Draws(0, 3))),
+        (plain.extract(plain.see(x0), {}, Draws(0, 3)), images),
     ):
         assert all(map(torch.equal, found, eyes.backbone(seen_images)))
         (gradient,) = torch.autograd.grad(found[-1].sum(), x0, retain_graph=True)
@@ -421,11 +424,11 @@ def test_what_a_critic_is_told(small, conditioning, extra):
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     critic = CleanCritic(family, open_feature_source(str(small), family, teacher, augment=True), conditioning)
     x0, cond, t = torch.randn(3, 1, 16, 16), family.example_cond([0, 1, 2]), torch.tensor([1.0, 0.5, 1.0])
-    vector = critic.condition(cond, x0, t)
+    vector = critic.condition(cond, lambda: critic.see(x0), t)
     assert vector.shape == (3, extra)
     if conditioning == "both":  # at pure noise the student has seen nothing of the image
         assert vector[:, 4:].abs().sum(1).gt(0).tolist() == [False, True, False]
-    assert all(logits.shape[0] == 3 for logits in critic(x0, cond, vector, Draws(0, 3)))
+    assert all(logits.shape[0] == 3 for logits in critic(critic.see(x0), cond, vector, Draws(0, 3)))
 
 
 def test_a_critic_without_conditions_has_a_say_at_pure_noise(small):
@@ -434,7 +437,7 @@ def test_a_critic_without_conditions_has_a_say_at_pure_noise(small):
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     critic = CleanCritic(family, open_feature_source(str(small), family, teacher, augment=False), "both")
     x0 = torch.randn(3, 1, 16, 16)
-    logits = critic(x0, {}, critic.condition({}, x0, torch.ones(3)), Draws(0, 3))
+    logits = critic(critic.see(x0), {}, critic.condition({}, lambda: critic.see(x0), torch.ones(3)), Draws(0, 3))
     assert all(head.abs().min() > 0 for head in logits)
 
 
@@ -470,7 +473,7 @@ def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):
     alpha = schedule(t[:1])[0].item()
     for distance in (0.1, 2.0):
         critic.r1_distance = distance
-        found = critic.r1(torch.randn(size, 2, 1, 1), {}, t, Draws(0, size)).item()
+        found = critic.r1(torch.randn(size, 2, 1, 1), [], {}, t, Draws(0, size)).item()
         assert found == pytest.approx(alpha**2 * w.square().sum().item(), rel=0.03)
 
 
@@ -485,3 +488,64 @@ def test_a_noise_predicting_teacher_that_sees_no_signal_at_the_end_is_refused():
     with pytest.raises(ValueError, match=r"'epsilon' with alpha_T = 4.9e-05"):
         check_first_step(Pixel.tiny(prediction_type="epsilon"))
     check_first_step(Pixel.tiny())
+
+
+@pytest.mark.parametrize(("conditioning", "real"), [("both", 1), ("condition", 0)])
+def test_an_image_is_decoded_once_a_turn_however_many_terms_see_it(small, monkeypatch, conditioning, real):
+    family = Pixel.tiny(size=16)
+    config = ADD.Config(features=str(small), conditioning=conditioning, decoded=True, r1=0.1)
+    distiller, batch = ADD(family, CopyBank(family.network), config), ten_images(family)
+    decoded, looks = [], []
+    decode, maps = Pixel.decode, type(distiller.features.backbone).__call__
+    monkeypatch.setattr(Pixel, "decode", lambda self, x0: decoded.append(x0) or decode(self, x0))
+    monkeypatch.setattr(
+        type(distiller.features.backbone), "__call__", lambda self, images: looks.append(images) or maps(self, images)
+    )
+    distiller("student", batch, Draws(0, batch.size))
+    assert len(decoded) == 2 + real and len(looks) == 1  # the student's image and its target, and the real image
+    decoded.clear(), looks.clear()
+    distiller("critic", batch, Draws(0, batch.size))
+    assert len(decoded) == 2 and len(looks) == 2  # the real image and the student's; R1 uses the same features
+
+
+def ten_images(family):
+    return Batch(torch.randn(10, *family.sample_shape), family.example_cond(range(10)), 10)
+
+
+def test_heads_see_the_tokens_of_a_teacher_as_a_map_and_at_most_so_many_blocks():
+    family = PixArt.tiny()
+    teacher = Denoiser(family, CopyBank(family.network), "teacher")
+    critic = RenoisedCritic(teacher, 0.0, 1.0, max_blocks=1)
+    count = len(family.network.transformer_blocks)
+    assert critic.blocks.names == (f"transformer_blocks.{count - 1}",)
+    (head,) = critic.heads.heads
+    assert len(head.shape) == 3 and head.shape[1] * head.shape[2] == teacher_tokens(teacher)
+    assert isinstance(head.last, nn.Conv2d)
+    x0, cond = torch.randn(2, *family.sample_shape), family.example_cond([0, 1])
+    (logits,) = critic(x0, cond, torch.full((2,), 0.5), Draws(0, 2))
+    assert logits.shape == (2, head.shape[1] * head.shape[2]) and logits.isfinite().all()
+    assert len(RenoisedCritic(teacher, 0.0, 1.0).heads.heads) == min(5, count)
+
+
+def teacher_tokens(teacher):
+    return BlockFeatures(teacher).shapes()[-1][1]
+
+
+def test_blocks_are_evenly_spaced_and_the_last_is_one_of_them():
+    network = nn.ModuleDict({"down": nn.ModuleList(nn.Identity() for _ in range(10)), "middle": nn.Identity()})
+    names = ("down", "middle")
+    assert spaced_blocks(network, names, 3) == ["down.2", "down.6", "middle"]
+    assert spaced_blocks(network, names, 99) == [*(f"down.{i}" for i in range(10)), "middle"]
+
+
+def test_a_critic_sees_an_image_to_its_corners():
+    """DINOv2 resizes to 256 and crops 224: beyond that, six per cent a side would be no concern of a critic."""
+    config = Dinov2Config(image_size=28, patch_size=14, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    features = TransformersFeatures(Dinov2Model(config), PROCESSOR | {"size": {"shortest_edge": 32}}, "dino")
+    images = torch.rand(1, 3, 40, 40, requires_grad=True)
+    maps = features.maps(images)
+    (gradient,) = torch.autograd.grad(sum(feature.square().sum() for feature in maps), images)
+    corners = gradient[0, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.abs().min() > 0
+    assert features.smooth_pixels(images).shape[-2:] == (28, 28)

@@ -52,7 +52,7 @@ def test_weights_are_the_papers(name):
 def test_the_gradient_is_two_c_times_the_difference_and_no_path_leads_through_the_renoised_image(weighting):
     distiller = teacher_of({"weighting": weighting})
     x0 = torch.randn(6, 2, 1, 1, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, {}, Fixed(0, 6)), x0)
+    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, x0, {}, Fixed(0, 6)), x0)
     t, noise = Fixed(0, 6).uniform(1e-3, 1.0), Fixed(0, 6).normal(2, 1, 1).double()
     x_t = COSINE.add_noise(x0.detach(), noise, t)
     c = expand(distillation_weight(COSINE, t, weighting), x0)
@@ -64,7 +64,7 @@ def test_sds_is_score_distillation():
     """The gradient is w(t) (eps_psi - eps) with w = sigma^2."""
     distiller = teacher_of({"weighting": "sds"})
     x0 = torch.randn(6, 2, 1, 1, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, {}, Fixed(0, 6)), x0)
+    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, x0, {}, Fixed(0, 6)), x0)
     t, noise = Fixed(0, 6).uniform(1e-3, 1.0), Fixed(0, 6).normal(2, 1, 1).double()
     eps = distiller.teacher(COSINE.add_noise(x0.detach(), noise, t), t, {}).eps
     expected = expand(COSINE(t)[1] ** 2, x0) * (eps - noise) / x0.numel()
@@ -76,7 +76,7 @@ def test_noise_free_score_distillation():
     distiller = teacher_of({"weighting": "nfsd"}, conditional=True)
     cond = {"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])}
     x0 = torch.randn(6, 2, 1, 1, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, cond, Fixed(0, 6)), x0)
+    (gradient,) = torch.autograd.grad(distiller.distillation_loss(x0, x0, cond, Fixed(0, 6)), x0)
     t, noise = Fixed(0, 6).uniform(1e-3, 1.0), Fixed(0, 6).normal(2, 1, 1).double()
     x_t = COSINE.add_noise(x0.detach(), noise, t)
     given = distiller.teacher(x_t, t, cond).eps
@@ -109,7 +109,7 @@ def test_an_answer_that_is_the_data_costs_nothing():
     point = Gaussian(TWO, 0.0, COSINE, "v_prediction")
     distiller = taught_by(ADD, point)
     answer = TWO[:, None, None].expand(5, -1, -1, -1)
-    assert distiller.distillation_loss(answer, {}, Draws(0, 5)).item() < 1e-12
+    assert distiller.distillation_loss(answer, answer, {}, Draws(0, 5)).item() < 1e-12
 
 
 # -------------------------------------------------------------------------------------- what the student is shown
@@ -169,7 +169,7 @@ def test_of_latents_the_teachers_part_compares_images_where_that_is_wanted():
     cond, losses = family.example_cond(range(2)), {}
     for decoded in (False, True):
         distiller = ADD(family, CopyBank(family.network), ADD.Config(decoded=decoded))
-        losses[decoded] = distiller.distillation_loss(x0, cond, Fixed(0, 2))
+        losses[decoded] = distiller.distillation_loss(x0, x0, cond, Fixed(0, 2))
         (gradient,) = torch.autograd.grad(losses[decoded], x0)
         assert gradient.flatten(1).abs().max(1).values.min() > 0
     t, noise = Fixed(0, 2).uniform(1e-3, 1.0), Fixed(0, 2).normal(*family.sample_shape)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from adversarial_students import mode_shares, mode_test, train_adversarially
+from contracts.cases import make_trainer, sections, teacher_for
 from diffusers import LCMScheduler
 from oracles import SCHEDULES, Gaussian, three_clusters
 from torch import nn
@@ -19,6 +20,8 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
 
 COSINE = SCHEDULES["cosine"]
 LABELS = {"class_labels": torch.tensor([0, 1, 2, 0])}
@@ -278,3 +281,21 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, family, message):
     with pytest.raises(ValueError, match=message):
         DMD2.check(DMD2.Config(**options), family())
+
+
+def test_the_head_of_the_critic_has_a_rate_of_its_own(tmp_path):
+    """Both are stepped in the fake score's turn; what is not given is the fake score's."""
+    wanted = sections(tmp_path, teacher_for("dmd2"), "dmd2")
+    wanted["optim"] = {"fake": {"lr": 1e-5, "clip": 3.0}, "head": {"lr": 1e-2}}
+    run = Run(resolve(wanted))
+    assert (run.config.optim["head"].lr, run.config.optim["head"].clip) == (1e-2, 3.0)
+    trainer = make_trainer(run)
+    before = {name: tensor.clone() for name, tensor in run.distiller.state_dict().items()}
+    logs = trainer._move(run.distiller.turns["fake"], 0, [next(trainer._batches())])
+    assert {"fake/grad_norm", "head/grad_norm"} <= logs.keys()
+    moved = {}
+    for name, tensor in run.distiller.state_dict().items():
+        moved[name] = (tensor - before[name]).abs().max().item()
+    head = max(value for name, value in moved.items() if name.startswith("head."))
+    fake = max(value for name, value in moved.items() if ".fake." in name)
+    assert head == pytest.approx(1e-2, rel=0.05) and fake == pytest.approx(1e-5, rel=0.05)  # Adam's first step

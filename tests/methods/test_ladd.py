@@ -96,10 +96,10 @@ def test_r1_counts_as_much_as_it_should(weight):
     draws = Draws(0, 4)
     with torch.no_grad():
         distiller.generate(batch, draws)
-        t = distiller.critic.view(batch, torch.ones(4), draws)
+        t = distiller.critic.view(batch, lambda: batch.x0, torch.ones(4), draws)
         for _ in range(2):  # real images and fake ones
             distiller.critic(batch.x0, batch.cond, t, draws)
-        expected = weight * distiller.critic.r1(batch.x0, batch.cond, t, draws)
+        expected = weight * distiller.critic.r1(batch.x0, [], batch.cond, t, draws)
     torch.testing.assert_close(term.detach(), expected)
 
 

@@ -11,6 +11,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.bank import NetworkBank
 from stepdistill.networks.copy_bank import CopyBank
+from stepdistill.networks.modes import in_mode
 
 
 def tiny() -> Pixel:
@@ -334,3 +335,26 @@ def test_adapters_never_bring_dropout_to_the_teacher():
     bank.fork("student")
     bank.train()
     assert not any(module.training for module in bank.network.modules())
+
+
+def test_a_role_that_rested_in_its_forward_pass_rests_in_its_recomputation_too():
+    """The trainer's backward pass begins after every role is in training mode again."""
+
+    def gradient(checkpointing):
+        network = Pixel.tiny().network
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        bank = CopyBank(network)
+        bank.fork("fake")
+        bank.train()
+        if checkpointing:
+            bank.enable_checkpointing()
+        x = torch.ones(1, 1, 8, 8, requires_grad=True)
+        with in_mode(bank, "fake", training=False), bank.using("fake") as fake:
+            loss = fake(x, 3, class_labels=torch.tensor([0])).sample.square().sum()
+        assert fake.training
+        loss.backward()
+        return x.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
