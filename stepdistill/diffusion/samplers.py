@@ -121,7 +121,7 @@ class ConsistencyKarras(Sampler):
         stride = points // steps
         self.points, self.rho = points, schedule.rho if rho is None else rho
         ends = torch.tensor([schedule.sigma_max, schedule.sigma_min], dtype=torch.float64) ** (1 / self.rho)
-        levels = torch.lerp(*ends, torch.linspace(0, 1, points, dtype=torch.float64)) ** self.rho
+        levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, points, dtype=torch.float64)) ** self.rho
         times = schedule.time_of(levels[: stride * steps : stride]).clamp(max=1)
         super().__init__(schedule, torch.cat([times, torch.zeros(1, dtype=torch.float64)]))
         self.karras = schedule
