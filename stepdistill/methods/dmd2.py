@@ -23,7 +23,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
@@ -32,7 +32,7 @@ from stepdistill.families.base import Family
 from stepdistill.files import ranges
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
-from stepdistill.methods.base import HEAD, Distiller, Losses, last_of
+from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
 
@@ -40,7 +40,7 @@ class DMD2(Distiller):
     """A student of one or a few steps, a fake score that follows it closely, and a critic on the fake score."""
 
     turn_names = ("student", "fake")
-    heads: ClassVar = {HEAD: "fake"}
+    heads: ClassVar = {"head": "fake"}
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,12 @@ class DMD2(Distiller):
 
     def build(self) -> None:
         self.fake = self.add_role("fake")
-        head: list[nn.Parameter] = []
         if self.config.gan_weight:
             self.conditional_critic = True
             self.critic = BottleneckCritic(self.fake)
             self.head = self.critic.head  # a module of the method, so that it is saved
-            head = list(self.head.parameters())
         self.add_turn("student", self.student_loss, when=self.updates_student)
+        head = list(self.head.parameters()) if self.config.gan_weight else []
         self.add_turn("fake", self.fake_loss, when=self.updates_fake, head=head)
 
     def updates_student(self, step: int) -> bool:
