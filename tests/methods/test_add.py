@@ -138,7 +138,7 @@ def test_both_turns_tell_the_critic_of_the_image_where_the_student_was_shown_som
     family = Pixel.tiny(size=16)
     distiller = ADD(family, CopyBank(family.network), ADD.Config(steps=4))
     told, original = [], distiller.critic.condition
-    distiller.critic.condition = lambda cond, x0, t: told.append((x0, t)) or original(cond, x0, t)
+    distiller.critic.condition = lambda cond, real, t: told.append((real(), t)) or original(cond, real, t)
     batch = family_batch(family, 64)
     for turn in ("student", "critic"):
         distiller(turn, batch, Draws(3, 64))
@@ -169,7 +169,8 @@ def test_of_latents_the_teachers_part_compares_images_where_that_is_wanted():
     cond, losses = family.example_cond(range(2)), {}
     for decoded in (False, True):
         distiller = ADD(family, CopyBank(family.network), ADD.Config(decoded=decoded))
-        losses[decoded] = distiller.distillation_loss(x0, x0, cond, Fixed(0, 2))
+        images = family.decode(x0) if decoded else x0
+        losses[decoded] = distiller.distillation_loss(x0, images, cond, Fixed(0, 2))
         (gradient,) = torch.autograd.grad(losses[decoded], x0)
         assert gradient.flatten(1).abs().max(1).values.min() > 0
     t, noise = Fixed(0, 2).uniform(1e-3, 1.0), Fixed(0, 2).normal(*family.sample_shape)
