@@ -68,9 +68,9 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    images = pictures(rows, bench.metric, bench.images)
-    bench.write_samples(images)
-    shown = labelled(images, rows, bench.metric)
+    drawn = pictures(rows, bench.metric, bench.images)
+    bench.write_samples(drawn)
+    shown = labelled(drawn, rows, bench.metric)
     figure, axes = pyplot.subplots(
         len(shown) + 1, 1, figsize=(12, 0.75 * len(shown) + 0.26 * len(rows) + 1.2),
         height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],
