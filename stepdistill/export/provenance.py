@@ -24,7 +24,7 @@ def hub_id(path: str | None) -> str | None:
 def public_name(path: str) -> str:
     """Return the id on the hub, or the last part of a path.
 
-    >>> public_name("/home/somebody/teachers/faces"), public_name("stabilityai/sdxl"), public_name("embedded")
+    >>> public_name("/data/somebody/teachers/faces"), public_name("stabilityai/sdxl"), public_name("embedded")
     ('faces', 'stabilityai/sdxl', 'embedded')
     """
     return hub_id(path) or Path(path).name

@@ -65,7 +65,7 @@ def test_a_payload_in_any_text_leaves_the_card_as_it_is(kind):
 def test_a_whole_card_says_where_the_student_is_from_and_what_it_was_measured_at():
     origin = Origin(
         method="dmd2", teacher="someone/teacher", data="faces", guidance_distilled=2.0, training=COST,
-        license={"license": "openrail++"}, start={"path": "/home/anna/runs/first"},
+        license={"license": "openrail++"}, start={"path": "/data/anna/runs/first"},
         results={"fd": 0.25, "fd_low": 0.2, "fd_high": 0.3, "num_samples": 1000},
         measured_on={"features": "embedded", "seed": 1, "features_sha256": "f" * 64, "reference": {"images": 9}},
         selected={"step": 2},
@@ -87,7 +87,7 @@ def test_a_whole_card_says_where_the_student_is_from_and_what_it_was_measured_at
 
 
 def test_a_card_of_which_little_is_known_says_so():
-    card = model_card(dataclasses.replace(PLAIN, conditioning="none", origin=Origin(teacher="/home/anna/faces")))
+    card = model_card(dataclasses.replace(PLAIN, conditioning="none", origin=Origin(teacher="/data/anna/faces")))
     data = ModelCard(card).data
     assert (data.license, data.pipeline_tag, data.base_model) == ("unknown", "unconditional-image-generation", None)
     assert "Unknown: the teacher's folder names none" in card and "Nothing was measured" in card
