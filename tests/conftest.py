@@ -41,6 +41,14 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_teacher_steps() -> Iterator[None]:
+    """Every export draws its teacher beside it, which is no teacher to look at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepdistill.inference.student.TEACHER_STEPS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stock_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockDiffusers]:
     """A process without stepdistill, for all tests that ask for one."""

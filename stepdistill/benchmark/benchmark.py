@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
-from stepdistill.benchmark.pictures import pictures
+from stepdistill.benchmark.pictures import labelled, pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
 from stepdistill.benchmark.results import read_benchmark_result
+from stepdistill.benchmark.samples import Samples, conditions_of
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
 from stepdistill.benchmark.students import check_students, export_missing, train_missing
 from stepdistill.benchmark.tables import Row, caption, compared, insert, markdown
@@ -210,6 +211,11 @@ class Benchmark:
         """Return images (N, C, H, W) in [0, 1] of a row; seeds and classes are the same for all rows."""
         return self.real_images(count) if row["kind"] == "floor" else self.sample(row, count).pixels / 255
 
+    def write_samples(self, images: Mapping[str, Tensor]) -> None:
+        """Write the images of :func:`~stepdistill.benchmark.pictures.pictures` for the page, beside the result."""
+        conditions = conditions_of(SHOWN, self.captions, self.family.num_classes)
+        Samples.of(images, conditions).write(self.path.with_name(f"{self.path.stem}-samples.npz"))
+
     def sample(self, row: Row, count: int) -> Images:
         """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""
         if row["kind"] == "student":
@@ -260,7 +266,7 @@ def _places_by_class(labels: Tensor, number: int, count: int) -> list[int]:
 
 
 def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
-    """Run a benchmark; write ``.md``, ``-calls.png``, ``-pareto.png`` and ``-grid.png`` beside ``<output>.json``.
+    """Run a benchmark; write a table, plots, a grid and the page's samples beside ``<output>.json``.
 
     Args:
         config: what is compared.
@@ -278,9 +284,11 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     rows = compared(bench.rows, bench.metric)
     plot_calls(rows, bench.metric, beside(bench.path, "calls"))
     plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))
+    images = pictures(bench.rows, bench.metric, bench.images)
     save_comparison(
-        pictures(bench.rows, bench.metric, bench.images), beside(bench.path, "grid"), title="Same seeds, same classes"
+        labelled(images, bench.rows, bench.metric), beside(bench.path, "grid"), title="Same seeds, same conditions"
     )
+    bench.write_samples(images)
     shown = f"{caption(bench.setting)}\n\n{markdown(rows, bench.metric)}\n"
     table = bench.path.with_suffix(".md")
     with atomic_write(table) as partial:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepdistill.benchmark.benchmark import SHOWN, Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
-from stepdistill.benchmark.pictures import pictures
+from stepdistill.benchmark.pictures import labelled, pictures
 from stepdistill.benchmark.tables import Row, cell, compared, text
 from stepdistill.config import read_config
 from stepdistill.files.reading import read_json
@@ -68,7 +68,9 @@ def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapp
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = pictures(rows, bench.metric, bench.images)
+    drawn = pictures(rows, bench.metric, bench.images)
+    bench.write_samples(drawn)
+    shown = labelled(drawn, rows, bench.metric)
     figure, axes = pyplot.subplots(
         len(shown) + 1, 1, figsize=(12, 0.75 * len(shown) + 0.26 * len(rows) + 1.2),
         height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -10,11 +10,14 @@ from stepdistill.benchmark.tables import Row, best_solver, cell, of_kind
 
 
 def pictures(rows: Sequence[Row], metric: str, images: Callable[[Row], Tensor]) -> dict[str, Tensor]:
-    """Return the images (N, C, H, W) in [0, 1] of the rows to show, by their labels."""
-    labelled = {}
-    for row in shown_rows(rows, metric):
-        labelled[f"{row['name']}\n{metric} {cell(row[metric])}"] = images(row)
-    return labelled
+    """Return the images (N, C, H, W) in [0, 1] of the rows to show, by the names of the rows."""
+    return {row["name"]: images(row) for row in shown_rows(rows, metric)}
+
+
+def labelled(pictures: Mapping[str, Tensor], rows: Sequence[Row], metric: str) -> dict[str, Tensor]:
+    """Return images under the names of their rows and the metric, as a grid shows them."""
+    values = {row["name"]: cell(row[metric]) for row in rows}
+    return {f"{name}\n{metric} {values[name]}": images for name, images in pictures.items()}
 
 
 def shown_rows(rows: Sequence[Row], metric: str) -> list[Row]:

@@ -122,7 +122,10 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     flags_of_trust(command)
     command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
     command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
-    command.add_argument("--output", type=Path, required=True, help="result file (.json)")
+    command.add_argument(
+        "--output", type=Path, default=Path("evaluation.json"),
+        help="result file (.json), with all numbers and what they depend on; by default %(default)s",
+    )  # fmt: skip
     command.add_argument("--report", help="also write a page (.html) of the result")
     fields = command.add_argument_group("replace values of the protocol; the result tells which")
     for name, kind, text in PROTOCOL_FLAGS:
@@ -226,12 +229,11 @@ def generate(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Run ``stepdistill evaluate``."""
-    import json
-
     from accelerate import PartialState
 
     from stepdistill.evaluation.evaluate import run_protocol
     from stepdistill.evaluation.protocol import read_protocol
+    from stepdistill.evaluation.summary import summary
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
@@ -252,7 +254,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if not PartialState().is_main_process:
         return
-    print(json.dumps({key: value for key, value in result.items() if key not in ("setting", "subject")}, indent=2))
+    print(f"{summary(result)}\n\nresult: {visible(str(args.output))}")
     for key, (preset, given) in about["overridden"].items():
         print(f"{key}: protocol {about['name']!r} has {shown(preset)}, this result {shown(given)}", file=sys.stderr)
     write_page(args.report, args.output)

@@ -55,6 +55,10 @@ class Origin:
     """Name of the distillation method."""
     teacher: str | None = None
     """``teacher.path`` of the training."""
+    license: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The teacher's licence as its model card says it: ``license``, perhaps ``license_name`` and ``license_link``."""
+    data: str | None = None
+    """Name of the training's data."""
     teacher_sha256: str | None = None
     """Fingerprint of the teacher's weights."""
     guidance_distilled: float | None = None
@@ -73,6 +77,8 @@ class Origin:
     """Step, metric and value by which the best student was selected."""
     results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Metrics of the exported student, and the number of samples."""
+    measured_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What :attr:`results` depend on besides the student: features, reference, seed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

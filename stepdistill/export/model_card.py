@@ -1,34 +1,97 @@
-"""The README of an export."""
+"""The README of an export: what it is, how to call it, what it was measured at, and how it was made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
 from stepdistill.export.contract import Contract
+from stepdistill.export.provenance import hub_id, public_name
+from stepdistill.files.words import shortened
 
 EXAMPLES = {"prompt": "'a red apple'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
 """Arguments of an example call, by the kind of condition."""
-
-
+TASKS = {"prompt": "text-to-image"}
+"""The hub's name of what a pipeline does, by the kind of condition; the hub has none for classes."""
 MARKUP = "&<>{}[]|`*#"
 """Characters with a meaning in HTML, Markdown and Jinja."""
 
 
-def model_card(contract: Contract) -> str:
-    """Return the README of an export: what it is, how to call it, its measured results."""
+class SampleSheet(NamedTuple):
+    """The picture of a card: the student's samples above, the teacher's below.
+
+    Attributes:
+        picture: two rows, with the same noise and condition in a column.
+        teacher_steps: of the teacher's row.
+        conditions: of every column; empty without conditions.
+    """
+
+    picture: Image.Image
+    teacher_steps: int
+    conditions: Sequence[str] = ()
+
+
+def model_card(contract: Contract, samples: SampleSheet | None = None) -> str:
+    """Return the README of an export, whose picture lies as ``samples.png`` beside it."""
+    parts = [
+        f"---\n{front_matter(contract)}\n---\n# A {contract.steps}-step student", introduction(contract),
+        samples_text(contract, samples), call_text(contract), seeding(contract), results_text(contract),
+        training_text(contract), limits(contract), license_text(contract),
+    ]  # fmt: skip
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def front_matter(contract: Contract) -> str:
+    """Return what the hub reads, as YAML."""
     from huggingface_hub import ModelCardData
 
     origin = contract.origin
-    data = ModelCardData(library_name="diffusers", tags=["stepdistill", "distillation", one_line(origin.method or "")])
+    license: dict[str, Any] = {"license": "unknown"}
+    for key, value in origin.license.items():
+        license[key] = one_line(value)
+    return ModelCardData(
+        base_model=hub_id(origin.teacher),
+        library_name="diffusers",
+        pipeline_tag=TASKS.get(contract.conditioning or "none", "unconditional-image-generation"),
+        tags=["stepdistill", "distillation", *filter(None, [one_line(origin.method or "")])],
+        **license,
+    ).to_yaml()
+
+
+def introduction(contract: Contract) -> str:
+    """Return whose student this is."""
+    origin = contract.origin
+    teacher = "?" if origin.teacher is None else public_name(origin.teacher)
+    return f"Distilled by **{plain(origin.method or '?')}** with stepdistill from {code(teacher)}."
+
+
+def steps_of(contract: Contract) -> str:
+    """Return the number of steps in words."""
+    return "1 step, one network call" if contract.steps == 1 else f"{contract.steps} steps, one network call each"
+
+
+def samples_text(contract: Contract, samples: SampleSheet | None) -> str:
+    """Return the picture and what it shows; empty without one."""
+    if samples is None:
+        return ""
+    text = (
+        f"![samples](samples.png)\n\nAbove: this student in {steps_of(contract)}. Below: its teacher in "
+        f"{samples.teacher_steps}, from the same noise. Neither was chosen."
+    )
+    conditions = "; ".join(plain(shortened(condition) or "(empty)") for condition in samples.conditions)
+    return f"{text} From left to right: {conditions}." if conditions else text
+
+
+def call_text(contract: Contract) -> str:
+    """Return the call with diffusers alone and with stepdistill."""
     custom = ", trust_remote_code=True" if contract.own_code else ""
     custom += "".join(f", {name}=None" for name in contract.absent)
     linked = ", ".join(code(name) for name in contract.linked)
-    return f"""---
-{data.to_yaml()}
----
-# A {contract.steps}-step student
+    return f"""## Use
 
-Distilled by **{plain(origin.method or "?")}** with stepdistill from {code(origin.teacher or "?")}.
-
-![samples](samples.png)
+With diffusers alone:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -37,11 +100,17 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
 images = pipe({example_call(contract)}).images
 ```
 
-Scheduler: {code(contract.scheduler)}, timesteps {contract.timesteps}. Other step counts give worse images.
+With stepdistill, which knows the arguments:
 
-{seeding(contract)}
-{linked + " are links into the teacher's folder: `cp -rL` makes a complete copy." if linked else ""}
-{results_table(contract)}"""
+```python
+import stepdistill
+
+pipe = stepdistill.load_pipeline("path/to/this/folder")
+images = pipe({EXAMPLES[contract.conditioning or "none"]}).images
+```
+
+Scheduler: {code(contract.scheduler)}, timesteps {contract.timesteps}.
+{linked + " are links into the teacher's folder: `cp -rL` makes a complete copy." if linked else ""}""".rstrip()
 
 
 def seeding(contract: Contract) -> str:
@@ -69,12 +138,72 @@ def example_call(contract: Contract) -> str:
     return ", ".join([condition, *(f"{name}={value!r}" for name, value in contract.call.items())])
 
 
-def results_table(contract: Contract) -> str:
-    """Return the measured results as a table; empty if there are none."""
-    if not contract.origin.results:
-        return ""
-    rows = [f"| {plain(name)} | {plain(value)} |\n" for name, value in contract.origin.results.items()]
-    return "| measured | value |\n|---|---|\n" + "".join(rows)
+def results_text(contract: Contract) -> str:
+    """Return the measured results with their setting; that nothing was measured, if so."""
+    results, setting = contract.origin.results, contract.origin.measured_on
+    if not results:
+        return "## Measured\n\nNothing was measured."
+    rows = []
+    for name, value in results.items():
+        ends = [results[f"{name}{end}"] for end in ("_low", "_high") if f"{name}{end}" in results]
+        if not name.endswith(("_low", "_high")):
+            interval = " to ".join(plain(number(end)) for end in ends)
+            rows.append(f"| {plain(name)} | {plain(number(value))} | {interval} |\n")
+    told = []
+    for key, value in setting.items():
+        if key in ("features", "reference", "seed"):
+            named = f"of {value.get('images')} images" if type(value) is dict else public_name(str(value))
+            told.append(f"{key} {plain(named)}")
+    chosen = contract.origin.selected
+    bias = " The student was chosen by such a measurement, so its numbers flatter it." if chosen else ""
+    where = f"On {', '.join(told)}.{bias}" if told else bias.strip()
+    return f"## Measured\n\n| measured | value | 95 % |\n|---|---|---|\n{''.join(rows)}\n{where}".rstrip()
+
+
+def number(value: Any) -> Any:
+    """Return four digits of a number that is not whole; anything else as it is."""
+    return f"{value:.4g}" if type(value) is float else value
+
+
+def training_text(contract: Contract) -> str:
+    """Return how the student was trained, as far as its contract tells."""
+    origin, cost = contract.origin, contract.origin.training
+    facts = {"method": code(origin.method or "?"), "data": code(origin.data) if origin.data else ""}
+    if cost.get("steps") and "images" in cost:
+        facts["training steps"] = f"{cost['steps']:,}"
+        facts["images"] = f"{cost['images']:,}, {cost['images'] / cost['steps']:.0f} a step"
+    for key, name in (("teacher_forwards", "images through a network"), ("cpu_minutes", "CPU minutes")):
+        facts[name] = f"{cost[key]:,.0f}" if key in cost else ""
+    if origin.guidance_distilled not in (None, 1):
+        facts["the teacher's guidance scale"] = f"{origin.guidance_distilled:g}"
+    if "path" in origin.start:
+        facts["started from the student"] = f"{code(public_name(origin.start['path']))}, whose training is counted too"
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items() if value)
+    return f"## Training\n\n| what | value |\n|---|---|\n{rows}".rstrip()
+
+
+def limits(contract: Contract) -> str:
+    """Return what the student cannot do."""
+    items = [f"It is made for {steps_of(contract)}. Other step counts give worse images."]
+    if contract.origin.guidance_distilled not in (None, 1):
+        items.append(
+            f"The teacher's guidance scale of {contract.origin.guidance_distilled:g} is built in. A call with guidance "
+            "of its own guides twice."
+        )
+    if contract.conditioning == "prompt" and (contract.guidance_scale or 1) <= 1:
+        items.append("Called without guidance, it ignores a negative prompt.")
+    items.append("It has its teacher's limits and biases, and may show less variety.")
+    return "## Limits\n\n" + "\n".join(f"- {item}" for item in items)
+
+
+def license_text(contract: Contract) -> str:
+    """Return the teacher's licence, or that it is not known."""
+    license = contract.origin.license
+    if not license:
+        return "## Licence\n\nUnknown: the teacher's folder names none. Find out before you pass this student on."
+    name = license.get("license_name", license["license"])
+    link = f", {code(license['license_link'])}" if "license_link" in license else ""
+    return f"## Licence\n\nThe teacher's: {plain(name)}{link}."
 
 
 def plain(text: object) -> str:

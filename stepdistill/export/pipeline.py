@@ -26,7 +26,7 @@ from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.generators import handed_on
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
-from stepdistill.export.model_card import model_card
+from stepdistill.export.model_card import SampleSheet, model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.families.base import Family
 from stepdistill.families.hub import expand_home
@@ -59,6 +59,7 @@ def export_pipeline(
     guidance_scale: float = 1.0,
     lora: Mapping[str, Tensor] | None = None,
     links: Mapping[str, Path] = NO_LINKS,
+    samples: SampleSheet | None = None,
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
@@ -73,6 +74,7 @@ def export_pipeline(
         guidance_scale: diffusers' scale of a bare call; 1 is none.
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
         links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
+        samples: the picture of the model card.
 
     Raises:
         ValueError: if no scheduler can express the sampler, the file system has no links, or ``folder`` holds something
@@ -89,7 +91,9 @@ def export_pipeline(
         save_pipeline(pipeline, partial, links, family.code)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
-        (partial / "README.md").write_text(model_card(contract), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(contract, samples), encoding="utf-8")
+        if samples is not None:
+            samples.picture.save(partial / "samples.png")
     return folder
 
 

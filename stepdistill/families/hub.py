@@ -90,7 +90,7 @@ def fetch(config: TeacherConfig) -> Path:
 
 
 def wanted_files(names: Iterable[str], parts: Collection[str], *, pickles: bool, code: bool) -> list[str]:
-    """Return the files of a repository that opening a teacher needs, without its duplicates in other formats.
+    """Return the files of a repository that opening a teacher needs, and its card, without duplicates of weights.
 
     Args:
         names: all files of the repository.
@@ -101,7 +101,8 @@ def wanted_files(names: Iterable[str], parts: Collection[str], *, pickles: bool,
     wanted, weights = [], dict[str, list[str]]()
     for name in sorted(names):
         folder, _, file = name.rpartition("/")
-        if name.endswith(".py") and code or file.endswith(SETTINGS) and folder.partition("/")[0] in {"", *parts}:
+        is_setting = file.endswith(SETTINGS) and folder.partition("/")[0] in {"", *parts}
+        if is_setting or name == "README.md" or code and name.endswith(".py"):  # the card names the licence
             wanted.append(name)
         elif folder in parts:
             weights.setdefault(folder, []).append(file)

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.samplers import sample
-from stepdistill.inference.grids import to_uint8
+from stepdistill.diffusion.samplers import DDIM, sample
+from stepdistill.export.model_card import SampleSheet
+from stepdistill.families.base import Family
+from stepdistill.families.latent import TextToImageFamily
+from stepdistill.inference.grids import make_grid, to_uint8
 from stepdistill.inference.sampling import Images
 from stepdistill.randomness import derive_seed
 
 if TYPE_CHECKING:
     from stepdistill.methods.base import Distiller
+
+SHEET = 8
+"""Columns of a model card's picture."""
+TEACHER_STEPS = 50
+"""Of its teacher's row."""
 
 
 @torch.no_grad()
@@ -40,7 +48,7 @@ def _student_batch(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the images (B, C, H, W) of these indices, in [0, 1], and their conditions."""
     family = distiller.family
-    generators = [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
+    generators = generators_of(seed, indices)
     cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
 
     def fresh(x: Tensor) -> Tensor:
@@ -50,3 +58,33 @@ def _student_batch(
     start = distiller.schedule.initial_noise(noise.to(device))
     x0 = sample(distiller.result.conditioned(cond), distiller.sampler(), start, fresh)
     return family.decode(x0.float()), cond
+
+
+def generators_of(seed: int, indices: range) -> list[torch.Generator]:
+    """Return the generator of every image of a set."""
+    return [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
+
+
+@torch.no_grad()
+def sample_sheet(distiller: Distiller, *, seed: int = 0) -> SampleSheet:
+    """Return the first samples of the student, above the teacher's by DDIM from the same noise and conditions."""
+    family, device = distiller.family, next(distiller.parameters()).device
+    student = student_images(distiller, SHEET, seed=seed, device=device).pixels / 255
+    schedule, indices = distiller.schedule, range(SHEET)
+    guidance = distiller.result.w or getattr(distiller.config, "guidance_scale", 1.0) - 1
+    with family.on_device(device):
+        cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
+        noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators_of(seed, indices)])
+        ddim = DDIM(schedule, schedule.grid(TEACHER_STEPS))
+        x0 = sample(distiller.teacher.guided(cond, guidance), ddim, schedule.initial_noise(noise.to(device)))
+        teacher = family.decode(x0.float()).cpu()
+    picture = make_grid(torch.cat([student, teacher]), columns=SHEET)
+    return SampleSheet(picture, TEACHER_STEPS, conditions_of(family, indices))
+
+
+def conditions_of(family: Family, indices: range) -> list[str]:
+    """Return the conditions of :meth:`Family.example_cond` in words; none of an unconditional teacher."""
+    if isinstance(family, TextToImageFamily):
+        return family.example_prompts(indices)
+    number = family.num_classes
+    return [f"class {index % number}" for index in indices] if number else []

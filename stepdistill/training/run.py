@@ -19,12 +19,14 @@ from stepdistill.data.opening import open_dataset
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.writing import atomic_write, check_writable, writing_to
+from stepdistill.inference.student import sample_sheet
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -173,6 +175,8 @@ class Run:
             method=self.config.method_name,
             teacher=self.config.teacher.path,
             teacher_sha256=self.teacher_fingerprint,
+            license=teacher_license(locate(self.config.teacher)),
+            data=None if self.config.data.path is None else public_name(self.config.data.path),
             guidance_distilled=getattr(self.config.method, "guidance_scale", 1.0),
             config_hash=configuration.fingerprint_json(self.config.as_sections()),
             training=dataclasses.asdict(cost) if cost.steps else {},
@@ -181,18 +185,17 @@ class Run:
             method_facts=self.distiller.contract(),
             selected=self.selected or {},
             results=self.evaluation.results(self.distiller),
+            measured_on=self.evaluation.measured_on(),
         )
+        samples = sample_sheet(self.distiller, seed=self.config.train.seed)
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # this process has only contributed its shards of the weights
             return folder
         scale = 1 + (self.distiller.result.w or 0.0)
         export_pipeline(
             self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
-            origin=origin, guidance_scale=scale, lora=lora, links=self.links,
+            origin=origin, guidance_scale=scale, lora=lora, links=self.links, samples=samples,
         )  # fmt: skip
-        grids = sorted((self.folder / "samples").glob("step-*.png"))
-        if grids:
-            (folder / "samples.png").write_bytes(grids[-1].read_bytes())
         return folder
 
     def lora(self) -> dict[str, Tensor] | None:

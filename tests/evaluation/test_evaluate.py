@@ -21,6 +21,7 @@ from stepdistill.evaluation.protocol import PRESETS, Protocol, read_protocol
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.sources import FileSource, PipelineSource, read_captions
 from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.evaluation.summary import lines
 from stepdistill.families.pixel import Pixel
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.inference.rows import fixed_rows
@@ -346,7 +347,11 @@ def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, cap
         assert ("flops_per_image" in result) == (name == "teacher")
         assert result["fd"] > 0 and "recall_low" in result and result["setting"]["num_samples"] == 12
         assert not output.with_suffix(".work").exists()
-    assert "num_samples: protocol 'embedded' has 5000, this result 12" in capsys.readouterr().err
+        said = capsys.readouterr()
+        shown = {tuple(row.split()) for row in said.out.splitlines()}  # the table; the JSON is in the file alone
+        assert {tuple(" ".join(line).split()) for line in lines(result)} < shown and "{" not in said.out
+        assert said.out.endswith(f"result: {output}\n")
+        assert "num_samples: protocol 'embedded' has 5000, this result 12" in said.err
     main(["compare", str(tmp_path / "teacher.json"), str(tmp_path / "folder.json")])
     assert "fd: " in capsys.readouterr().out
 

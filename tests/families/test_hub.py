@@ -60,11 +60,12 @@ def test_a_repository_is_fetched_without_its_duplicates(files, parts, size):
 
 
 def test_variants_and_pickles_are_fetched_only_where_there_is_nothing_else():
-    names = ["unet/m.py", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin",
+    names = ["README.md", "vae/README.md", "unet/m.py",
+             "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin",
              "vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"]  # fmt: skip
     plain, trusting = (wanted_files(names, ["unet", "vae"], pickles=trust, code=trust) for trust in (False, True))
-    assert plain == ["vae/diffusion_pytorch_model.fp16.safetensors"]
-    assert trusting == ["unet/m.py", "unet/diffusion_pytorch_model.bin", *plain]
+    assert plain == ["README.md", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    assert trusting == ["README.md", "unet/m.py", "unet/diffusion_pytorch_model.bin", plain[1]]
 
 
 @pytest.fixture

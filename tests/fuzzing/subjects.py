@@ -17,6 +17,7 @@ from fuzzing import mutations as m
 from PIL import Image
 
 from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.samples import Samples
 from stepdistill.cli import main
 from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.config import read_config
@@ -174,6 +175,8 @@ def make_results(folder: Path) -> None:
     ]
     setting |= {"guidance_scales": [1.5, 2], "search_samples": 10, "solvers": {"UniPC": [4]}, "teacher": {"path": "x"}}
     (folder / "bench.json").write_text(json.dumps({"metric": "fd", "setting": setting, "rows": rows}))
+    pictures = {"real images": torch.rand(2, 3, 8, 8), "ours": torch.rand(2, 3, 8, 8)}
+    Samples.of(pictures, ["a cat", "a dog"]).write(folder / "bench-samples.npz")
 
 
 # -------------------------------------------------------------------------------------------------- readers
@@ -281,6 +284,7 @@ SUBJECTS = (
     Subject("one.json", JSON, compare, ("not comparable", ), reader="-compare"),
     Subject("two.json", JSON, report("two.json"), reader="-report"),
     Subject("bench.json", JSON, report("bench.json")),
+    Subject("bench-samples.npz", ZIP, report("bench.json")),
     Subject("protocol.yaml", YAML, guarded(protocol), ("protocol",)),
     Subject("benchmark.yaml", YAML, guarded(benchmark), ("benchmark",)),
     Subject("reference.npz", ZIP, guarded(reference)),

@@ -1,0 +1,49 @@
+"""What may be said in public of where a student comes from: names and licences, never a path of the user's machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stepdistill.families.hub import HUB_ID, expand_home, is_path
+from stepdistill.files.reading import parse_yaml, read_text
+
+LICENSE_KEYS = ("license", "license_name", "license_link")
+"""What a model card on the hub says of a licence; ``other`` has a name and a link."""
+
+
+def hub_id(path: str | None) -> str | None:
+    """Return a path of a configuration if it is a model or a data set on the hub, and no file or folder here."""
+    if path is None or HUB_ID.fullmatch(path) is None or is_path(path) or expand_home(path).exists():
+        return None
+    return path
+
+
+def public_name(path: str) -> str:
+    """Return the id on the hub, or the last part of a path.
+
+    >>> public_name("/data/somebody/teachers/faces"), public_name("stabilityai/sdxl"), public_name("embedded")
+    ('faces', 'stabilityai/sdxl', 'embedded')
+    """
+    return hub_id(path) or Path(path).name
+
+
+def teacher_license(folder: Path) -> dict[str, str]:
+    """Return the licence in the front matter of a teacher's ``README.md``; empty if it says none that can be read."""
+    try:
+        found = parse_yaml(_front_matter(read_text(folder / "README.md")))
+    except ValueError:
+        return {}
+    facts = {key: value for key, value in _section(found).items() if key in LICENSE_KEYS and type(value) is str}
+    return facts if re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", facts.get("license", "")) else {}
+
+
+def _front_matter(text: str) -> str:
+    found = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, re.DOTALL)
+    return found[1] if found else ""
+
+
+def _section(found: Any) -> Mapping[str, Any]:
+    return found if type(found) is dict else {}
