@@ -149,6 +149,13 @@ class Pairs:
         cond = {name: self.shards.rows(f"cond.{name}", indices).to(device) for name in self.shards.cond_names}
         return noise.to(device), images.to(device), cond
 
+    @property
+    def forwards(self) -> int:
+        """Teacher forwards that made the pairs: Heun calls the network twice a step, except in the last."""
+        steps = self.shards.entry("steps", int)
+        calls = 2 * steps - 1 if self.shards.entry("solver", str) == "heun" else steps
+        return len(self) * calls * (1 if self.shards.entry("guidance_scale", float) == 1 else 2)
+
     def check_teacher(self, family: Family) -> None:
         """Raise ``ValueError`` unless this teacher made them; no role may have been added to its network yet."""
         maker, teacher = self.shards.entry("teacher_sha256", str), fingerprint_weights(family.network)

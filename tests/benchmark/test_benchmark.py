@@ -13,9 +13,10 @@ from contracts.cases import pipeline_images, save_images, save_teacher, sections
 from PIL import Image
 from transformers import CLIPModel
 
-from stepdistill.benchmark.benchmark import Benchmark, benchmark
+from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.plots import pareto_front
+from stepdistill.benchmark.publish import benchmark
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, train_missing
