@@ -18,15 +18,14 @@ from stepdistill.training.cost import FORWARDS
 from stepdistill.training.run import Run
 
 
-def measured(folder, method, every=1, **sections_of):
+def measured(folder, method, every=1, **options):
     """A run that is measured, on a few random images."""
     folder.mkdir(exist_ok=True)
     reference = folder / "measured.npz"
     np.savez(reference, images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
     mapping = sections(folder, teacher_for(method), method, save_every=1, keep=9)
     mapping["eval"] = {"every": every, "num_samples": 5, "reference": str(reference)}
-    for name, section in sections_of.items():
-        mapping[name] |= section
+    mapping["method"] |= options
     return Run(resolve(mapping))
 
 
@@ -82,7 +81,7 @@ def test_a_start_made_for_another_sampler_is_named(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_start_is_the_teachers_weights_under_the_methods_sampler(tmp_path, steps):
-    run = measured(tmp_path, "lcm", method={"steps": steps})
+    run = measured(tmp_path, "lcm", steps=steps)
     folder = run.export_start(tmp_path / "start")
     contract, pipeline = read_contract(folder), load_pipeline(folder)
     assert (contract.sampler, contract.steps) == ("Renoise", steps) and not contract.origin.training

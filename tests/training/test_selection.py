@@ -78,5 +78,5 @@ def test_the_export_is_the_best_student_and_its_contract_says_on_what_it_was_cho
     assert selected["reference"]["sha256"] == run.evaluation.suite.reference.describe()["sha256"]
     exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert len(students) > 2 and set(exported) == set(students[2])
-    assert all(torch.equal(exported[name], students[1][name]) for name in exported)
-    assert not all(torch.equal(students[3][name], students[1][name]) for name in exported)
+    assert all(torch.equal(exported[name], students[2][name]) for name in exported)
+    assert not all(torch.equal(students[4][name], students[2][name]) for name in exported)
