@@ -199,7 +199,13 @@ def test_flat_keys_are_the_dotted_ones():
 
 # -------------------------------------------------------------------------------------------------- budgets
 
-FILE = "train: {steps: 10, output_dir: a}\noptim: {lr: 1}\nbudgets:\n  full:\n    train: {steps: 90}\n    data: {size: 2}\n"
+FILE = """train: {steps: 10, output_dir: a}
+optim: {lr: 1}
+budgets:
+  full:
+    train: {steps: 90}
+    data: {size: 2}
+"""
 
 
 @pytest.mark.parametrize(
