@@ -16,14 +16,47 @@ from stepdistill.files.reading import MAX_DEPTH, parse_yaml, read_yaml
 from stepdistill.files.schema import ConfigError, join_keys
 from stepdistill.files.words import shown
 
+QUICK = "quick"
+"""The budget of a file's own sections."""
+
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
-    """Read a YAML file and apply ``section.key=value`` overrides.
+    """Read a YAML file in one of its budgets, and apply ``section.key=value`` overrides.
+
+    The override ``budget=full`` lays the keys under ``budgets.full`` over those of the file, before all others.
 
     Raises:
-        ValueError: if the file is missing or malformed, or an override has no ``=``.
+        ValueError: if the file is missing or malformed, has no such budget, or an override has no ``=``.
     """
-    return apply_overrides(read_yaml(Path(path)), overrides)
+    budget, others = QUICK, []
+    for override in overrides:
+        if override.startswith("budget="):
+            budget = override.removeprefix("budget=")
+        else:
+            others.append(override)
+    return apply_overrides(_in_budget(read_yaml(Path(path)), budget), others)
+
+
+def _in_budget(mapping: Mapping, budget: str) -> dict:
+    rest = dict(mapping)
+    budgets = rest.pop("budgets", {})
+    if type(budgets) is not dict:
+        raise ConfigError([f"budgets: expected a section of keys, got {shown(budgets)}"])
+    if budget == QUICK:
+        return rest
+    if type(budgets.get(budget)) is not dict:
+        known = ", ".join([QUICK, *map(str, budgets)])
+        raise ConfigError([f"budget: expected one of {known}, got {shown(budget)}"])
+    return _laid_over(rest, budgets[budget])
+
+
+def _laid_over(below: Mapping, above: Mapping) -> dict:
+    """Return ``below`` with the keys of ``above``, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = type(value) is dict and type(merged.get(key)) is dict
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
 
 
 def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:

@@ -6,10 +6,14 @@ from typing import Any, Literal
 
 import pytest
 
+from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.files.words import nearest
+from stepdistill.training.config import resolve
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,3 +195,69 @@ def test_flat_keys_are_the_dotted_ones():
     flat = flatten(Settings(steps=3, optim={"fake": Optim()}))
     assert flat["steps"] == 3 and flat["optim.fake.lr"] == 1e-4 and flat["main.betas"] == [0.9, 0.999]
     assert flatten(Settings(steps=3))["optim"] == {}  # an empty section is a value
+
+
+# -------------------------------------------------------------------------------------------------- budgets
+
+FILE = """train: {steps: 10, output_dir: a}
+optim: {lr: 1}
+budgets:
+  full:
+    train: {steps: 90}
+    data: {size: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"train": {"steps": 10, "output_dir": "a"}, "optim": {"lr": 1}}),
+        (["budget=quick", "optim.lr=2"], {"train": {"steps": 10, "output_dir": "a"}, "optim": {"lr": 2}}),
+        (["budget=full"], {"train": {"steps": 90, "output_dir": "a"}, "optim": {"lr": 1}, "data": {"size": 2}}),
+        (["train.steps=3", "budget=full"],
+         {"train": {"steps": 3, "output_dir": "a"}, "optim": {"lr": 1}, "data": {"size": 2}}),
+    ],
+)  # fmt: skip
+def test_a_budget_is_laid_over_the_file_and_overrides_over_both(tmp_path, overrides, expected):
+    (tmp_path / "a.yaml").write_text(FILE)
+    assert read_config(tmp_path / "a.yaml", overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(FILE, "budget: expected one of quick, full, got 'fast'"), ("a: 1", "budget: expected one of quick, got 'fast'"),
+     ("budgets: 3", "budgets: expected a section of keys, got 3"), ("budgets: {fast: 3}", "budget: expected one of")],
+)  # fmt: skip
+def test_a_budget_that_is_not_there_is_named_with_those_that_are(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path / "a.yaml", ["budget=fast"])
+
+
+PIXEL = sorted(path for path in CONFIGS.glob("pixel_*.yaml") if path.stem != "pixel_dmd_pairs")
+
+
+@pytest.mark.parametrize("path", PIXEL, ids=lambda path: path.stem)
+def test_every_pixel_configuration_states_two_budgets_whose_curves_are_measured(path):
+    quick, full = resolve(read_config(path)), resolve(read_config(path, ["budget=full"]))
+    assert full.train.output_dir != quick.train.output_dir
+    images = [run.train.steps * run.data.batch_size * run.train.accumulation for run in (quick, full)]
+    assert images[0] < images[1]
+    for run in (quick, full):
+        assert run.eval.every and run.train.steps / run.eval.every >= 4  # a slope is fitted to four points
+        assert (run.eval.num_samples, run.eval.seed) == (1000, 1)  # those of the benchmark's search
+
+
+@pytest.mark.parametrize("budget", ["quick", "full"])
+def test_the_benchmark_trains_what_its_students_are(budget):
+    config = build(BenchmarkConfig, read_config(CONFIGS / "benchmark_fashion.yaml", [f"budget={budget}"]))
+    trained = {resolved(CONFIGS.parent, line).train.output_dir for line in config.train}
+    assert {str(Path(folder).parent) for folder in config.students.values()} == trained
+    for line in config.train:  # a run starts from one that is trained before it
+        start = resolved(CONFIGS.parent, line).bank.init_from
+        assert start is None or str(Path(start).parent) in trained
+
+
+def resolved(root, line):
+    path, *overrides = line.split()
+    return resolve(read_config(root / path, overrides))

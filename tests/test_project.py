@@ -105,9 +105,11 @@ def read_as_its_command_does(mapping: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_resolves(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = ["quick", *parse_yaml(path.read_text()).get("budgets", {})]
+    mappings = [read_config(path, [f"budget={budget}"]) for budget in budgets]
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # data that is not here is not opened either
-    mapping = parse_yaml(path.read_text())
-    read_as_its_command_does(mapping)
+    for mapping in mappings:
+        read_as_its_command_does(mapping)
 
 
 def test_the_cache_of_a_configuration_resolves() -> None:

@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 
 from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
-from stepdistill.benchmark.pictures import labelled, pictures
-from stepdistill.benchmark.plots import plot_calls, plot_pareto
+from stepdistill.benchmark.curves import ON_SEARCH
+from stepdistill.benchmark.judge import Judge
 from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.samples import Samples, conditions_of
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
-from stepdistill.benchmark.students import check_students, export_missing, train_missing
-from stepdistill.benchmark.tables import Row, caption, compared, insert, markdown
+from stepdistill.benchmark.students import (
+    check_students,
+    fingerprint_start,
+    seed_students,
+    start_of,
+)
+from stepdistill.benchmark.tables import Row, of_kind
 from stepdistill.config import flatten, to_dict
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.results import write_result
@@ -35,8 +40,6 @@ from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.words import shown
-from stepdistill.files.writing import atomic_write
-from stepdistill.inference.grids import save_comparison
 from stepdistill.inference.sampling import Images, sample_images
 from stepdistill.inference.solvers import make_solver, teacher_pipeline
 from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_weights
@@ -68,6 +71,7 @@ class Benchmark:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         self.metric = self.suite.distance
         self.path = Path(config.output)
+        self.judge = self._open_judge()
         self.setting = self.suite.describe_setting(
             **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
         )
@@ -80,8 +84,10 @@ class Benchmark:
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
         for name, folder in self.config.students.items():
-            same = {"sha256": fingerprint_pipeline(folder)}
-            self.add(name, functools.partial(self.student, folder=folder), same)
+            self.add_student(name, folder)
+        for command, group in seed_students(self.config.seeds).items():
+            for name, folder in group.items():
+                self.add_student(name, folder, seeds_of=command)
         for row in solver_rows(self.config.solvers, guided=self.can_be_guided):
             self.add(row.name, functools.partial(self.solver, row=row))
         return self.rows
@@ -97,6 +103,35 @@ class Benchmark:
         self.rows.append(row)
         self._write()
         return row
+
+    def add_student(self, name: str, folder: str, **about: str) -> Row:
+        """Return the row of an exported student, made anew if the student was trained again."""
+        same = {"sha256": fingerprint_pipeline(folder), **about}
+        return self.add(name, lambda name: self.student(name, folder) | about, same)
+
+    def judge_training(self) -> None:
+        """Add what the students started from, and the teacher's metric on the samples of learning curves."""
+        for row in of_kind(self.rows, "student"):
+            self.add_start(row)
+        for row in of_kind(self.rows, "teacher"):
+            if ON_SEARCH not in row:
+                call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+                row[ON_SEARCH] = self._searched(row["name"], self.solver_pipeline(row["solver"]), call)
+                self._write()
+
+    def add_start(self, student: Row) -> None:
+        """Add the row of what a student started from, unless an equal start has one; note its name in the student's."""
+        start = start_of(Path(student["pipeline"]))
+        if start is None:
+            return
+        sha256 = fingerprint_start(start)
+        row = next((row for row in self.rows if row.get("start_sha256") == sha256), None)
+        if row is None:
+            make = functools.partial(self.start, folder=start)
+            row = self.add(f"start of {student['name']}", make, {"start_sha256": sha256})
+        if student.get("start") != row["name"]:
+            student["start"] = row["name"]
+            self._write()
 
     def time(self) -> None:
         """Take the seconds per image of every row again, one after another, on an otherwise idle machine."""
@@ -122,7 +157,8 @@ class Benchmark:
         )
         self.suite.check_shape(images.pixels.shape[1:])
         metrics = ("fd",) if self.suite.clip is None else ("fd", "clip")
-        return {"name": name, "kind": "floor", "calls": 0, **self.suite.score(images, metrics)}
+        judged = {} if self.judge is None else self.judge.judge_images(images)
+        return {"name": name, "kind": "floor", "calls": 0, **self.suite.score(images, metrics), **judged}
 
     def teacher_name(self, scale: float = 1.0) -> str:
         """Return the name of a teacher's row."""
@@ -136,10 +172,19 @@ class Benchmark:
 
     def student(self, name: str, folder: str) -> Row:
         """Return the row of an exported student, called as its contract says."""
-        facts = read_contract(Path(folder)).to_json()
-        about = {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
+        contract = read_contract(Path(folder))
+        facts = contract.to_json()
+        about = {"teacher_guidance": contract.reproduced_guidance}
+        about |= {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
         source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint_pipeline(folder)}
         return self._measure(name, self.open_student(folder), {}) | source | about
+
+    def start(self, name: str, folder: Path) -> Row:
+        """Return the row of what students start from, called as the method's own sampler is."""
+        about = {"steps": read_contract(folder).steps, "start_sha256": fingerprint_start(folder)}
+        return (
+            self._measure(name, self.open_student(str(folder)), {}) | about | {"kind": "start", "pipeline": str(folder)}
+        )
 
     def open_student(self, folder: str) -> Any:
         """Return an exported student's pipeline; its code is trusted as far as the teacher's is."""
@@ -157,12 +202,15 @@ class Benchmark:
         """Return the metric of every scale, on other seeds; a single scale is not measured."""
         if len(scales) == 1:
             return {scales[0]: 0.0}
-        other = {"count": self.config.search_samples, "seed": self.config.seed + 1}
         tried = {}
         for scale in scales:
-            call = {"num_inference_steps": steps, "guidance_scale": scale}
-            tried[scale] = self._measure(name, pipeline, call, metrics=("fd",), **other)[self.metric]
+            tried[scale] = self._searched(name, pipeline, {"num_inference_steps": steps, "guidance_scale": scale})
         return tried
+
+    def _searched(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> float:
+        """Return the metric on the search's few samples of other seeds, which are those of learning curves."""
+        other = {"count": self.config.search_samples, "seed": self.config.seed + 1}
+        return float(self._row(self._source(name, pipeline, call, **other), ("fd",))[self.metric])
 
     @property
     def can_be_guided(self) -> bool:
@@ -177,19 +225,29 @@ class Benchmark:
         null_class = getattr(self.family, "null_class", None)
         return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
 
-    def _measure(
-        self, name: str, pipeline: Any, call: Mapping[str, Any], *, metrics: Sequence[str] | None = None, **other: Any
-    ) -> Row:
-        """Return a pipeline's row; ``other`` replaces the configuration's settings of the sampling."""
-        config = self.config
-        sampling: dict[str, Any] = {"count": config.num_samples, "seed": config.seed} | other
-        source = PipelineSource(
-            pipeline=pipeline, batch_size=config.batch_size, precision=config.precision, call=call,
+    def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> Row:
+        """Return a pipeline's row, by both judges."""
+        source = self._source(name, pipeline, call, count=self.config.num_samples, seed=self.config.seed)
+        judged = {} if self.judge is None else self.judge.judge(source)
+        return self._row(source, self.config.metrics) | _renamed(call) | judged
+
+    def _source(self, name: str, pipeline: Any, call: Mapping[str, Any], **sampling: int) -> PipelineSource:
+        return PipelineSource(
+            pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision, call=call,
             captions=self.captions, name=name, **sampling,
         )  # fmt: skip
-        row = evaluate(source, self.suite, metrics=metrics or config.metrics, name=name)
+
+    def _row(self, source: PipelineSource, metrics: Sequence[str]) -> Row:
+        row = evaluate(source, self.suite, metrics=metrics, name=source.name)
         row.pop("setting")
-        return row | _renamed(call)
+        return row
+
+    def _open_judge(self) -> Judge | None:
+        config = self.config
+        if config.judge is None:
+            return None
+        kept = self.path.with_name(f"{self.path.stem}-{config.judge}.npz")
+        return Judge(config.judge, config.reference, config.judge_samples or config.num_samples, kept)
 
     def _finished_rows(self) -> list[Row]:
         if not self.path.is_file():
@@ -218,7 +276,7 @@ class Benchmark:
 
     def sample(self, row: Row, count: int) -> Images:
         """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""
-        if row["kind"] == "student":
+        if "pipeline" in row:
             pipeline, call = self.open_student(row["pipeline"]), {}
         else:
             pipeline = self.solver_pipeline(row["solver"])
@@ -263,41 +321,3 @@ def _places_by_class(labels: Tensor, number: int, count: int) -> list[int]:
         of_class = (labels == index % number).nonzero()
         places.append(int(of_class[index // number]))
     return places
-
-
-def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
-    """Run a benchmark; write a table, plots, a grid and the page's samples beside ``<output>.json``.
-
-    Args:
-        config: what is compared.
-        time: whether to take the seconds of all rows again, in this run.
-
-    Returns:
-        The file of the table.
-    """
-    train_missing(config.train)
-    export_missing(config.students)
-    bench = Benchmark(config)
-    bench.run()
-    if time:
-        bench.time()
-    rows = compared(bench.rows, bench.metric)
-    plot_calls(rows, bench.metric, beside(bench.path, "calls"))
-    plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))
-    images = pictures(bench.rows, bench.metric, bench.images)
-    save_comparison(
-        labelled(images, bench.rows, bench.metric), beside(bench.path, "grid"), title="Same seeds, same conditions"
-    )
-    bench.write_samples(images)
-    shown = f"{caption(bench.setting)}\n\n{markdown(rows, bench.metric)}\n"
-    table = bench.path.with_suffix(".md")
-    with atomic_write(table) as partial:
-        partial.write_text(shown, encoding="utf-8")
-    if config.document is not None:
-        insert(shown, Path(config.document), config.mark)
-    return table
-
-
-def beside(path: Path, what: str) -> Path:
-    """Return the path of a result's picture: ``fashion.json`` -> ``fashion-grid.png``."""
-    return path.with_name(f"{path.stem}-{what}.png")

@@ -9,7 +9,17 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
-FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark", "batch_size")
+FREE_KEYS = (
+    "students",
+    "train",
+    "seeds",
+    "solvers",
+    "teacher_guidance_scales",
+    "output",
+    "document",
+    "mark",
+    "batch_size",
+)
 """Keys that decide which rows there are, and not what is in them."""
 
 
@@ -28,6 +38,8 @@ class BenchmarkConfig:
     train: tuple[str, ...] = ()
     """Runs that are trained first, if they have not exported their student yet: the path of a configuration,
     followed by ``key=value`` for the keys that are changed."""
+    seeds: dict[str, tuple[Seed, ...]] = dataclasses.field(default_factory=dict)
+    """Training seeds of some runs, by their line as in ``train``: a row for each, and the spread between them."""
     solvers: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
     """Numbers of network calls per image at which each solver is measured."""
     guidance_scales: tuple[NonNegativeFloat, ...] = (1.15, 1.5, 2.0)
@@ -40,6 +52,10 @@ class BenchmarkConfig:
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
     reference: str = "embedded"
+    judge: str | None = None
+    """Feature network of a second Fréchet distance, such as ``efficientnet``; None is none."""
+    judge_samples: Annotated[int, Range(at_least=2)] | None = None
+    """Samples of a row that the second judge sees; by default all."""
     captions: str | None = None
     """Prompts for a teacher that takes text; see :class:`stepdistill.evaluation.protocol.Protocol`."""
     clip: str | None = None

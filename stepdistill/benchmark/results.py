@@ -33,6 +33,9 @@ class BenchmarkRow(TypedDict):
     solver: NotRequired[str]
     pipeline: NotRequired[str]
     training: NotRequired[Training]
+    start: NotRequired[str]
+    seeds_of: NotRequired[str]
+    teacher_guidance: NotRequired[Number | None]
     guidance_scale: NotRequired[Number | None]
     seconds_per_image: NotRequired[Number]
 
@@ -92,6 +95,7 @@ def _checked(result: dict[str, Any], path: Path) -> dict[str, Any]:
     needed = {
         "teacher": ["seconds_per_image"],
         "student": ["seconds_per_image", *interval],
+        "start": ["seconds_per_image", *interval],
         "solver": ["seconds_per_image", *interval],
     }
     for row in result["rows"]:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stepdistill.config import read_config
+from stepdistill.config import fingerprint_json, read_config
+from stepdistill.export.contract import read_contract
 from stepdistill.files.words import nearest
-from stepdistill.training.config import resolve
+from stepdistill.networks.fingerprint import fingerprint_pipeline
+from stepdistill.training.config import RunConfig, resolve
 from stepdistill.training.run import Run
 
 
@@ -32,11 +34,38 @@ def train_missing(runs: Sequence[str]) -> None:
         runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
     """
     for command in runs:
-        path, *overrides = command.split()
-        config = resolve(read_config(path, overrides))
+        config = resolved(command)
         if not is_pipeline(Path(config.train.output_dir) / "pipeline"):
             print(f"training {command}", flush=True)
             Run(config).train()
+
+
+def resolved(command: str) -> RunConfig:
+    """Return the configuration that a line of a benchmark's ``train`` names."""
+    path, *overrides = command.split()
+    return resolve(read_config(path, overrides))
+
+
+def seed_lines(seeds: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+    """Return the lines of runs with other training seeds, by the line of the first; each has its own folder."""
+    lines: dict[str, list[str]] = {}
+    for command, numbers in seeds.items():
+        train = resolved(command).train
+        for seed in numbers:
+            other = f" train.seed={seed} train.output_dir={train.output_dir}-seed-{seed}"
+            lines.setdefault(command, []).append(command + (other if seed != train.seed else ""))
+    return lines
+
+
+def seed_students(seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, str]]:
+    """Return the students of :func:`seed_lines` by the names of their rows, by the name of their group."""
+    groups: dict[str, dict[str, str]] = {}
+    for command, lines in seed_lines(seeds).items():
+        for line in lines:
+            train, (path, *_) = resolved(line).train, command.split()
+            name = f"{Path(path).stem}, seed {train.seed}"
+            groups.setdefault(command, {})[name] = str(Path(train.output_dir) / "pipeline")
+    return groups
 
 
 def export_missing(students: Mapping[str, str]) -> None:
@@ -45,3 +74,28 @@ def export_missing(students: Mapping[str, str]) -> None:
         steps, config = re.fullmatch(r"pipeline-(\d+)-steps?", folder.name), folder.parent / "config.yaml"
         if steps and config.is_file() and not is_pipeline(folder):
             Run(resolve(read_config(config, [f"method.steps={steps[1]}"]))).export_checkpoint(folder)
+
+
+def start_of(folder: Path) -> Path | None:
+    """Return the pipeline of what a student started from, under its own sampler; it is exported where it is missing.
+
+    None where it cannot be told: beside the student lies no run, or its weights were no student before they were
+    converted.
+    """
+    config, steps = folder.parent / "config.yaml", read_contract(folder).steps
+    if not config.is_file() or steps is None:
+        return None
+    start = folder.parent / f"start-{steps}-steps"
+    if not is_pipeline(start):
+        run = Run(resolve(read_config(config, [f"method.steps={steps}", "eval.every=0"])))
+        if run.distiller.converts:
+            return None
+        run.export_start(start)
+    return start
+
+
+def fingerprint_start(folder: Path) -> str:
+    """Return what tells the images of two starts apart: a hash of their weights, sampler and call."""
+    facts = read_contract(folder)
+    sampling = [facts.sampler, facts.timesteps, facts.gamma, facts.guidance_scale, facts.call]
+    return f"{fingerprint_pipeline(folder)}-{fingerprint_json(sampling)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.assets import ASSETS
+from stepdistill.benchmark.judge import judge_of, with_ranks
 from stepdistill.benchmark.results import Row
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.words import visible
@@ -21,10 +22,11 @@ def compared(rows: Sequence[Row], metric: str) -> list[Row]:
     """Return the rows in the order of a table, completed by comparisons.
 
     Real images and the teacher come first, then rows by calls and, at equal calls, by the metric. ``ratio`` is to the
-    teacher's best row, ``paper`` is the ratio in the method's paper, ``against_solver`` compares with the best solver
-    that takes no more calls.
+    unguided teacher and ``ratio_guided`` to the guided one, ``paper`` is the ratio in the method's paper,
+    ``against_start`` compares with what the student started from, ``against_solver`` with the best solver that takes no
+    more calls.
     """
-    completed = [row | comparisons(row, rows, metric) for row in rows]
+    completed = [row | comparisons(row, rows, metric) for row in with_ranks(rows, metric)]
     order = {"floor": 0, "teacher": 1}
     return sorted(completed, key=lambda row: (order.get(row.get("kind", ""), 2), row["calls"], row[metric]))
 
@@ -37,15 +39,52 @@ def of_kind(rows: Sequence[Row], *kinds: str) -> list[Row]:
 def comparisons(row: Row, rows: Sequence[Row], metric: str) -> Row:
     """Return what a row's kind and the other rows tell about it."""
     added: Row = {}
-    teacher = min(of_kind(rows, "teacher"), key=lambda other: other[metric], default=None)
-    if teacher is not None and row.get("kind") in ("student", "solver", "teacher"):
-        added["ratio"] = ratio(row[metric], teacher[metric])
+    if row.get("kind") in ("student", "start", "solver", "teacher"):
+        for key, guided in (("ratio", False), ("ratio_guided", True)):
+            teacher = best_teacher(rows, metric, guided=guided)
+            if teacher is not None:
+                added[key] = ratio(row[metric], teacher[metric])
     if row.get("kind") == "student":
-        added["paper"] = paper_ratio(row.get("method", ""), row.get("steps", 0))
-        added["against_solver"] = verdict(row, best_solver(rows, row["calls"], metric), metric)
+        added |= _of_student(row, rows, metric)
     for key in ("teacher_forwards", "cpu_minutes"):
         added[key] = row.get("training", {}).get(key) or None
     return added
+
+
+def _of_student(row: Row, rows: Sequence[Row], metric: str) -> Row:
+    """Return how a student compares with its paper, its start, the best solver and its other training seeds."""
+    paper, teacher = paper_ratio(row.get("method", ""), row.get("steps", 0)), own_teacher(row, rows, metric)
+    reached = None if teacher is None else ratio(row[metric], teacher[metric])
+    added: Row = {"paper": paper, "against_solver": verdict(row, best_solver(rows, row["calls"], metric), metric)}
+    if paper is not None and reached is not None:
+        added["reaches_paper"] = "yes" if reached <= paper else "no"
+    start = next((other for other in rows if other["name"] == row.get("start")), None)
+    if start is not None:
+        added["against_start"] = against_start(row, start, metric)
+    group = [other[metric] for other in rows if other.get("seeds_of") == row.get("seeds_of", "")]
+    if len(group) > 1:
+        added["between_seeds"] = f"{min(group):.3f} - {max(group):.3f} of {len(group)}"
+    return added
+
+
+def best_teacher(rows: Sequence[Row], metric: str, *, guided: bool) -> Row | None:
+    """Return the teacher's best row with guidance, or without it."""
+    teachers = [row for row in of_kind(rows, "teacher") if (row.get("guidance_scale", 1) not in (None, 1)) is guided]
+    return min(teachers, key=lambda row: row[metric], default=None)
+
+
+def own_teacher(row: Row, rows: Sequence[Row], metric: str) -> Row | None:
+    """Return the teacher's row by which a student is judged: guided if its recipe is, where there is such a row."""
+    guided = row.get("teacher_guidance") not in (None, 1)
+    return best_teacher(rows, metric, guided=guided) or best_teacher(rows, metric, guided=not guided)
+
+
+def against_start(row: Row, start: Row, metric: str) -> str:
+    """Return whether a student is below what it started from, with intervals that do not overlap."""
+    if row[f"{metric}_high"] < start[f"{metric}_low"]:
+        share = ratio(row[metric], start[metric])
+        return "below" if share is None else f"below, {share:.2f}"
+    return "worse" if row[f"{metric}_low"] > start[f"{metric}_high"] else NO_DIFFERENCE
 
 
 def best_solver(rows: Sequence[Row], calls: float, metric: str) -> Row | None:
@@ -90,13 +129,21 @@ Column = tuple[str, str]
 
 def columns(rows: Sequence[Row], metric: str) -> list[Column]:
     """Return (key, heading) of the columns in which these rows have values."""
+    judge = judge_of(rows)
+    judged = [] if judge is None else [(judge, f"{judge.replace('_', ' ').replace('fd', 'FD')}")]
     known = [
         ("calls", "calls"),
         (metric, metric.replace("_", " ").upper()),
         ("interval", "95 %"),
-        ("ratio", "ratio"),
+        *judged,
+        ("ranks", "ranks by both"),
+        ("ratio", "ratio, unguided teacher"),
+        ("ratio_guided", "ratio, guided teacher"),
         ("paper", "paper"),
+        ("reaches_paper", "reaches it"),
+        ("against_start", "start"),
         ("against_solver", "best solver at these calls"),
+        ("between_seeds", "between seeds"),
         ("clip_score", "CLIP score"),
         ("recall", "recall"),
         ("spread", "spread"),
@@ -119,7 +166,7 @@ def text(row: Row, key: str, metric: str) -> str:
     match key:
         case "teacher_forwards":
             return f"{value / 1e6:.2f}"
-        case "ratio" | "paper":
+        case "ratio" | "ratio_guided" | "paper":
             return f"{value:.2f}"
         case "cpu_minutes":
             return f"{value:.0f}"
@@ -173,9 +220,10 @@ def caption(setting: Mapping[str, Any]) -> str:
     return (
         f"{setting['num_samples']:,} samples per row, seed {setting['seed']}, {setting['precision']}. A solver at "
         f"n calls takes as many steps as fit; guided ones have the best scale of {scales}, chosen on "
-        f"{setting['search_samples']:,} samples of another seed. Ratios are to the teacher's best row; 'paper' is the "
-        "ratio of FIDs in the method's paper, on other data. Training is counted in million images through a network, "
-        "3 for one with its backward."
+        f"{setting['search_samples']:,} samples of another seed. 'paper' is the ratio of FIDs in the method's paper, "
+        "on other data; students of a guided teacher reach it or not by their ratio to the guided one. 'start' is a "
+        "student's row at step 0, under its own sampler. Training is counted in million images through a network, 3 "
+        "for one with its backward."
     )
 
 

@@ -282,8 +282,8 @@ def export(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Run ``stepdistill benchmark``."""
-    from stepdistill.benchmark.benchmark import benchmark
     from stepdistill.benchmark.config import BenchmarkConfig
+    from stepdistill.benchmark.publish import benchmark
     from stepdistill.config import read_config
     from stepdistill.files.schema import build
 

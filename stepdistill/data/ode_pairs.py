@@ -20,7 +20,7 @@ from stepdistill.batch import Cond
 from stepdistill.config import fingerprint_json
 from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
-from stepdistill.diffusion.ode import solver_step
+from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.families.base import Family
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import GuidanceScale, PositiveInt, Seed
@@ -110,7 +110,8 @@ def _sample(family: Family, config: PairsConfig, indices: Sequence[int]) -> dict
     times = family.schedule.grid(config.steps).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for t, s in zip(times[:-1], times[1:], strict=True):
-            x = solver_step(teacher, x, t.expand(len(x)), s.expand(len(x)), family.schedule, config.solver)
+            solver: Solver = config.solver if s > 0 else "euler"  # as a Heun step to clean data is
+            x = solver_step(teacher, x, t.expand(len(x)), s.expand(len(x)), family.schedule, solver)
     pairs = {"noise": noise, "images": x.half().cpu()}
     return pairs | {f"cond.{name}": value.contiguous() for name, value in cond.items()}
 
@@ -148,6 +149,13 @@ class Pairs:
         noise, images = self.shards.rows("noise", indices), self.shards.rows("images", indices)
         cond = {name: self.shards.rows(f"cond.{name}", indices).to(device) for name in self.shards.cond_names}
         return noise.to(device), images.to(device), cond
+
+    @property
+    def forwards(self) -> int:
+        """Teacher forwards that made the pairs: Heun calls the network twice a step, except in the last."""
+        steps = self.shards.entry("steps", int)
+        calls = 2 * steps - 1 if self.shards.entry("solver", str) == "heun" else steps
+        return len(self) * calls * (1 if self.shards.entry("guidance_scale", float) == 1 else 2)
 
     def check_teacher(self, family: Family) -> None:
         """Raise ``ValueError`` unless this teacher made them; no role may have been added to its network yet."""

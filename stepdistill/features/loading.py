@@ -8,6 +8,7 @@ from stepdistill.assets import FEATURES, READERS
 from stepdistill.features.attributes import AttributeReader
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.classifier import SmallConvNet
+from stepdistill.features.efficientnet import EfficientNetFeatures
 from stepdistill.files.reading import read_json
 
 SMALL = {network.__name__: network for network in (SmallConvNet, AttributeReader)}
@@ -19,9 +20,10 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
 
     Args:
         spec: ``"embedded"`` (the small Fashion-MNIST classifier of this package), ``"faces"`` (the image half of its
-            small CLIP), ``"inception"`` or the path of its ``.pth`` weights, a folder of one of :data:`SMALL`,
-            a program written by ``torch.export.save`` (``.pt2``, see :mod:`stepdistill.features.exported`),
-            a folder or hub id of a ``transformers`` vision model (DINOv2, CLIP, ...).
+            small CLIP), ``"efficientnet"`` (ImageNet's features, the extra ``judge``), ``"inception"`` or the path of
+            its ``.pth`` weights, a folder of one of :data:`SMALL`, a program written by ``torch.export.save``
+            (``.pt2``, see :mod:`stepdistill.features.exported`), or a folder or hub id of a ``transformers`` vision
+            model (DINOv2, CLIP, ...).
         resize: Inception only, how images become 299 x 299: ``"adm"``, ``"torch-fidelity"`` (the default; the same),
             ``"torchmetrics"`` or ``"clean"``.
 
@@ -40,6 +42,8 @@ def load_features(spec: str, resize: str | None = None) -> FeatureExtractor:
         network = load_features(str(FEATURES[spec]))
         network.name = spec
         return network
+    if spec == "efficientnet":
+        return EfficientNetFeatures.from_package()
     if spec.endswith(".pt2"):
         return ExportedFeatures.from_file(spec)
     if _class_name(Path(spec)) in SMALL:

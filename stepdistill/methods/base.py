@@ -149,6 +149,8 @@ class Distiller(nn.Module, abc.ABC):
         """Whether a critic is given the class labels: a first batch of a single class is then refused."""
         self.unused_roles: frozenset[str] = frozenset()
         """Roles whose weights an older version of the method wrote into checkpoints; they are ignored."""
+        self.prepared_forwards = 0
+        """Teacher forwards that made the method's own data before the run; they are part of its cost."""
         self.versions: dict[str, str] = {}
         """By configuration key, which content a file or folder of the method had, if its path alone does not tell."""
         self._averages: dict[str, Callable[[], float]] = {}

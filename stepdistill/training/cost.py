@@ -21,6 +21,9 @@ from torch.autograd.forward_ad import unpack_dual
 
 from stepdistill.networks.bank import NetworkBank
 
+FORWARDS = "cost/teacher_forwards"
+"""Where rows of a run's log hold the teacher forwards so far."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingCost:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stepdistill.files.reading import parse_json
 from stepdistill.files.schema import convert
@@ -37,6 +38,16 @@ class MetricsLog:
         row = {"step": step, "stage": stage, "time": round(time.time(), 2), **values}
         with writing_to(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows.
+
+        Raises:
+            ValueError: naming a line that is no row.
+        """
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                yield parse_json(line, f"{self.path}: line {number}")
 
     def cut_after(self, step: int) -> None:
         """Remove the rows of later steps, which will be trained again.

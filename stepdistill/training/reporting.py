@@ -35,7 +35,7 @@ class Reporter:
         """Forget what was logged and sampled after a checkpoint; an export must not show samples of later steps."""
         if not self.accelerator.is_main_process:
             return
-        self.log.cut_after(step)
+        self.log.cut_after(step or -1)  # a run from the beginning measures its start again
         for path in (self.folder / "samples").glob("step-*.png"):
             number = path.stem.removeprefix("step-")
             if number.isdecimal() and int(number) > step:

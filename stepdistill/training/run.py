@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from stepdistill.data.base import locate_data
 from stepdistill.data.columns import other_texts
 from stepdistill.data.inventory import take_inventory
 from stepdistill.data.opening import open_dataset
+from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
@@ -75,7 +77,8 @@ class Run:
         self.dataset = open_dataset(config.data, self.family, needs_images=self.method.needs_images)
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
-        self.evaluation = Evaluation.open(config.eval, self.folder)
+        with torch.random.fork_rng(devices=()):  # heads begin with the same weights whether a run is measured or not
+            self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
         bank = make_bank(self.family, config.bank)
@@ -83,6 +86,7 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
+        warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
         self.selected: dict[str, Any] | None = None
         """Step and measurement by which the exported student was selected; None for the last student."""
         self.evaluation.check_independent(self.distiller.feature_networks())
@@ -165,6 +169,18 @@ class Run:
             raise ValueError(f"train.output_dir: no checkpoint in {self.folder}")
         return self.export(folder, trainer.total_cost())
 
+    def export_start(self, folder: Path) -> Path:
+        """Write the student as it is before its first training step, under the method's own sampler.
+
+        Raises:
+            ValueError: if the weights are no such student yet: the first stage converts what they predict.
+        """
+        if self.distiller.converts:
+            raise ValueError(f"{self.folder}: expected a student at step 0, got one whose prediction is yet converted")
+        check_output(folder, self.config)
+        self.distiller.stage = self.distiller.stages(self.config.train.steps)[-1]
+        return self.export(folder, TrainingCost())
+
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the pipeline of the student as it is now, with what it cost; return its folder."""
         start = self.config.bank.init_from
@@ -241,6 +257,22 @@ def check_output(folder: Path, config: RunConfig) -> None:
     """
     used = (config.train.output_dir, config.teacher.path, config.bank.init_from)
     check_replaceable(folder, tuple(path for path in used if path is not None))
+
+
+def warn_of_another_sampler(start: str | None, sampler: Sampler) -> None:
+    """Warn if a run starts from a student that was made for another sampler, by which it scores worse than by its own.
+
+    Args:
+        start: the pipeline's folder, if any.
+        sampler: the method's.
+    """
+    named = None if start is None else read_contract(Path(start)).sampler
+    if named not in (None, sampler.name):
+        warnings.warn(
+            f"bank.init_from: {start}: expected a student made for this method's sampler, {sampler.name}, got one made "
+            f"for {named}, which begins with worse images than its own (step 0 of eval.every shows them)",
+            stacklevel=3,
+        )
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:

@@ -29,7 +29,7 @@ from stepdistill.networks.bank import EMA, STUDENT
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.checkpoint import save_checkpoint
 from stepdistill.training.config import RunConfig
-from stepdistill.training.cost import TrainingCost, counted, over_processes
+from stepdistill.training.cost import FORWARDS, TrainingCost, counted, over_processes
 from stepdistill.training.division import Division, resumed_division
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.fsdp import split_shards
@@ -84,7 +84,7 @@ class Trainer:
         self.evaluation = evaluation
         self.folder = Path(self.config.output_dir)
         self.step = 0
-        self.cost = TrainingCost()
+        self.cost = TrainingCost(teacher_forwards=distiller.prepared_forwards * self.accelerator.is_main_process)
         """This process's share; the main process's includes what the run had cost before it was resumed."""
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
@@ -127,6 +127,8 @@ class Trainer:
                 self.distiller.stage = stage
                 if done == 0:
                     self._begin_stage()
+                if self.step == 0 and self.evaluation.is_due(0, finished=False) and not self.distiller.converts:
+                    self._measure()
                 for step_in_stage in range(done, stage.steps):
                     with counted(self.distiller.bank, self.cost):
                         self._train_on(step_in_stage, [next(batches) for _ in range(self.division.accumulation)])
@@ -251,7 +253,7 @@ class Trainer:
         if due:
             rates = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
             stage = self.distiller.stage
-            values = self.reporter.write(self.step, stage, rates | self.nan.logged())
+            values = self.reporter.write(self.step, stage, rates | self.nan.logged() | self._cost_so_far())
             show(progress, f"{stage.name} {done}/{stage.steps}", values)
 
     def _after_step(self, position: Position) -> None:
@@ -284,15 +286,18 @@ class Trainer:
                 save_grid(images.pixels / 255, path)
 
     def _measure(self) -> None:
-        """Log the metrics of the result role, and keep its weights if they are the best so far."""
+        """Log the metrics of the result role, and keep its weights if they are the best so far; a start is never."""
         values = self.evaluation.measure(self.distiller) if self.parallelism.participates else {}
-        self.reporter.write_row(
-            self.step, self.distiller.stage, {f"eval/{name}": value for name, value in values.items()}
-        )
-        weights = self.parallelism.gather(self.result_weights())
-        if self.accelerator.is_main_process:
-            self.evaluation.best.offer(self.distiller.stage.name, self.step, values, weights)
+        row = {f"eval/{name}": value for name, value in values.items()}
+        self.reporter.write_row(self.step, self.distiller.stage, row | self._cost_so_far())
+        if self.step:
+            weights = self.parallelism.gather(self.result_weights())
+            if self.accelerator.is_main_process:
+                self.evaluation.best.offer(self.distiller.stage.name, self.step, values, weights)
         self.accelerator.wait_for_everyone()
+
+    def _cost_so_far(self) -> dict[str, float]:
+        return {FORWARDS: self.total_cost().teacher_forwards}
 
     def _save(self, position: Position) -> None:
         groups = {"weights": self.parallelism.gather(trained_weights(self.distiller))}

@@ -11,10 +11,11 @@ from contracts.cases import pipeline_images, save_images, save_teacher, sections
 from PIL import Image
 from transformers import CLIPModel
 
-from stepdistill.benchmark.benchmark import Benchmark, benchmark
+from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
+from stepdistill.benchmark.publish import benchmark
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.samples import COLUMNS
 from stepdistill.benchmark.solvers import solver_rows

@@ -1,0 +1,62 @@
+"""A whole benchmark: students trained where they are missing, rows measured, and table, plots and pictures written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepdistill.benchmark.benchmark import Benchmark
+from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.curve_plots import plot_curves, plot_multiples
+from stepdistill.benchmark.curves import curve_table, read_curves
+from stepdistill.benchmark.judge import disagreements
+from stepdistill.benchmark.pictures import labelled, pictures
+from stepdistill.benchmark.plots import plot_calls, plot_pareto
+from stepdistill.benchmark.students import export_missing, seed_lines, train_missing
+from stepdistill.benchmark.tables import caption, compared, insert, markdown
+from stepdistill.files.writing import atomic_write
+from stepdistill.inference.grids import save_comparison
+
+
+def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
+    """Run a benchmark; write ``.md``, ``-calls.png``, ``-pareto.png`` and ``-grid.png`` beside ``<output>.json``.
+
+    Args:
+        config: what is compared.
+        time: whether to take the seconds of all rows again, in this run.
+
+    Returns:
+        The file of the table.
+    """
+    train_missing(config.train)
+    for lines in seed_lines(config.seeds).values():
+        train_missing(lines)
+    export_missing(config.students)
+    bench = Benchmark(config)
+    bench.run()
+    bench.judge_training()
+    if time:
+        bench.time()
+    rows = compared(bench.rows, bench.metric)
+    plot_calls(rows, bench.metric, beside(bench.path, "calls"))
+    plot_pareto(rows, bench.metric, beside(bench.path, "pareto"))
+    images = pictures(bench.rows, bench.metric, bench.images)
+    save_comparison(
+        labelled(images, bench.rows, bench.metric), beside(bench.path, "grid"), title="Same seeds, same conditions"
+    )
+    bench.write_samples(images)
+    curves = read_curves(rows, bench.metric, bench.config)
+    plot_curves(curves, bench.metric, beside(bench.path, "curves"))
+    plot_multiples(curves, bench.metric, beside(bench.path, "curves-each"))
+    said = filter(None, [disagreements(rows, bench.metric), curve_table(curves, bench.metric)])
+    shown = "\n\n".join([caption(bench.setting), markdown(rows, bench.metric), *said]) + "\n"
+    table = bench.path.with_suffix(".md")
+    with atomic_write(table) as partial:
+        partial.write_text(shown, encoding="utf-8")
+    if config.document is not None:
+        insert(shown, Path(config.document), config.mark)
+    return table
+
+
+def beside(path: Path, what: str) -> Path:
+    """Return the path of a result's picture: ``fashion.json`` -> ``fashion-grid.png``."""
+    return path.with_name(f"{path.stem}-{what}.png")
