@@ -25,10 +25,12 @@ from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.samples import Samples, conditions_of
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
 from stepdistill.benchmark.students import (
+    StudentRow,
     check_students,
     fingerprint_start,
     seed_students,
     start_of,
+    student_rows,
 )
 from stepdistill.benchmark.tables import Row, of_kind
 from stepdistill.config import flatten, to_dict
@@ -83,11 +85,11 @@ class Benchmark:
             self.add("real images", self.floor)
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
-        for name, folder in self.config.students.items():
-            self.add_student(name, folder)
+        for student in student_rows(self.config.students, self.config.student_calls):
+            self.add_student(student)
         for command, group in seed_students(self.config.seeds).items():
             for name, folder in group.items():
-                self.add_student(name, folder, seeds_of=command)
+                self.add_student(StudentRow(name, folder, None), seeds_of=command)
         for row in solver_rows(self.config.solvers, guided=self.can_be_guided):
             self.add(row.name, functools.partial(self.solver, row=row))
         return self.rows
@@ -104,10 +106,10 @@ class Benchmark:
         self._write()
         return row
 
-    def add_student(self, name: str, folder: str, **about: str) -> Row:
+    def add_student(self, row: StudentRow, **about: str) -> Row:
         """Return the row of an exported student, made anew if the student was trained again."""
-        same = {"sha256": fingerprint_pipeline(folder), **about}
-        return self.add(name, lambda name: self.student(name, folder) | about, same)
+        same = {"sha256": fingerprint_pipeline(row.folder), **about}
+        return self.add(row.name, lambda name: self.student(name, row) | about, same)
 
     def judge_training(self) -> None:
         """Add what the students started from, and the teacher's metric on the samples of learning curves."""
@@ -121,7 +123,8 @@ class Benchmark:
 
     def add_start(self, student: Row) -> None:
         """Add the row of what a student started from, unless an equal start has one; note its name in the student's."""
-        start = start_of(Path(student["pipeline"]))
+        folder = Path(student["pipeline"])
+        start = start_of(folder) if student["steps"] == read_contract(folder).steps else None
         if start is None:
             return
         sha256 = fingerprint_start(start)
@@ -170,14 +173,15 @@ class Benchmark:
         call = {"num_inference_steps": self.config.teacher_steps, "guidance_scale": scale}
         return self._measure(name, self.solver_pipeline("DDIM"), call) | {"kind": "teacher", "solver": "DDIM"}
 
-    def student(self, name: str, folder: str) -> Row:
-        """Return the row of an exported student, called as its contract says."""
-        contract = read_contract(Path(folder))
+    def student(self, name: str, row: StudentRow) -> Row:
+        """Return the row of an exported student, called as its contract says or with the row's number of steps."""
+        contract = read_contract(Path(row.folder))
         facts = contract.to_json()
         about = {"teacher_guidance": contract.reproduced_guidance}
         about |= {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
-        source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint_pipeline(folder)}
-        return self._measure(name, self.open_student(folder), {}) | source | about
+        source = {"kind": "student", "pipeline": row.folder, "sha256": fingerprint_pipeline(row.folder)}
+        call = {} if row.calls is None else {"num_inference_steps": row.calls}
+        return about | self._measure(name, self.open_student(row.folder), call) | source
 
     def start(self, name: str, folder: Path) -> Row:
         """Return the row of what students start from, called as the method's own sampler is."""
@@ -274,13 +278,17 @@ class Benchmark:
         conditions = conditions_of(SHOWN, self.captions, self.family.num_classes)
         Samples.of(images, conditions).write(self.path.with_name(f"{self.path.stem}-samples.npz"))
 
+    def opened(self, row: Row) -> tuple[Any, dict[str, Any]]:
+        """Return the pipeline of a student's, a start's, a solver's or the teacher's row, and its call's arguments."""
+        if "pipeline" in row:
+            call = {"num_inference_steps": row["steps"]} if self.config.student_calls else {}
+            return self.open_student(row["pipeline"]), call
+        call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        return self.solver_pipeline(row["solver"]), call
+
     def sample(self, row: Row, count: int) -> Images:
         """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""
-        if "pipeline" in row:
-            pipeline, call = self.open_student(row["pipeline"]), {}
-        else:
-            pipeline = self.solver_pipeline(row["solver"])
-            call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        pipeline, call = self.opened(row)
         return sample_images(
             pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
             num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,

@@ -201,7 +201,7 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     measured = []
     bench = Benchmark(config)
     monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint_pipeline", lambda folder: "other")
-    monkeypatch.setattr(Benchmark, "student", lambda self, name, folder: measured.append(name) or {"name": name})
+    monkeypatch.setattr(Benchmark, "student", lambda self, name, row: measured.append(name) or {"name": name})
     monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda *args: None)
     bench.run()
     assert measured == ["ours, 2 steps"]
@@ -241,7 +241,7 @@ def test_a_flow_teacher_has_no_such_solvers():
         make_solver("UniPC", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
-@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_emoji"])
+@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_faces"])
 def test_shipped_configurations_are_valid(name):
     config = build(BenchmarkConfig, read_config(f"configs/{name}.yaml"))
     assert set(config.solvers) <= set(SOLVERS)
