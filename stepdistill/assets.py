@@ -8,7 +8,10 @@ ASSETS = Path(__file__).parent / "assets"
 FASHION = ASSETS / "fashion"
 """Folder of the embedded teacher, its data and its classifier."""
 FACES = ASSETS / "faces"
-"""Folder of faces with captions, and of the networks that measure them."""
+"""Folder of faces with captions, their text-to-image teacher, and the networks that measure them."""
+
+TEACHERS = {"embedded": FASHION / "teacher", "faces": FACES / "teacher"}
+"""Embedded teachers, by their ``teacher.path``."""
 
 EMBEDDED = {
     "embedded": FASHION / "train_subset.npz",

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.demo import demo_of
 from stepdistill.config import read_config
 from stepdistill.data.base import DataConfig
 from stepdistill.data.latent_cache import CacheConfig
@@ -85,7 +86,9 @@ def test_exported_pipelines_do_not_need_the_package() -> None:
 
 def read_as_its_command_does(mapping: dict[str, Any]) -> None:
     """Resolve a configuration of ``configs/`` with the function of the command that takes it; open no path."""
-    if "pairs" in mapping:
+    if "demo" in mapping:
+        demo_of(mapping)
+    elif "pairs" in mapping:
         assert mapping.keys() == {"teacher", "pairs"}
         build(TeacherConfig, mapping["teacher"], "teacher")
         build(PairsConfig, mapping["pairs"], "pairs")
@@ -96,9 +99,6 @@ def read_as_its_command_does(mapping: dict[str, Any]) -> None:
     elif "model" in mapping:
         build(PretrainConfig, mapping)
     else:
-        if "demo" in mapping:
-            measured = {"teacher": mapping["teacher"], "output": "result.json"} | mapping.pop("demo")
-            build(BenchmarkConfig, measured, "demo")
         resolve(mapping)
 
 

@@ -23,7 +23,7 @@ from stepdistill.benchmark.pictures import pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
 from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
-from stepdistill.benchmark.students import check_students, export_missing, train_missing
+from stepdistill.benchmark.students import StudentRow, check_students, export_missing, student_rows, train_missing
 from stepdistill.benchmark.tables import Row, caption, compared, insert, markdown
 from stepdistill.config import flatten, to_dict
 from stepdistill.evaluation.evaluate import evaluate
@@ -78,9 +78,9 @@ class Benchmark:
             self.add("real images", self.floor)
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
-        for name, folder in self.config.students.items():
-            same = {"sha256": fingerprint_pipeline(folder)}
-            self.add(name, functools.partial(self.student, folder=folder), same)
+        for student in student_rows(self.config.students, self.config.student_calls):
+            same = {"sha256": fingerprint_pipeline(student.folder)}
+            self.add(student.name, functools.partial(self.student, row=student), same)
         for row in solver_rows(self.config.solvers, guided=self.can_be_guided):
             self.add(row.name, functools.partial(self.solver, row=row))
         return self.rows
@@ -133,12 +133,13 @@ class Benchmark:
         call = {"num_inference_steps": self.config.teacher_steps, "guidance_scale": scale}
         return self._measure(name, self.solver_pipeline("DDIM"), call) | {"kind": "teacher", "solver": "DDIM"}
 
-    def student(self, name: str, folder: str) -> Row:
-        """Return the row of an exported student, called as its contract says."""
-        facts = read_contract(Path(folder)).to_json()
+    def student(self, name: str, row: StudentRow) -> Row:
+        """Return the row of an exported student, called as its contract says or with the row's number of steps."""
+        facts = read_contract(Path(row.folder)).to_json()
         about = {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
-        source = {"kind": "student", "pipeline": str(folder), "sha256": fingerprint_pipeline(folder)}
-        return self._measure(name, self.open_student(folder), {}) | source | about
+        source = {"kind": "student", "pipeline": row.folder, "sha256": fingerprint_pipeline(row.folder)}
+        call = {} if row.calls is None else {"num_inference_steps": row.calls}
+        return about | self._measure(name, self.open_student(row.folder), call) | source
 
     def open_student(self, folder: str) -> Any:
         """Return an exported student's pipeline; its code is trusted as far as the teacher's is."""
@@ -210,13 +211,17 @@ class Benchmark:
         """Return images (N, C, H, W) in [0, 1] of a row; seeds and classes are the same for all rows."""
         return self.real_images(count) if row["kind"] == "floor" else self.sample(row, count).pixels / 255
 
+    def opened(self, row: Row) -> tuple[Any, dict[str, Any]]:
+        """Return the pipeline of a student's, a solver's or the teacher's row, and the arguments of its call."""
+        if row["kind"] == "student":
+            call = {"num_inference_steps": row["steps"]} if self.config.student_calls else {}
+            return self.open_student(row["pipeline"]), call
+        call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        return self.solver_pipeline(row["solver"]), call
+
     def sample(self, row: Row, count: int) -> Images:
         """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""
-        if row["kind"] == "student":
-            pipeline, call = self.open_student(row["pipeline"]), {}
-        else:
-            pipeline = self.solver_pipeline(row["solver"])
-            call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        pipeline, call = self.opened(row)
         return sample_images(
             pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
             num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,

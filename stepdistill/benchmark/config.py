@@ -9,7 +9,10 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
-FREE_KEYS = ("students", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark", "batch_size")
+FREE_KEYS = (
+    "students", "student_calls", "train", "solvers", "teacher_guidance_scales", "output", "document", "mark",
+    "batch_size",
+)  # fmt: skip
 """Keys that decide which rows there are, and not what is in them."""
 
 
@@ -25,6 +28,8 @@ class BenchmarkConfig:
     mark: str = "benchmark"
     students: dict[str, str] = dataclasses.field(default_factory=dict)
     """Exported pipelines, by the names of their rows."""
+    student_calls: tuple[PositiveInt, ...] = ()
+    """Numbers of network calls at which every student is measured, a row each; empty is that of its contract."""
     train: tuple[str, ...] = ()
     """Runs that are trained first, if they have not exported their student yet: the path of a configuration,
     followed by ``key=value`` for the keys that are changed."""

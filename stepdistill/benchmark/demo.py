@@ -1,111 +1,116 @@
-"""The demo: distil the embedded teacher, measure it beside everything else, and draw a picture.
+"""The demo: distil a text-to-image teacher, measure the student beside everything else, and draw a picture.
 
-It writes ``report.png``, ``result.json`` and the student, ``pipeline/``, into the run's folder.
+It writes ``report.png``, ``report.html``, ``result.json`` and the student, ``pipeline/``, into the run's folder. The
+same command again goes on where the last one stopped. Pictures and numbers are the same every time; only seconds
+differ, which is why the picture has none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from stepdistill.benchmark.benchmark import SHOWN, Benchmark
+from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
-from stepdistill.benchmark.pictures import pictures
-from stepdistill.benchmark.tables import Row, cell, compared, text
+from stepdistill.benchmark.poster import Shown, draw_poster, poster_rows
+from stepdistill.benchmark.report import write_report
+from stepdistill.benchmark.tables import Row, compared, text
 from stepdistill.config import read_config
+from stepdistill.export.contract import read_contract
 from stepdistill.files.reading import read_json
-from stepdistill.files.schema import build
+from stepdistill.files.schema import build, convert
 from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
-from stepdistill.inference.grids import make_grid
-from stepdistill.training.config import resolve
+from stepdistill.training.config import RunConfig, resolve
+from stepdistill.training.cost import TrainingCost
 from stepdistill.training.run import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """The configuration of a demo: a training, what is measured of it, and the prompts of the picture."""
+
+    run: RunConfig
+    measured: BenchmarkConfig
+    shown: tuple[Shown, ...]
+
+
+def demo_of(sections: Mapping[str, Any]) -> Demo:
+    """Read the sections of a training, and a section ``demo``: the keys of a benchmark, and ``shown``.
+
+    Raises:
+        ValueError: naming the key at fault.
+    """
+    mapping = dict(sections)
+    measured = dict(convert(mapping.pop("demo", {}), dict[str, Any], "demo"))
+    shown = convert(measured.pop("shown", []), tuple[Shown, ...], "demo.shown")
+    if not shown:
+        raise ValueError("demo.shown: expected prompts with their seeds, got none")
+    run = resolve(mapping)
+    folder = Path(run.train.output_dir)
+    fixed = {
+        "teacher": mapping["teacher"], "output": str(folder / "result.json"),
+        "students": {"student": str(folder / "pipeline")},
+    }  # fmt: skip
+    return Demo(run, build(BenchmarkConfig, fixed | measured, "demo"), shown)
+
+
 def demo(path: str, overrides: Sequence[str] = ()) -> Path:
-    """Run the demo of a configuration file, whose ``demo`` section tells what to measure.
+    """Run the demo of a configuration file.
 
     Returns:
         The file of the picture.
     """
     began = time.perf_counter()
-    mapping = read_config(path, overrides)
-    measured = mapping.pop("demo", {})
-    run = Run(resolve(mapping))
-    steps = run.config.method.steps
-    print(f"distilling {run.config.teacher.path!r} to {steps} steps ...")
-    final = run.train()
-    trained = time.perf_counter() - began
-    students = {
-        "student, 4 steps": str(final.with_name("pipeline-4-steps")),
-        f"student, {steps} steps": str(final),
-    }
-    output = run.folder / "result.json"
-    output.unlink(missing_ok=True)
-    config = {
-        "teacher": mapping["teacher"],
-        "output": str(output),
-        "students": students,
-    }
-    bench = Benchmark(build(BenchmarkConfig, config | measured, "demo"))
+    config = demo_of(read_config(path, overrides))
+    train(config.run)
+    print(f"2 of 3: measuring on {config.measured.num_samples:,} samples a row ...", flush=True)
+    bench = Benchmark(config.measured)
     rows = compared(bench.run(), bench.metric)
-    result = read_json(output)
-    seconds = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
-    with atomic_write(output) as partial:
-        partial.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
-    picture = draw_report(bench, rows, run.folder / "report.png", seconds)
+    output = add_seconds(bench.path, config.run, began)
+    print("3 of 3: drawing ...", flush=True)
+    picture = draw_poster(bench, poster_rows(rows, bench.metric), config.shown, output.with_name("report.png"))
+    page = write_report([output], output.with_name("report.html"))
     print_table(rows, bench.metric)
-    print(f"\n{seconds['all']:.0f} s, of which {seconds['training']:.0f} s training.  Look at {picture}")
+    print(f"\n{time.perf_counter() - began:.0f} s.  Look at {visible(str(picture))} and {visible(str(page))}")
     return picture
 
 
-def draw_report(bench: Benchmark, rows: Sequence[Row], path: Path, seconds: Mapping[str, float]) -> Path:
-    """Draw the picture: images above, the table below."""
-    import matplotlib
+def train(config: RunConfig) -> None:
+    """Train the student, unless that is done."""
+    run = Run(config)
+    if not run.family.takes_text:
+        raise ValueError(f"teacher.path: expected a teacher that takes text, got {config.teacher.path}")
+    print(f"1 of 3: distilling {visible(config.teacher.path)!r} by {config.method_name} ...", flush=True)
+    run.train()
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shown = pictures(rows, bench.metric, bench.images)
-    figure, axes = pyplot.subplots(
-        len(shown) + 1, 1, figsize=(12, 0.75 * len(shown) + 0.26 * len(rows) + 1.2),
-        height_ratios=[0.75] * len(shown) + [0.26 * len(rows) + 0.6],
-    )  # fmt: skip
-    for axis, (name, images) in zip(axes[:-1], shown.items(), strict=True):
-        axis.imshow(make_grid(images, columns=SHOWN), cmap="gray", vmin=0, vmax=255)
-        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
-        axis.set_axis_off()
-    columns = ["calls", bench.metric, "recall", "guidance_scale", "seconds_per_image"]
-    table = []
-    for row in rows:
-        table.append([row["name"], *[text(row, column, bench.metric) for column in columns]])
-    drawn = axes[-1].table(
-        table, colLabels=["", *columns], loc="center", cellLoc="center", colWidths=[0.25] + [0.15] * 5
-    )
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(8)
-    for (line, _), box in drawn.get_celld().items():
-        box.set_linewidth(0.3)
-        if line and rows[line - 1]["kind"] == "student":
-            box.set_facecolor("#e4f3e4")
-    axes[-1].set_axis_off()
-    figure.subplots_adjust(top=0.95, bottom=0.02, hspace=0.12)
-    figure.suptitle(
-        f"Same seeds, same classes.  {bench.metric}: Fréchet distance on {bench.config.num_samples} images, lower is "
-        f"better.  Training took {seconds['training']:.0f} s.",
-        fontsize=10,
-    )
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    pyplot.close(figure)
-    return path
+def add_seconds(output: Path, config: RunConfig, began: float) -> Path:
+    """Add the seconds of the training and of the whole demo to a result, unless it has those of an earlier call."""
+    result = read_json(output)
+    if "seconds" not in result:
+        cost = TrainingCost(**read_contract(Path(config.train.output_dir) / "pipeline").origin.training)
+        seconds = {"training": round(cost.wall_minutes * 60, 1), "all": round(time.perf_counter() - began, 1)}
+        with atomic_write(output) as partial:
+            partial.write_text(json.dumps(result | {"seconds": seconds}, indent=2) + "\n")
+    return output
+
+
+COLUMNS: Mapping[str, str] = {
+    "calls": "calls", "clip_score": "CLIP score", "adherence": "adherence", "adherence_unseen": "unseen",
+    "prompt_spread": "spread", "seconds_per_image": "s/image",
+}  # fmt: skip
+"""Headings of the printed table beside the metric."""
 
 
 def print_table(rows: Sequence[Row], metric: str) -> None:
     """Print the table."""
-    print(f"\n{'':36s} {'calls':>6s} {metric:>8s} {'s/image':>9s}")
+    headings = {"calls": "calls", metric: metric.upper(), **COLUMNS}
+    print(f"\n{'':28s}" + "".join(f"{heading:>12s}" for heading in headings.values()))
     for row in rows:
-        seconds = cell(row.get("seconds_per_image"))
-        print(f"{visible(row['name']):36s} {text(row, 'calls', metric):>6s} {cell(row[metric]):>8s} {seconds:>9s}")
+        cells = (f"{text(row, key, metric):>12s}" for key in headings)
+        print(f"{visible(row['name']):28s}" + "".join(cells))

@@ -5,11 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from stepdistill.config import read_config
 from stepdistill.files.words import nearest
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
+
+
+class StudentRow(NamedTuple):
+    """An exported student at a number of network calls per image, or (None) at that of its contract."""
+
+    name: str
+    folder: str
+    calls: int | None
+
+
+def student_rows(students: Mapping[str, str], calls: Sequence[int]) -> list[StudentRow]:
+    """Return the rows of a table: every student at every number of ``calls``, or as its contract says if there is none.
+
+    At n calls a student is the export ``pipeline-<n>-steps`` beside its own, which methods in stages write, or else its
+    own, called with n steps.
+    """
+    if not calls:
+        return [StudentRow(name, folder, None) for name, folder in students.items()]
+    rows = []
+    for name, folder in students.items():
+        for n in calls:
+            staged = Path(folder).with_name(f"pipeline-{n}-steps")
+            place = str(staged) if is_pipeline(staged) else folder
+            rows.append(StudentRow(f"{name}, {n} call{'s' if n > 1 else ''}", place, n))
+    return rows
 
 
 def is_pipeline(folder: Path) -> bool:

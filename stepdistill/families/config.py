@@ -14,7 +14,7 @@ class TeacherConfig:
 
     path: str
     """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a single-file checkpoint of Stable
-    Diffusion or SDXL, a hub id, or ``embedded``."""
+    Diffusion or SDXL, a hub id, ``embedded`` or ``faces``."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     config: str | None = None

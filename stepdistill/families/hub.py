@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.assets import FASHION
+from stepdistill.assets import TEACHERS
 from stepdistill.files.weights import chosen_weights
 from stepdistill.files.words import nearest
 from stepdistill.loading import parts
@@ -26,19 +26,27 @@ BARE_PARTS = ["unet", "transformer", "scheduler"]
 
 
 def locate(config: TeacherConfig) -> Path:
-    """Return the local place of ``config.path``: itself, the embedded teacher's folder, or a downloaded snapshot.
+    """Return the local place of ``config.path``: itself, an embedded teacher's folder, or a downloaded snapshot.
 
     Raises:
         ValueError: if there is none, or the hub does not give it.
     """
-    if config.path == "embedded":
-        return FASHION / "teacher"
+    if config.path in TEACHERS:
+        return embedded(config.path)
     place = expand_home(config.path)
     if place.exists():
         return place
     if is_path(config.path):
         raise ValueError(f"teacher.path: no folder or file {str(place)!r}{nearest_place(place)}")
     return fetch(config)
+
+
+def embedded(name: str) -> Path:
+    """Return the folder of a teacher that comes with the package; raise ``ValueError`` if it is not there."""
+    folder = TEACHERS[name]
+    if not folder.is_dir():
+        raise ValueError(f"teacher.path: {name}: expected the teacher in {folder}, got no such folder")
+    return folder
 
 
 def expand_home(path: str) -> Path:

@@ -200,7 +200,7 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     measured = []
     bench = Benchmark(config)
     monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint_pipeline", lambda folder: "other")
-    monkeypatch.setattr(Benchmark, "student", lambda self, name, folder: measured.append(name) or {"name": name})
+    monkeypatch.setattr(Benchmark, "student", lambda self, name, row: measured.append(name) or {"name": name})
     monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda *args: None)
     bench.run()
     assert measured == ["ours, 2 steps"]
