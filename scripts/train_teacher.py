@@ -1,6 +1,6 @@
 """Train a teacher: ``accelerate launch scripts/train_teacher.py --config configs/teacher_fashion.yaml``.
 
-``configs/teacher_emoji.yaml`` trains a text-to-image teacher.
+``configs/teacher_faces.yaml`` trains a text-to-image teacher.
 """
 
 import argparse

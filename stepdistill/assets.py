@@ -15,7 +15,6 @@ TEACHERS = {"embedded": FASHION / "teacher", "faces": FACES / "teacher"}
 
 EMBEDDED = {
     "embedded": FASHION / "train_subset.npz",
-    "emoji": ASSETS / "emoji/train.npz",
     "faces": FACES / "train.npz",
     "faces-held-out": FACES / "held_out.npz",
     "faces-prompts": FACES / "prompts.txt",

@@ -36,7 +36,7 @@ class DataConfig:
             no images; ``cache`` is a folder of latents and embeddings that ``scripts/cache.py`` wrote.
         path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset: saved on disk, a folder of
             parquet files or one file, or its id on the hub, ``owner/name``, where there is no folder ``owner``;
-            ``embedded`` (fashion) or ``emoji`` (with names), which are part of the package; for ``prompts`` a file of
+            ``embedded`` (fashion) or ``faces`` (captioned), which are part of the package; for ``prompts`` a file of
             any form in :mod:`stepdistill.data.prompts`.
         split: of a Hugging Face dataset, or of a folder of splits; ``train`` by default, where there are splits.
         subset: of a Hugging Face dataset that has several; the ``name`` argument of ``load_dataset``.

@@ -166,7 +166,7 @@ class Reference:
         Args:
             features: embeds its images, or made its statistics.
             spec: ``"embedded"``, a ``.npz`` of statistics (ours, ADM's, clean-fid's), or images as ``data.path`` takes
-                them (``"emoji"``, too).
+                them (``"faces"``, too).
             max_images: images whose features are kept, at most.
             size: images are resized and cropped to a square of this side.
 

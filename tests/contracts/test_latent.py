@@ -107,8 +107,8 @@ def test_prompts_alone_are_enough_for_a_method_without_images(tmp_path):
 
 def test_measured_samples_are_asked_for_with_every_caption():
     family = SD.tiny()
-    family.use_captions([f"emoji {i}" for i in range(100)])
-    assert family.example_prompts(range(98, 102)) == ["emoji 98", "emoji 99", "emoji 0", "emoji 1"]
+    family.use_captions([f"caption {i}" for i in range(100)])
+    assert family.example_prompts(range(98, 102)) == ["caption 98", "caption 99", "caption 0", "caption 1"]
 
 
 def test_a_student_may_begin_below_pure_noise(tmp_path):
@@ -318,7 +318,7 @@ def test_dit_guides_only_with_the_null_class_of_its_pipeline():
 # ------------------------------------------------------------------------------------- configs that are shipped
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMED = {**{name: name for name in LATENT}, "emoji": "sd"}  # a config's first word -> its family
+NAMED = {**{name: name for name in LATENT}, "faces": "sd"}  # a config's first word -> its family
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.name.split("_")[0] in NAMED)
 
 
