@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.generators import handed_on
+from stepdistill.export.habits import check_habits
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import model_card
 from stepdistill.export.replacing import replacing
@@ -208,6 +209,7 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
             own = {name: value for name, value in own.items() if name not in GRIDS}  # they have another number of steps
         if "batch_size" in taken.keys() - bound.keys() and isinstance(bound.get("class_labels"), Sized):
             own["batch_size"] = len(bound["class_labels"])  # or all images would share one noise
+        check_habits(contract, own | bound)
         with handed_on(self, bound.get("generator")):
             return original.__call__(self, *args, **(own | kwargs))
 

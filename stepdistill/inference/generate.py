@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,25 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     check_negative_prompt(pipeline, path, request, "--guidance_scale")
+    warn_of_other_steps(pipeline, path, request)
     if takes_text:
         tokenizer, limit = prompt_reader(pipeline, contract_of(pipeline).call)
         warn_too_long(tokenizer, request.prompts, limit=limit, what="prompts")
         if request.negative_prompt is not None:
             warn_too_long(tokenizer, [request.negative_prompt], limit=limit, what="negative prompts")
     return pipeline
+
+
+def warn_of_other_steps(pipeline: Any, path: str, request: Request) -> None:
+    """Warn if a student is asked for another number of steps than it was trained for."""
+    contract = contract_of(pipeline)
+    asked = request.call.get("num_inference_steps", contract.steps)
+    if contract.origin.method is not None and asked != contract.steps:
+        warnings.warn(
+            f"--num_inference_steps: got {asked}; {path} was made for {contract.steps}, and other numbers may give "
+            "worse images",
+            stacklevel=2,
+        )
 
 
 def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str) -> None:

@@ -1,0 +1,44 @@
+"""What callers ask of a student by habit with its teacher, and why it cannot give it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill.export.contract import Contract, Number
+from stepdistill.files.schema import convert
+
+
+def check_habits(contract: Contract, call: Mapping[str, Any]) -> None:
+    """Warn of guidance on top of guidance, and of a negative prompt that nothing reads.
+
+    Args:
+        contract: the student's.
+        call: all arguments of a call of its pipeline.
+
+    Raises:
+        ValueError: if guidance is an input of the student, and out of the range that it was trained for.
+    """
+    scale = call.get("guidance_scale")
+    if scale is None or contract.origin.method is None:
+        return
+    bounds = convert(contract.origin.method_facts.get("guidance_range", []), list[Number], "guidance_range")
+    if bounds:
+        if not min(bounds) <= scale <= max(bounds):
+            raise ValueError(
+                f"guidance_scale: expected {min(bounds):g} to {max(bounds):g}, for which this student was trained, "
+                f"got {scale:g}"
+            )
+        return
+    baked_in = contract.origin.guidance_distilled
+    if scale > 1 and baked_in not in (None, 1):
+        warnings.warn(
+            f"guidance_scale: got {scale:g}, but a scale of {baked_in:g} is baked into this student: it is guided "
+            "twice, with two network calls a step; leave the argument out, or give 1",
+            stacklevel=3,
+        )
+    if scale <= 1 and call.get("negative_prompt"):
+        warnings.warn(
+            f"negative_prompt: nothing reads it in a call without guidance (guidance_scale is {scale:g})", stacklevel=3
+        )
