@@ -16,7 +16,7 @@ from typing import Any
 
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
-from stepdistill.benchmark.poster import Shown, draw_poster, poster_rows
+from stepdistill.benchmark.poster import Shown, draw_poster, images_of, poster_rows
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.tables import Row, compared, text
 from stepdistill.config import read_config
@@ -73,7 +73,8 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     rows = compared(bench.run(), bench.metric)
     output = add_seconds(bench.path, config.run, began)
     print("3 of 3: drawing ...", flush=True)
-    picture = draw_poster(bench, poster_rows(rows, bench.metric), config.shown, output.with_name("report.png"))
+    images = {row["name"]: images_of(bench, row, config.shown) for row in poster_rows(rows, bench.metric)}
+    picture = draw_poster(bench, images, config.shown, output.with_name("report.png"))
     page = write_report([output], output.with_name("report.html"))
     print_table(rows, bench.metric)
     print(f"\n{time.perf_counter() - began:.0f} s.  Look at {visible(str(picture))} and {visible(str(page))}")

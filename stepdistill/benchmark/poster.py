@@ -52,16 +52,16 @@ def poster_rows(rows: Sequence[Row], metric: str) -> list[Row]:
     return [*of_kind(rows, "teacher"), *solvers, *students]
 
 
-def draw_poster(bench: Benchmark, rows: Sequence[Row], shown: Sequence[Shown], path: Path) -> Path:
-    """Sample and draw the picture."""
-    images = [images_of(bench, row, shown) for row in rows]
-    table = [*of_kind(bench.rows, "floor"), *rows]
+def draw_poster(bench: Benchmark, images: Mapping[str, Tensor], shown: Sequence[Shown], path: Path) -> Path:
+    """Draw the picture: the ``images`` (N, C, H, W), bytes, of rows by their names, and the table of these rows."""
+    rows = {row["name"]: row for row in bench.rows}
+    table = [*of_kind(bench.rows, "floor"), *map(rows.__getitem__, images)]
     captions = [caption(one.prompt) for one in shown]
     title = (
         f"The same prompts and seeds.  {bench.metric.upper()}: Fréchet distance, lower is better; "
         f"{bench.config.num_samples:,} images, features {bench.suite.features.name!r}"
     )
-    figure = lay_out(images, [row["name"] for row in rows], captions, title, len(table) + 1)
+    figure = lay_out(images, captions, title, len(table) + 1)
     add_table(figure, table, bench.metric)
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
@@ -99,13 +99,14 @@ def enlarged(image: Tensor, scale: int) -> np.ndarray:
     return pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
 
 
-def lay_out(images: Sequence[Tensor], names: Sequence[str], captions: Sequence[str], title: str, lines: int) -> Any:
-    """Return a figure of rows of images (N, C, H, W) and their words, with room for the ``lines`` of a table below."""
+def lay_out(images: Mapping[str, Tensor], captions: Sequence[str], title: str, lines: int) -> Any:
+    """Return a figure of named rows of images (N, C, H, W) and words, with room for a table of ``lines`` below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    scale = max(1, -(-SIDE // images[0].shape[-1]))
-    side = scale * images[0].shape[-1]
+    native = next(iter(images.values())).shape[-1]
+    scale = max(1, -(-SIDE // native))
+    side = scale * native
     top = TITLE + LINE * CAPTION_LINES
     width = LABEL + len(captions) * (side + GAP) + MARGIN
     height = top + len(images) * (side + GAP) + MARGIN + lines * LINE + MARGIN
@@ -115,7 +116,7 @@ def lay_out(images: Sequence[Tensor], names: Sequence[str], captions: Sequence[s
     for column, words in enumerate(captions):
         x = LABEL + column * (side + GAP) + side / 2
         figure.text(x / width, 1 - (top - 6) / height, words, ha="center", va="bottom", fontsize=9)
-    for line, (name, row) in enumerate(zip(names, images, strict=True)):
+    for line, (name, row) in enumerate(images.items()):
         y = top + line * (side + GAP)
         figure.text(
             (LABEL - 12) / width, 1 - (y + side / 2) / height, name.replace(", ", "\n"), ha="right", va="center"
