@@ -25,7 +25,7 @@ from stepdistill.training.run import Run
 
 MEASURED = {
     "student_calls": [1, 2], "solvers": {"UniPC": [1, 2]}, "guidance_scales": [2.0], "search_samples": 4,
-    "teacher_steps": 3, "teacher_guidance_scales": [2.0], "features": "faces", "clip": "faces",
+    "teacher_steps": 3, "teacher_guidance_scales": [2.0], "features": "faces", "clip": "faces", "attributes": "faces",
     "reference": "faces-held-out", "captions": "faces-prompts", "num_samples": 40,
     "metrics": ["fd", "clip", "adherence", "prompt_spread"],
     "shown": [{"prompt": "a face with green hair", "seed": 3}, {"prompt": "", "seed": 1}],
