@@ -18,7 +18,10 @@ from stepdistill.inference.grids import save_comparison
 
 
 def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
-    """Run a benchmark; write ``.md``, ``-calls.png``, ``-pareto.png`` and ``-grid.png`` beside ``<output>.json``.
+    """Run a benchmark; write its table (``.md``) and its pictures beside ``<output>.json``.
+
+    The pictures are ``-calls.png``, ``-pareto.png``, ``-grid.png`` and, if runs were measured while they trained,
+    ``-curves.png`` and ``-curves-each.png``.
 
     Args:
         config: what is compared.
@@ -45,8 +48,9 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     )
     bench.write_samples(images)
     curves = read_curves(rows, bench.metric, bench.config)
-    plot_curves(curves, bench.metric, beside(bench.path, "curves"))
-    plot_multiples(curves, bench.metric, beside(bench.path, "curves-each"))
+    if curves:
+        plot_curves(curves, bench.metric, beside(bench.path, "curves"))
+        plot_multiples(curves, bench.metric, beside(bench.path, "curves-each"))
     said = filter(None, [disagreements(rows, bench.metric), curve_table(curves, bench.metric)])
     shown = "\n\n".join([caption(bench.setting), markdown(rows, bench.metric), *said]) + "\n"
     table = bench.path.with_suffix(".md")

@@ -1,5 +1,6 @@
 """The second judge: what it sees, how it ranks, and that a table says where the two disagree."""
 
+import numpy as np
 import torch
 
 from stepdistill.benchmark.judge import Judge, disagreements, judge_of, with_ranks
@@ -24,8 +25,6 @@ class Counted(FileSource):
 def test_it_judges_the_first_samples_and_keeps_its_reference(tmp_path, monkeypatch):
     kept, source = tmp_path / "folder/judge.npz", Counted(30)
     images = tmp_path / "real.npz"
-    import numpy as np
-
     np.savez(images, images=np.random.default_rng(1).integers(0, 256, (40, 28, 28, 1), np.uint8))
     judge = Judge("embedded", str(images), 20, kept)
     row = judge.judge(source)

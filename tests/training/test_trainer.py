@@ -20,6 +20,7 @@ from stepdistill.methods.base import Losses
 from stepdistill.methods.progressive import Progressive
 from stepdistill.training.checkpoint import CheckpointError
 from stepdistill.training.config import TrainConfig, resolve
+from stepdistill.training.cost import FORWARDS
 from stepdistill.training.divergence import DivergenceError, DivergenceGuard
 from stepdistill.training.guards import NonFiniteError
 from stepdistill.training.optimizers import OptimConfig
@@ -203,7 +204,9 @@ def test_every_turns_diagnostics_are_in_every_row_although_the_turns_rest_in_tur
     mapping["method"] |= options
     run = Run(resolve(mapping))
     run.train()
-    expected = {f"{turn}/{name}" for turn, names in DIAGNOSTICS[method].items() for name in names | {"grad_norm", "lr"}}
+    expected = {FORWARDS} | {
+        f"{turn}/{name}" for turn, names in DIAGNOSTICS[method].items() for name in names | {"grad_norm", "lr"}
+    }
     assert [row["step"] for row in rows(run)] == [10, 20]
     assert all({name for name in row if "/" in name} == expected for row in rows(run))
     assert rows(run)[0]["student/grad_norm"] != rows(run)[1]["student/grad_norm"]
