@@ -122,7 +122,7 @@ class TCD(Distiller):
 
     def stage_sampler(self) -> Sampler:
         """Return the sampler whose steps cross one segment each, but for the finished student."""
-        if self.stage.value in (None, self.config.segments[-1]):
+        if self.stage.value in (None, *self.config.segments[-1:]):
             return self.make_sampler(self.config, self.family)
         times = skip_grid(self.schedule, self.stage.value, self.config.solver_steps)
         return StrategicStochasticSampler(self.schedule, times, 0.0, two_time=self.config.two_time)
