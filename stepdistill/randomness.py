@@ -60,6 +60,12 @@ class Draws:
         numbers = torch.rand(every, generator=self.generator, device=self.device, dtype=torch.float64)
         return self._rows(low + (high - low) * numbers)
 
+    def beta(self, a: float, b: float) -> Tensor:
+        """Return numbers (B,) in [0, 1] of the distribution Beta(a, b), float64."""
+        shapes = torch.tensor([[a], [b]], dtype=torch.float64, device=self.device)
+        x, y = torch._standard_gamma(shapes.expand(2, self.world * self.batch_size), generator=self.generator)
+        return self._rows(x / (x + y))
+
     def integers(self, low: int, high: int) -> Tensor:
         """Return uniform integers (B,) in {low, ..., high - 1}."""
         every = (self.world * self.batch_size,)
@@ -72,3 +78,7 @@ class Draws:
     def shared_integer(self, low: int, high: int) -> int:
         """Return one integer in {low, ..., high - 1}, the same in every process."""
         return int(torch.randint(low, high, (1,), generator=self.host))
+
+    def shared_uniforms(self, count: int) -> Tensor:
+        """Return uniform numbers (count,) in [0, 1), float64, the same in every process, on the CPU."""
+        return torch.rand(count, generator=self.host, dtype=torch.float64)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,10 +73,18 @@ class Sampler(abc.ABC):
 
 
 class DDIM(Sampler):
-    """The deterministic step ``x_s = alpha_s x_0 + sigma_s eps``: DDIM, and Euler for flows and EDM."""
+    """The deterministic step ``x_s = alpha_s x_0 + sigma_s eps``: DDIM, and Euler for flows and EDM.
+
+    Where the grid of a discrete process begins below pure noise, a call must name its timesteps.
+    """
 
     name = "DDIM"
     adds_noise = False
+
+    def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
+        super().__init__(schedule, times)
+        if self.times[0] < 1:
+            self.pipeline_kwargs.update(schedule.explicit_timesteps(self.times[:-1]))
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t, noise
@@ -249,9 +258,55 @@ def rollout(denoise: Denoise, sampler: Sampler, x: Tensor, steps: int, noise: No
 
     Gradients follow the caller's mode: wrap the call in ``torch.no_grad`` for a student's backward simulation.
     """
-    for t, s in zip(sampler.times[:steps], sampler.times[1 : steps + 1], strict=True):
-        t_batch, s_batch = t.expand(len(x)).to(x.device), s.expand(len(x)).to(x.device)
-        target = sampler.target_time(s_batch)
-        prediction = denoise(x, t_batch) if target is None else denoise(x, t_batch, target)
-        x = sampler.step(prediction, t_batch, s_batch, noise)
+    for state in states(denoise, sampler, x, steps, noise):
+        x = state
     return x
+
+
+def states(denoise: Denoise, sampler: Sampler, x: Tensor, steps: int, noise: Noise) -> Iterator[Tensor]:
+    """Yield ``x`` and the states (B, ...) at which the first ``steps`` steps end; see :func:`rollout`."""
+    yield x
+    for index in range(steps):
+        t, s = _interval(sampler, index, x)
+        x = sampler.step(_predict(denoise, sampler, x, t, s), t, s, noise)
+        yield x
+
+
+class Visit(NamedTuple):
+    """A state on a sampler's way, and what the network sees there."""
+
+    x_t: Tensor
+    """The state (B, ...), without gradient."""
+    t: Tensor
+    """Its time (B,)."""
+    prediction: Prediction
+
+
+def visits(
+    denoise: Denoise, sampler: Sampler, x: Tensor, calls: int, noise: Noise, *, learns_at: Collection[int] = ()
+) -> list[Visit]:
+    """Return the first ``calls`` states that a sampler visits from ``x`` on, each with the prediction there.
+
+    The predictions carry a gradient where the index of their call is in ``learns_at`` and the caller's mode has one.
+    No gradient flows from one state to the next.
+    """
+    visited = []
+    for index in range(calls):
+        t, s = _interval(sampler, index, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and index in learns_at):
+            prediction = _predict(denoise, sampler, x, t, s)
+        visited.append(Visit(x, t, prediction))
+        if index < calls - 1:
+            x = sampler.step(Prediction(*map(Tensor.detach, prediction)), t, s, noise)
+    return visited
+
+
+def _interval(sampler: Sampler, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the times (B,) at which a step begins and ends."""
+    t, s = sampler.times[index : index + 2]
+    return t.expand(len(x)).to(x.device), s.expand(len(x)).to(x.device)
+
+
+def _predict(denoise: Denoise, sampler: Sampler, x: Tensor, t: Tensor, s: Tensor) -> Prediction:
+    target = sampler.target_time(s)
+    return denoise(x, t) if target is None else denoise(x, t, target)

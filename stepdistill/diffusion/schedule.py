@@ -58,6 +58,8 @@ class NoiseSchedule(abc.ABC):
 
     sigma_data: float = 1.0
     """Standard deviation of the data, used by EDM's and TrigFlow's preconditioning."""
+    shift: float = 1.0
+    """How far a flow's grid is moved towards noise; 1 is not at all."""
 
     def __init__(self) -> None:
         self._grids: dict[int, Tensor] = {}

@@ -47,8 +47,10 @@ def _ddim(sampler: DDIM, teacher: Mapping[str, Any]) -> Any:
             return _flow(sampler.schedule)
         case Karras():
             return _edm_euler(sampler, sampler.schedule, teacher)
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+    if "timesteps" in sampler.pipeline_kwargs:  # which DDIMScheduler does not take; of order 1, the solver is DDIM
+        return DPMSolverMultistepScheduler.from_config(noise_process(teacher), solver_order=1)
     check_trailing_grid(sampler)
     # without clipping and with a last step to clean data, whatever the teacher's own sampler does
     return DDIMScheduler.from_config(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill.batch import Cond
 from stepdistill.discriminators.heads import grid_shape
 from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
-from stepdistill.losses.distribution_matching import sample_times
+from stepdistill.losses.levels import sample_times
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
 from stepdistill.networks.hooks import middle_block
@@ -77,8 +77,11 @@ class BottleneckCritic:
         t = torch.cat(times)
         x_t = self.schedule.add_noise(torch.cat(list(images)), torch.cat(noises), t)
         repeated = {name: torch.cat([value] * len(images)) for name, value in cond.items()}
-        logits = self.head(self.blocks(x_t, t, repeated)[-1])
-        return [[part] for part in logits.chunk(len(images))]
+        return [[part] for part in self.logits(x_t, t, repeated).chunk(len(images))]
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the logits (B, 1) of noised images (B, ...) at times (B,)."""
+        return self.head(self.blocks(x_t, t, cond)[-1])
 
     def generator_loss(self, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """Return the student's loss on its images (B, ...)."""

@@ -227,6 +227,11 @@ class Family(abc.ABC):
             s: target times (B,) in [0, t]; None skips that branch.
         """
 
+    def timesteps(self, t: Tensor, s: Tensor | None = None) -> Tensor:
+        """Return what the network embeds at times (B,): (B,) in float32, or with target times (B,) both, (B, 2)."""
+        now = self.schedule.timestep(t).float()
+        return now if s is None else torch.stack([now, self.schedule.timestep(s).float()], 1)
+
     @abc.abstractmethod
     def encode(self, raw: RawBatch) -> Batch:
         """Convert images and labels or captions to the networks' inputs."""

@@ -69,6 +69,6 @@ class DiT(PlainLatentFamily):
         assert self.num_classes is not None
         return {"class_labels": torch.tensor([index % self.num_classes for index in indices])}
 
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        output = network(x_t, timestep=self.schedule.timestep(t).float(), class_labels=cond["class_labels"]).sample
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        output = network(x_t, timestep=timestep, class_labels=cond["class_labels"]).sample
         return output[:, : x_t.shape[1]]  # the other channels, if any, are the variance

@@ -105,7 +105,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             "takes its guidance as an input, or none"
         )
 
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         _, _, height, width = x_t.shape
         rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
         places = torch.cartesian_prod(rows, columns)
@@ -115,7 +115,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
         )
         tokens = network(
             hidden_states=pack(x_t),
-            timestep=self.schedule.timestep(t).float() / 1000,
+            timestep=timestep / 1000,
             guidance=guidance,
             img_ids=pad(places, (1, 0)).to(x_t.dtype),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=x_t.dtype, device=x_t.device),

@@ -21,10 +21,11 @@ from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import open_pipeline
 from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_too_long
+from stepdistill.families.second_time import LAYERS, give_second_time, two_time_pipeline
 from stepdistill.loading import read_code
 
 
@@ -136,12 +137,25 @@ class LatentFamily(Family):
     def passes_eta(self) -> bool:
         return "eta" in inspect.signature(self.pipe.__call__).parameters
 
+    def add_inputs(self, inputs: Inputs) -> None:
+        if inputs.w is not None:
+            super().add_inputs(inputs)
+        self.add_second_time(inputs)
+
+    def add_second_time(self, inputs: Inputs) -> None:
+        """Extend the network by a second time, if that is among the inputs."""
+        if inputs.s:
+            give_second_time(self.network)
+            self.lora_targets = (*self.lora_targets, *LAYERS)  # type: ignore[misc]  # of this teacher alone
+        self.inputs = inputs
+
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
         scheduler = to_diffusers(sampler, self.scheduler_config)
         if "steps_offset" in scheduler.config:  # unused on a trailing grid; pipelines warn if it is not 1
             scheduler.register_to_config(steps_offset=1)
-        return rebuild(self.pipe, **{self.component: network, "scheduler": scheduler})
+        kind = two_time_pipeline(type(self.pipe)) if self.inputs.s else type(self.pipe)
+        return rebuild(self.pipe, kind=kind, **{self.component: network, "scheduler": scheduler})
 
     def teacher_pipeline(self, scheduler: Any | None) -> Any:
         if scheduler is not None:
@@ -167,12 +181,13 @@ class PlainLatentFamily(LatentFamily):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        assert w is None and s is None, "this network takes neither a guidance weight nor a second time"
-        return self.forward(network, x_t.to(next(network.parameters()).dtype), t, cond)
+        assert w is None, "this network takes no guidance weight"
+        assert s is None or self.inputs.s, "this network takes no second time"
+        return self.forward(network, x_t.to(next(network.parameters()).dtype), self.timesteps(t, s), cond)
 
     @abc.abstractmethod
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the output of :meth:`call`, given states in the network's precision."""
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return the output of :meth:`call`, given states in the network's precision and :meth:`timesteps`."""
 
 
 class TextToImageFamily(LatentFamily):
@@ -246,9 +261,10 @@ def mode(encoded: Mapping[str, Any]) -> Tensor:
     return encoded["latents"] if "latents" in encoded else encoded["latent"]
 
 
-def rebuild(pipe: Any, **parts: Any) -> Any:
-    """Return the same pipeline with other parts; the rest is shared."""
-    wanted = inspect.signature(type(pipe).__init__).parameters
+def rebuild(pipe: Any, *, kind: Any = None, **parts: Any) -> Any:
+    """Return the same pipeline with other parts, or of another class ``kind``; the rest is shared."""
+    kind = kind or type(pipe)
+    wanted = inspect.signature(kind.__init__).parameters
     parts = {**pipe.components, **parts}
     options = {name: value for name, value in pipe.config.items() if name in wanted and name not in parts}
-    return type(pipe)(**parts, **options)
+    return kind(**parts, **options)

@@ -60,12 +60,12 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
         return masked(self.pipe.encode_prompt(list(prompts), null, device=self.pipe.text_encoder.device), null)
 
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
             x_t,
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_attention_mask=cond["encoder_attention_mask"],
-            timestep=self.schedule.timestep(t).float(),
+            timestep=timestep,
             added_cond_kwargs=self.sizes(x_t),
         ).sample
         return output[:, : x_t.shape[1]]  # the other channels, if any, are the variance

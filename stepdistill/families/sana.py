@@ -61,11 +61,11 @@ class Sana(PlainLatentFamily, TextToImageFamily):
         embedded = self.pipe.encode_prompt(list(prompts), null, device=device, complex_human_instruction=instruction)
         return masked(embedded, null)
 
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output = network(
             x_t,
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_attention_mask=cond["encoder_attention_mask"],
-            timestep=self.schedule.timestep(t).float() * self.pipe.transformer.config.timestep_scale,
+            timestep=timestep * self.pipe.transformer.config.timestep_scale,
         ).sample
         return output[:, : x_t.shape[1]]  # the other channels, if any, are a variance

@@ -71,15 +71,15 @@ class SD(TextToImageFamily):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        assert s is None, "this network takes no second time"
+        assert s is None or self.inputs.s, "this network takes no second time"
         dtype = next(network.parameters()).dtype
         return network(
             self.schedule.network_input(x_t, t).to(dtype),
-            self.schedule.timestep(t).float(),
+            self.timesteps(t, s),
             encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
             timestep_cond=guidance_features(self.pipe, w, dtype),
         ).sample
 
     def add_inputs(self, inputs: Inputs) -> None:
         extend_unet(self.network, inputs)
-        self.inputs = inputs
+        self.add_second_time(inputs)

@@ -62,9 +62,9 @@ class SD3(PlainLatentFamily, TextToImageFamily):
             prompt, pooled = negative, negative_pooled
         return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
 
-    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return network(
             hidden_states=x_t,
-            timestep=self.schedule.timestep(t).float(),
+            timestep=timestep,
             **{name: value.to(x_t.dtype) for name, value in cond.items()},
         ).sample

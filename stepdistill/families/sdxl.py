@@ -77,14 +77,14 @@ class SDXL(TextToImageFamily):
         w: Tensor | None = None,
         s: Tensor | None = None,
     ) -> Tensor:
-        assert s is None, "this network takes no second time"
+        assert s is None or self.inputs.s, "this network takes no second time"
         dtype = next(network.parameters()).dtype
         _, height, width = self.image_shape
         # original size, crop, target size: the defaults of a call of the pipeline
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x_t.device)
         return network(
             self.schedule.network_input(x_t, t).to(dtype),
-            self.schedule.timestep(t).float(),
+            self.timesteps(t, s),
             encoder_hidden_states=cond["encoder_hidden_states"].to(dtype),
             timestep_cond=guidance_features(self.pipe, w, dtype),
             added_cond_kwargs={"text_embeds": cond["text_embeds"].to(dtype), "time_ids": time_ids.expand(len(x_t), -1)},
@@ -92,4 +92,4 @@ class SDXL(TextToImageFamily):
 
     def add_inputs(self, inputs: Inputs) -> None:
         extend_unet(self.network, inputs)
-        self.inputs = inputs
+        self.add_second_time(inputs)

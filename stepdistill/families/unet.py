@@ -43,13 +43,7 @@ def start_as_stock_pipelines(schedule: NoiseSchedule) -> None:
 
 
 def extend_unet(unet: Any, inputs: Inputs) -> None:
-    """Give the network diffusers' guidance input (``time_cond_proj_dim``), zero at first.
-
-    Raises:
-        ValueError: if a second time is requested, which no stock pipeline would pass on.
-    """
-    if inputs.s:
-        raise ValueError("teacher.family: UNet2DConditionModel takes no second time; choose one-time students")
+    """Give the network diffusers' guidance input (``time_cond_proj_dim``), zero at first."""
     if inputs.w is None:
         return
     embedding = unet.time_embedding

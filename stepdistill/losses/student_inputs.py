@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
-from stepdistill.batch import Batch
-from stepdistill.diffusion.samplers import Sampler, rollout
+from stepdistill.batch import Cond
+from stepdistill.diffusion.ode import invert_step, ode_step
+from stepdistill.diffusion.prediction import Denoise
+from stepdistill.diffusion.samplers import DDIM, Sampler, Visit, rollout, visits
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
 from stepdistill.families.base import MIN_ALPHA, Family
+from stepdistill.losses.regression import mean_square
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -18,17 +23,51 @@ def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor)
     return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
 
 
-def backward_simulation(student: Denoiser, sampler: Sampler, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Return the student's inputs (B, ...) at one of its sampling steps, and their times (B,).
+def simulation(
+    student: Denoiser, sampler: Sampler, start: Tensor, cond: Cond, draws: Draws, *, fewest: int = 1,
+    learns_at: Collection[int] = (),
+) -> list[Visit]:  # fmt: skip
+    """Return what the student sees and predicts on its way from pure noise to one of its sampling steps.
 
-    The step is drawn at random for the whole batch, and the student itself sampled the inputs from pure noise. They
-    depend on no data, and carry no gradient.
+    The last prediction is at a step that is drawn at random for the whole batch, and carries a gradient.
+
+    Args:
+        student: the student.
+        sampler: its sampler.
+        start: the sampler's initial states (B, ...).
+        cond: conditioning of the batch.
+        draws: source of the step and of the sampler's noise.
+        fewest: least number of calls, 1 to the sampler's steps.
+        learns_at: other calls whose predictions carry a gradient.
     """
-    start = sampler.schedule.initial_noise(draws.normal_like(batch.x0))
-    step = draws.shared_integer(0, sampler.steps)
+    calls = draws.shared_integer(fewest - 1, sampler.steps) + 1
+    learns = {*learns_at, calls - 1}
+    return visits(student.conditioned(cond), sampler, start, calls, draws.normal_like, learns_at=learns)
+
+
+@torch.no_grad()
+def off_trajectory(visit: Visit, schedule: NoiseSchedule, s: Tensor) -> Tensor:
+    """Return where the straight continuation of a student's step leads at times ``s`` (B,), which no step ends at."""
+    return ode_step(visit.prediction, schedule, s)
+
+
+def landing_loss(teacher: Denoise, schedule: NoiseSchedule, first: Visit, steps: int, of: int) -> Tensor:
+    """Return the mean squared error of the clean image whose one step from pure noise lands where the teacher does.
+
+    On a flow it is the error of the velocity, as in DP-DMD (arXiv 2602.03139).
+
+    Args:
+        teacher: the teacher, its conditioning and guidance fixed.
+        schedule: its schedule.
+        first: the student at pure noise.
+        steps: DDIM steps of the teacher from the same noise.
+        of: number of steps of its whole way from noise to data.
+    """
+    ddim = DDIM(schedule, schedule.grid(of))
     with torch.no_grad():
-        x_t = rollout(student.conditioned(batch.cond), sampler, start, step, draws.normal_like)
-    return x_t, sampler.times[step].expand(batch.size).to(start.device)
+        landed = rollout(teacher, ddim, first.x_t, steps, torch.zeros_like)
+    end = ddim.times[steps].expand(len(first.t)).to(first.t)
+    return mean_square(first.prediction.x0, invert_step(first.x_t, landed, first.t, end, schedule)).mean()
 
 
 def check_first_step(family: Family, t: float = 1.0) -> None:

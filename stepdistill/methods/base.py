@@ -227,8 +227,15 @@ class Distiller(nn.Module, abc.ABC):
 
     def add_average(self, role: str, decay: Callable[[], float]) -> Denoiser:
         """Add an average of the student: after every step it keeps ``decay()`` of itself."""
-        self._averages[role] = decay
+        self.keep_near_student(role, decay)
         return self.add_role(role, STUDENT, trainable=False)
+
+    def keep_near_student(self, role: str, keep: Callable[[], float]) -> None:
+        """Move a role towards the student after every step: it keeps ``keep()`` of itself, 1 is all.
+
+        Of adapters, both factors are blended, and not their product: nearly the same while the two roles are close.
+        """
+        self._averages[role] = keep
 
     def add_target(self, decay: float) -> Denoiser:
         """Add the target of a consistency method: an average of the student; with ``decay`` 0 the student itself."""
@@ -288,9 +295,10 @@ class Distiller(nn.Module, abc.ABC):
             return self.turns[turn].loss(batch, draws)
 
     def after_step(self) -> None:
-        """Move the averages towards the student."""
-        for role, decay in self._averages.items():
-            self.bank.blend(role, STUDENT, decay())
+        """Move the averages, and other roles that stay near it, towards the student."""
+        for role, keep in self._averages.items():
+            if (share := keep()) < 1:
+                self.bank.blend(role, STUDENT, share)
 
     def sampler(self) -> Sampler:
         """Return the sampler of the present stage's student; it is made once per stage."""

@@ -15,6 +15,19 @@ DMD (:mod:`stepdistill.methods.dmd`) without its regression on pairs. Four thing
   it, from pure noise and without gradient; never a noised real image (Section 4.5).
 
 Under the adapter bank, teacher, student, fake score and critic are one network and two adapters.
+
+Later papers add terms, all off by default:
+
+- *Decoupled* (``split``, Liu et al. 2025, arXiv 2511.22677): the unguided matching and what guidance adds to it each
+  have a noise level of their own, the second only levels cleaner than the student's input.
+- *Diversity* (``diversity``, DP-DMD, arXiv 2602.03139): the first step is trained to land where the teacher is after
+  some of its steps from the same noise, and the later steps by matching.
+- *Off the trajectory* (``off_trajectory``, CDM, arXiv 2605.06376): matching also at states between the sampler's.
+- *Other divergences* (``divergence``, Xu et al. 2025, arXiv 2502.15681): the gradient is weighted by what the critic
+  thinks of the noised image.
+- *Dynamic renoising* (``dynamic_renoise``, DMDR, arXiv 2511.13649): images are compared at high noise first.
+- *Alignment* (``alignment``, IDA of SenseFlow, arXiv 2506.00523): the fake score moves towards the student when that
+  has moved.
 """
 
 from __future__ import annotations
@@ -26,12 +39,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler, Visit
 from stepdistill.discriminators.bottleneck import BottleneckCritic
 from stepdistill.families.base import Family
 from stepdistill.files import ranges
-from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
-from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
+from stepdistill.losses import distribution_matching as dm
+from stepdistill.losses import levels, student_inputs
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -61,12 +74,44 @@ class DMD2(Distiller):
         """Weight of the critic's loss, relative to the fake score's."""
         first_time: ranges.PositiveShare = 1.0
         """Time the first step is told, though its input is pure noise; 0.4 (timestep 399) for one step of SDXL."""
+        divisor_floor: ranges.PositiveFloat = dm.SMALLEST_DIVISOR
+        """Least value of the gradient's divisor; 0.1 in CDM."""
+        guidance_rescale: dm.Rescale = "none"
+        """Whether the guided velocity keeps the conditional one's norm, by token or over the image (Qwen-Image)."""
+        split: bool = False
+        """Whether matching and guidance are terms with noise levels of their own (Decoupled DMD)."""
+        augmentation_levels: Literal["below", "full"] = "below"
+        """Where the guidance term is evaluated: at levels cleaner than the student's input, or at all."""
+        dynamic_renoise: ranges.NonNegativeInt = 0
+        """Training steps over which levels go from mostly noise to uniform (10,000 in DMDR); 0: always uniform."""
+        divergence: dm.Divergence = "reverse_kl"
+        """What is minimised; all but reverse KL weight the gradient by the critic's density ratio."""
+        diversity: ranges.NonNegativeFloat = 0.0
+        """Weight of the first step's own loss (0.05 in DP-DMD); matching then trains the other steps alone."""
+        anchor: ranges.PositiveInt = 10
+        """Steps of the teacher to where the first step is to land; best at the time of the student's second step."""
+        anchor_steps: ranges.PositiveInt = 30
+        """Steps of the teacher from noise to data, of which it takes ``anchor``."""
+        off_trajectory: ranges.NonNegativeFloat = 0.0
+        """Weight of matching at states off the sampler's grid (1 in CDM)."""
+        random_steps: ranges.NonNegativeInt = 0
+        """Train on random grids of 1 to n steps (28 in CDM); at 0 on the sampler's own grid."""
+        alignment: ranges.Share = 1.0
+        """How much of itself the fake score keeps after a step of the student (0.97 in LightX2V); 1 is all."""
 
         def __post_init__(self) -> None:
             if self.fake_update == "alternate" and self.student_update_interval == 1:
                 raise ValueError(
                     "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
                 )
+            if self.divergence != "reverse_kl" and not self.gan_weight:
+                raise ValueError(f"gan_weight: expected above 0 with divergence {self.divergence!r}, got 0")
+            if self.first_time != 1 and (self.diversity or self.random_steps):
+                raise ValueError(f"first_time: expected 1 with diversity or random_steps, got {self.first_time}")
+            if self.diversity and 1 in (self.steps, self.random_steps):
+                raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
+            if self.anchor > self.anchor_steps:
+                raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -76,6 +121,9 @@ class DMD2(Distiller):
 
     def build(self) -> None:
         self.fake = self.add_role("fake")
+        self.keep_near_student("fake", self.fake_keeps)
+        scale, rescale, floor = self.config.guidance_scale, self.config.guidance_rescale, self.config.divisor_floor
+        self.matching = dm.Matching(self.teacher, self.fake, scale, rescale=rescale, floor=floor)
         if self.config.gan_weight:
             self.conditional_critic = True
             self.critic = BottleneckCritic(self.fake)
@@ -92,24 +140,83 @@ class DMD2(Distiller):
         """Return True on every step, or if the turns alternate on all steps but the student's."""
         return self.config.fake_update == "both" or not self.updates_student(step)
 
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return the student's clean images (B, ...) at a random step of its own backward simulation."""
-        x_t, t = backward_simulation(self.student, self.sampler(), batch, draws)
-        return self.student(x_t, t, batch.cond).x0
+    def fake_keeps(self) -> float:
+        """Return how much of itself the fake score keeps after the present step."""
+        return self.config.alignment if self.updates_student(self.step_in_stage) else 1.0
+
+    # ------------------------------------------------------------------------------------------------ the turns
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0 = self.generate(batch, draws)
-        matching, metrics = distribution_matching(self.guided_teacher(batch.cond), self.fake, x0, batch.cond, draws)
-        terms = {"matching": matching}
+        visited = self.simulate(batch, draws)
+        x0 = visited[-1].prediction.x0
+        terms, metrics = self.matching_terms(visited[-1], batch, draws)
+        if self.config.diversity:
+            terms["diversity"] = self.config.diversity * self.diversity_loss(visited[0], batch)
+        if self.config.off_trajectory:
+            terms["off_trajectory"] = self.config.off_trajectory * self.off_trajectory_loss(visited[-1], batch, draws)
         if self.config.gan_weight:
             terms["gan"] = self.config.gan_weight * self.critic.generator_loss(x0, batch.cond, draws)
-        return Losses(terms, metrics | {"diversity_ratio": diversity_ratio(x0, batch.x0)})
+        return Losses(terms, metrics | {"diversity_ratio": student_inputs.diversity_ratio(x0, batch.x0)})
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
             x0 = self.generate(batch, draws)
-        terms = {"denoising": fake_score_loss(self.fake, x0, batch.cond, draws)}
+        terms = {"denoising": dm.fake_score_loss(self.fake, x0, batch.cond, draws)}
         if not self.config.gan_weight:
             return Losses(terms)
         critic, metrics = self.critic.critic_loss(batch.x0, x0, batch.cond, draws)
         return Losses(terms | {"critic": self.config.critic_weight * critic}, metrics)
+
+    def generate(self, batch: Batch, draws: Draws) -> Tensor:
+        """Return the student's clean images (B, ...) at a random step of its own backward simulation."""
+        return self.simulate(batch, draws)[-1].prediction.x0
+
+    def simulate(self, batch: Batch, draws: Draws) -> list[Visit]:
+        """Return what the student sees on its way from noise to a random one of its steps."""
+        start = self.schedule.initial_noise(draws.normal_like(batch.x0))
+        fewest, learns_at = (2, {0}) if self.config.diversity else (1, ())
+        sampler = self.sampler()
+        if self.config.random_steps:
+            grid = levels.random_grid(self.schedule, draws, fewest, self.config.random_steps)
+            sampler = ConsistencySampler(self.schedule, grid)
+        return student_inputs.simulation(
+            self.student, sampler, start, batch.cond, draws, fewest=fewest, learns_at=learns_at
+        )
+
+    # ------------------------------------------------------------------------------------------------ the terms
+
+    def matching_terms(self, visit: Visit, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the terms of guided distribution matching of the student's images, and metrics."""
+        x0, level, weigh = visit.prediction.x0, self.level(draws), self.weigh(batch)
+        if not self.config.split:
+            loss, metrics = self.matching.guided(x0, batch.cond, draws, level, weigh)
+            return {"matching": loss}, metrics
+        loss, metrics = self.matching.unguided(x0, batch.cond, draws, level, weigh)
+        highest = visit.t if self.config.augmentation_levels == "below" else torch.ones_like(visit.t)
+        level = levels.cleaner_times(self.schedule, draws, highest, self.schedule.shift)
+        return {"matching": loss} | self.matching.augmentation(x0, batch.cond, draws, level), metrics
+
+    def level(self, draws: Draws) -> Tensor:
+        """Return the times (B,) at which the scores are compared."""
+        if self.config.dynamic_renoise:
+            return levels.dynamic_times(self.schedule, draws, self.step_in_stage / self.config.dynamic_renoise)
+        if self.config.split:
+            return levels.shifted_times(self.schedule, draws)
+        return levels.sample_times(self.schedule, draws, *levels.MATCHED)
+
+    def weigh(self, batch: Batch) -> dm.Weigh | None:
+        """Return the weights of another divergence than reverse KL's."""
+        if self.config.divergence == "reverse_kl":
+            return None
+        return lambda x_t, t: dm.divergence_weight(self.critic.logits(x_t, t, batch.cond), self.config.divergence)
+
+    def diversity_loss(self, first: Visit, batch: Batch) -> Tensor:
+        """Return the squared error of the first step, which is to land where the teacher is after ``anchor`` steps."""
+        teacher, steps, of = self.guided_teacher(batch.cond), self.config.anchor, self.config.anchor_steps
+        return student_inputs.landing_loss(teacher, self.schedule, first, steps, of)
+
+    def off_trajectory_loss(self, visit: Visit, batch: Batch, draws: Draws) -> Tensor:
+        """Return unguided matching of the student's images at a random time on the straight line of its step."""
+        s = levels.shifted_times(self.schedule, draws)
+        x0 = self.student(student_inputs.off_trajectory(visit, self.schedule, s), s, batch.cond).x0
+        return self.matching.unguided(x0, batch.cond, draws, levels.shifted_times(self.schedule, draws))[0]

@@ -48,7 +48,7 @@ from stepdistill.files.ranges import (
 )
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
-from stepdistill.losses.student_inputs import backward_simulation, diversity_ratio
+from stepdistill.losses.student_inputs import diversity_ratio, simulation
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -130,8 +130,9 @@ class ImagineFlash(Distiller):
 
     def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's clean images (B, ...), and its inputs (B, ...) at times (B,), from its own sampling."""
-        x_t, t = backward_simulation(self.student, self.sampler(), batch, draws)
-        return self.student(x_t, t, batch.cond).x0, x_t, t
+        start = self.schedule.initial_noise(draws.normal_like(batch.x0))
+        x_t, t, (x0, _) = simulation(self.student, self.sampler(), start, batch.cond, draws)[-1]
+        return x0, x_t, t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, x_t, t = self.generate(batch, draws)

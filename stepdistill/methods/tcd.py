@@ -15,6 +15,11 @@ arrive at the same ``x_s``, for any s between there and clean data. Errors stay 
 way. A *two-time* student (the paper's S+) is given s as an input, and predicts the mean clean image over the jump
 instead of the one at its start.
 
+*Segments* bound the jumps. The time axis is cut where a sampler of M steps begins its steps, and no jump leaves its
+segment. If it always goes to the segment's end, t implies s, and the student needs no second time (phased consistency
+models, PCM, Wang et al. 2024, 2405.18407); with M = 1 that is LCM. Hyper-SD (Ren et al. 2024, 2404.13686) jumps
+anywhere in the segment, in stages of 8, 4, 2 and 1 segments.
+
 Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.StrategicStochasticSampler`): jump below the
 next time by the fraction gamma, then add noise to return to it.
 """
@@ -36,7 +41,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt, Share
 from stepdistill.losses.consistency import check_intervals, skip_grid
 from stepdistill.losses.regression import Distance, distance
-from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -91,7 +96,12 @@ class TCD(Distiller):
         """Guidance baked into the student; 1 is none."""
         gamma: Share | None = None
         """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more. By default 0.2,
-        or 0 for a teacher whose stock scheduler or pipeline adds no noise back, see :func:`default_gamma`."""
+        or 0 with several segments, or for a teacher whose stock scheduler or pipeline adds no noise back, see
+        :func:`default_gamma`."""
+        segments: tuple[PositiveInt, ...] = ()
+        """Stages of training by their number of segments: [4] for PCM, [8, 4, 2, 1] for Hyper-SD; by default one."""
+        target: Literal["random", "edge"] = "random"
+        """Where a jump ends: at any time of its segment, or at the segment's end (PCM)."""
         distance: Distance = "huber"
         target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
@@ -99,17 +109,46 @@ class TCD(Distiller):
         def __post_init__(self) -> None:
             if self.two_time and self.order != 1:
                 raise ValueError(f"order: expected 1 with two_time, which replaces a second call, got {self.order}")
+            last = self.last_segments
+            if self.steps != last and (last > 1 or self.target == "edge"):
+                raise ValueError(f"steps: expected the last number of segments, {last}, got {self.steps}")
+            if self.gamma and last > 1:
+                raise ValueError(f"gamma: expected 0 with segments, which no jump leaves, got {self.gamma}")
+
+        @property
+        def last_segments(self) -> int:
+            """The number of segments of the finished student."""
+            return self.segments[-1] if self.segments else 1
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
-        gamma = default_gamma(family) if config.gamma is None else config.gamma
+        usual = default_gamma(family) if config.last_segments == 1 else 0.0
+        gamma = usual if config.gamma is None else config.gamma
         return StrategicStochasticSampler(family.schedule, times, gamma, two_time=config.two_time)
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:
         return Inputs(s=config.two_time)
+
+    def stages(self, steps: int) -> list[Stage]:
+        if not self.config.segments:
+            return super().stages(steps)
+        return split_steps(steps, {f"{count}-steps": (count, 1.0) for count in self.config.segments})
+
+    def stage_sampler(self) -> Sampler:
+        """Return the sampler whose steps cross one segment each, but for the finished student."""
+        if self.stage.value in (None, *self.config.segments[-1:]):
+            return self.make_sampler(self.config, self.family)
+        times = skip_grid(self.schedule, self.stage.value, self.config.solver_steps)
+        return StrategicStochasticSampler(self.schedule, times, 0.0, two_time=self.config.two_time)
+
+    def segment_ends(self, device: torch.device) -> Tensor:
+        """Return the index (solver_steps,) of the grid at which the segment of every grid time but the last ends."""
+        steps, count = self.config.solver_steps, self.stage.value or 1
+        begins = torch.tensor([steps * m // count for m in range(1, count + 1)], device=device)
+        return begins[torch.searchsorted(begins, torch.arange(steps, device=device), right=True)]
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)
@@ -119,7 +158,9 @@ class TCD(Distiller):
         steps = self.config.solver_steps
         grid = self.times(self.schedule.trajectory, steps, draws.device)
         i = draws.integers(0, steps)
-        j = i + 1 + (draws.uniform() * (steps - i)).long()  # uniform over the grid points below t
+        j = self.segment_ends(draws.device)[i]
+        if self.config.target == "random":
+            j = i + 1 + (draws.uniform() * (j - i)).long()  # uniform over the segment's grid points below t
         t, t_next, s = grid[i], grid[i + 1], grid[j]
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         with self.computing_target(self.target):

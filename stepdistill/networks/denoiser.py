@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.guidance import Rescale, guide
 from stepdistill.diffusion.prediction import Denoise, Prediction, to_prediction
-from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.networks.bank import NetworkBank
 
@@ -68,18 +69,26 @@ class Denoiser:
         """Return the denoiser with its conditioning (and guidance input ``w``) fixed."""
         return lambda x_t, t, s=None: self(x_t, t, cond, w=w, s=s)
 
-    def guided(self, cond: Cond, w: Tensor | float) -> Denoise:
+    def guided(self, cond: Cond, w: Tensor | float, rescale: Rescale = "none") -> Denoise:
         """Return the denoiser under guidance weight ``w``, its conditioning fixed; 0 is none, at half the cost."""
         if not torch.is_tensor(w) and w == 0:
             return self.conditioned(cond)
-        null = self.family.null_cond(cond)
-        return lambda x_t, t: classifier_free_guidance(self, x_t, t, cond, null, w)
+        return lambda x_t, t: self.guided_and_conditional(x_t, t, cond, w, rescale)[0]
+
+    def guided_and_conditional(
+        self, x_t: Tensor, t: Tensor, cond: Cond, w: Tensor | float, rescale: Rescale = "none"
+    ) -> tuple[Prediction, Prediction]:
+        """Return the prediction under guidance weight ``w`` and the conditional one, of one call of twice the batch."""
+        conditional, null = conditional_and_null(self, x_t, t, cond, self.family.null_cond(cond))
+        return guide(conditional, null, w, x_t, t, self.schedule, rescale), conditional
 
     @torch.no_grad()
     def jvp(
-        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, s: Tensor | None = None
     ) -> tuple[Prediction, Prediction]:
         """Return the prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
+
+        The derivative is at fixed ``s``, also for a network that is told the difference of both times.
 
         Args:
             x_t: noisy images (B, ...).
@@ -87,13 +96,14 @@ class Denoiser:
             cond: conditioning of the batch.
             dx: direction of the images, (B, ...).
             dt: direction of the times, (B,).
+            s: target times (B,), for networks that take a second time.
 
         Raises:
             NotImplementedError, RuntimeError: from torch, for a network with an operation that has no forward
                 derivative, such as a fused attention kernel.
         """
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
-            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond), (x_t, t), (dx, dt))
+            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond, s=s), (x_t, t), (dx, dt))
             return prediction, derivative
 
 
@@ -119,6 +129,24 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
+def conditional_and_null(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], null: Mapping[str, Tensor]
+) -> tuple[Prediction, Prediction]:
+    """Return the predictions under a condition and under the null condition, both in one batched call.
+
+    Args:
+        denoiser: any conditional denoiser.
+        x_t: noisy images (B, ...).
+        t: times (B,).
+        cond: conditioning of the batch.
+        null: the null conditioning, of the same shapes.
+    """
+    both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+    x0, eps = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
+    return Prediction(x0_cond, eps_cond), Prediction(x0_null, eps_null)
+
+
 def classifier_free_guidance(
     denoiser: Denoiser,
     x_t: Tensor,
@@ -127,18 +155,6 @@ def classifier_free_guidance(
     null: Mapping[str, Tensor],
     w: Tensor | float,
 ) -> Prediction:
-    """Return the guided prediction ``(1 + w) conditional - w unconditional``, both halves in one batched call.
-
-    Args:
-        denoiser: any conditional denoiser.
-        x_t: noisy images (B, ...).
-        t: times (B,).
-        cond: conditioning of the batch.
-        null: the null conditioning, of the same shapes.
-        w: guidance weights (B,) or one number; 0 is the conditional prediction, -1 the unconditional one.
-    """
-    both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-    x0, eps = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-    w = expand(torch.as_tensor(w, dtype=torch.float64).expand(len(x_t)), x_t)
-    (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
-    return Prediction(torch.lerp(x0_null, x0_cond, 1 + w), torch.lerp(eps_null, eps_cond, 1 + w))
+    """Return the guided prediction; arguments as for :func:`conditional_and_null` and :func:`guide`."""
+    conditional, unconditional = conditional_and_null(denoiser, x_t, t, cond, null)
+    return guide(conditional, unconditional, w, x_t, t, denoiser.schedule)

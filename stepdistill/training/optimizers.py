@@ -62,3 +62,12 @@ class RAdam(torch.optim.RAdam):
         if self.found_inf is not None and bool(self.found_inf):
             return None
         return super().step(closure)
+
+
+def step_at(optimizer: torch.optim.Optimizer, rate: float, skip: Tensor) -> None:
+    """Make one step at a learning rate, and forget the gradients; nothing moves if ``skip``, a scalar, is 1."""
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -38,6 +38,7 @@ from stepdistill.training.heartbeat import Heartbeat, naming_the_lost
 from stepdistill.training.identity import RunIdentity
 from stepdistill.training.interruption import ECHO, Agreement, StopSignal, exit_code
 from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
+from stepdistill.training.optimizers import step_at
 from stepdistill.training.parallelism import choose_parallelism, make_accelerator
 from stepdistill.training.reporting import Reporter, show
 from stepdistill.training.run_state import SavedState, load_weights, newest_checkpoint, trained_weights
@@ -183,12 +184,8 @@ class Trainer:
         flag = self.guard.check(self.step, turn.name, scalars)
         self.nan.before_move(self.step)
         for name in turn.parts:
-            optimizer = self.optimizers[name]
-            optimizer.found_inf = flag  # type: ignore[attr-defined]  # the step is skipped while it is 1
-            for group in optimizer.param_groups:
-                group["lr"] = self.optim[name].lr_at(step_in_stage, self.distiller.stage.steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            rate = self.optim[name].lr_at(step_in_stage, self.distiller.stage.steps)
+            step_at(self.optimizers[name], rate, flag)
         return logs
 
     def _accumulate(self, turn: Turn, batches: list[Batch]) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ CASES = {
     "scm": Case(falls="tangent"),  # the loss is of a normalised tangent, which has the same length at the optimum
     "dmd": Case(overfits="fake"),
     "dmd2": Case({"student_update_interval": 2}, overfits="fake"),
+    "cdm": Case({"most_steps": 3}, overfits="fake"),
     "add": Case({"steps": 2, "critic_warmup": 0}, overfits="critic", overfit_lr=2e-2),
     "ladd": Case({"warmup": 2, "critic_warmup": 1, "student_update_interval": 1}, overfits="critic", overfit_lr=2e-2),
     "imagine_flash": Case({"steps": 2, "teacher_steps": 2, "critic_warmup": 0}, overfits="critic", overfit_lr=2e-2),

@@ -15,7 +15,6 @@ from stepdistill.diffusion.samplers import ConsistencySampler, rollout
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
-from stepdistill.losses.student_inputs import backward_simulation
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -170,9 +169,9 @@ def test_the_students_input_is_its_own_rollout_and_carries_no_gradient_and_no_da
     seen = {}
     for seed in range(16):
         batch = batch_of_four()
-        x_t, t = backward_simulation(distiller.student, distiller.sampler(), batch, Draws(seed, 4))
+        x_t, t, _ = distiller.simulate(batch, Draws(seed, 4))[-1]
         shifted = Batch(batch.x0 + 9, LABELS, 4)
-        other, _ = backward_simulation(distiller.student, distiller.sampler(), shifted, Draws(seed, 4))
+        other, _, _ = distiller.simulate(shifted, Draws(seed, 4))[-1]
         assert torch.equal(distiller.generate(shifted, Draws(seed, 4)), distiller.student(x_t, t, LABELS).x0)
         assert not x_t.requires_grad and torch.equal(x_t, other) and len(t.unique()) == 1
         draws = Draws(seed, 4)

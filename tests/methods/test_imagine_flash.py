@@ -9,7 +9,7 @@ from oracles import SCHEDULES, Gaussian, OracleFamily, native_types, three_clust
 from torch import nn
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.prediction import from_x0, to_prediction
+from stepdistill.diffusion.prediction import Prediction, from_x0, to_prediction
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, rollout, sample
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
@@ -48,9 +48,8 @@ def test_a_rollout_of_no_steps_is_the_noise(monkeypatch):
     assert torch.equal(seen[0][0], distiller.schedule.initial_noise(noise)) and (seen[0][1] == 1).all()
 
 
-class ORACLE_ANSWER:  # noqa: N801
-    def __init__(self, x):
-        self.x0 = x
+def ORACLE_ANSWER(x):  # noqa: N802
+    return Prediction(x, x)
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])

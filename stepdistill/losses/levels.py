@@ -1,0 +1,70 @@
+"""Noise levels that losses are evaluated at, and grids that students are rolled out on.
+
+Times are those of a schedule. Where a flow's sampling grid is shifted towards noise, levels can be drawn uniformly and
+shifted alike (``shift``); other schedules have a shift of 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.randomness import Draws
+
+MATCHED = (0.02, 0.98)
+"""The range of times at which scores are compared: beyond it the divisor or the difference is uninformative."""
+
+FIRST_BETA = (4.0, 1.5)
+"""Where dynamic renoising begins, mostly noise; it ends at (1, 1), which is uniform."""
+
+INNER = (0.25, 0.95)
+"""The range of the times of a random grid between the first, pure noise, and the end."""
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Return times moved towards noise as a flow's grid is (SD3, Eq. 23); the shift ``1 / shift`` is the inverse."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Return uniform times (B,) between the shares ``low`` and ``high`` of the times that networks are trained at."""
+    lowest = schedule.lowest_time
+    return lowest + (1 - lowest) * draws.uniform(low, high)
+
+
+def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
+    """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED`."""
+    return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)
+
+
+def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float = 1.0) -> Tensor:
+    """Return times (B,) from clean data up to ``t`` (B,), uniform before the shift."""
+    u = draws.uniform() * shifted(t.double(), 1 / shift)
+    return torch.minimum(shifted(u, shift).clamp(min=schedule.lowest_time), t.double())
+
+
+def dynamic_times(schedule: NoiseSchedule, draws: Draws, progress: float) -> Tensor:
+    """Return times (B,) that are mostly noise at first and uniform in the end (DMDR, arXiv 2511.13649).
+
+    Their Beta distribution changes from :data:`FIRST_BETA` to (1, 1) along a cosine of ``progress``, 0 to 1.
+    """
+    rest = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    a, b = (1 + (first - 1) * rest for first in FIRST_BETA)
+    lowest, (low, high) = schedule.lowest_time, MATCHED
+    return lowest + (1 - lowest) * (low + (high - low) * draws.beta(a, b))
+
+
+def random_grid(schedule: NoiseSchedule, draws: Draws, fewest: int, most: int) -> Tensor:
+    """Return the descending times of ``fewest`` to ``most`` steps from 1 to 0, the same in every process.
+
+    The times between are uniform in :data:`INNER`, of a discrete process whole timesteps; two that fall together are
+    one.
+    """
+    steps = draws.shared_integer(fewest, most + 1)
+    low, high = INNER
+    between = schedule.shortened(low + (high - low) * draws.shared_uniforms(steps - 1), 1.0)[1]
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return torch.cat([between, ends]).unique().flip(0)

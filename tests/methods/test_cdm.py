@@ -1,0 +1,103 @@
+"""CDM: its three terms, who moves when, what a step costs, and a mixture's students in one training."""
+
+import pytest
+import torch
+from adversarial_students import mode_shares, mode_test, taught_by, train_adversarially
+from mixtures import landing
+from network_calls import calls_of
+from oracles import SCHEDULES, three_clusters
+
+from stepdistill.batch import Batch
+from stepdistill.families.pixel import Pixel
+from stepdistill.methods.cdm import CDM
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.copy_bank import CopyBank
+from stepdistill.randomness import Draws
+
+COSINE = SCHEDULES["cosine"]
+LABELS = {"class_labels": torch.tensor([0, 1, 2, 0])}
+BATCH = Batch(None, LABELS, 4)
+both_banks = pytest.mark.parametrize("bank", ["copy", "adapter"])
+
+
+def tiny(bank="copy", **options):
+    family = Pixel.tiny()
+    banks = {"copy": CopyBank, "adapter": lambda net: AdapterBank(net, rank=2, targets=family.lora_targets)}
+    return CDM(family, banks[bank](family.network), CDM.Config(**options))
+
+
+def test_the_fake_score_moves_always_and_every_second_time_the_student():
+    turns = tiny().turns
+    assert all(turns["fake"].when(step) for step in range(6))
+    assert [step for step in range(6) if turns["student"].when(step)] == [1, 3, 5]
+
+
+@both_banks
+def test_a_student_that_is_the_teacher_with_a_perfect_fake_score_feels_guidance_alone(bank):
+    terms = tiny(bank)("student", BATCH, Draws(0, 4)).terms
+    assert {name: term.item() for name, term in terms.items()} == {"matching": 0, "off_trajectory": 0}
+    terms = tiny(bank, guidance_scale=3.0)("student", BATCH, Draws(0, 4)).terms
+    assert terms["matching"].item() == terms["off_trajectory"].item() == 0 and terms["augmentation"].item() > 0
+
+
+@both_banks
+@pytest.mark.parametrize(("guidance_scale", "teacher"), [(1.0, 2), (3.0, 4)])
+def test_a_step_costs_what_the_paper_states(bank, guidance_scale, teacher):
+    """METHODS_2026, 15.5: student 2 with gradient and the rollout, teacher 4 under guidance, fake score 2."""
+    distiller = tiny(bank, most_steps=5, guidance_scale=guidance_scale)
+    rolled = set()
+    for seed in range(6):
+        calls = calls_of(distiller, "student", BATCH, Draws(seed, 4))
+        rolled.add(calls.pop("student", 0))
+        assert calls == {"student with gradient": 2, "teacher": teacher, "fake": 2}
+        calls = calls_of(distiller, "fake", BATCH, Draws(seed, 4))
+        assert calls.pop("student") >= 1 and calls == {"fake with gradient": 1}
+    assert max(rolled) <= 4 and len(rolled) > 1
+
+
+def test_gradients_are_twice_dmds():
+    oracle = three_clusters(COSINE, "v_prediction", conditional=True)
+    distiller = taught_by(CDM, oracle, 3, most_steps=1)
+    with torch.no_grad():
+        distiller.bank.networks["fake"].fc3.bias += 0.1
+    visit = distiller.visit(BATCH, draws := Draws(0, 4))
+    draws.uniform()  # the level of the first term, which is not there without guidance
+    expected, _ = distiller.matching.unguided(visit.prediction.x0, LABELS, draws, distiller.level(draws))
+    found = distiller("student", BATCH, Draws(0, 4)).terms["matching"]
+    torch.testing.assert_close(found, 2 * expected)
+
+
+@both_banks
+def test_the_fake_score_stays_near_the_student(bank):
+    distiller = tiny(bank, alignment=0.75)
+    with torch.no_grad():
+        for tensor in distiller.bank.state("student").values():
+            tensor += torch.randn_like(tensor)
+    roles = [[tensor.clone() for tensor in distiller.bank.state(role).values()] for role in ("fake", "student")]
+    distiller.after_step()
+    for found, fake, student in zip(distiller.bank.state("fake").values(), *roles, strict=True):
+        torch.testing.assert_close(found, 0.75 * fake + 0.25 * student)
+
+
+def test_the_students_input_depends_on_no_data_and_carries_no_gradient():
+    distiller = tiny(most_steps=4)
+    visit = distiller.visit(Batch(torch.randn(4, 1, 8, 8), LABELS, 4), Draws(2, 4))
+    assert torch.equal(visit.x_t, distiller.visit(BATCH, Draws(2, 4)).x_t)
+    assert not visit.x_t.requires_grad and visit.prediction.x0.requires_grad
+
+
+NEAR = 0.25
+"""Sliced Wasserstein distance of a trained student's points to the data; DDIM of the perfect teacher has 1.1, 0.45 and
+0.14 with 1, 2 and 4 calls."""
+
+
+def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
+    torch.manual_seed(0)
+    oracle = three_clusters(COSINE, "v_prediction")
+    options = {"most_steps": 4, "student_update_interval": 3}
+    distiller = train_adversarially(CDM, oracle, 1500, lr=5e-3, size=256, **options)
+    for steps in (1, 2, 4):
+        student, teacher = landing(distiller, oracle, steps, size=6000)
+        shares, stray = mode_shares(distiller, 3000)
+        assert mode_test(shares, 1) < 0.02 and stray < 0.2, (steps, shares, stray)
+        assert student < NEAR and (steps == 4 or student < 0.5 * teacher)

@@ -1,0 +1,122 @@
+"""TCD in segments: PCM, which jumps to a segment's end, and Hyper-SD's stages."""
+
+import pytest
+import torch
+from mixtures import Known, batch_of, landing, loss_of, make, put, train
+from oracles import SCHEDULES, Gaussian, three_clusters
+
+from stepdistill.diffusion.schedule import expand
+from stepdistill.files.schema import build
+from stepdistill.methods.base import Stage
+from stepdistill.methods.lcm import LCM
+from stepdistill.methods.tcd import TCD
+from stepdistill.randomness import Draws
+
+COSINE = SCHEDULES["cosine"]
+TWO = torch.tensor([0.3, -0.2], dtype=torch.float64)
+PCM = {"target": "edge", "gamma": 0.0}
+
+
+def staged(distiller, count):
+    distiller.stage = Stage(f"{count}-steps", 100, count)
+    return distiller
+
+
+def pcm(count, oracle, **options):
+    return staged(make(TCD, oracle, oracle, steps=count, segments=(count,), **PCM, **options), count)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(12, 4), (10, 4), (7, 7), (9, 1)])
+def test_a_segment_ends_where_a_sampler_of_as_many_steps_begins_the_next(steps, count):
+    distiller = pcm(count, Gaussian(TWO, 0.5, COSINE, "v_prediction"), solver_steps=steps)
+    grid, times = COSINE.trajectory(steps), distiller.sampler().times
+    for i, end in enumerate(distiller.segment_ends(torch.device("cpu"))):
+        below = times[times < grid[i] - 1e-9]  # an end of a segment belongs to the one above it
+        assert grid[end] == below[0]
+
+
+def test_of_one_segment_it_is_lcm():
+    """The same target and the same input, with the same noise; METHODS_2026, 21.1."""
+    oracle = three_clusters(COSINE, "v_prediction")
+    phased = pcm(1, oracle, solver_steps=20, distance="l2", target_ema=0.0)
+    lcm = make(LCM, oracle, oracle, solver_steps=20, distance="l2", target_ema=0.0)
+    batch = batch_of(oracle, 64)
+    torch.testing.assert_close(loss_of(phased, batch), loss_of(lcm, batch), rtol=1e-6, atol=0)
+
+
+def test_of_as_many_segments_as_teacher_steps_the_target_is_the_teachers_step():
+    oracle = three_clusters(COSINE, "v_prediction")
+    distiller = pcm(20, oracle, solver_steps=20, distance="l2")
+    assert loss_of(distiller, batch_of(oracle, 64)).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_exact_solution_to_the_segments_end_is_an_optimum(count):
+    """Of a Gaussian, in the limit of a fine grid: t implies s, so that a network of one time can be exact."""
+    oracle, losses = Gaussian(TWO, 0.5, COSINE, "v_prediction"), []
+    for n in (16, 128):
+        distiller = pcm(count, oracle, solver_steps=n, distance="l2")
+        grid, ends = COSINE.trajectory(n), distiller.segment_ends(torch.device("cpu"))
+
+        def end(x_t, t, labels, grid=grid, ends=ends):
+            """The clean image whose DDIM step lands where the exact path is at the segment's end."""
+            s = grid[ends[(grid[:-1] - t[:, None]).abs().argmin(1)]]
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = COSINE.coefficients(t, x_t), COSINE.coefficients(s, x_t)
+            landed, ratio = oracle.solve(x_t, t, s), sigma_s / sigma_t
+            return torch.where(expand(t <= s, x_t) > 0, x_t, (landed - ratio * x_t) / (alpha_s - ratio * alpha_t))
+
+        put(distiller, Known(COSINE, "v_prediction", end))
+        losses.append(loss_of(distiller, batch_of(oracle, 512)).item())
+    assert losses[1] < losses[0] / 20 and losses[1] < 1e-4
+
+
+def test_jumps_anywhere_in_a_segment_never_leave_it(monkeypatch):
+    oracle = Gaussian(TWO, 0.5, COSINE, "v_prediction")
+    distiller = staged(make(TCD, oracle, oracle, steps=4, segments=(4,), gamma=0.0, solver_steps=12), 4)
+    jumps = []
+    monkeypatch.setattr(distiller, "jump", lambda d, x, t, s, cond: jumps.append((t, s)) or x)
+    distiller("student", batch_of(oracle, 500), Draws(0, 500))
+    (_, s), (t, _) = jumps
+    times = distiller.sampler().times
+    segment = lambda time: torch.searchsorted(times.flip(0), time)  # noqa: E731
+    assert ((segment(t) == segment(s)) | (segment(t) == segment(s) + 1)).all() and (s < t).all()
+    assert len(set(zip(t.tolist(), s.tolist(), strict=True))) == 4 * (3 + 2 + 1)
+
+
+def test_without_segments_it_is_tcd_to_the_bit():
+    oracle = three_clusters(COSINE, "v_prediction")
+    batch = batch_of(oracle, 32)
+    plain, one = make(TCD, oracle, oracle), staged(make(TCD, oracle, oracle, segments=(1,)), 1)
+    assert torch.equal(loss_of(plain, batch), loss_of(one, batch))
+
+
+def test_stages_have_the_samplers_of_their_students():
+    oracle = Gaussian(TWO, 0.5, COSINE, "v_prediction")
+    distiller = make(TCD, oracle, oracle, steps=2, segments=(8, 4, 2, 1), solver_steps=40)
+    stages = distiller.stages(80)
+    assert [(stage.value, stage.steps) for stage in stages] == [(8, 20), (4, 20), (2, 20), (1, 20)]
+    for stage, steps in zip(stages, (8, 4, 2, 2), strict=True):
+        distiller.stage = stage
+        assert distiller.sampler().steps == steps
+    assert distiller.sampler().gamma == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": [4], "steps": 2, "gamma": 0.0}, "steps: expected the last number of segments, 4, got 2"),
+        ({"segments": [4], "gamma": 0.2}, "gamma: expected 0 with segments"),
+        ({"target": "edge", "steps": 4}, "steps: expected the last number of segments, 1, got 4"),
+        ({"segments": [0]}, "expected at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(TCD.Config, options)
+
+
+def test_a_phased_student_of_two_clusters_steps_is_nearer_to_the_data_than_its_teacher():
+    oracle = three_clusters(COSINE, "v_prediction")
+    distiller = train(TCD, oracle, 1200, steps=2, segments=(2,), solver_steps=20, **PCM)
+    student, teacher = landing(distiller, oracle, 2, size=6000)
+    assert student < 0.5 * teacher
