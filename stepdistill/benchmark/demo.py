@@ -21,7 +21,7 @@ from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.poster import Shown, draw_poster, images_of, poster_rows
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.samples import Samples
-from stepdistill.benchmark.tables import Row, compared, text
+from stepdistill.benchmark.tables import Row, compared, of_kind, text
 from stepdistill.config import read_config
 from stepdistill.export.contract import read_contract
 from stepdistill.files.reading import read_json
@@ -78,7 +78,9 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     print("3 of 3: drawing ...", flush=True)
     images = {row["name"]: images_of(bench, row, config.shown) for row in poster_rows(rows, bench.metric)}
     picture = draw_poster(bench, images, config.shown, output.with_name("report.png"))
-    write_samples(output, images, config.shown)
+    by_calls = sorted(of_kind(rows, "solver", "student"), key=lambda row: row["calls"])
+    names = [row["name"] for row in of_kind(rows, "teacher") + by_calls if row["name"] in images]
+    write_samples(output, {name: images[name] for name in names}, config.shown)
     page = write_report([output], output.with_name("report.html"))
     print_table(rows, bench.metric)
     print(f"\n{time.perf_counter() - began:.0f} s.  Look at {visible(str(picture))} and {visible(str(page))}")
