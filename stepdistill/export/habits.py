@@ -27,8 +27,7 @@ def check_habits(contract: Contract, call: Mapping[str, Any]) -> None:
     if bounds:
         if not min(bounds) <= scale <= max(bounds):
             raise ValueError(
-                f"guidance_scale: expected {min(bounds):g} to {max(bounds):g}, for which this student was trained, "
-                f"got {scale:g}"
+                f"guidance_scale: got {scale:g}, but this student was trained for {min(bounds):g} to {max(bounds):g}"
             )
         return
     baked_in = contract.origin.guidance_distilled

@@ -59,7 +59,7 @@ def test_guidance_on_top_of_guidance_is_done_and_told(tmp_path, student):
 
 def test_guidance_out_of_an_inputs_range_is_refused(tmp_path, scaled, capsys):
     message = refusal(capsys, tmp_path / "a.png", scaled, "--prompt", "a face", "--guidance_scale", 7.5)
-    assert "guidance_scale: expected 1 to 4, for which this student was trained, got 7.5" in message
+    assert "guidance_scale: got 7.5, but this student was trained for 1 to 4" in message
     generate(tmp_path / "b.png", scaled, "--prompt", "a face", "--guidance_scale", 3)
 
 

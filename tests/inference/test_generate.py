@@ -104,6 +104,7 @@ def test_a_teacher_under_a_solver_paints_at_its_sections_size_whatever_its_preci
     assert images.shape == (1, 32, 32, 3) and images.std() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale. got 3")  # on top of the guidance that is baked in
 def test_guidance_leads_away_from_the_negative_prompt_on_both_sides(tmp_path, student, teacher):
     common = ("--pipeline", student, "--prompt", "a cat", "a dog", "--guidance_scale", 3.0, "--batch_size", 1)
     compare = ("--compare", "teacher", "--compare_steps", 2)
@@ -126,6 +127,7 @@ def test_guidance_leads_away_from_the_negative_prompt_on_both_sides(tmp_path, st
         assert abs(np.asarray(again).astype(int) - mud[:, side]).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale. got 3")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
