@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import stepdistill.evaluation.evaluate
+import stepdistill.evaluation.summary
 from stepdistill import load_pipeline
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
@@ -159,6 +160,7 @@ def generate_from(folder, out, trust):
 def evaluate(subject, folder, out, trust):
     with pytest.MonkeyPatch.context() as patch:  # what follows once all is open is tested elsewhere
         patch.setattr(stepdistill.evaluation.evaluate, "run_protocol", lambda *args, **kwargs: {})
+        patch.setattr(stepdistill.evaluation.summary, "summary", lambda result: "")
         main(["evaluate", subject, str(folder / "teacher"), "--output", str(out / "a.json"), *flags(trust)])
 
 

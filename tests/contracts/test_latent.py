@@ -161,15 +161,10 @@ def refused(method, family):
     [
         ("dit", "tcd", "DiTPipeline passes no eta"),
         ("dit", "guided", "DiT take no inputs"),
-        ("dit", "dmd2", "alpha_T"),
         ("sd3", "guided", "SD3 take no inputs"),
-        ("sd3", "tcd", "noises flows"),
         ("flux", "guided", "teacher.guidance_scale"),
-        ("flux", "tcd", "noises flows"),
         ("pixart", "guided", "PixArt take no inputs"),
-        ("pixart", "dmd2", "alpha_T"),
         ("sana", "guided", "Sana take no inputs"),
-        ("sana", "tcd", "noises flows"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused_with_a_reason(name, method, why):

@@ -46,7 +46,7 @@ def configured(**changes):
         ({"eval": {"num_samples": 1}}, "eval.num_samples: expected at least 2"),
         ({"train": {"keep": 0}}, "train.keep: expected at least 1"),
         ({"optim": {"fake": 5}}, "optim.fake: expected a section of keys, got 5"),
-        ({"optim": {"critics": {}}}, "optim.critics: the method has no such turn; known: fake, student"),
+        ({"optim": {"critics": {}}}, "optim.critics: the method has no such turn; known: fake, head, student"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_before_anything_is_opened(changes, message):

@@ -186,6 +186,7 @@ DIAGNOSTICS = {
             "diversity_ratio",
         },
         "fake": {"denoising", "critic"} | CRITIC,
+        "head": set(),
     },
     "ladd": {"student": {"loss", "diversity_ratio"}, "critic": {"loss"} | CRITIC},
 }
