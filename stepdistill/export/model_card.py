@@ -11,7 +11,7 @@ from stepdistill.export.contract import Contract
 from stepdistill.export.provenance import hub_id, public_name
 from stepdistill.files.words import shortened
 
-EXAMPLES = {"prompt": "'a face with green hair'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
+EXAMPLES = {"prompt": "'your prompt'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
 """Arguments of an example call, by the kind of condition."""
 TASKS = {"prompt": "text-to-image"}
 """The hub's name of what a pipeline does, by the kind of condition; the hub has none for classes."""

@@ -268,7 +268,7 @@ def test_bad_options_and_teachers_are_refused():
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.product), 2])
 def test_a_student_of_a_mixture_covers_all_modes(steps):
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
-    options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2, "reconstruction": "shifted"}
+    options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2}
     distiller = train_adversarially(ImagineFlash, ORACLE, 300, steps=steps, **options)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares

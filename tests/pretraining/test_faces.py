@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
-from stepdistill.assets import CLIPS, EMBEDDED, FACES
+from stepdistill.assets import CLIPS, EMBEDDED, FACES, TEACHERS
 from stepdistill.features.attributes import WORDS, AttributeReader
 from stepdistill.features.clip import Clip
+from stepdistill.features.loading import load_reader
 from stepdistill.features.vocabulary import UNASKED, Vocabulary
 from stepdistill.pretraining.clip import CaptionTokens, train_tokenizer
 from stepdistill.pretraining.faces import NUMBER_NAMED, caption, is_held_out, read_faces, values_of, visible
@@ -159,3 +161,17 @@ def test_the_embedded_judge_is_small_and_knows_the_words():
         asked, other = scores[colour == hair.index(name)][:, [column, 1 - column]].T
         assert (asked > other).mean() > 0.95
     assert sum(file.stat().st_size for file in CLIPS["faces"].iterdir()) < 1.5e6
+
+
+def test_the_embedded_teacher_is_small_and_follows_colours():
+    folder = TEACHERS["faces"]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a face with green hair and a yellow shirt", "a face with black hair and a navy shirt"] * 6
+    seeded = torch.Generator().manual_seed(0)
+    found = pipeline(prompts, num_inference_steps=10, guidance_scale=2.0, generator=seeded, output_type="pt").images
+    reader = load_reader("faces")
+    shown, asked = reader.read(reader.extract((found * 255).round().byte())), reader.vocabulary.asked(prompts)
+    wanted = asked != UNASKED
+    assert (shown == asked)[wanted].float().mean() > 0.85  # about one in ten by chance
