@@ -1,9 +1,10 @@
 """Train a small text-to-image teacher, a plain ``StableDiffusionPipeline``, from images and captions alone.
 
-The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half encodes the prompts; a second
-CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network, on latents
-that are computed once. Of several captions an image every visit draws one. The same command again resumes at the first
-part that is missing.
+The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half is the first text encoder; a
+second CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network
+together with the text encoder, on latents that are computed once. A text encoder that stays as its CLIP left it hides
+what its CLIP did not need, such as the colour of glasses. Of several captions an image every visit draws one. The same
+command again resumes at the first part that is missing.
 
     vae/  clip/  judge/     the parts; ``judge`` (half precision) is what ``evaluate.py --clip`` and ``--features`` take
     pipeline/               the teacher, its network and autoencoder in half precision
@@ -23,6 +24,7 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -30,12 +32,14 @@ from stepdistill.data.base import DataConfig, locate_data
 from stepdistill.data.columns import Texts
 from stepdistill.data.datasets import open_data
 from stepdistill.families.prompts import warn_too_long
-from stepdistill.families.sd import SD
+from stepdistill.features.loading import load_reader
+from stepdistill.features.vocabulary import Vocabulary
 from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
-from stepdistill.pretraining.vae import train_vae
+from stepdistill.pretraining.readable import named_values
+from stepdistill.pretraining.vae import encode, train_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class TextTeacherConfig:
     caption_dropout: Share = 0.1
     shift: NonNegativeInt = 0
     """Largest number of pixels by which the images of both CLIPs are moved."""
+    attributes: str | None = None
+    """An attribute reader, of which only the words are used: what captions say by them, the latents have to tell."""
 
     def __post_init__(self) -> None:
         if self.judge.seed == self.clip.seed:
@@ -77,6 +83,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     tokenizer = train_tokenizer(texts, config.vocabulary, config.max_tokens)
     warn_too_long(tokenizer, texts, limit=config.max_tokens)
     tokens = CaptionTokens(tokenizer, captions)
+    values, sizes = named_values(_words(config.attributes), captions)
 
     def part(name: str, train: Callable[[Path], Any]) -> Path:
         if not (folder / name / "config.json").is_file():
@@ -90,7 +97,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     def clip(fitting: FitConfig, log: Path) -> CLIPModel:
         return train_clip(images, tokens, fitting, config.shift, accelerator, log)
 
-    vae = part("vae", functools.partial(train_vae, images, config.vae, accelerator))
+    vae = part("vae", functools.partial(train_vae, images, values, sizes, config.vae, accelerator))
     part("clip", functools.partial(clip, config.clip))
     part("judge", lambda log: clip(config.judge, log).half())
     for name in ("clip", "judge"):
@@ -100,6 +107,12 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
     train_unet(pipe, images, tokens, config, accelerator, folder)
     return folder / "pipeline"
+
+
+def _words(reader: str | None) -> Vocabulary:
+    vocabulary = Vocabulary(attributes={}) if reader is None else load_reader(reader).vocabulary
+    assert vocabulary is not None, "load_reader checks it"
+    return vocabulary
 
 
 def read_all(data: DataConfig, size: int) -> tuple[Tensor, Sequence[Texts]]:
@@ -130,6 +143,18 @@ def assemble(
     )  # fmt: skip
 
 
+class Denoiser(nn.Module):
+    """A network and the text encoder that is trained with it."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, ids: Tensor) -> UNet2DConditionOutput:
+        """Return the prediction for ``x_t`` (B, c, h, w) and tokens ``ids`` (B, length)."""
+        return self.unet(x_t, timesteps, encoder_hidden_states=self.text_encoder(ids)[0])
+
+
 def train_unet(
     pipe: StableDiffusionPipeline,
     images: Tensor,
@@ -138,28 +163,22 @@ def train_unet(
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Train the network of ``pipe`` on encoded images and drawn captions, and save the pipeline from time to time."""
-    family = SD(pipe.to(accelerator.device))
-    with torch.no_grad():
-        latents = torch.cat([family.to_latents(batch).cpu() for batch in images.split(100)])
+    """Train the network and text encoder of ``pipe`` on encoded images and drawn captions; save it now and then."""
+    latents = encode(pipe.vae.to(accelerator.device), images, accelerator.device)
     null = captions.encode([""])
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dropped = torch.rand(len(index), 1, generator=generator) < config.caption_dropout
         ids = torch.where(dropped, null, captions.draw(index, generator)).to(accelerator.device)
-        with torch.no_grad():  # at every visit, because the embeddings of many captions an image fill the memory
-            text = pipe.text_encoder(ids)[0]
-        return denoising_loss(
-            network, pipe.scheduler, latents[index].to(accelerator.device), encoder_hidden_states=text
-        )
+        return denoising_loss(network, pipe.scheduler, latents[index].to(accelerator.device), ids=ids)
 
-    def save(average: UNet2DConditionModel) -> None:
-        parts = {**pipe.components, "unet": average}
+    def save(average: Denoiser) -> None:
+        parts = {**pipe.components, "unet": average.unet, "text_encoder": average.text_encoder}
         for name in ("vae", "unet"):  # not the text encoder, because transformers would open it in half precision
             parts[name] = copy.deepcopy(parts[name]).half()
         StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
 
     fit(
-        pipe.unet.requires_grad_(True), loss, count=len(images), config=config.unet, accelerator=accelerator,
-        log=folder / "unet.jsonl", save=save,
+        Denoiser(pipe.unet, pipe.text_encoder).requires_grad_(True), loss, count=len(images), config=config.unet,
+        accelerator=accelerator, log=folder / "unet.jsonl", save=save,
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 The loss is the absolute and the squared error of the reconstruction, and a light Kullback-Leibler term that keeps the
 latents near a unit Gaussian (Kingma & Welling, arXiv 1312.6114; Rombach et al., arXiv 2112.10752). The absolute error
-alone gives up details of one pixel, such as an earring.
+alone gives up details of one pixel, such as an earring. Where attributes are known, the latents also have to tell them
+through noise: see :mod:`stepdistill.pretraining.readable`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,30 +17,56 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from stepdistill.pretraining.fit import FitConfig, fit
+from stepdistill.pretraining.readable import LatentReader
 
-SQUARED_WEIGHT = 3.0
+SQUARED_WEIGHT = 5.0
 """Weight of the squared error, relative to the absolute one."""
-KL_WEIGHT = 5e-4
+KL_WEIGHT = 3e-4
 """Weight of the term per latent number, relative to the absolute error per colour value in [-1, 1]."""
+READ_WEIGHT = 0.2
+"""Weight of the mean cross-entropy of the attributes, likewise."""
 
 
-def train_vae(images: Tensor, config: FitConfig, accelerator: Accelerator, log: Path) -> AutoencoderKL:
-    """Train an autoencoder on ``images`` (N, C, H, W) in [-1, 1]; its latent channels have mean 0 and variance 1."""
+def train_vae(
+    images: Tensor, values: Tensor, sizes: Sequence[int], config: FitConfig, accelerator: Accelerator, log: Path
+) -> AutoencoderKL:
+    """Train an autoencoder on images; its latent channels have mean 0 and variance 1.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        values: what the latents have to tell of each image, (N, attributes), indices; of no attributes, (N, 0).
+        sizes: number of values of each attribute.
+        config: of the training.
+        accelerator: device, precision and processes.
+        log: file for the loss.
+    """
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         del generator
         x = images[index].to(accelerator.device)
-        model = accelerator.unwrap_model(network)
+        model, reader = accelerator.unwrap_model(network)
         posterior = model.encode(x).latent_dist
-        error = model.decode(posterior.sample()).sample - x
-        reconstruction = error.abs().mean() + SQUARED_WEIGHT * error.square().mean()
-        return reconstruction + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        z = posterior.sample()
+        error = model.decode(z).sample - x
+        total = error.abs().mean() + SQUARED_WEIGHT * error.square().mean()
+        total = total + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
+        if sizes:
+            total = total + READ_WEIGHT * reader.loss(z, values[index].to(accelerator.device))
+        return total
 
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(**config.model, scaling_factor=1.0)
-    vae = fit(vae, loss, count=len(images), config=config, accelerator=accelerator, log=log).eval()
+    reader = LatentReader(latent_numbers(vae), sizes)
+    parts = nn.ModuleList([vae, reader])
+    vae = fit(parts, loss, count=len(images), config=config, accelerator=accelerator, log=log)[0].eval()
     whiten(vae, encode(vae, images, accelerator.device))
     return vae
+
+
+def latent_numbers(vae: AutoencoderKL) -> int:
+    """Return how many numbers the latents of one image have."""
+    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return int(vae.config.latent_channels * side**2)
 
 
 @torch.no_grad()
