@@ -1,13 +1,12 @@
 """Train a small text-to-image teacher, a plain ``StableDiffusionPipeline``, from images and captions alone.
 
-The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half is the first text encoder; a
-second CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network
-together with the text encoder, on latents that are computed once. A text encoder that stays as its CLIP left it hides
-what its CLIP did not need, such as the colour of glasses. Of several captions an image every visit draws one. The same
-command again resumes at the first part that is missing.
+The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half encodes the prompts; a second
+CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network, on latents
+that are computed once. Of several captions an image every visit draws one. The same command again resumes at the first
+part that is missing.
 
     vae/  clip/  judge/     the parts; ``judge`` (half precision) is what ``evaluate.py --clip`` and ``--features`` take
-    pipeline/               the teacher, its network and autoencoder in half precision
+    pipeline/               the teacher, its weights in half precision
     *.jsonl                 the losses
 """
 
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -143,18 +142,6 @@ def assemble(
     )  # fmt: skip
 
 
-class Denoiser(nn.Module):
-    """A network and the text encoder that is trained with it."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, x_t: Tensor, timesteps: Tensor, ids: Tensor) -> UNet2DConditionOutput:
-        """Return the prediction for ``x_t`` (B, c, h, w) and tokens ``ids`` (B, length)."""
-        return self.unet(x_t, timesteps, encoder_hidden_states=self.text_encoder(ids)[0])
-
-
 def train_unet(
     pipe: StableDiffusionPipeline,
     images: Tensor,
@@ -163,22 +150,40 @@ def train_unet(
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Train the network and text encoder of ``pipe`` on encoded images and drawn captions; save it now and then."""
-    latents = encode(pipe.vae.to(accelerator.device), images, accelerator.device)
+    """Train the network of ``pipe`` on encoded images and drawn captions, and save the pipeline from time to time.
+
+    The text encoder stays as its CLIP left it. One that is trained along drops what helps little in the first thousand
+    steps, such as smiles, and does not find it again.
+    """
+    latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
     null = captions.encode([""])
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         dropped = torch.rand(len(index), 1, generator=generator) < config.caption_dropout
         ids = torch.where(dropped, null, captions.draw(index, generator)).to(accelerator.device)
-        return denoising_loss(network, pipe.scheduler, latents[index].to(accelerator.device), ids=ids)
+        with torch.no_grad():  # at every visit, because the embeddings of many captions an image fill the memory
+            text = pipe.text_encoder(ids)[0]
+        return denoising_loss(
+            network, pipe.scheduler, latents[index].to(accelerator.device), encoder_hidden_states=text
+        )
 
-    def save(average: Denoiser) -> None:
-        parts = {**pipe.components, "unet": average.unet, "text_encoder": average.text_encoder}
-        for name in ("vae", "unet"):  # not the text encoder, because transformers would open it in half precision
+    def save(average: UNet2DConditionModel) -> None:
+        parts = {**pipe.components, "unet": average}
+        for name in ("vae", "unet"):
             parts[name] = copy.deepcopy(parts[name]).half()
         StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
+        halve(folder / "pipeline" / "text_encoder" / "model.safetensors")
 
     fit(
-        Denoiser(pipe.unet, pipe.text_encoder).requires_grad_(True), loss, count=len(images), config=config.unet,
-        accelerator=accelerator, log=folder / "unet.jsonl", save=save,
+        pipe.unet.requires_grad_(True), loss, count=len(images), config=config.unet, accelerator=accelerator,
+        log=folder / "unet.jsonl", save=save,
     )  # fmt: skip
+
+
+def halve(file: Path) -> None:
+    """Convert the weights in a file to half precision.
+
+    A text encoder that is saved as ``.half()`` says so in its ``config.json``, and transformers then computes in it.
+    """
+    weights = load_file(file)
+    save_file({name: value.half() for name, value in weights.items()}, file, metadata={"format": "pt"})
