@@ -1,11 +1,14 @@
 """Train a small text-to-image teacher, a plain ``StableDiffusionPipeline``, from images and captions alone.
 
 The parts are trained and saved in this order: an autoencoder; a CLIP, whose text half encodes the prompts; a second
-CLIP of another seed, on which the teacher is not trained and which measures it; and the denoising network, on latents
-that are computed once. Of several captions an image every visit draws one. The same command again resumes at the first
-part that is missing.
+CLIP of another seed, on which the teacher is not trained and which measures it; the denoising network, on latents that
+are computed once; and at last network and text encoder together. Trained together from the beginning, the text encoder
+drops what helps little in the first thousand steps, such as smiles, and does not find it again; never trained, it
+leaves rare words such as beards to chance. Of several captions an image every visit draws one. The same command again
+resumes at the first part that is missing.
 
     vae/  clip/  judge/     the parts; ``judge`` (half precision) is what ``evaluate.py --clip`` and ``--features`` take
+    unet/                   the network before the last training
     pipeline/               the teacher, its weights in half precision
     *.jsonl                 the losses
 """
@@ -23,6 +26,7 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -53,6 +57,8 @@ class TextTeacherConfig:
     judge: FitConfig
     """The CLIP that measures, likewise."""
     unet: FitConfig
+    together: FitConfig
+    """Of network and text encoder; ``model`` is not used."""
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
     vocabulary: PositiveInt = 1750
@@ -104,7 +110,14 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
         image_processor(images.shape[-1]).save_pretrained(folder / name)
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
     pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
-    train_unet(pipe, images, tokens, config, accelerator, folder)
+    latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
+    train = functools.partial(train_denoiser, pipe, latents, tokens, config.caption_dropout, accelerator)
+
+    pipe.text_encoder.requires_grad_(False)
+    unet = part("unet", lambda log: train(config.unet, log).unet)
+    pipe.unet.load_state_dict(UNet2DConditionModel.from_pretrained(unet, use_safetensors=True).state_dict())
+    pipe.text_encoder.requires_grad_(True)
+    train(config.together, folder / "pipeline.jsonl", functools.partial(save_halved, pipe, folder / "pipeline"))
     return folder / "pipeline"
 
 
@@ -142,42 +155,59 @@ def assemble(
     )  # fmt: skip
 
 
-def train_unet(
-    pipe: StableDiffusionPipeline,
-    images: Tensor,
-    captions: CaptionTokens,
-    config: TextTeacherConfig,
-    accelerator: Accelerator,
-    folder: Path,
-) -> None:
-    """Train the network of ``pipe`` on encoded images and drawn captions, and save the pipeline from time to time.
+class Denoiser(nn.Module):
+    """A network and its text encoder."""
 
-    The text encoder stays as its CLIP left it. One that is trained along drops what helps little in the first thousand
-    steps, such as smiles, and does not find it again.
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, ids: Tensor) -> UNet2DConditionOutput:
+        """Return the prediction for ``x_t`` (B, c, h, w) and tokens ``ids`` (B, length)."""
+        return self.unet(x_t, timesteps, encoder_hidden_states=self.text_encoder(ids)[0])
+
+
+def train_denoiser(
+    pipe: StableDiffusionPipeline,
+    latents: Tensor,
+    captions: CaptionTokens,
+    dropout: float,
+    accelerator: Accelerator,
+    config: FitConfig,
+    log: Path,
+    save: Callable[[Denoiser], object] = lambda average: None,
+) -> Denoiser:
+    """Train what asks for gradients in the network and text encoder of ``pipe``, and return their average.
+
+    Args:
+        pipe: its parts are trained in place.
+        latents: (N, c, h, w) of all images.
+        captions: of all images; every visit draws one.
+        dropout: share of captions that are replaced by the empty one.
+        accelerator: device, precision and processes.
+        config: of this training.
+        log: file for the loss.
+        save: called with the average from time to time.
     """
-    latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
     null = captions.encode([""])
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        dropped = torch.rand(len(index), 1, generator=generator) < config.caption_dropout
+        dropped = torch.rand(len(index), 1, generator=generator) < dropout
         ids = torch.where(dropped, null, captions.draw(index, generator)).to(accelerator.device)
-        with torch.no_grad():  # at every visit, because the embeddings of many captions an image fill the memory
-            text = pipe.text_encoder(ids)[0]
-        return denoising_loss(
-            network, pipe.scheduler, latents[index].to(accelerator.device), encoder_hidden_states=text
-        )
+        return denoising_loss(network, pipe.scheduler, latents[index].to(accelerator.device), ids=ids)
 
-    def save(average: UNet2DConditionModel) -> None:
-        parts = {**pipe.components, "unet": average}
-        for name in ("vae", "unet"):
-            parts[name] = copy.deepcopy(parts[name]).half()
-        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
-        halve(folder / "pipeline" / "text_encoder" / "model.safetensors")
+    torch.manual_seed(config.seed)
+    denoiser = Denoiser(pipe.unet.requires_grad_(True), pipe.text_encoder)
+    return fit(denoiser, loss, count=len(latents), config=config, accelerator=accelerator, log=log, save=save)
 
-    fit(
-        pipe.unet.requires_grad_(True), loss, count=len(images), config=config.unet, accelerator=accelerator,
-        log=folder / "unet.jsonl", save=save,
-    )  # fmt: skip
+
+def save_halved(pipe: StableDiffusionPipeline, folder: Path, average: Denoiser) -> None:
+    """Save ``pipe`` with the averages of its network and text encoder, all weights in half precision."""
+    parts = {**pipe.components, "unet": average.unet, "text_encoder": average.text_encoder}
+    for name in ("vae", "unet"):
+        parts[name] = copy.deepcopy(parts[name]).half()
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    halve(folder / "text_encoder" / "model.safetensors")
 
 
 def halve(file: Path) -> None:

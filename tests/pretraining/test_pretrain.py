@@ -23,7 +23,7 @@ from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_
 from stepdistill.pretraining.vae import encode, whiten
 
 CONFIG = "configs/teacher_faces.yaml"
-PARTS = ("vae", "clip", "judge", "unet")
+PARTS = ("vae", "clip", "judge", "unet", "together")
 
 
 def test_whitened_latents_have_unit_variance_and_images_come_back_as_before():
