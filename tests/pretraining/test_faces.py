@@ -163,15 +163,15 @@ def test_the_embedded_judge_is_small_and_knows_the_words():
     assert sum(file.stat().st_size for file in CLIPS["faces"].iterdir()) < 1.5e6
 
 
-def test_the_embedded_teacher_is_small_and_follows_colours():
+def test_the_embedded_teacher_is_small_and_follows_colours_and_small_things():
     folder = TEACHERS["faces"]
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = ["a face with green hair and a yellow shirt", "a face with black hair and a navy shirt"] * 6
+    prompts = ["a face with green hair, a yellow shirt and a smile", "a face with red glasses, a beard and a frown"] * 6
     seeded = torch.Generator().manual_seed(0)
     found = pipeline(prompts, num_inference_steps=10, guidance_scale=2.0, generator=seeded, output_type="pt").images
     reader = load_reader("faces")
     shown, asked = reader.read(reader.extract((found * 255).round().byte())), reader.vocabulary.asked(prompts)
     wanted = asked != UNASKED
-    assert (shown == asked)[wanted].float().mean() > 0.85  # about one in ten by chance
+    assert (shown == asked)[wanted].float().mean() > 0.85  # about one in four by chance
