@@ -59,9 +59,10 @@ def type_text(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
     if origin in (types.UnionType, typing.Union):
-        return type_text(next(option for option in args if option is not type(None)))
+        return " or ".join(dict.fromkeys(type_text(option) for option in args if option is not type(None)))
     if origin is tuple:
-        return f"list of {type_text(args[0])}s"
+        items = type_text(args[0])
+        return f"list of {items.replace('list', 'lists', 1) if items.startswith('list') else items + 's'}"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
 
 

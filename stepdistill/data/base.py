@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, TypeAlias
 
 from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
+from stepdistill.data.buckets import Buckets
 from stepdistill.families.base import Family
-from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Share
+from stepdistill.files.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -44,6 +45,8 @@ class DataConfig:
             it started with.
         resolution: the teacher's short side in pixels; if given, an ``.npz`` of another size is resized.
         channels: the teacher's channels; if given, an ``.npz`` with other channels (1 or 3) is converted.
+        buckets: sizes ``[height, width]`` of images, for latent teachers; a sample goes into the one with the nearest
+            proportions, and a batch holds samples of one. By default all have the teacher's size.
         fit: how an image of other proportions becomes square: ``crop`` resizes its short side and crops the centre,
             ``pad`` resizes its long side and pads with white, ``stretch`` distorts it.
         batch_size: samples per micro-batch and process.
@@ -52,6 +55,7 @@ class DataConfig:
         caption_dropout: share of captions that are replaced by the empty one, chosen by their position in the order.
         max_samples: size of a fixed random subset to keep; for ``noise``, the length of an epoch.
         bad_files: ``skip`` takes the next readable sample for an unreadable one and warns; ``error`` stops.
+        fps: for video teachers, frames a second at which the videos of a folder or of tars are read.
         label_column: name of the label in a folder's metadata or the Hugging Face dataset; ``label`` if present.
         caption_column: name of the caption there; ``text`` if present. In a file of prompts ``text``, ``prompt`` or
             ``caption``.
@@ -65,6 +69,7 @@ class DataConfig:
     revision: str | None = None
     resolution: PositiveInt | None = None
     channels: PositiveInt | None = None
+    buckets: tuple[tuple[PositiveInt, ...], ...] = ()
     fit: Fit = "crop"
     batch_size: PositiveInt = 64
     num_workers: NonNegativeInt = 0
@@ -72,12 +77,21 @@ class DataConfig:
     caption_dropout: Share = 0.0
     max_samples: PositiveInt | None = None
     bad_files: Literal["error", "skip"] = "skip"
+    fps: PositiveFloat | None = None
     label_column: str | None = None
     caption_column: str | None = None
     image_column: str = "image"
 
     def __post_init__(self) -> None:
         self._check_source()
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        if self.buckets and self.name != "images":
+            raise ValueError(f"buckets: expected none with {self.name!r}, whose samples have one size")
+        for place, bucket in enumerate(self.buckets):
+            if len(bucket) != 2:
+                raise ValueError(f"buckets[{place}]: expected [height, width], got {list(bucket)}")
 
     def _check_source(self) -> None:
         if self.name in PATHS and not self.path:
@@ -102,21 +116,23 @@ class Dataset(abc.ABC):
     """Samples 0 ... len - 1. Loading has no state, so any process may load any sample at any time.
 
     Attributes:
-        size: (C, H, W) of an image.
+        size: (C, H, W) of an image, or (C, F, H, W) of a clip.
         num_classes: labels are in [0, num_classes); None if there are no labels.
         flip: whether :func:`~stepdistill.data.loader.loader` mirrors half of the images.
         caption_dropout: share of captions that it replaces by the empty one.
         captions: text of every sample, by its index, of several the first; None if the teacher takes none.
+        buckets: samples by their size; None if all have one.
         choices: all texts of every sample likewise, of which each visit draws one; None if no sample has several.
         labels: class of every sample likewise, if it comes from files.
         is_encoded: whether samples are stored as the network sees them, so that training needs no encoder.
         version: which content the path had, if the path alone does not tell: a dataset of the hub, or parquet files.
     """
 
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     num_classes: int | None
     flip: bool
     caption_dropout: Share = 0.0
+    buckets: Buckets | None = None
     captions: Sequence[str] | None = None
     choices: Sequence[tuple[str, ...]] | None = None
     labels: Sequence[int] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.buckets import Buckets, sort_into
+from stepdistill.data.clips import open_reader, read_clip
 from stepdistill.data.columns import first_texts, several
-from stepdistill.data.decoding import UnreadableImageError, read_pixels
-from stepdistill.data.image_files import IMAGE_SUFFIXES
-from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name
+from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
+from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name, suffixes_of
 from stepdistill.data.loader import Unreadable
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.text import one_line
@@ -26,7 +28,7 @@ LONGEST_GAP = 100  # unreadable samples in a row before the search for a readabl
 
 
 def open_data(
-    config: DataConfig, *, channels: int, size: tuple[int, int], num_classes: int | None, takes_text: bool = False
+    config: DataConfig, *, channels: int, size: tuple[int, ...], num_classes: int | None, takes_text: bool = False
 ) -> Dataset:
     """Open a ``data:`` section for a teacher, and check what can be checked without decoding all of it.
 
@@ -36,7 +38,7 @@ def open_data(
     Args:
         config: the section.
         channels: the teacher's image channels; files are converted to 1 or 3, only an ``.npz`` can have others.
-        size: the teacher's image (height, width) in pixels.
+        size: the teacher's image (height, width) in pixels; of clips (frames, height, width).
         num_classes: number of the teacher's classes without its null class; None if it takes none: labels are ignored.
         takes_text: whether the teacher needs a caption for every sample.
 
@@ -73,7 +75,7 @@ class NoiseDataset(Dataset):
     index modulo the number of classes.
     """
 
-    def __init__(self, length: int | None, *, size: tuple[int, int, int], num_classes: int | None) -> None:
+    def __init__(self, length: int | None, *, size: tuple[int, ...], num_classes: int | None) -> None:
         classes = num_classes or 1
         self._length = length or -(-NOISE_EPOCH // classes) * classes
         self.size, self.num_classes, self.flip = size, num_classes, False
@@ -97,7 +99,7 @@ class PromptDataset(Dataset):
     num_classes = None
     flip = False
 
-    def __init__(self, config: DataConfig, *, size: tuple[int, int, int]) -> None:
+    def __init__(self, config: DataConfig, *, size: tuple[int, ...]) -> None:
         prompts = read_prompts(Path(str(config.path)), config.caption_column)
         chosen = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
         self.captions = self._prompts = [texts[0] for texts in chosen]
@@ -123,13 +125,14 @@ class ImageDataset(Dataset):
     run, depending on ``bad_files``.
     """
 
-    def __init__(
-        self, listing: Listing, config: DataConfig, *, size: tuple[int, int, int], num_classes: int | None
-    ) -> None:
+    def __init__(self, listing: Listing, config: DataConfig, *, size: tuple[int, ...], num_classes: int | None) -> None:
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
         self._rows, self._fit = _subset(len(listing.images), config.max_samples), config.fit
+        self._fps = config.fps
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout, self.version = config.caption_dropout, listing.version
+        if config.buckets:
+            self.buckets = self._sorted([(size[0], size[1]) for size in config.buckets])
         if listing.captions is not None:
             chosen = [listing.captions[row] for row in self._rows]
             self.captions = first_texts(chosen)
@@ -150,27 +153,42 @@ class ImageDataset(Dataset):
         """Decode the samples at ``indices``."""
         unreadable: list[str] = []
         readable, pixels = [], []
+        size = self.size[1:] if self.buckets is None else self.buckets.size_of[indices[0]]
         for index in indices:
-            found, image = self._next_readable(index, unreadable)
+            found, image = self._next_readable(index, size, unreadable)
             readable.append(found)
             pixels.append(image)
         images = torch.from_numpy(np.stack(pixels)).float().div(127.5).sub(1)
         labels, captions = self._labels(readable), self._captions(readable)
         return RawBatch(images, labels, captions, tuple(readable), unreadable=tuple(unreadable))
 
-    def _next_readable(self, start: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
-        channels, *size = self.size
+    def _sorted(self, sizes: Sequence[tuple[int, int]]) -> Buckets:
+        """Sort all samples by the headers of their files; one without is in the first bucket until it is read."""
+        shapes = []
+        for row in self._rows:
+            try:
+                shapes.append(read_shape(self._listing.images[int(row)])[1:])
+            except UnreadableImageError:
+                shapes.append(sizes[0])
+        return sort_into(sizes, shapes)
+
+    def _next_readable(self, start: int, size: Sequence[int], unreadable: list[str]) -> tuple[int, np.ndarray]:
         tries = min(len(self), LONGEST_GAP)
         for step in range(tries):
             index = (start + step) % len(self)
             try:
                 source = self._listing.images[int(self._rows[index])]
-                return index, read_pixels(source, channels, (size[0], size[1]), self._fit)
+                return index, self._read(source, size)
             except UnreadableImageError as error:
                 unreadable.append(one_line(f"{self.name(index)}: {error}"))
                 if not self._skip:
                     raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
+
+    def _read(self, source: Any, size: Sequence[int]) -> np.ndarray:
+        if self._fps is not None:
+            return read_clip(source, size, self._fps, self._fit)
+        return read_pixels(source, self.size[0], size, self._fit)
 
     def _labels(self, indices: Sequence[int]) -> Tensor | None:
         if self.labels is None:
@@ -197,25 +215,41 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
 
 
-def _check_stated(config: DataConfig, channels: int, size: tuple[int, int]) -> None:
-    height, width = size
-    if config.resolution not in (None, min(size)):
+def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> None:
+    height, width = size[-2:]
+    if config.fps is not None:
+        open_reader()
+        if len(size) == 2:
+            raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
+    if config.resolution not in (None, min(height, width)):
         raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
+    if config.buckets and len(size) == 3:
+        raise ValueError("data.buckets: expected none: the teacher makes clips, of one size")
     if config.channels not in (None, channels):
         raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 
 
-def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, int]) -> None:
+def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, ...]) -> None:
     if not len(listing.images):
         others = f"; left out: {listing.left_out}" if listing.left_out else ""
-        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)}){others}")
-    if listing.array_shape is not None:
+        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(suffixes_of(config))}){others}")
+    if len(size) == 3 and config.fps is None:
+        _check_clips(config, listing.array_shape, (*size, channels))
+    elif listing.array_shape is not None:
         _check_array(config, listing.array_shape, (*size, channels))
     elif channels not in (1, 3):
         raise ValueError(f"data.path: {config.path}: the teacher's images have {channels} channels, files have 1 or 3")
 
 
-def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, int, int]) -> None:
+def _check_clips(config: DataConfig, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(
+            f"data.path: {config.path}: expected an .npz of clips (N, F, H, W, C) of the teacher's {expected}, "
+            f"or data.fps for files of videos; got {'files of images' if found is None else found}"
+        )
+
+
+def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found == expected:
         return
     shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {expected}"

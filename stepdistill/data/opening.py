@@ -21,8 +21,10 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
     """
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
-    channels, height, width = family.image_shape
+    for place, bucket in enumerate(config.buckets):
+        family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
+    channels, *size = family.image_shape
     return open_data(
-        locate_data(config), channels=channels, size=(height, width), num_classes=family.num_classes,
+        locate_data(config), channels=channels, size=tuple(size), num_classes=family.num_classes,
         takes_text=family.takes_text,
     )  # fmt: skip

@@ -18,14 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.fitted import fit_grid
 from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
-from stepdistill.families.config import TeacherConfig
+from stepdistill.families.config import Resolution, TeacherConfig, sides_of
 from stepdistill.families.loading import open_pipeline
 from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_too_long
 from stepdistill.families.second_time import LAYERS, give_second_time, two_time_pipeline
+from stepdistill.families.vaes import (
+    check_channels,
+    dtype_of,
+    latent_channels,
+    latent_statistics,
+    mode,
+)
 from stepdistill.loading import read_code
 
 
@@ -34,17 +42,21 @@ class LatentFamily(Family):
 
     Args:
         pipe: the pipeline.
-        resolution: side in pixels of its images; None for the size in its network's config.
+        resolution: side in pixels of its images, or their height and width; None for the size in its network's config.
         guidance_scale: the network's guidance input, for families that have one.
     """
 
     caches_latents = True
     latents_per_token: ClassVar[int] = 1
     """Places of the latent that the pipeline packs into one of the network's inputs."""
+    side_multiple: ClassVar[int] = 1
+    """Latents by which the height and the width must be divisible."""
+    makes_clips: ClassVar[bool] = False
+    """Whether its images are clips (C, F, H, W)."""
     scales_states: ClassVar[bool] = False
     """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
-    def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
+    def __init__(self, pipe: Any, *, resolution: Resolution | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
             raise ValueError(
                 f"teacher.guidance_scale: got {guidance_scale}, but {type(self).__name__} takes no guidance as an "
@@ -58,10 +70,10 @@ class LatentFamily(Family):
         check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
-            check_resolution(pipe, resolution, (height, width), factor)
-            height = width = resolution
-        self.sample_shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
-        self.image_shape = (pipe.vae.config.in_channels, height, width)
+            height, width = sides_of(resolution)
+            self.check_size((height, width), "teacher.resolution")
+        self.sample_shape = (latent_channels(pipe.vae), height // factor, width // factor)
+        self.image_shape = (pipe.vae.config.get("in_channels", 3), height, width)
         self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
         # training has no use for a safety checker, which takes a gigabyte
@@ -81,12 +93,26 @@ class LatentFamily(Family):
         """Return the teacher in an opened pipeline."""
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
-        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        if config.frames is not None and not cls.makes_clips:
+            raise ValueError(f"teacher.frames: got {config.frames}, but {cls.__name__} makes images")
+        options: dict[str, Any] = {"frames": config.frames} if cls.makes_clips else {}
+        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale, **options)
 
     def spatial_factor(self) -> int:
         """Return the side in pixels of the square that one latent covers."""
         config = self.pipe.vae.config
         return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+
+    def size_multiple(self) -> int:
+        """Return the number of pixels by which the height and the width of images must be divisible."""
+        return self.spatial_factor() * self.side_multiple
+
+    def check_size(self, size: tuple[int, int], key: str) -> None:
+        native, factor = self.native_size(), self.size_multiple()
+        if native != size and "height" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ValueError(f"{key}: got {list(size)}, but {type(self.pipe).__name__} samples {native} only")
+        if any(side < 1 or side % factor for side in size):
+            raise ValueError(f"{key}: expected multiples of {factor}, got {list(size)}")
 
     def native_size(self) -> tuple[int, int]:
         """Return the (height, width) in pixels that the pipeline samples by default."""
@@ -103,23 +129,36 @@ class LatentFamily(Family):
     def to_latents(self, images: Tensor) -> Tensor:
         """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
-        latents = mode(vae.encode(images.to(vae.device, vae.dtype))).float()
-        shift, scale = latent_statistics(vae.config, latents)
+        latents = self.vae_encode(images.to(vae.device, vae.dtype)).float()
+        shift, scale = latent_statistics(vae, latents)
         # a cache returns contiguous latents; channels_last would select other kernels
         return ((latents - shift) * scale).contiguous()
 
     def decode(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae.to(x0.device)  # it may have stayed on another device
-        shift, scale = latent_statistics(vae.config, x0)
-        images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
+        shift, scale = latent_statistics(vae, x0)
+        images = self.vae_decode((x0 / scale + shift).to(vae.dtype)).float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def vae_encode(self, images: Tensor) -> Tensor:
+        """Return the VAE's own latents of images (B, C, ...) in [-1, 1]."""
+        return mode(self.pipe.vae.encode(images))
+
+    def vae_decode(self, latents: Tensor) -> Tensor:
+        """Invert :meth:`vae_encode`."""
+        return self.pipe.vae.decode(latents).sample
+
+    def image_size(self, x_t: Tensor) -> tuple[int, int]:
+        """Return the (height, width) in pixels of the images of states (B, C, ..., H, W)."""
+        height, width = x_t.shape[-2:]
+        return height * self.spatial_factor(), width * self.spatial_factor()
 
     @abc.abstractmethod
     def condition(self, raw: RawBatch) -> Cond:
         """Return the condition of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        scheduler, call = to_diffusers(sampler, self.scheduler_config), type(self.pipe).__call__
+        scheduler, call = self.make_scheduler(sampler), type(self.pipe).__call__
         start, expected = float(getattr(scheduler, "init_noise_sigma", 1.0)), self.schedule.initial_noise(torch.ones(1))
         if abs(start - expected.item()) > 1e-6 * start:
             raise ValueError(
@@ -151,11 +190,20 @@ class LatentFamily(Family):
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
-        scheduler = to_diffusers(sampler, self.scheduler_config)
+        scheduler = self.make_scheduler(sampler)
         if "steps_offset" in scheduler.config:  # unused on a trailing grid; pipelines warn if it is not 1
             scheduler.register_to_config(steps_offset=1)
         kind = two_time_pipeline(type(self.pipe)) if self.inputs.s else type(self.pipe)
         return rebuild(self.pipe, kind=kind, **{self.component: network, "scheduler": scheduler})
+
+    def make_scheduler(self, sampler: Sampler) -> Any:
+        """Return the scheduler of a student's pipeline: with the grid itself, where no call can tell it."""
+        scheduler = to_diffusers(sampler, self.scheduler_config)
+        called = "sigmas" in inspect.signature(type(self.pipe).__call__).parameters
+        if called or not sampler.schedule.explicit_sigmas(sampler.times[:-1]):
+            return scheduler
+        fitted = fit_grid(sampler.times, scheduler.config.num_train_timesteps)
+        return type(scheduler).from_config(scheduler.config, **fitted)
 
     def teacher_pipeline(self, scheduler: Any | None) -> Any:
         if scheduler is not None:
@@ -183,7 +231,7 @@ class PlainLatentFamily(LatentFamily):
     ) -> Tensor:
         assert w is None, "this network takes no guidance weight"
         assert s is None or self.inputs.s, "this network takes no second time"
-        return self.forward(network, x_t.to(next(network.parameters()).dtype), self.timesteps(t, s), cond)
+        return self.forward(network, x_t.to(dtype_of(network)), self.timesteps(t, s), cond)
 
     @abc.abstractmethod
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -223,42 +271,6 @@ class TextToImageFamily(LatentFamily):
         self.prompts = tuple(captions)  # all: a Fréchet distance to the data's images needs the data's own captions
         tokenizer, limit = prompt_reader(self.pipe, self.pipeline_kwargs)
         warn_too_long(tokenizer, [*captions, *others], limit=limit)
-
-
-def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
-    """Raise ``ValueError`` unless the pipeline samples square images of this side."""
-    if native != (resolution, resolution) and "height" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"teacher.resolution: got {resolution}, but {type(pipe).__name__} samples {native} only")
-    if resolution < 1 or resolution % factor:
-        raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
-
-
-def check_channels(network: Any, vae: Any, packed: int) -> None:
-    """Raise ``ValueError`` with both numbers unless the network takes the latents of the VAE."""
-    taken, made = network.config.in_channels, vae.config.latent_channels * packed
-    if taken != made:
-        raise ValueError(
-            f"vae/config.json: expected latents of {taken // packed} channels, as {type(network).__name__} takes them, "
-            f"got latent_channels {vae.config.latent_channels}"
-        )
-
-
-def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(shift, scale)``, (1, C, 1, 1) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
-    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
-    return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
-
-
-def mode(encoded: Mapping[str, Any]) -> Tensor:
-    """Return the latents that a VAE's ``encode`` returns: the mode of a posterior, or what a deterministic one gives.
-
-    They stand under ``latent_dist`` (AutoencoderKL), ``latent`` (AutoencoderDC) or ``latents`` (AutoencoderTiny).
-    """
-    if "latent_dist" in encoded:
-        return encoded["latent_dist"].mode()
-    return encoded["latents"] if "latents" in encoded else encoded["latent"]
 
 
 def rebuild(pipe: Any, *, kind: Any = None, **parts: Any) -> Any:

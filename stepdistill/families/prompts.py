@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
 
@@ -48,10 +50,19 @@ def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
     return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
 
 
+def padded(rows: Sequence[Tensor], length: int) -> Cond:
+    """Return embeddings (n, D) of prompts with n of their own padded with zeros to ``length``, and their mask."""
+    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    filled = [pad(row.float(), (0, 0, 0, length - len(row))) for row in rows]
+    mask = torch.arange(length, device=counts.device) < counts[:, None]
+    return {"encoder_hidden_states": torch.stack(filled), "encoder_attention_mask": mask}
+
+
 def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
     """Return the tokenizer that reads most of a prompt (the pipeline's last), and its limit in tokens."""
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")
     tokenizer = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one for texts
     length = call.get("max_sequence_length")
     if length is None and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
         length = default_of(pipe, "max_sequence_length")

@@ -24,7 +24,6 @@ from torch import Tensor
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
-from stepdistill.families.flux import Flux, pack, unpack
 from stepdistill.families.latent import LatentFamily
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
@@ -132,17 +131,19 @@ def save_teacher(family: Family, folder: Path) -> Path:
 
 def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
     """The ``teacher`` section that opens what :func:`save_teacher` wrote at the size of the miniature."""
-    size = family.image_shape[1:]
+    size = family.image_shape[-2:]
     if not isinstance(family, LatentFamily) or size == family.native_size():
         return {"path": str(folder)}
-    return {"path": str(folder), "resolution": size[0]}
+    frames = {"frames": family.image_shape[1]} if family.makes_clips else {}
+    return {"path": str(folder), "resolution": size[0] if size[0] == size[1] else list(size), **frames}
 
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:
     """Smooth random images of the teacher's size, each class equally often."""
-    channels, height, width = family.image_shape
+    channels, *size = family.image_shape
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (count, 1, 1, channels)) + random.integers(-40, 40, (count, height, width, 1))
+    flat = (count, *[1] * len(size), channels)
+    images = random.integers(0, 256, flat) + random.integers(-40, 40, (count, *size, 1))
     labels = {"labels": np.arange(count) % family.num_classes} if family.num_classes else {}
     if family.takes_text:
         labels = {"captions": np.array([f"picture {i}" for i in range(count)])}
@@ -241,8 +242,8 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
         return torch.stack([torch.randn(x.shape[1:], generator=one) for one in own])
 
     def later(x: Tensor) -> Tensor:
-        seen = as_seen(family, x)
-        return as_latents(family, noise(seen) if handed else torch.randn(seen.shape))
+        seen = family.pack(x)
+        return family.unpack(noise(seen) if handed else torch.randn(seen.shape))
 
     family, distiller = run.distiller.family, run.distiller
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
@@ -257,21 +258,11 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
     )
 
 
-def as_seen(family: Family, x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as the family's pipeline and scheduler see them."""
-    return pack(x) if isinstance(family, Flux) else x
-
-
-def as_latents(family: Family, x: Tensor) -> Tensor:
-    """The inverse of :func:`as_seen`."""
-    return unpack(x, *family.sample_shape[1:]) if isinstance(family, Flux) else x
-
-
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:
     """Images (B, C, H, W) of a pipeline for the family's example conditions; nothing else is seeded."""
     pipeline.set_progress_bar_config(disable=True)
     asked = asked_of(family, count)
-    images = pipeline(**asked, generator=generators(count, seed), output_type="np", **options).images
+    (images,) = pipeline(**asked, generator=generators(count, seed), output_type="np", return_dict=False, **options)[:1]
     return torch.from_numpy(np.asarray(images)).movedim(-1, 1)
 
 

@@ -1,10 +1,11 @@
 """Every family's miniature against diffusers: its noise, its predictions, its stock pipeline's calls, its files."""
 
+import contextlib
 import inspect
 
 import pytest
 import torch
-from contracts.cases import PIXELS, as_latents, pipeline_images, save_teacher, teacher_section
+from contracts.cases import PIXELS, pipeline_images, save_teacher, teacher_section
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
@@ -13,17 +14,23 @@ from stepdistill.diffusion.reading import noise_process
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.export.contract import call_arguments
+from stepdistill.families.chroma import Chroma
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux
+from stepdistill.families.flux2 import Flux2
 from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
+from stepdistill.networks.activation_checkpointing import enable_checkpointing
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
     "flux-schnell": lambda: Flux.tiny(guidance_embeds=False),
+    "sd3.5": lambda: SD3.tiny(dual_attention=True),
+    "flux2-dev": lambda: Flux2.tiny(guidance_embeds=True),
     "sd-v": lambda: SD.tiny(prediction_type="v_prediction"),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True),
 }
@@ -110,27 +117,33 @@ def test_the_prediction_is_the_schedulers_pred_original_sample(family, t):
 def test_our_call_is_the_pipelines_own(family, scale):
     if scale != 1 and not can_be_guided(family):
         pytest.skip("this teacher knows no null condition")
+    for ours, theirs in our_steps(family, scale):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def our_steps(family, scale):
+    """The states to which both of two steps lead, by our call and by the pipeline's, in units of the larger one."""
     sampler = DDIM(family.schedule, family.schedule.grid(2))
     pipeline, seen = family.pipeline(family.network, sampler, scale), []
     step = pipeline.scheduler.step
 
     def spy(model_output, t, sample, *args, **kwargs):
         stepped = step(model_output, t, sample, *args, **kwargs)
-        seen.append((as_latents(family, sample), as_latents(family, stepped[0])))
+        seen.append((family.unpack(sample), family.unpack(stepped[0])))
         return stepped
 
     pipeline.scheduler.step = spy
     options = call_arguments(family, pipeline, sampler, scale)
     pipeline_images(pipeline, family, 3, seed=0, **options)
     denoiser, cond = denoiser_of(family), family.example_cond(range(3))
+    assert len(seen) == 2
     for i, (x_t, stepped) in enumerate(seen):
         x_t = x_t[:3]  # DiTPipeline keeps a second copy under guidance
         t, s = (sampler.times[j].expand(3) for j in (i, i + 1))
         with torch.no_grad():
             prediction = denoiser(x_t, t, cond) if scale == 1 else guide(denoiser, x_t, t, cond, scale)
         ours, scale_of = sampler.step(prediction, t, s, torch.randn_like), stepped.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale_of, stepped[:3] / scale_of, atol=2e-5, rtol=0)
-    assert len(seen) == 2
+        yield ours / scale_of, stepped[:3] / scale_of
 
 
 def can_be_guided(family):
@@ -143,6 +156,11 @@ def can_be_guided(family):
 
 def guide(denoiser, x_t, t, cond, scale):
     return classifier_free_guidance(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
+
+
+def test_chroma_is_not_recomputed_without_its_mask():
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        enable_checkpointing(Chroma.tiny().network, lambda: (contextlib.nullcontext(), contextlib.nullcontext()))
 
 
 # ---------------------------------------------------------------------------------------------------- files
