@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.networks.activation_checkpointing import enable_checkpointing, in_training
+from stepdistill.networks.compilation import compile_blocks
 from stepdistill.networks.sharding import assembled, blueprint, local, shard, write
 
 if TYPE_CHECKING:
@@ -116,6 +117,17 @@ class NetworkBank(nn.Module, abc.ABC):
         """
         for network in self.distinct_networks():
             enable_checkpointing(network, functools.partial(self._recomputation, network))
+
+    def enable_compilation(self, backend: Any = "inductor") -> None:
+        """Compile the repeated blocks of every network, so that a role's first call takes longer and its others less.
+
+        Raises:
+            ValueError: if a network has no blocks that are known to repeat, or is divided among processes.
+        """
+        if self.blueprints:
+            raise ValueError("train.compile: expected false for networks that are divided among processes, got true")
+        for network in self.distinct_networks():
+            compile_blocks(network, "train.compile", backend)
 
     def _recomputation(
         self, network: nn.Module

@@ -34,6 +34,8 @@ class TrainConfig:
     ema: Decay = 0.0
     """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Whether the repeated blocks of all networks are compiled."""
     seed: Seed = 0
     log_every: PositiveInt = 10
     sample_every: PositiveInt = 500
@@ -50,7 +52,7 @@ class TrainConfig:
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
-    "train.nan_policy", "train.timeout",
+    "train.nan_policy", "train.timeout", "train.compile",
     "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
 )  # fmt: skip

@@ -77,6 +77,8 @@ class Trainer:
         if self.config.gradient_checkpointing:
             distiller.bank.enable_checkpointing()
         self.wrapped = self.parallelism.wrap(distiller)
+        if self.config.compile:
+            distiller.bank.enable_compilation()
         if not dataset.is_encoded:  # otherwise what encodes is on the device only while it samples
             distiller.family.to(self.device)
         self.distiller = distiller
