@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.methods.base import Distiller
 from stepdistill.networks.bank import TEACHER
+from stepdistill.training.optimizers import OptimConfig
 
 HEADER = ("role", "parameters", "trainable", "weights MB", "gradients MB", "optimizer MB")
+NO_OPTIM: Mapping[str, OptimConfig] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,40 +25,64 @@ class Holding:
     weights: float
     """Megabytes."""
     trained: bool
+    moments: int = 8
+    """Bytes that the optimiser holds for each parameter."""
 
     @classmethod
-    def of(cls, name: str, parameters: Iterable[nn.Parameter], trained: bool) -> Holding:
+    def of(cls, name: str, parameters: Iterable[nn.Parameter], trained: bool, moments: int = 8) -> Holding:
         """Count parameters."""
         count, size = 0, 0
         for parameter in parameters:
             count += parameter.numel()
-            size += parameter.numel() * parameter.element_size()
-        return cls(name, count, size / 1e6, trained)
+            size += held_bytes(parameter)
+        return cls(name, count, size / 1e6, trained, moments)
 
     @property
     def gradients(self) -> float:
-        """Megabytes of float32 gradients; the optimiser holds two such tensors."""
+        """Megabytes of float32 gradients."""
         return 4 * self.count / 1e6 if self.trained else 0.0
+
+    @property
+    def optimizer(self) -> float:
+        """Megabytes of the optimiser's moments."""
+        return self.moments * self.count / 1e6 if self.trained else 0.0
 
     @property
     def total(self) -> float:
         """Megabytes of weights, gradients and optimiser."""
-        return self.weights + 3 * self.gradients
+        return self.weights + self.gradients + self.optimizer
 
     def cells(self) -> tuple[str, ...]:
         """Return the row under :data:`HEADER`."""
-        sizes = (f"{self.weights:.1f}", f"{self.gradients:.1f}", f"{2 * self.gradients:.1f}")
+        sizes = (f"{self.weights:.1f}", f"{self.gradients:.1f}", f"{self.optimizer:.1f}")
         return (self.name, f"{self.count:,}", str(self.trained), *sizes)
 
 
-def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:
+def held_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor holds; of a quantised one, those of its parts."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(held_bytes(getattr(tensor, name)) for name in names)
+
+
+def held_between_steps(distiller: Distiller, optim: Mapping[str, OptimConfig] = NO_OPTIM) -> float:
+    """Return the megabytes of weights and optimisers: all but gradients and activations, which a step gives back."""
+    held = 0.0
+    for holding in _roles(distiller, optim):
+        held += holding.weights + holding.optimizer
+    return held
+
+
+def memory_plan(distiller: Distiller, *, encoded: bool = False, optim: Mapping[str, OptimConfig] = NO_OPTIM) -> str:
     """Return a table of parameters and megabytes of weights, gradients and optimiser by role, on each device.
 
     Args:
         distiller: the method, its networks built.
         encoded: whether the data is latents and embeddings; encoders are then on the device only while it samples.
+        optim: the optimisers by turn; of two moments in float32 where none is given.
     """
-    roles, encoders = list(_roles(distiller)), list(_encoders(distiller))
+    roles, encoders = list(_roles(distiller, optim)), list(_encoders(distiller))
     on_device = roles if encoded else [*roles, *encoders]
     lines = ["memory, activations not counted:", *_aligned([*roles, *encoders])]
     if encoded and encoders:
@@ -64,10 +91,11 @@ def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:
     return "\n".join([*lines, f"total: {total:.1f} MB", _share_of_copies(distiller)])
 
 
-def _roles(distiller: Distiller) -> Iterator[Holding]:
+def _roles(distiller: Distiller, optim: Mapping[str, OptimConfig]) -> Iterator[Holding]:
     bank = distiller.bank
     for role in bank.roles:
-        yield Holding.of(role, bank.params(role), bank.trainable.get(role, True))
+        moments = optim[role].moment_bytes if role in optim else 8
+        yield Holding.of(role, bank.params(role), bank.trainable.get(role, True), moments)
     own = [parameter for name, parameter in distiller.named_parameters() if not name.startswith("bank.")]
     if own:
         yield Holding.of("(critic)", own, True)
