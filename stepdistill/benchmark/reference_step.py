@@ -43,6 +43,7 @@ class ReferenceStep(abc.ABC):
         self.teacher, self.student = Denoiser(family, self.bank, "teacher"), Denoiser(family, self.bank, "student")
         self.optimizer = self.make_optimizer("student")
 
+    @abc.abstractmethod
     def fork(self) -> None:
         """Add the further networks of the method."""
 

@@ -39,7 +39,7 @@ from stepdistill.training.config import EvalConfig, RunConfig, resolve
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.identity import RunIdentity
 from stepdistill.training.memory import memory_plan
-from stepdistill.training.run import make_bank
+from stepdistill.training.run import make_bank, quantize
 from stepdistill.training.trainer import Trainer
 
 WARMUP = 2
@@ -146,7 +146,7 @@ def plan(path: Path, overrides: Sequence[str]) -> str:
     nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
     distiller = make_distiller(config, family, nowhere)
     family.frozen_modules = ()  # miniatures
-    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
+    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller, optim=config.optim)}"
 
 
 def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:
@@ -155,7 +155,10 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
     method.check(config.method, family)
     family.add_inputs(method.extra_inputs(config.method))
     with place:
-        return method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
+        bank = make_bank(family, config.bank)
+        distiller = method(family, bank, config.method, ema=config.train.ema > 0)
+        quantize(bank, config.teacher.quantization)
+        return distiller
 
 
 def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:

@@ -41,6 +41,8 @@ class NetworkBank(nn.Module, abc.ABC):
         self.trainable: dict[str, bool] = {TEACHER: False}
         self.blueprints: dict[nn.Module, nn.Module] = {}
         """For each sharded network, a copy from before without its weights."""
+        self.originals: dict[int, nn.Module] = {}
+        """Layers of before their quantisation, by the ``id`` of the present one; copies of a network have them."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -150,7 +152,8 @@ class NetworkBank(nn.Module, abc.ABC):
         """Copy one network, but not this bank, which a network with gradient checkpointing refers to."""
         if network in self.blueprints:
             return assembled(self.blueprints[network], network, {id(self): self})
-        return copy.deepcopy(network, {id(self): self})
+        replaced = {key: copy.deepcopy(layer) for key, layer in self.originals.items()}
+        return copy.deepcopy(network, {id(self): self, **replaced})
 
     @abc.abstractmethod
     def _add(self, role: str, from_: str) -> None: ...
