@@ -146,7 +146,7 @@ def plan(path: Path, overrides: Sequence[str]) -> str:
     nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
     distiller = make_distiller(config, family, nowhere)
     family.frozen_modules = ()  # miniatures
-    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller, optim=config.optim)}"
+    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
 
 
 def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
 from stepdistill.methods.base import Distiller
 from stepdistill.networks.bank import TEACHER
-from stepdistill.training.optimizers import OptimConfig
 
 HEADER = ("role", "parameters", "trainable", "weights MB", "gradients MB", "optimizer MB")
-NO_OPTIM: Mapping[str, OptimConfig] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +22,15 @@ class Holding:
     weights: float
     """Megabytes."""
     trained: bool
-    moments: int = 8
-    """Bytes that the optimiser holds for each parameter."""
 
     @classmethod
-    def of(cls, name: str, parameters: Iterable[nn.Parameter], trained: bool, moments: int = 8) -> Holding:
+    def of(cls, name: str, parameters: Iterable[nn.Parameter], trained: bool) -> Holding:
         """Count parameters."""
         count, size = 0, 0
         for parameter in parameters:
             count += parameter.numel()
             size += held_bytes(parameter)
-        return cls(name, count, size / 1e6, trained, moments)
+        return cls(name, count, size / 1e6, trained)
 
     @property
     def gradients(self) -> float:
@@ -44,8 +39,8 @@ class Holding:
 
     @property
     def optimizer(self) -> float:
-        """Megabytes of the optimiser's moments."""
-        return self.moments * self.count / 1e6 if self.trained else 0.0
+        """Megabytes of the optimiser's two moments, in float32."""
+        return 2 * self.gradients
 
     @property
     def total(self) -> float:
@@ -66,10 +61,10 @@ def held_bytes(tensor: Tensor) -> int:
     return sum(held_bytes(getattr(tensor, name)) for name in names)
 
 
-def held_between_steps(distiller: Distiller, optim: Mapping[str, OptimConfig] = NO_OPTIM) -> float:
+def held_between_steps(distiller: Distiller) -> float:
     """Return the megabytes of weights and optimisers: all but gradients and activations, which a step gives back."""
     held = 0.0
-    for holding in _roles(distiller, optim):
+    for holding in _roles(distiller):
         held += holding.weights + holding.optimizer
     return held
 
@@ -80,9 +75,8 @@ def memory_plan(distiller: Distiller, *, encoded: bool = False, optim: Mapping[s
     Args:
         distiller: the method, its networks built.
         encoded: whether the data is latents and embeddings; encoders are then on the device only while it samples.
-        optim: the optimisers by turn; of two moments in float32 where none is given.
     """
-    roles, encoders = list(_roles(distiller, optim)), list(_encoders(distiller))
+    roles, encoders = list(_roles(distiller)), list(_encoders(distiller))
     on_device = roles if encoded else [*roles, *encoders]
     lines = ["memory, activations not counted:", *_aligned([*roles, *encoders])]
     if encoded and encoders:
@@ -91,11 +85,10 @@ def memory_plan(distiller: Distiller, *, encoded: bool = False, optim: Mapping[s
     return "\n".join([*lines, f"total: {total:.1f} MB", _share_of_copies(distiller)])
 
 
-def _roles(distiller: Distiller, optim: Mapping[str, OptimConfig]) -> Iterator[Holding]:
+def _roles(distiller: Distiller) -> Iterator[Holding]:
     bank = distiller.bank
     for role in bank.roles:
-        moments = optim[role].moment_bytes if role in optim else 8
-        yield Holding.of(role, bank.params(role), bank.trainable.get(role, True), moments)
+        yield Holding.of(role, bank.params(role), bank.trainable.get(role, True))
     own = [parameter for name, parameter in distiller.named_parameters() if not name.startswith("bank.")]
     if own:
         yield Holding.of("(critic)", own, True)

@@ -34,11 +34,6 @@ class OptimConfig:
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {self.betas}")
 
-    @property
-    def moment_bytes(self) -> int:
-        """Bytes that the optimiser holds for each parameter, without the scales of 8-bit moments (under 2 %)."""
-        return 2 if self.name == "adamw8bit" else 8
-
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate at ``step`` (from 0) of a stage of ``steps``."""
         decay = {

@@ -107,7 +107,7 @@ class Run:
     def plan(self) -> str:
         """Return the resolved configuration, and what will be held in memory, for ``--dry_run``."""
         resolved = configuration.to_yaml(self.config.as_sections())
-        return f"{resolved}\n{memory_plan(self.distiller, encoded=self.dataset.is_encoded, optim=self.config.optim)}"
+        return f"{resolved}\n{memory_plan(self.distiller, encoded=self.dataset.is_encoded)}"
 
     def trainer(self) -> Trainer:
         """Return the loop over this run."""

@@ -225,15 +225,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         raw_batches = loader(
-            self.dataset,
-            batch_size=self.division.batch_size,
-            seed=self.config.seed,
-            start=self.step * self.division.accumulation,
-            rank=self.accelerator.process_index,
-            world=self.division.world,
-            num_workers=self.data.num_workers,
-        )
-        for raw in raw_batches:
+            self.dataset, batch_size=self.division.batch_size, seed=self.config.seed, num_workers=self.data.num_workers,
+            start=self.step * self.division.accumulation, rank=self.accelerator.process_index, world=self.division.world,
+        )  # fmt: skip
+        for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)
             batch = self.dataset.encode(self.distiller.family, raw).to(self.device)
             self.guard.watch_data(
