@@ -45,6 +45,11 @@ def compile_blocks(network: Any, key: str, backend: str | Callable[..., Any] = "
         raise ValueError(f"{key}: expected false, because {name} has no blocks that are known to repeat") from error
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Return whether blocks of a network are compiled."""
+    return any(module._compiled_call_impl is not None for module in network.modules())  # type: ignore[attr-defined]
+
+
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which compiled blocks run as they are written, for derivatives in forward mode.
 

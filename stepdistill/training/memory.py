@@ -69,7 +69,7 @@ def held_between_steps(distiller: Distiller) -> float:
     return held
 
 
-def memory_plan(distiller: Distiller, *, encoded: bool = False, optim: Mapping[str, OptimConfig] = NO_OPTIM) -> str:
+def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:
     """Return a table of parameters and megabytes of weights, gradients and optimiser by role, on each device.
 
     Args:

@@ -226,7 +226,8 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         raw_batches = loader(
             self.dataset, batch_size=self.division.batch_size, seed=self.config.seed, num_workers=self.data.num_workers,
-            start=self.step * self.division.accumulation, rank=self.accelerator.process_index, world=self.division.world,
+            start=self.step * self.division.accumulation, rank=self.accelerator.process_index,
+            world=self.division.world,
         )  # fmt: skip
         for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)

@@ -10,16 +10,18 @@ from contracts.cases import BANKS, case, teacher_for
 from torch import nn
 
 from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import DDIM
 from stepdistill.families.base import Family
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
+from stepdistill.inference.sampling import sample_images
 from stepdistill.methods import find_method, method_names
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.bank import NetworkBank
-from stepdistill.networks.compilation import compile_blocks
+from stepdistill.networks.compilation import compile_blocks, is_compiled
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.hooks import capture_outputs
@@ -141,6 +143,18 @@ def test_an_extracted_network_is_not_compiled(bank):
     networks.fork("student")
     networks.enable_compilation(Counter())
     assert {module._compiled_call_impl for module in networks.extract("student").modules()} == {None}
+
+
+def test_a_compiled_pipeline_samples_what_an_uncompiled_one_does():
+    family, counter = SD.tiny(), Counter()
+    pipeline = family.pipeline(family.network, DDIM(family.schedule, family.schedule.grid(2)), 1.0)
+    asked = {"num_classes": None, "captions": ["a", "b"], "call": {"num_inference_steps": 2, "guidance_scale": 1.0}}
+    expected = sample_images(pipeline, 2, **asked)
+    assert not is_compiled(pipeline.unet)
+    compile_blocks(pipeline.unet, "--compile", counter)
+    assert is_compiled(pipeline.unet)
+    found = sample_images(pipeline, 2, **asked)
+    assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 1 and counter.graphs
 
 
 def test_forward_derivatives_do_not_see_the_compiler():
