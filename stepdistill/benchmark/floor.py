@@ -109,6 +109,7 @@ def turn_flops(distiller: Distiller, batch: Batch) -> dict[str, float]:
             for parameter in other.params:
                 parameter.requires_grad_(other is turn)
         found[turn.name] = count_flops(lambda turn=turn: _backward(distiller, turn.name, batch)) / unit
+        distiller.zero_grad(set_to_none=True)
     return found
 
 

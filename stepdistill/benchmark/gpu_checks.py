@@ -163,6 +163,7 @@ def exact_resume(device: torch.device, folder: Path) -> str:
 
 def _stop_at(run: Run, step: int) -> None:
     """Train until a step is saved, and leave."""
+    run.folder.mkdir(parents=True)
     trainer = run.trainer()
     save = trainer._save
 

@@ -32,8 +32,9 @@ SCHEDULER = {
     "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
     "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False,
 }  # fmt: skip
-CIFAR: dict[str, Any] = {"channels": (128, 256, 256), "layers": 2, "batch": 256, "teacher": 4000, "student": 900}
-TINY: dict[str, Any] = {"channels": (8, 16), "layers": 1, "batch": 4, "teacher": 2, "student": 4}
+CIFAR: dict[str, Any] = {"channels": (128, 256, 256), "layers": 2, "batch": 256, "teacher": 4000, "student": 900,
+                         "images": 50_000}  # fmt: skip
+TINY: dict[str, Any] = {"channels": (8, 16), "layers": 1, "batch": 4, "teacher": 2, "student": 4, "images": 64}
 """Sizes of the network and lengths of the trainings: about three minutes of each on a card of H100's class."""
 SOLVERS = (("DDIM", 1), ("DDIM", 2), ("DDIM", 4), ("UniPC", 2), ("UniPC", 4))
 """Training-free solvers and their steps."""
@@ -70,7 +71,7 @@ def train_features(folder: Path, data: Path, sizes: dict[str, Any]) -> None:
     """Train the classifier whose features measure."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     images, labels = read_labelled_images(data)
-    images, labels = images[: 200 * sizes["batch"]].to(device), labels[: 200 * sizes["batch"]].to(device)
+    images, labels = images[: sizes["images"]].to(device), labels[: sizes["images"]].to(device)
     network = SmallConvNet(images.shape[1], int(labels.max()) + 1, 24).to(device)
     train_classifier(network, images, labels, epochs=6, batch_size=sizes["batch"], lr=5e-3, seed=0)
     network.cpu().save_pretrained(folder)
@@ -136,7 +137,7 @@ def exports(name: str, pipeline: Path) -> dict[str, str]:
 def measured(folder: Path, data: Path, students: dict[str, str], tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the Frechet distance of every student, of solvers at as many calls, and of the teacher at 50."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    suite = MetricSuite.open(str(folder / "features"), str(data), device=device)
+    suite = MetricSuite.open(str(folder / "features"), str(data), device=device, max_images=100 if tiny else 10_000)
     teacher = load_teacher(TeacherConfig(path=str(folder / "teacher")))
 
     def row(pipeline: Any, call: dict[str, Any]) -> dict[str, Any]:
