@@ -8,8 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from stepdistill.benchmark.gpu_report import PARTS, Report
-from stepdistill.cli.failures import failures_as_sentences
+import stepdistill
+
+# where the package is not installed, its pipelines are found where they lie
+stepdistill.__path__.append(str(Path(__file__).parents[1]))
+
+from stepdistill.benchmark.gpu_report import PARTS, Report  # noqa: E402
+from stepdistill.cli.failures import failures_as_sentences  # noqa: E402
 
 
 @failures_as_sentences("gpu_report.py")

@@ -147,8 +147,8 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return measure()
     except torch.OutOfMemoryError:
         return {"left_out": "out of memory"}
-    except ValueError as error:
-        return {"left_out": str(error)}
+    except (ValueError, RuntimeError) as error:
+        return {"left_out": str(error).partition("\n")[0]}
     finally:
         torch._dynamo.reset()
         gc.collect()
