@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def floor_config(floor: Floor, batch_size: int, **sections: Any) -> RunConfig:
     )
 
 
-def example_batch(family: Family, size: int, device: torch.device | str = "cpu") -> Batch:
+def example_batch(family: Family, size: int, device: torch.device) -> Batch:
     """Return random samples with conditions."""
     return Batch(torch.randn(size, *family.sample_shape), family.example_cond(range(size)), size).to(device)
 
@@ -108,7 +109,7 @@ def turn_flops(distiller: Distiller, batch: Batch) -> dict[str, float]:
         for other in distiller.turns.values():
             for parameter in other.params:
                 parameter.requires_grad_(other is turn)
-        found[turn.name] = count_flops(lambda turn=turn: _backward(distiller, turn.name, batch)) / unit
+        found[turn.name] = count_flops(partial(_backward, distiller, turn.name, batch)) / unit
         distiller.zero_grad(set_to_none=True)
     return found
 

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,10 +179,10 @@ def step_rows(
             yield case.name, {"left_out": f"the {minutes:g} minutes were over"}
             continue
         options = {"tiny": tiny, "repeats": repeats}
-        eager = attempt(lambda case=case, options=options: measure_case(case, **options, compiled=False))
+        eager = attempt(partial(measure_case, case, **options, compiled=False))
         row = {"batch_size": case.batch_size, "matrix_tflops": peak, "eager": speeds(eager, eager, peak)}
         if "seconds" in eager:
-            compiled = attempt(lambda case=case, options=options: measure_case(case, **options, compiled=True))
+            compiled = attempt(partial(measure_case, case, **options, compiled=True))
             row["compiled"] = speeds(compiled, eager, peak)
         yield case.name, row
 
@@ -207,8 +208,8 @@ def reference_rows(
             yield case.name, {"left_out": f"the {minutes:g} minutes were over"}
             continue
         options = {"tiny": tiny, "repeats": repeats}
-        plain = attempt(lambda case=case, options=options: measure_reference(case, **options))
-        ours = attempt(lambda case=case, options=options: measure_case(case, **options, compiled=False))
+        plain = attempt(partial(measure_reference, case, **options))
+        ours = attempt(partial(measure_case, case, **options, compiled=False))
         row: dict[str, Any] = {"batch_size": case.batch_size, "reference": plain, "ours": ours}
         if "seconds" in plain and "seconds" in ours:
             row["times_faster"] = plain["seconds"] / ours["seconds"]

@@ -47,7 +47,7 @@ def compile_blocks(network: Any, key: str, backend: str | Callable[..., Any] = "
 
 def is_compiled(network: nn.Module) -> bool:
     """Return whether blocks of a network are compiled."""
-    return any(module._compiled_call_impl is not None for module in network.modules())  # type: ignore[attr-defined]
+    return any(module._compiled_call_impl is not None for module in network.modules())
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
@@ -62,14 +62,15 @@ class OutputHook:
     """A hook on a module's output that also sees a compiled one's: torch compiles the hooks of its first call alone."""
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
-        self.module, self.compiled = module, module._compiled_call_impl  # type: ignore[attr-defined]
+        self.module, self.compiled = module, module._compiled_call_impl
         self.hook = hook
         if self.compiled is None:
             self.handle = module.register_forward_hook(hook)
         else:
-            module._compiled_call_impl = self._call  # type: ignore[attr-defined]
+            module._compiled_call_impl = self._call
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.compiled is not None
         output = self.compiled(*args, **kwargs)
         self.hook(self.module, args, output)
         return output
@@ -79,4 +80,4 @@ class OutputHook:
         if self.compiled is None:
             self.handle.remove()
         else:
-            self.module._compiled_call_impl = self.compiled  # type: ignore[attr-defined]
+            self.module._compiled_call_impl = self.compiled

@@ -65,7 +65,7 @@ class Run:
         check_environment()
         check_tracker(config.train.tracker)
         if config.teacher.quantization is not None:
-            check_quantization(config.teacher.quantization, config.bank.name)
+            check_quantization(config.bank.name)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -289,7 +289,7 @@ def make_bank(family: Family, config: BankConfig) -> NetworkBank:
 def quantize(bank: NetworkBank, form: str | None) -> None:
     """Hold the frozen layers of a bank of adapters in fewer bits, if asked to, when all its roles are there."""
     if form is not None:
-        cast(AdapterBank, bank).quantize(form)
+        cast(AdapterBank, bank).quantize()
 
 
 def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:

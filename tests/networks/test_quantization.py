@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from contracts.cases import STEPS, sections, train_until
@@ -18,7 +20,7 @@ from stepdistill.training.memory import held_bytes
 from stepdistill.training.run import Run
 
 needs_torchao = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("torchao"), reason="torchao, the extra 'quantization', is not installed"
+    find_spec("torchao") is None, reason="torchao, the extra 'quantization', is not installed"
 )
 
 
@@ -29,7 +31,7 @@ def bank_of(family, quantised):
     for tensor in bank.state("student").values():
         tensor += 0.02 * torch.randn_like(tensor)
     if quantised:
-        bank.quantize("int8")
+        bank.quantize()
     return bank
 
 
@@ -100,15 +102,18 @@ def test_a_run_exports_and_resumes(tmp_path):
 
 
 def test_full_copies_are_refused():
-    with pytest.raises(ValueError, match="teacher.quantization: expected bank.name=adapter.*got copy"):
-        check_quantization("int8", "copy")
+    with pytest.raises(ValueError, match=r"teacher\.quantization: expected bank\.name=adapter.*got copy"):
+        check_quantization("copy")
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="nf4: expected the package bitsandbytes; run: pip install bitsandbytes"):
-        check_quantization("nf4", "adapter")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="nf4: expected a CUDA device, got none"):
-        check_quantization("nf4", "adapter")
+    with pytest.raises(ValueError, match="expected the package torchao, got none; run: pip install torchao"):
+        check_quantization("adapter")
+
+
+def test_other_forms_are_refused(tmp_path):
+    mapping = sections(tmp_path, SD.tiny(), "lcm", "adapter")
+    mapping["teacher"] |= {"quantization": "nf4"}
+    with pytest.raises(ValueError, match=r"teacher\.quantization: expected .*int8.*got 'nf4'"):
+        resolve(mapping)
