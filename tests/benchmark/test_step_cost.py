@@ -43,5 +43,5 @@ def test_without_a_gpu_full_size_is_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match="need a GPU.*--tiny"):
         step_cost_table([CONFIGS / "sd_dmd2.yaml"], ["copy"], [], 1, tiny=False)
-    with pytest.raises(ValueError, match="got 'dit'; known: sd, sdxl, flux"):
+    with pytest.raises(ValueError, match="got 'dit'; known: flux, sd, sdxl"):
         measure(CONFIGS / "dit_progressive.yaml", [], 1, tiny=True)
