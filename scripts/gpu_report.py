@@ -1,7 +1,8 @@
 """Check and measure this machine's GPU: ``python scripts/gpu_report.py --parts checks steps reference cifar``.
 
-About nine minutes on one card of H100's class: checks 1, steps 3, reference 1, cifar 4 (it needs data/cifar10.npz: see
-scripts/make_cifar10.py). Each part can run alone and writes its JSON as it goes. --tiny: all of it small, for a CPU.
+Sized to nine minutes on one card of H100's class, not yet measured: checks 1, steps 3, reference 1, cifar 4 (it needs
+data/cifar10.npz: see scripts/make_cifar10.py). Each part can run alone and writes its JSON as it goes. --tiny: all of
+it small, for a CPU.
 """
 
 import argparse

@@ -35,7 +35,7 @@ SCHEDULER = {
 CIFAR: dict[str, Any] = {"channels": (128, 256, 256), "layers": 2, "batch": 256, "teacher": 4000, "student": 900,
                          "images": 50_000}  # fmt: skip
 TINY: dict[str, Any] = {"channels": (8, 16), "layers": 1, "batch": 4, "teacher": 2, "student": 4, "images": 64}
-"""Sizes of the network and lengths of the trainings: about three minutes of each on a card of H100's class."""
+"""Sizes of the network and lengths of the trainings: meant for three minutes of each on a card of H100's class."""
 SOLVERS = (("DDIM", 1), ("DDIM", 2), ("DDIM", 4), ("UniPC", 2), ("UniPC", 4))
 """Training-free solvers and their steps."""
 
