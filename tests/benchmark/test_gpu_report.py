@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from stepdistill.benchmark.gpu_checks import CHECKS, FailedCheckError, NotHere, expect
 from stepdistill.benchmark.gpu_report import PARTS, Report, brief
@@ -33,7 +31,7 @@ def test_a_failed_check_is_a_row_and_a_failed_part(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "stepdistill.benchmark.gpu_checks.CHECKS", {"one": lambda *_: "fine", "two": lambda *_: expect(False, "bad")}
     )
-    report = Report(folder=tmp_path, data=tmp_path, tiny=True)
+    report = Report(folder=tmp_path, tiny=True)
     assert not report.run("checks")
     rows = json.loads((tmp_path / "checks.json").read_text())["rows"]
     assert rows["one"] == {"passed": True, "seen": "fine"} and "bad" in rows["two"]["seen"]
@@ -55,28 +53,6 @@ def test_a_step_and_its_plain_reference_are_measured(floor):
 
 def test_a_row_in_words():
     assert brief({"a": 1.23456, "b": {"c": "d"}}) == "a 1.235, b c d"
-
-
-def test_a_tar_of_images_becomes_an_npz(tmp_path):
-    import tarfile
-
-    for name in ("train/cat/0.png", "train/ant/1.png", "test/ant/2.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(tmp_path / name)
-    with tarfile.open(tmp_path / "images.tar.xz", "w:xz") as archive:
-        archive.add(tmp_path / "train", "train")
-        archive.add(tmp_path / "test", "test")
-    command = [
-        sys.executable,
-        "scripts/make_cifar10.py",
-        "--tar",
-        tmp_path / "images.tar.xz",
-        "--output",
-        tmp_path / "a.npz",
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    with np.load(tmp_path / "a.npz") as found:
-        assert found["images"].shape == (2, 4, 4, 3) and sorted(found["labels"]) == [0, 1]
 
 
 @pytest.mark.product
