@@ -178,7 +178,7 @@ def step_rows(
         if time.monotonic() > end:
             yield case.name, {"left_out": f"the {minutes:g} minutes were over"}
             continue
-        options = {"tiny": tiny, "repeats": repeats}
+        options: dict[str, Any] = {"tiny": tiny, "repeats": repeats}
         eager = attempt(partial(measure_case, case, **options, compiled=False))
         row = {"batch_size": case.batch_size, "matrix_tflops": peak, "eager": speeds(eager, eager, peak)}
         if "seconds" in eager:
@@ -207,7 +207,7 @@ def reference_rows(
         if time.monotonic() > end:
             yield case.name, {"left_out": f"the {minutes:g} minutes were over"}
             continue
-        options = {"tiny": tiny, "repeats": repeats}
+        options: dict[str, Any] = {"tiny": tiny, "repeats": repeats}
         plain = attempt(partial(measure_reference, case, **options))
         ours = attempt(partial(measure_case, case, **options, compiled=False))
         row: dict[str, Any] = {"batch_size": case.batch_size, "reference": plain, "ours": ours}
