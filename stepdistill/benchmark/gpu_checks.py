@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,15 +229,19 @@ CHECKS: dict[str, Callable[[torch.device, Path], str]] = {
 }
 
 
-def check_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield whether each check passed on this machine's device, and what it saw; all are made."""
+def check_rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield whether each check passed on this machine's device, and what it saw; all are made, each in a new folder."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     for name, check in CHECKS.items():
-        place = folder / name.replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            yield name, {"passed": True, "seen": check(device, place)}
-        except NotHere:
-            yield name, {"left_out": "needs a GPU"}
-        except (FailedCheckError, RuntimeError, ValueError) as error:
-            yield name, {"passed": False, "seen": f"{type(error).__name__}: {error}"}
+        with tempfile.TemporaryDirectory() as folder:
+            yield name, outcome(check, device, Path(folder))
+
+
+def outcome(check: Callable[[torch.device, Path], str], device: torch.device, folder: Path) -> dict[str, Any]:
+    """Return whether a check passed, and what it saw."""
+    try:
+        return {"passed": True, "seen": check(device, folder)}
+    except NotHere:
+        return {"left_out": "needs a GPU"}
+    except (FailedCheckError, RuntimeError, ValueError) as error:
+        return {"passed": False, "seen": f"{type(error).__name__}: {error}"}

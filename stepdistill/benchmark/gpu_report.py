@@ -40,7 +40,7 @@ class Report:
     def rows(self, part: str) -> Rows:
         """Return the rows of a part, which are made as they are taken."""
         if part == "checks":
-            return check_rows(self.folder / "checks")
+            return check_rows()
         make = {"steps": step_rows, "reference": reference_rows}[part]
         cases, repeats, minutes = (
             (TINY_CASES, 1, 5.0) if self.tiny else (CASES, 10, {"steps": 3.0, "reference": 1.0}[part])
