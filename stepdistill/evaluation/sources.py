@@ -29,6 +29,7 @@ from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import ROWS, Images, class_count, sample_images
+from stepdistill.networks.compilation import is_compiled
 
 
 class Source(abc.ABC):
@@ -115,7 +116,9 @@ class PipelineSource(Source):
 
     def timing(self) -> dict[str, Any]:
         processes = PartialState().num_processes
-        return {**machine(self.pipeline.device), "batch_size": self.batch_size, "processes": processes}
+        compiled = is_compiled(network_of(self.pipeline))
+        here = machine(self.pipeline.device)
+        return {**here, "batch_size": self.batch_size, "processes": processes, "compiled": compiled}
 
     def cost(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
         calls = (rows["calls"] * rows["images"]).sum() / rows["images"].sum()

@@ -25,6 +25,8 @@ class TeacherConfig:
     are read. None is the original one on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; students always train in float32."""
+    quantization: Literal["int8"] | None = None
+    """Fewer bits for the frozen layers under adapters: torchao's ``int8``."""
     family: str | None = None
     """Name of a file in ``stepdistill/families``, in place of detection."""
     null_class: NonNegativeInt | None = None

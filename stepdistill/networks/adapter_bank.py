@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.networks.activation_checkpointing import without_checkpointing
 from stepdistill.networks.bank import TEACHER, NetworkBank
+from stepdistill.networks.quantization import quantize_layers
 
 
 class AdapterBank(NetworkBank):
@@ -50,6 +51,13 @@ class AdapterBank(NetworkBank):
         finally:
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def quantize(self) -> None:
+        """Hold the frozen layers under the adapters in int8, see :mod:`stepdistill.networks.quantization`.
+
+        No role can be added afterwards; :meth:`extract` merges into the layers of before.
+        """
+        self.originals = quantize_layers(self._layers)
 
     def distinct_networks(self) -> list[Any]:
         return [self.network]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.networks.activation_checkpointing import enable_checkpointing, in_training
+from stepdistill.networks.compilation import compile_blocks
 from stepdistill.networks.sharding import assembled, blueprint, local, shard, write
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class NetworkBank(nn.Module, abc.ABC):
         self.trainable: dict[str, bool] = {TEACHER: False}
         self.blueprints: dict[nn.Module, nn.Module] = {}
         """For each sharded network, a copy from before without its weights."""
+        self.originals: dict[int, nn.Module] = {}
+        """Layers of before their quantisation, by the ``id`` of the present one; copies of a network have them."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -117,6 +120,17 @@ class NetworkBank(nn.Module, abc.ABC):
         for network in self.distinct_networks():
             enable_checkpointing(network, functools.partial(self._recomputation, network))
 
+    def enable_compilation(self, backend: Any = "inductor") -> None:
+        """Compile the repeated blocks of every network, so that a role's first call takes longer and its others less.
+
+        Raises:
+            ValueError: if a network has no blocks that are known to repeat, or is divided among processes.
+        """
+        if self.blueprints:
+            raise ValueError("train.compile: expected false for networks that are divided among processes, got true")
+        for network in self.distinct_networks():
+            compile_blocks(network, "train.compile", backend)
+
     def _recomputation(
         self, network: nn.Module
     ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
@@ -138,7 +152,8 @@ class NetworkBank(nn.Module, abc.ABC):
         """Copy one network, but not this bank, which a network with gradient checkpointing refers to."""
         if network in self.blueprints:
             return assembled(self.blueprints[network], network, {id(self): self})
-        return copy.deepcopy(network, {id(self): self})
+        replaced = {key: copy.deepcopy(layer) for key, layer in self.originals.items()}
+        return copy.deepcopy(network, {id(self): self, **replaced})
 
     @abc.abstractmethod
     def _add(self, role: str, from_: str) -> None: ...

@@ -15,6 +15,7 @@ from stepdistill.diffusion.prediction import Denoise, Prediction, to_prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.compilation import uncompiled
 
 
 class Denoiser:
@@ -118,7 +119,7 @@ def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), uncompiled():
             yield
     finally:
         for hook in hooks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stepdistill.networks.compilation import OutputHook
 from stepdistill.networks.sharding import is_share, members
 
 
@@ -41,9 +42,9 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
 
         return hook
 
-    handles = []
+    handles: list[RemovableHandle | OutputHook] = []
     for index, module in enumerate(modules):
-        handles.append(module.register_forward_hook(keep(index)))
+        handles.append(OutputHook(module, keep(index)))
     if sharded := any(is_share(parameter) for parameter in network.parameters()):
         handles += also_return(network, captured)
     try:
@@ -51,7 +52,7 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
     except _AllCaptured:
         pass
     finally:
-        for handle in handles:
+        for handle in reversed(handles):
             handle.remove()
     assert len(captured) == len(modules), f"of {len(modules)} modules only {len(captured)} ran"
     return [captured[index] for index in range(len(modules))]

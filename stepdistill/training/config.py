@@ -34,6 +34,8 @@ class TrainConfig:
     ema: Decay = 0.0
     """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Whether the repeated blocks of all networks are compiled."""
     seed: Seed = 0
     log_every: PositiveInt = 10
     sample_every: PositiveInt = 500

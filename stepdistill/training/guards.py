@@ -46,6 +46,7 @@ class FiniteGuard:
     def __init__(self, device: torch.device, name: Callable[[int], str] = str) -> None:
         self.device, self.name = device, name
         self.places: list[str] = []
+        self._on_device: dict[tuple[str, ...], Tensor] = {}
         self.samples: dict[int, list[int]] = {}
         """By step, the samples of this process since the flag was last read."""
         self.reset()
@@ -81,7 +82,7 @@ class FiniteGuard:
         for name in names:
             if name not in self.places:
                 self.places.append(name)
-        places = torch.tensor(list(map(self.places.index, names)), device=bad.device)
+        places = self._places_of(tuple(names))
         # sources come first, the gradient norm last, which is bad whenever a loss is: the smallest place is the cause
         place = torch.where(torch.cat([sources, bad]), places, 2**31).min()
         self.first = torch.where((self.first < 0) & bad.any(), step * 2**20 + place, self.first)
@@ -90,6 +91,12 @@ class FiniteGuard:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.flag, torch.distributed.ReduceOp.MAX)
         return self.flag
+
+    def _places_of(self, names: tuple[str, ...]) -> Tensor:
+        """Return the places of these names on the device, copied there once: every copy is a host sync."""
+        if names not in self._on_device:
+            self._on_device[names] = torch.tensor(list(map(self.places.index, names)), device=self.device)
+        return self._on_device[names]
 
     def raise_if_tripped(self) -> None:
         """Read the flag (a host sync). All processes call it together.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.methods.base import Distiller
 from stepdistill.networks.bank import TEACHER
@@ -29,23 +29,44 @@ class Holding:
         count, size = 0, 0
         for parameter in parameters:
             count += parameter.numel()
-            size += parameter.numel() * parameter.element_size()
+            size += held_bytes(parameter)
         return cls(name, count, size / 1e6, trained)
 
     @property
     def gradients(self) -> float:
-        """Megabytes of float32 gradients; the optimiser holds two such tensors."""
+        """Megabytes of float32 gradients."""
         return 4 * self.count / 1e6 if self.trained else 0.0
+
+    @property
+    def optimizer(self) -> float:
+        """Megabytes of the optimiser's two moments, in float32."""
+        return 2 * self.gradients
 
     @property
     def total(self) -> float:
         """Megabytes of weights, gradients and optimiser."""
-        return self.weights + 3 * self.gradients
+        return self.weights + self.gradients + self.optimizer
 
     def cells(self) -> tuple[str, ...]:
         """Return the row under :data:`HEADER`."""
-        sizes = (f"{self.weights:.1f}", f"{self.gradients:.1f}", f"{2 * self.gradients:.1f}")
+        sizes = (f"{self.weights:.1f}", f"{self.gradients:.1f}", f"{self.optimizer:.1f}")
         return (self.name, f"{self.count:,}", str(self.trained), *sizes)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor holds; of a quantised one, those of its parts."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(held_bytes(getattr(tensor, name)) for name in names)
+
+
+def held_between_steps(distiller: Distiller) -> float:
+    """Return the megabytes of weights and optimisers: all but gradients and activations, which a step gives back."""
+    held = 0.0
+    for holding in _roles(distiller):
+        held += holding.weights + holding.optimizer
+    return held
 
 
 def memory_plan(distiller: Distiller, *, encoded: bool = False) -> str:

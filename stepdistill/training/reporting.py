@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,6 +15,34 @@ from stepdistill.methods.base import Stage
 from stepdistill.training.checkpoint import set_aside_later
 from stepdistill.training.divergence import DivergenceError, DivergenceGuard, patience_of
 from stepdistill.training.metrics_log import MetricsLog
+
+WAITING = "time/waiting"
+"""Where a row holds the share of the time since the last one that was spent waiting for data, encoding not counted."""
+
+
+Item = TypeVar("Item")
+
+
+class Waiting:
+    """The share of the time that a loop waits for its data."""
+
+    def __init__(self) -> None:
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and count the seconds until each is there."""
+        start = time.perf_counter()
+        for item in items:
+            self._waited += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
+
+    def take(self) -> float:
+        """Return the share since the last call, in [0, 1]."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return round(min(share, 1.0), 4)
 
 
 class Reporter:
@@ -28,6 +58,7 @@ class Reporter:
         self.accelerator, self.folder = accelerator, folder
         self.log = MetricsLog(folder)
         self.divergence = DivergenceGuard(patience_of(steps))
+        self.waiting = Waiting()
         self._unwritten: dict[str, Tensor] = {}
         """The newest scalars of every turn since the last row, still on the device."""
 
@@ -58,7 +89,7 @@ class Reporter:
         """
         values = {name: round(float(value), 6) for name, value in self._unwritten.items()}
         self._unwritten = {}
-        self.write_row(step, stage, {**values, **further})
+        self.write_row(step, stage, {**values, **further, WAITING: self.waiting.take()})
         self._check_divergence(step, values)
         return values
 

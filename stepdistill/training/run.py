@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from stepdistill.networks.bank import STUDENT, NetworkBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.launcher import check_environment
+from stepdistill.networks.quantization import check_quantization
 from stepdistill.networks.sharding import gathered, is_main
 from stepdistill.training.config import BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
@@ -63,6 +64,8 @@ class Run:
         check_replaceable(self.folder / "pipeline")
         check_environment()
         check_tracker(config.train.tracker)
+        if config.teacher.quantization is not None:
+            check_quantization(config.bank.name)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -91,6 +94,7 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
+        quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
         self.selected: dict[str, Any] | None = None
         """Step and measurement by which the exported student was selected; None for the last student."""
@@ -285,6 +289,12 @@ def make_bank(family: Family, config: BankConfig) -> NetworkBank:
     if config.name == "copy":
         return CopyBank(family.network)
     return AdapterBank(family.network, rank=config.rank, targets=family.lora_targets)
+
+
+def quantize(bank: NetworkBank, form: str | None) -> None:
+    """Hold the frozen layers of a bank of adapters in fewer bits, if asked to, when all its roles are there."""
+    if form is not None:
+        cast(AdapterBank, bank).quantize()
 
 
 def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:

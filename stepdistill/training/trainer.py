@@ -77,6 +77,8 @@ class Trainer:
         if self.config.gradient_checkpointing:
             distiller.bank.enable_checkpointing()
         self.wrapped = self.parallelism.wrap(distiller)
+        if self.config.compile:
+            distiller.bank.enable_compilation()
         if not dataset.is_encoded:  # otherwise what encodes is on the device only while it samples
             distiller.family.to(self.device)
         self.distiller = distiller
@@ -223,15 +225,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         raw_batches = loader(
-            self.dataset,
-            batch_size=self.division.batch_size,
-            seed=self.config.seed,
-            start=self.step * self.division.accumulation,
-            rank=self.accelerator.process_index,
+            self.dataset, batch_size=self.division.batch_size, seed=self.config.seed, num_workers=self.data.num_workers,
+            start=self.step * self.division.accumulation, rank=self.accelerator.process_index,
             world=self.division.world,
-            num_workers=self.data.num_workers,
-        )
-        for raw in raw_batches:
+        )  # fmt: skip
+        for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)
             batch = self.dataset.encode(self.distiller.family, raw).to(self.device)
             self.guard.watch_data(

@@ -17,7 +17,7 @@ def test_full_size_is_that_of_the_released_networks(name, millions, condition):
         millions, abs=1
     )
     assert family.example_cond(range(2))["encoder_hidden_states"].shape == (2, 77, condition)
-    assert family.network.config.cross_attention_dim == condition and set(TEACHERS) == {"sd", "sdxl"}
+    assert family.network.config.cross_attention_dim == condition and set(TEACHERS) == {"sd", "sdxl", "flux"}
 
 
 def test_what_is_held_follows_from_sizes_alone():
@@ -43,5 +43,5 @@ def test_without_a_gpu_full_size_is_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match="need a GPU.*--tiny"):
         step_cost_table([CONFIGS / "sd_dmd2.yaml"], ["copy"], [], 1, tiny=False)
-    with pytest.raises(ValueError, match="got 'flux'; known: sd, sdxl"):
-        measure(CONFIGS / "flux_lora.yaml", [], 1, tiny=True)
+    with pytest.raises(ValueError, match="got 'dit'; known: flux, sd, sdxl"):
+        measure(CONFIGS / "dit_progressive.yaml", [], 1, tiny=True)

@@ -40,7 +40,7 @@ def rows(run):
 
 
 def without_time(rows):
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
 
 
 def final_weights(run, step=6):
@@ -63,6 +63,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert {"config.yaml", "metrics.jsonl", "samples", "checkpoint-6", "pipeline", "pipeline-4-steps"} <= names
     assert [row["step"] for row in rows(straight)] == [1, 2, 3, 4, 5, 6]
     assert {"stage", "time", "student/loss", "student/grad_norm", "student/lr"} <= rows(straight)[0].keys()
+    assert all(0 <= row["time/waiting"] <= 1 for row in rows(straight))
     assert (straight.folder / "samples/step-000006.png").is_file()
 
 

@@ -1,0 +1,25 @@
+"""A step's FLOPs are those of its network calls, within 2 %."""
+
+import pytest
+import torch
+
+from stepdistill.benchmark.floor import FLOORS, count_flops, example_batch, floor_config, turn_flops
+from stepdistill.benchmark.step_cost import make_distiller
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher
+
+CPU = torch.device("cpu")
+FIRST_ORDER = [name for name, floor in FLOORS.items() if floor.first_order]
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_a_step_costs_its_network_calls(name):
+    floor, family = FLOORS[name], load_teacher(TeacherConfig(path="embedded"))
+    distiller = make_distiller(floor_config(floor, 2), family, CPU)
+    distiller.stage = distiller.stages(100)[0]
+    distiller.begin_stage()
+    assert turn_flops(distiller, example_batch(family, 2, CPU)) == pytest.approx(dict(floor.turns), rel=0.02)
+
+
+def test_a_product_is_counted_as_multiplications_and_additions():
+    assert count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
