@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contracts.cases import PIXELS, generators, pipeline_images
 from mixtures import NEARER, ToldNet, TwoTimes, batch_of, landing, make, train
 from network_calls import calls_of
 from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
@@ -397,6 +398,29 @@ def test_with_the_exact_flow_map_any_number_of_steps_ends_at_the_same_images(nam
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
     one, zero = torch.ones(20, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
     torch.testing.assert_close(ends[0], oracle.solve(x, one, zero), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("kind", ["pixel", "pixel-flow", "pixel-edm", "pixel-unconditional", "pixel-zero-snr"])
+def test_an_export_tells_its_network_where_every_step_ends_also_the_last(kind, steps):
+    family, config = PIXELS[kind](), FlowMap.Config(steps=steps)
+    family.add_inputs(FlowMap.extra_inputs(config))
+    distiller = FlowMap(family, CopyBank(family.network), config)
+    cond = family.example_cond(range(3))
+    with torch.no_grad():
+        told = distiller.bank.networks["student"].condition_embedding.s_embedding.linear_2.weight
+        told.add_(torch.randn_like(told))
+        start = family.schedule.initial_noise(reference_noise(family, 3))
+        expected = family.decode(sample(distiller.student.conditioned(cond), distiller.sampler(), start))
+        untold = family.decode(sample(distiller.teacher.conditioned(cond), distiller.sampler(), start))
+    assert (expected - untold).abs().max() > 0.1
+    pipeline = family.pipeline(distiller.bank.extract("student"), distiller.sampler(), 1.0)
+    assert (pipeline_images(pipeline, family, 3, seed=1) - expected).abs().max() < 1e-5
+
+
+def reference_noise(family, count):
+    """What a pipeline draws of one generator an image."""
+    return torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators(count, 1)])
 
 
 def student_of(target, train_steps, **options):
