@@ -173,10 +173,7 @@ class FlowMap(Distiller):
         noise = draws.normal_like(batch.x0)
         t, s, r = self.draw_times(draws)
         interval = Interval(self.state(batch.x0, noise, t), t, r)
-        data = Prediction(batch.x0, noise)
-        target = self.composition(interval, s, data, batch.cond) if self.config.composes else (
-            self.along_path(interval, self.path(interval, data, batch.cond), batch.cond)
-        )  # fmt: skip
+        target = self.target_of(interval, s, Prediction(batch.x0, noise), batch.cond)
         student = self.student(interval.x_t, t, batch.cond, s=r)
         error = mean_square(student.flow(), target)
         weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
@@ -228,6 +225,12 @@ class FlowMap(Distiller):
         return Prediction(x0.to(interval.x_t.dtype), eps.to(interval.x_t.dtype))
 
     # -------------------------------------------------------------------------------------------------- targets
+
+    def target_of(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond) -> Tensor:
+        """Return the target (B, ...) of the average velocity; two steps part at times ``s`` (B,)."""
+        if self.config.composes:
+            return self.composition(interval, s, data, cond)
+        return self.along_path(interval, self.path(interval, data, cond), cond)
 
     def average(self, cond: Cond) -> Average:
         """Return the target network without gradient, each call with the dropout that the student draws next."""

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from contracts.cases import PIXELS, generators, pipeline_images
+from contracts.cases import PIXELS, generators, pipeline_images, train_student
+from contracts.test_latent import check_export, check_lora
 from mixtures import NEARER, ToldNet, TwoTimes, batch_of, landing, make, train
 from network_calls import calls_of
 from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
@@ -16,6 +17,7 @@ from stepdistill.diffusion.samplers import sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Inputs
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
 from stepdistill.losses import average_velocity, intervals
 from stepdistill.losses.average_velocity import Interval
@@ -74,11 +76,7 @@ def random_interval(distiller, oracle, size=100, seed=0):
 
 def residual(distiller, interval, s, scale=1.0):
     """The target of ``scale`` times the student's velocity, less that velocity."""
-    path = distiller.path(interval, Prediction(interval.x_t, interval.x_t), {})
-    if distiller.config.composes:
-        target = distiller.composition(interval, s, path, {})
-    else:
-        target = distiller.along_path(interval, path, {})
+    target = distiller.target_of(interval, s, Prediction(interval.x_t, interval.x_t), {})
     return target - scale * distiller.target(interval.x_t, interval.t, {}, s=interval.r).flow()
 
 
@@ -178,12 +176,7 @@ def test_at_equal_times_every_target_is_the_velocity(name, kind, target):
     x_t = distiller.schedule.add_noise(oracle.draw(3), torch.randn(3, 2, 1, 1, dtype=torch.float64), t)
     interval = Interval(x_t, t, t)
     path = distiller.path(interval, Prediction(x_t, x_t), {})
-    found = (
-        distiller.composition(interval, t, path, {})
-        if distiller.config.composes
-        else distiller.along_path(interval, path, {})
-    )
-    assert torch.equal(found, path.flow())
+    assert torch.equal(distiller.target_of(interval, t, Prediction(x_t, x_t), {}), path.flow())
 
 
 def fixed_interval(distiller, t=0.9, r=0.1):
@@ -299,6 +292,16 @@ def test_a_relaxed_target_is_the_mean_velocity_at_noise_and_nothing_new_at_clean
 
 
 # -------------------------------------------------------------------------------------------- the real networks
+
+
+@pytest.mark.parametrize("bank", ["copy", "adapter"])
+@pytest.mark.parametrize("make_teacher", [SD.tiny, PIXELS["pixel-flow"]])
+def test_a_student_of_two_slices_is_exported_as_a_stock_network(tmp_path, make_teacher, bank):
+    run = train_student(tmp_path, make_teacher(), "flowmap", bank, options={"slices": "two"})
+    images = check_export(run)
+    assert run.family.inputs == Inputs()
+    if bank == "adapter" and run.family.loads_lora:
+        check_lora(run, images)
 
 
 def tiny(bank="copy", **options):
