@@ -93,10 +93,10 @@ class ToldNet(nn.Module):
 
     dtype = torch.float32
 
-    def __init__(self, oracle: Oracle) -> None:
+    def __init__(self, oracle: Oracle, waves: int = 0) -> None:
         super().__init__()
         self.oracle = oracle
-        self.by_s = nn.ModuleList(PointNet(oracle.schedule) for _ in range(3))
+        self.by_s = nn.ModuleList(PointNet(oracle.schedule, waves=waves) for _ in range(3))
         for net in self.by_s:
             nn.init.zeros_(net.fc3.weight)
             nn.init.zeros_(net.fc3.bias)
