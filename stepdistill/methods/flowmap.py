@@ -112,8 +112,8 @@ class FlowMap(Distiller):
         """Share of the other pairs that end at clean data."""
         from_noise: Share = 0.1
         """Share of the other pairs that begin at pure noise, as samplers do."""
-        power: NonNegativeFloat = 1.0
-        """Exponent p of the error that divides the loss; below 1 the error of noise-predicting teachers is uneven."""
+        power: NonNegativeFloat = 0.5
+        """Exponent p of the error that divides the loss; at 0.5 gradients of large and small errors are of one length."""
         floor: PositiveFloat = 1e-3
         """What is added to that error, a mean over pixels (c)."""
         target_ema: Decay | None = None
