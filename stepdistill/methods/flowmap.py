@@ -113,7 +113,7 @@ class FlowMap(Distiller):
         from_noise: Share = 0.1
         """Share of the other pairs that begin at pure noise, as samplers do."""
         power: NonNegativeFloat = 0.5
-        """Exponent p of the error that divides the loss; at 0.5 gradients of large and small errors are of one length."""
+        """Exponent p of the error that divides the loss; at 0.5 all errors make gradients of one length."""
         floor: PositiveFloat = 1e-3
         """What is added to that error, a mean over pixels (c)."""
         target_ema: Decay | None = None
