@@ -8,7 +8,14 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    TCDScheduler,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -146,13 +153,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale: found {scale}, but this network knows no null class; wanted 1")
 
     def _target(self, t: torch.Tensor, eta: float | None) -> torch.Tensor | None:
-        """The timestep that the step from ``t`` leads to, for networks that take it; clean data is -1, in TCD 0."""
+        """The timestep that the step from ``t`` leads to, for networks that take it; the end is 0 in TCD."""
         if not self._takes("takes_s"):
             return None
         later = self.scheduler.timesteps[self.scheduler.timesteps < t]
-        if eta is None:
-            return later[0] if len(later) else torch.full_like(t, -1)
-        return torch.floor((1 - eta) * (later[0] if len(later) else torch.zeros_like(t)))
+        if isinstance(self.scheduler, TCDScheduler):
+            return torch.floor((1 - (eta or 0.0)) * (later[0] if len(later) else torch.zeros_like(t)))
+        return later[0] if len(later) else torch.full_like(t, self._clean_timestep())
+
+    def _clean_timestep(self) -> float:
+        """The timestep of clean data: -1 of a discrete process, 0 of a flow, a noise level of almost 0 for EDM."""
+        if hasattr(self.scheduler, "precondition_noise"):
+            return float(self.scheduler.precondition_noise(torch.tensor(1e-44, dtype=torch.float64)))
+        return -1.0 if "beta_schedule" in self.scheduler.config else 0.0
 
     def _predict(
         self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor | None, labels: torch.Tensor | None, scale: float

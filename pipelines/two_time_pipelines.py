@@ -45,14 +45,19 @@ class SecondTime:
         return bound.args, bound.kwargs
 
     def end(self, now: float) -> float:
-        """The timestep that the step from ``now`` leads to; clean data is -1 of a discrete process, in TCD 0."""
+        """The timestep that the step from ``now`` leads to; the end is 0 in TCD."""
         timesteps = self.scheduler.timesteps.float().cpu()
         nearest = timesteps[(timesteps - now).abs().argmin()]
         later = timesteps[timesteps < nearest]
         if isinstance(self.scheduler, TCDScheduler):
             return float(torch.floor((1 - self.eta) * (later[0] if len(later) else torch.zeros(()))))
-        clean = -1.0 if "beta_schedule" in self.scheduler.config else 0.0
-        return float(later[0]) if len(later) else clean
+        return float(later[0]) if len(later) else self.clean()
+
+    def clean(self) -> float:
+        """The timestep of clean data: -1 of a discrete process, 0 of a flow, a noise level of almost 0 for EDM."""
+        if hasattr(self.scheduler, "precondition_noise"):
+            return float(self.scheduler.precondition_noise(torch.tensor(1e-44, dtype=torch.float64)))
+        return -1.0 if "beta_schedule" in self.scheduler.config else 0.0
 
 
 def two_times(pipeline: Any) -> Any:

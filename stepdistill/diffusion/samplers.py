@@ -91,6 +91,13 @@ class DDIM(Sampler):
         return ode_step(prediction, self.schedule, s)
 
 
+class TwoTimeDDIM(DDIM):
+    """DDIM of a network that is told where its step ends."""
+
+    def target_time(self, s: Tensor) -> Tensor:
+        return s
+
+
 class ConsistencySampler(Sampler):
     """Predict the clean image, then noise it afresh: the sampler of consistency models, DMD2 and ADD.
 

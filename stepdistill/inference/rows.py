@@ -8,6 +8,7 @@ and a shorter one is filled up with copies of its last row.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ def fixed_rows(module: torch.nn.Module, rows: int, method: str = "forward") -> I
     """
     original = getattr(module, method)
 
+    @functools.wraps(original)  # two-time pipelines look the arguments' names up
     def in_pieces(*args: Any, **kwargs: Any) -> Any:
         batch = batch_of(args, kwargs)
 

@@ -266,8 +266,12 @@ def differentiates(config: Scm.Config, schedule: NoiseSchedule) -> bool:
     return config.tangent == "jvp" or (config.tangent == "auto" and embeds_unit_times(schedule))
 
 
-def check_forward_mode(family: Family) -> None:
+def check_forward_mode(family: Family, key: str = "tangent") -> None:
     """Differentiate the teacher forward once, on one image.
+
+    Args:
+        family: the family of the teacher.
+        key: the method's option that asks for it, and that has ``difference`` as another value.
 
     Raises:
         ValueError: if one of its operations has no forward derivative, such as a fused attention kernel.
@@ -279,6 +283,6 @@ def check_forward_mode(family: Family) -> None:
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"method.tangent: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, got: "
-            f"{reason} Set tangent: difference, or give the network its default attention processor."
+            f"method.{key}: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, got: "
+            f"{reason} Set {key}: difference, or give the network its default attention processor."
         ) from error

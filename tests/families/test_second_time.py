@@ -3,9 +3,12 @@
 import pytest
 import torch
 from contracts.cases import generators, pipeline_images
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from oracles import SCHEDULES
 
 from stepdistill import load_pipeline
 from stepdistill.diffusion.samplers import DDIM, StrategicStochasticSampler, sample
+from stepdistill.diffusion.schedule import Karras, RectifiedFlow
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
 from stepdistill.families.dit import DiT
@@ -19,6 +22,8 @@ from stepdistill.losses.consistency import skip_grid
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.pipelines.noise_embedding import ConsistencyEulerScheduler
+from stepdistill.pipelines.two_time_pipelines import SecondTime
 
 FAMILIES = {"sd": SD, "sdxl": SDXL, "dit": DiT, "pixart": PixArt, "sd3": SD3, "flux": Flux, "sana": Sana}
 T = torch.tensor([0.9, 0.4], dtype=torch.float64)
@@ -146,6 +151,18 @@ def test_an_export_tells_its_network_both_times(tmp_path, name, make):
         denoise = student.conditioned(family.example_cond(range(2)))
         expected = family.decode(sample(denoise, sampler, start, noise))
     assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule"),
+    [(EDMEulerScheduler(), Karras()), (ConsistencyEulerScheduler(), Karras(noise_scale=1000.0)),
+     (FlowMatchEulerDiscreteScheduler(), RectifiedFlow()), (DDIMScheduler(), SCHEDULES["linear"])],
+    ids=lambda one: type(one).__name__,
+)  # fmt: skip
+def test_clean_data_is_told_as_in_training(scheduler, schedule):
+    scheduler.set_timesteps(2)
+    told = SecondTime(scheduler, 0.0).end(float(scheduler.timesteps[-1]))
+    assert told == pytest.approx(schedule.timestep(torch.zeros(1)).item(), rel=1e-6)
 
 
 def first_noise(family, own):

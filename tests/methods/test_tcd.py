@@ -6,24 +6,20 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, TCDScheduler
-from mixtures import NEARER, batch_of, evenly, landing, loss_of, make, train, turned
+from mixtures import NEARER, ToldNet, TwoTimes, batch_of, evenly, landing, loss_of, make, train, turned
 from oracles import (
     SCHEDULES,
     VP_PROCESSES,
     Gaussian,
-    OracleFamily,
-    PointNet,
     sliced_wasserstein,
     teacher_denoiser,
     three_clusters,
 )
-from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Prediction, from_x0
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, sample
-from stepdistill.diffusion.schedule import expand
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
@@ -215,13 +211,6 @@ def test_the_exported_pipeline_samples_as_the_student_was_trained(gamma, num_cla
 # ------------------------------------------------------------------------------------------- two-time students
 
 
-class TwoTimes(OracleFamily):
-    """Networks that are told a second time, in float64."""
-
-    def call(self, network, x_t, t, cond, *, w=None, s=None):
-        return super().call(network, x_t, t, cond) if s is None else network.jump(x_t, t, s)
-
-
 class ProductOfGains(Gaussian):
     """The two-time student of Gaussian data: its jump is the teacher's DDIM steps in between, in closed form."""
 
@@ -287,30 +276,6 @@ def test_two_time_and_a_second_call_exclude_each_other():
 
 
 # -------------------------------------------------------------------------------------------- trained students
-
-
-class ToldNet(nn.Module):
-    """The oracle and small trainable networks, zero at first, whose shares say where a jump leads to."""
-
-    dtype = torch.float32
-
-    def __init__(self, oracle):
-        super().__init__()
-        self.oracle = oracle
-        self.by_s = nn.ModuleList(PointNet(oracle.schedule) for _ in range(3))
-        for net in self.by_s:
-            nn.init.zeros_(net.fc3.weight)
-            nn.init.zeros_(net.fc3.bias)
-
-    def forward(self, sample, timestep, class_labels=None):
-        return self.oracle(sample, timestep, class_labels)
-
-    def jump(self, x_t, t, s):
-        timestep, u = self.oracle.schedule.timestep(t), expand(2 * s - 1, x_t)  # Legendre's polynomials on [0, 1]
-        output = self.oracle(x_t, timestep).sample
-        for share, net in zip((torch.ones_like(u), u, (3 * u**2 - 1) / 2), self.by_s, strict=True):
-            output = output + share * net(x_t, timestep).sample
-        return output
 
 
 def student_of(oracle, train_steps, **options):

@@ -1,0 +1,54 @@
+"""Pairs of times that average velocities are trained on, and the grid that their students are sampled on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.losses.progressive import nested_grid
+from stepdistill.randomness import Draws
+
+FINEST = 128
+"""Steps of the finest grid of shortcut models; their jumps have the lengths of 1 to 64 steps."""
+
+
+def step_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Return ``steps + 1`` times from 1 to 0, out of a grid of about :data:`FINEST` steps."""
+    return nested_grid(schedule, steps * max(1, FINEST // steps), steps)
+
+
+def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:
+    """Return times (B,) whose log noise level ``log(sigma / alpha)`` is normal, its mean moved by a flow's shift.
+
+    On a flow, the times' logits are normal.
+    """
+    log_sigma = mean + math.log(schedule.shift) + std * draws.normal().double()
+    return schedule.inverse(-2 * log_sigma).clamp(schedule.lowest_time, 1)
+
+
+def free_interval(
+    schedule: NoiseSchedule, draws: Draws, levels: tuple[float, float], from_noise: float, to_clean: float
+) -> tuple[Tensor, Tensor]:
+    """Return times ``r <= t``, each (B,), both log-normal.
+
+    Args:
+        schedule: the schedule of the times.
+        draws: source of random numbers.
+        levels: mean and standard deviation of the log noise level.
+        from_noise: share of pairs whose ``t`` is 1.
+        to_clean: share of pairs whose ``r`` is 0.
+    """
+    one, two = (log_normal_times(schedule, draws, *levels) for _ in range(2))
+    t = torch.where(draws.uniform() < from_noise, 1.0, torch.maximum(one, two))
+    return t, torch.where(draws.uniform() < to_clean, 0.0, torch.minimum(one, two))
+
+
+def dyadic_interval(schedule: NoiseSchedule, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a step of a sampler of 1, 2, 4, ... or 64 steps, and its middle: times ``t > s > r``, each (B,)."""
+    grid = schedule.grid(FINEST).to(draws.device)
+    length = FINEST >> draws.integers(0, FINEST.bit_length() - 1)
+    begin = (draws.uniform() * (FINEST // length)).long() * length
+    return grid[begin], grid[begin + length // 2], grid[begin + length]

@@ -1,0 +1,292 @@
+r"""Flow maps: students that predict the average velocity between any two times, in one loss with five targets.
+
+The network is told its time t and the time r at which its step ends, and predicts the average velocity u in between
+(:mod:`stepdistill.losses.average_velocity`). With the path's velocity v at ``x_t``, which is the guided teacher's or,
+without a teacher, that of the image and noise that ``x_t`` is made of, it regresses
+
+==============  ================================================================================  ==================
+``difference``  ``v - (t - r) du/dt``, the derivative by two calls (as AnyFlow's)                 two calls
+``jvp``         the same, the derivative exact (MeanFlow, arXiv 2505.13447)                       a forward derivative
+``alpha``       ``a v + (1 - a) u(x_s, s, r)``, s a share a of the way; a falls from 1 to 0       one call
+                (alpha-Flow, 2510.20771)
+``shortcut``    two steps of half the length, by an average of the student (Frans et al. 2024,    two calls
+                2410.12557)
+``split``       two steps that part at a random time (SplitMeanFlow, 2507.16884)                  two calls
+==============  ================================================================================  ==================
+
+in
+
+.. math:: L = \|u_\theta(x_t, t, r) - \mathrm{sg}(target)\|^2 / \mathrm{sg}(\|\cdot\|^2 + c)^p.
+
+Where r = t, the target is v. The last two targets learn of v from those pairs alone. The derivative is taken along the
+same velocity that stands in the target: with guidance, any other would be wrong.
+
+A student is sampled by Euler (DDIM) steps, over any grid. Guidance is folded into v, so sampling takes one call a step.
+
+**Two slices** (FACM, Peng et al. 2025, 2507.03738) need no second time. Of all r, only 0 and t are trained: the average
+velocity to clean data under the network's own time, and the velocity v, which anchors it, under the negative time.
+That student is sampled as a consistency model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.batch import Batch, Cond
+from stepdistill.diffusion.prediction import Prediction, to_prediction
+from stepdistill.diffusion.samplers import ConsistencySampler, Sampler, TwoTimeDDIM
+from stepdistill.diffusion.schedule import expand
+from stepdistill.families.base import Family, Inputs
+from stepdistill.files.ranges import (
+    Decay,
+    FiniteFloat,
+    GuidanceScale,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+)
+from stepdistill.losses import average_velocity, intervals
+from stepdistill.losses.average_velocity import Average, Interval
+from stepdistill.losses.regression import mean_square
+from stepdistill.losses.student_inputs import student_input
+from stepdistill.methods.base import Distiller, Losses
+from stepdistill.methods.scm import check_forward_mode
+from stepdistill.networks.modes import single_precision
+from stepdistill.randomness import Draws
+
+SHORTCUT_DECAY = 0.999
+"""Of the average that makes the targets of shortcut models."""
+
+STEEPNESS = 25.0
+"""Of the sigmoid along which alpha falls."""
+
+SMALLEST_ALPHA = 0.005
+"""Below it, ``alpha`` is 0, and the target is that of ``jvp``."""
+
+
+class FlowMap(Distiller):
+    """A student that is told where its step ends; for some targets, also an average of it."""
+
+    optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.95)}}
+    sampling_options = frozenset({"steps"})
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of flow maps."""
+
+        steps: PositiveInt = 4
+        """Sampling steps; one training serves all values."""
+        target: Literal["difference", "jvp", "alpha", "shortcut", "split"] = "difference"
+        """What the average velocity regresses, see above."""
+        velocity: Literal["teacher", "data"] = "teacher"
+        """Source of the path's velocity: distillation, or training on data alone."""
+        slices: Literal["free", "two"] = "free"
+        """Any two times, or clean data and the present one, without a second input; for ``difference`` and ``jvp``."""
+        guidance_scale: GuidanceScale = 1.0
+        """Guidance baked into the student; 1 is none."""
+        step: PositiveFloat = 0.005
+        """Distance of the calls of ``difference``, in flow time; 0.005 to 0.02."""
+        warmup: NonNegativeInt = 0
+        """Training steps until the derivative counts in full, of ``difference`` and ``jvp``."""
+        alpha_least: Share = 0.0
+        """Where ``alpha`` ends; below 0.005 the target is that of ``jvp``."""
+        alpha_begin: Share = 0.0
+        """Share of the training at which ``alpha`` begins to fall from 1."""
+        alpha_end: PositiveShare = 0.4
+        """Share of the training at which it has fallen."""
+        log_sigma_mean: FiniteFloat = -0.4
+        """Mean of the log noise level ``log(sigma / alpha)`` of both times; a flow's shift is added."""
+        log_sigma_std: PositiveFloat = 1.0
+        """Its standard deviation."""
+        equal: Share = 0.5
+        """Share of pairs with r = t; shortcut models have 0.875."""
+        to_clean: Share = 0.2
+        """Share of the other pairs that end at clean data."""
+        from_noise: Share = 0.1
+        """Share of the other pairs that begin at pure noise, as samplers do."""
+        power: NonNegativeFloat = 0.5
+        """Exponent p of the error that divides the loss; at 0.5 all errors make gradients of one length."""
+        floor: PositiveFloat = 1e-3
+        """What is added to that error, a mean over pixels (c)."""
+        target_ema: Decay | None = None
+        """Decay of the average that makes the targets; 0 is the student itself, the default but for ``shortcut``."""
+
+        def __post_init__(self) -> None:
+            if self.velocity == "data" and self.guidance_scale != 1:
+                raise ValueError(f"guidance_scale: expected 1 with velocity 'data', got {self.guidance_scale}")
+            if self.composes and self.equal == 0:
+                raise ValueError(
+                    f"equal: expected more than 0 with target {self.target!r}, which learns of no velocity"
+                )
+            if self.slices == "two" and self.target not in ("difference", "jvp"):
+                raise ValueError(f"target: expected 'difference' or 'jvp' with slices 'two', got {self.target!r}")
+            if self.alpha_begin >= self.alpha_end:
+                raise ValueError(
+                    f"alpha_end: expected more than alpha_begin = {self.alpha_begin}, got {self.alpha_end}"
+                )
+
+        @property
+        def composes(self) -> bool:
+            """Whether the target is made of two steps of the student, without the path's velocity."""
+            return self.target in ("shortcut", "split")
+
+        @property
+        def differentiates(self) -> bool:
+            """Whether the student is ever differentiated exactly."""
+            return self.target == "jvp" or (self.target == "alpha" and self.alpha_least < SMALLEST_ALPHA)
+
+    @classmethod
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        schedule = family.schedule
+        if config.slices == "two":
+            return ConsistencySampler(schedule, schedule.grid(config.steps))
+        return TwoTimeDDIM(schedule, intervals.step_grid(schedule, config.steps))
+
+    @classmethod
+    def check(cls, config: Config, family: Family) -> None:
+        negative, clean = family.schedule.timestep(torch.tensor([-1.0, 0.0]))
+        if config.slices == "two" and not negative < clean:  # a logarithm has none
+            raise ValueError("method.slices: expected 'free' for an EDM teacher, whose network knows no negative time")
+        super().check(config, family)
+        if config.differentiates:
+            check_forward_mode(family, "target")
+
+    @classmethod
+    def extra_inputs(cls, config: Config) -> Inputs:
+        return Inputs(s=config.slices == "free")
+
+    def build(self) -> None:
+        usual = SHORTCUT_DECAY if self.config.target == "shortcut" else 0.0
+        self.target = self.add_target(usual if self.config.target_ema is None else self.config.target_ema)
+        self.add_turn("student", self.loss if self.config.slices == "free" else self.two_slice_loss)
+
+    # --------------------------------------------------------------------------------------------------- losses
+
+    def loss(self, batch: Batch, draws: Draws) -> Losses:
+        noise = draws.normal_like(batch.x0)
+        t, s, r = self.draw_times(draws)
+        interval = Interval(self.state(batch.x0, noise, t), t, r)
+        target = self.target_of(interval, s, Prediction(batch.x0, noise), batch.cond)
+        student = self.student(interval.x_t, t, batch.cond, s=r)
+        error = mean_square(student.flow(), target)
+        weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
+        loss = average_velocity.normalised(error, self.config.power, self.config.floor)
+        return Losses({"loss": weight * loss.mean()}, {"error": error.detach().mean()})
+
+    def two_slice_loss(self, batch: Batch, draws: Draws) -> Losses:
+        """Return FACM's losses: of the step to clean data, and of the velocity, told apart by the sign of the time."""
+        noise = draws.normal_like(batch.x0)
+        t, _, _ = self.draw_times(draws)
+        interval, cond = Interval(self.state(batch.x0, noise, t), t, torch.zeros_like(t)), batch.cond
+        path = self.path(interval, Prediction(batch.x0, noise), cond)
+        mean = self.along_path(interval, path, cond)
+        velocity, tau = self.student(interval.x_t, t, cond).flow(), average_velocity.flow_time(self.schedule, t)
+        error = mean_square(velocity, average_velocity.relaxed(velocity.detach(), mean, tau))
+        robust = average_velocity.normalised(error, 0.5, average_velocity.ROBUSTNESS)
+        output = self.student.raw(interval.x_t, -t, cond)
+        anchor = to_prediction(output, interval.x_t, t, self.schedule, self.family.prediction_type).flow()
+        anchored = mean_square(anchor, path.flow()) + average_velocity.turned(anchor, path.flow())
+        weight = average_velocity.consistency_weight(tau).to(error.dtype)
+        terms = {"consistency": (weight * robust).mean(), "anchor": anchored.mean()}
+        return Losses(terms, {"error": error.detach().mean()})
+
+    def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Return times ``t >= s >= r``, each (B,); s is where two steps part, if the target has two."""
+        config = self.config
+        levels = config.log_sigma_mean, config.log_sigma_std
+        t, r = intervals.free_interval(self.schedule, draws, levels, config.from_noise, config.to_clean)
+        s = average_velocity.time_within(self.schedule, t, r, draws.uniform())
+        equal = draws.uniform() < config.equal
+        at = intervals.log_normal_times(self.schedule, draws, *levels)
+        if config.target == "shortcut":
+            t, s, r = intervals.dyadic_interval(self.schedule, draws)
+        t, s, r = (torch.where(equal, at, time) for time in (t, s, r))
+        return t, s, r
+
+    def state(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return ``x_t``; under a teacher, at t = 1, a sampler's initial state."""
+        if self.config.velocity == "data":
+            return self.schedule.add_noise(x0, noise, t)
+        return student_input(self.schedule, x0, noise, t)
+
+    @torch.no_grad()
+    def path(self, interval: Interval, data: Prediction, cond: Cond) -> Prediction:
+        """Return clean image and noise (B, ...) of the path's velocity, in the precision of the states."""
+        if self.config.velocity == "data":
+            return data
+        x0, eps = self.guided_teacher(cond)(interval.x_t, interval.t)
+        return Prediction(x0.to(interval.x_t.dtype), eps.to(interval.x_t.dtype))
+
+    # -------------------------------------------------------------------------------------------------- targets
+
+    def target_of(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond) -> Tensor:
+        """Return the target (B, ...) of the average velocity; two steps part at times ``s`` (B,)."""
+        if self.config.composes:
+            return self.composition(interval, s, data, cond)
+        return self.along_path(interval, self.path(interval, data, cond), cond)
+
+    def average(self, cond: Cond) -> Average:
+        """Return the target network without gradient, each call with the dropout that the student draws next."""
+
+        def call(x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
+            with self.computing_target(self.target):
+                return self.target(x_t, t, cond, s=self.told(r))
+
+        return call
+
+    def told(self, r: Tensor) -> Tensor | None:
+        """Return the second time as the network is told it."""
+        return r if self.config.slices == "free" else None
+
+    def along_path(self, interval: Interval, path: Prediction, cond: Cond) -> Tensor:
+        """Return the target (B, ...) that follows the path from ``x_t``; v where r = t."""
+        if alpha := self.alpha():
+            s = average_velocity.time_within(self.schedule, interval.t, interval.r, alpha)
+            target = average_velocity.interpolated(self.average(cond), path, interval, s, self.schedule)
+        else:
+            grown = min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
+            turn = grown * average_velocity.gap(self.schedule, interval) * self.derivative(interval, path, cond)
+            target = path.flow() - turn
+        return torch.where(expand(interval.t == interval.r, target) > 0, path.flow(), target)
+
+    def derivative(self, interval: Interval, path: Prediction, cond: Cond) -> Tensor:
+        """Return the derivative (B, ...) of the average velocity by flow time along the path, at fixed r."""
+        x_t, t, r = interval
+        if self.config.target == "difference":  # in float32: rounding would be as large as the difference
+            with single_precision(self.bank, self.target.role, x_t.device):
+                return average_velocity.central_difference(
+                    self.average(cond), path, interval, self.config.step, self.schedule
+                )
+        t = t.clamp(max=average_velocity.LATEST)
+        dx, dt = average_velocity.direction(self.schedule, path, t)
+        with self.computing_target(self.target):
+            return self.target.jvp(x_t, t, cond, dx, dt, s=self.told(r))[1].flow()
+
+    def composition(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond) -> Tensor:
+        """Return the target (B, ...) of two steps that part at ``s``; v where r = t, which alone asks the teacher."""
+        two_steps = average_velocity.composed(self.average(cond), interval, s, self.schedule)
+        equal = interval.t == interval.r
+        rows = equal.nonzero().flatten()
+        rows = rows if len(rows) else torch.zeros_like(equal[:1], dtype=torch.long)  # all processes call the network
+        here = Interval(*(part[rows] for part in interval))
+        path = self.path(here, Prediction(*(part[rows] for part in data)), {name: c[rows] for name, c in cond.items()})
+        velocity = torch.zeros_like(two_steps).index_copy(0, rows, path.flow().to(two_steps.dtype))
+        return torch.where(expand(equal, velocity) > 0, velocity, two_steps)
+
+    def alpha(self) -> float:
+        """Return the present share of the path's own velocity: from 1 to its end along a sigmoid; 0 is none."""
+        if self.config.target != "alpha":
+            return 0.0
+        begin, end = self.config.alpha_begin, self.config.alpha_end
+        progress = (self.step_in_stage / max(self.stage.steps, 1) - begin) / (end - begin)
+        least, rest = self.config.alpha_least, 1 / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
+        alpha = least + (1 - least) * rest
+        return alpha if alpha >= SMALLEST_ALPHA else 0.0
