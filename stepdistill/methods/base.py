@@ -199,6 +199,12 @@ class Distiller(nn.Module, abc.ABC):
         del config
         return Inputs()
 
+    @classmethod
+    def trains_on_images(cls, config: Any) -> bool:
+        """Return whether this training needs real images, which an option may decide."""
+        del config
+        return cls.needs_images
+
     def stages(self, steps: int) -> list[Stage]:
         """Return the stages of a run of ``steps`` training steps."""
         return [Stage("train", steps)]
