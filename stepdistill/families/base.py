@@ -191,6 +191,17 @@ class Family(abc.ABC):
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
         return other
 
+    def with_unit_times(self) -> Family:
+        """Return the same family for networks that are told times on unit scale.
+
+        Raises:
+            ValueError: if its process is no flow.
+        """
+        other = copy.copy(self)
+        other.schedule = self.schedule.on_unit_scale()
+        other.scheduler_config = {**self.scheduler_config, "num_train_timesteps": 1}
+        return other
+
     def add_inputs(self, inputs: Inputs) -> None:
         """Give the opened network further inputs, in place, before any role is forked from it.
 

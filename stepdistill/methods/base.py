@@ -134,9 +134,9 @@ class Distiller(nn.Module, abc.ABC):
         start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.converts = self.needs_velocity(config, family)
-        """Whether the student predicts the velocity, though the teacher does not."""
-        self.family = family.with_prediction("v_prediction") if self.converts else family
+        self.family = self.student_family(config, family)
+        self.converts = self.family is not family
+        """Whether the student predicts something else than the teacher, or is told other timesteps."""
         self.bank = bank
         self.config = config
         self.inputs = self.extra_inputs(config)
@@ -192,6 +192,11 @@ class Distiller(nn.Module, abc.ABC):
         """Return whether the student of this noise-predicting teacher predicts the velocity, see ``progressive``."""
         del config, family
         return False
+
+    @classmethod
+    def student_family(cls, config: Any, family: Family) -> Family:
+        """Return the family of the student's network: another than the teacher's where a first stage converts it."""
+        return family.with_prediction("v_prediction") if cls.needs_velocity(config, family) else family
 
     @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:

@@ -233,3 +233,16 @@ def test_guidance_of_either_needs_a_null_condition():
     for option in ("guidance_scale", "fake_guidance_scale"):
         with pytest.raises(ValueError, match="unconditional"):
             SiD.check(SiD.Config(**{option: 2.0}), Pixel.tiny(num_classes=None))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_students_land_on_the_distribution_and_cover_all_modes(steps):
+    """Within 0.25 of the data by sliced Wasserstein; DDIM of the perfect teacher has 1.1, 0.45 and 0.16."""
+    torch.manual_seed(0)
+    oracle = three_clusters(COSINE, "v_prediction")
+    options = {"steps": steps, "student_update_interval": 3}
+    distiller = train_adversarially(SiD, oracle, 900, lr=5e-3, size=256, **options)
+    shares, stray = mode_shares(distiller, 4000)
+    student, teacher = landing(distiller, oracle, steps, size=6000)
+    assert mode_test(shares, 1) < 0.02 and stray < 0.2, (shares, stray)
+    assert student < 0.25 and (steps == 4 or student < 0.5 * teacher)
