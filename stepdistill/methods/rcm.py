@@ -106,7 +106,9 @@ class RCM(Distiller):
         return not self.updates_student(step)
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        config, terms, metrics = self.config, {}, {}
+        config = self.config
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         if config.consistency_weight:
             judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
             terms["consistency"] = config.consistency_weight * judged.loss
