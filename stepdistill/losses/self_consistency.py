@@ -227,11 +227,11 @@ class SelfConsistency:
             turned = -near.cos * self.residual(here, path, point)
             return point.cos * torch.lerp(turned, (here.x0 - x_0_near) / sin, share)
 
-        if is_single_precision(self.bank, self.student.role, x_t.device):
+        if is_single_precision(self.student.bank, self.student.role, x_t.device):
             x_0_near = self.student(x_near, told, cond).x0
             return lambda here: tangent(here, x_0_near)
         both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
-        with single_precision(self.bank, self.student.role, x_t.device):
+        with single_precision(self.student.bank, self.student.role, x_t.device):
             x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([point.t, told]), both)
         found = tangent(Prediction(x_0[: len(x_t)], eps[: len(x_t)]), x_0[len(x_t) :])
         return lambda _: found
