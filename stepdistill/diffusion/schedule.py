@@ -137,17 +137,6 @@ class NoiseSchedule(abc.ABC):
         """
         return torch.where(expand(t == 0, x_t) > 0, x_t, x_0)
 
-    def on_unit_scale(self) -> NoiseSchedule:
-        """Return the same process for networks that are told its own times, and not a thousand times as much.
-
-        Raises:
-            ValueError: if no scheduler can tell them so.
-        """
-        raise ValueError(
-            f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a process "
-            f"of {type(self).__name__}"
-        )
-
     def shortened(self, t: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """Return ``fraction * t`` and ``t``, both rounded to whole timesteps where the process is discrete."""
         return fraction * t, t
@@ -274,9 +263,6 @@ class RectifiedFlow(NoiseSchedule):
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr.double() / 2)
-
-    def on_unit_scale(self) -> RectifiedFlow:
-        return RectifiedFlow(self.shift, num_timesteps=1)
 
     def _make_grid(self, steps: int) -> Tensor:
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
 
@@ -195,10 +195,16 @@ class Family(abc.ABC):
         """Return the same family for networks that are told times on unit scale.
 
         Raises:
-            ValueError: if its process is no flow.
+            ValueError: if its process is no flow; no scheduler can tell other networks such times.
         """
+        schedule = self.schedule
+        if not isinstance(schedule, RectifiedFlow):
+            raise ValueError(
+                f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a process "
+                f"of {type(schedule).__name__}"
+            )
         other = copy.copy(self)
-        other.schedule = self.schedule.on_unit_scale()
+        other.schedule = RectifiedFlow(schedule.shift, num_timesteps=1)
         other.scheduler_config = {**self.scheduler_config, "num_train_timesteps": 1}
         return other
 

@@ -90,9 +90,9 @@ class RCM(Distiller):
         check_derivative(config, family)
 
     def build(self) -> None:
+        self.fake = self.add_role("fake")
         self.time_weight = TimeWeight()
         self.consistency = SelfConsistency(self.teacher, self.student, self.config, self.time_weight)
-        self.fake = self.add_role("fake")
         self.matching = Matching(self.teacher, self.fake, self.config.guidance_scale)
         self.add_turn("student", self.student_loss, self.time_weight, when=self.updates_student)
         self.add_turn("fake", self.fake_loss, when=self.updates_fake)
