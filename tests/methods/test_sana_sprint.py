@@ -4,7 +4,7 @@ import pytest
 import torch
 from adversarial_students import mode_shares, mode_test, train_adversarially
 from contracts.cases import FLOW, pipeline_images, reference_images, scheduler_config, train_student
-from mixtures import landing
+from mixtures import NEARER, landing
 from network_calls import calls_of
 from oracles import SCHEDULES, three_clusters
 
@@ -144,7 +144,7 @@ def test_a_retimed_student_is_exported_with_its_own_timesteps(tmp_path, bank):
 
 
 def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
-    """Within 0.25 of the data by sliced Wasserstein; DDIM of the perfect teacher has 1.1, 0.45 and 0.16."""
+    """Nearer to the data, by sliced Wasserstein, than their perfect teacher in as many calls: 1.1, 0.45 and 0.16."""
     torch.manual_seed(0)
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
     options = {
@@ -156,4 +156,4 @@ def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
         student, teacher = landing(distiller, oracle, steps, size=6000)
         shares, stray = mode_shares(distiller, 3000)
         assert mode_test(shares, 1) < 0.02 and stray < 0.2, (steps, shares, stray)
-        assert student < 0.25 and (steps == 4 or student < 0.5 * teacher)
+        assert student < NEARER[steps] * teacher, (steps, student, teacher)

@@ -88,16 +88,31 @@ def test_at_zero_its_value_is_the_fisher_divergence_and_at_one_nothing():
 # ----------------------------------------------------------------------------------------------- the gradient
 
 
+def cut_off(monkeypatch, role):
+    """Keep the gradient from passing through the network of ``role`` to its input."""
+    call = Denoiser.__call__
+    monkeypatch.setattr(
+        Denoiser, "__call__",
+        lambda self, x, *args, **named: call(self, x.detach() if self.role == role else x, *args, **named),
+    )  # fmt: skip
+
+
+def largest_gradient(distiller):
+    """The loss, and the largest entry of its gradient by the student's weights."""
+    loss = distiller("student", BATCH, Draws(0, 4)).terms["identity"]
+    return loss.item(), max(g.abs().max().item() for g in torch.autograd.grad(loss, distiller.bank.params("student")))
+
+
 @both_banks
 @pytest.mark.parametrize("weight", ["linear", "classic"])
-def test_a_fake_score_that_is_the_teacher_gives_no_loss_and_no_gradient(bank, weight):
+def test_a_fake_score_that_is_the_teacher_gives_no_loss_and_no_gradient(monkeypatch, bank, weight):
+    """What passes through the two networks is opposite; only the sum over both, at the image, is rounded in float32."""
     distiller = tiny(bank, weight=weight, guidance_scale=2.0, fake_guidance_scale=2.0)
-    loss = distiller("student", BATCH, Draws(0, 4)).terms["identity"]
-    assert loss.item() == 0
-    params = distiller.bank.params("student")
-    (x0,) = torch.autograd.grad(distiller.generate(BATCH, Draws(0, 4)).square().mean(), params[-1:])
-    gradients = torch.autograd.grad(loss, params)
-    assert max(g.abs().max() for g in gradients) < 1e-5 * x0.abs().max()  # what passes through both cancels
+    loss, both = largest_gradient(distiller)
+    cut_off(monkeypatch, "fake")
+    _, through_the_teacher = largest_gradient(distiller)
+    assert loss == 0 and through_the_teacher > 0
+    assert both < 4 * torch.finfo(torch.float32).eps * through_the_teacher
 
 
 def moved(**options):
@@ -120,16 +135,10 @@ def test_the_gradient_passes_through_both_networks_and_trains_neither(monkeypatc
     with_them = student_gradients(whole)
     for role in ("fake", "teacher"):
         assert all(p.grad is None for p in whole.bank.networks[role].parameters())
-    call = Denoiser.__call__
     for role in ("fake", "teacher"):
-        monkeypatch.setattr(
-            Denoiser,
-            "__call__",
-            lambda self, x, *args, role=role, **named: call(
-                self, x.detach() if self.role == role else x, *args, **named
-            ),
-        )
-        cut = student_gradients(moved())
+        with monkeypatch.context() as patch:
+            cut_off(patch, role)
+            cut = student_gradients(moved())
         assert any((a - b).abs().max() > 1e-3 * a.abs().max() for a, b in zip(with_them, cut, strict=True))
 
 
@@ -237,7 +246,7 @@ def test_guidance_of_either_needs_a_null_condition():
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_students_land_on_the_distribution_and_cover_all_modes(steps):
-    """Within 0.25 of the data by sliced Wasserstein; DDIM of the perfect teacher has 1.1, 0.45 and 0.16."""
+    """Within 0.25 of the data by sliced Wasserstein; the perfect teacher has 1.1, 0.45 and 0.16 in as many calls."""
     torch.manual_seed(0)
     oracle = three_clusters(COSINE, "v_prediction")
     options = {"steps": steps, "student_update_interval": 3}
