@@ -36,6 +36,7 @@ from stepdistill.losses.adversarial import (
     generator_loss,
     r1_penalty,
 )
+from stepdistill.losses.levels import log_normal_times
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -229,8 +230,7 @@ class RenoisedCritic(Critic):
 
     def sample_times(self, draws: Draws) -> Tensor:
         """Return times (B,) whose signal-to-noise ratio is that of a flow at logit-normal times."""
-        u = self.location + self.scale * draws.normal().double()
-        return self.schedule.inverse(-2 * u).clamp(MIN_TIME, 1.0)
+        return log_normal_times(self.schedule, draws, self.location, self.scale).clamp(MIN_TIME, 1.0)
 
     def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
         return self.blocks(self.schedule.add_noise(seen, draws.normal_like(seen), view), view, cond)

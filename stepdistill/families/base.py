@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.diffusion.guidance import Rescale
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
 
@@ -223,6 +223,23 @@ class Family(abc.ABC):
         other = copy.copy(self)
         other.prediction_type = prediction_type
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
+        return other
+
+    def with_unit_times(self) -> Family:
+        """Return the same family for networks that are told times on unit scale.
+
+        Raises:
+            ValueError: if its process is no flow; no scheduler can tell other networks such times.
+        """
+        schedule = self.schedule
+        if not isinstance(schedule, RectifiedFlow):
+            raise ValueError(
+                f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a process "
+                f"of {type(schedule).__name__}"
+            )
+        other = copy.copy(self)
+        other.schedule = RectifiedFlow(schedule.shift, num_timesteps=1)
+        other.scheduler_config = {**self.scheduler_config, "num_train_timesteps": 1}
         return other
 
     def add_inputs(self, inputs: Inputs) -> None:

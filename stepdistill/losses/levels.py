@@ -40,6 +40,14 @@ def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
     return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)
 
 
+def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:
+    """Return times (B,) at log-normal noise levels: ``log(sigma / alpha)`` has this mean and standard deviation.
+
+    On a flow they are logit-normal, ``sigmoid(mean + std n)``; on other schedules they have the same noise levels.
+    """
+    return schedule.inverse(-2 * (mean + std * draws.normal().double()))
+
+
 def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float = 1.0) -> Tensor:
     """Return times (B,) from clean data up to ``t`` (B,), uniform before the shift."""
     u = draws.uniform() * shifted(t.double(), 1 / shift)

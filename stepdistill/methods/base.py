@@ -134,9 +134,9 @@ class Distiller(nn.Module, abc.ABC):
         start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.converts = self.needs_velocity(config, family)
-        """Whether the student predicts the velocity, though the teacher does not."""
-        self.family = family.with_prediction("v_prediction") if self.converts else family
+        self.family = self.student_family(config, family)
+        self.converts = self.family is not family
+        """Whether the student predicts something else than the teacher, or is told other timesteps."""
         self.bank = bank
         self.config = config
         self.inputs = self.extra_inputs(config)
@@ -194,10 +194,21 @@ class Distiller(nn.Module, abc.ABC):
         return False
 
     @classmethod
+    def student_family(cls, config: Any, family: Family) -> Family:
+        """Return the family of the student's network: another than the teacher's where a first stage converts it."""
+        return family.with_prediction("v_prediction") if cls.needs_velocity(config, family) else family
+
+    @classmethod
     def extra_inputs(cls, config: Any) -> Inputs:
         """Return the inputs of the student besides state, time and condition; added before any role is forked."""
         del config
         return Inputs()
+
+    @classmethod
+    def trains_on_images(cls, config: Any) -> bool:
+        """Return whether this training needs real images, which an option may decide."""
+        del config
+        return cls.needs_images
 
     def stages(self, steps: int) -> list[Stage]:
         """Return the stages of a run of ``steps`` training steps."""

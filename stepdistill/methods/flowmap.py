@@ -56,9 +56,9 @@ from stepdistill.files.ranges import (
 from stepdistill.losses import average_velocity, intervals
 from stepdistill.losses.average_velocity import Average, Interval
 from stepdistill.losses.regression import mean_square
+from stepdistill.losses.self_consistency import check_forward_mode
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.base import Distiller, Losses
-from stepdistill.methods.scm import check_forward_mode
 from stepdistill.networks.modes import single_precision
 from stepdistill.randomness import Draws
 

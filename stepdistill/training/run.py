@@ -72,17 +72,18 @@ class Run:
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
-        if self.method.needs_images and config.data.name not in ("images", "cache", "pairs"):
+        needs_images = self.method.trains_on_images(config.method)
+        if needs_images and config.data.name not in ("images", "cache", "pairs"):
             raise ValueError(
                 f"data.name: expected 'images', 'cache' or 'pairs' ({config.method_name!r} trains on images), "
                 f"got {config.data.name!r}"
             )
-        if config.data.buckets and (self.method.turn_names != (STUDENT,) or not self.method.needs_images):
+        if config.data.buckets and (self.method.turn_names != (STUDENT,) or not needs_images):
             raise ValueError(
                 f"data.buckets: {config.method_name!r} draws its noise, or judges images, at the teacher's one size; "
                 "expected a method that trains the student alone, on images (lcm, tcd, progressive, ...)"
             )
-        self.dataset = open_dataset(config.data, self.family, needs_images=self.method.needs_images)
+        self.dataset = open_dataset(config.data, self.family, needs_images=needs_images)
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
         with torch.random.fork_rng(devices=()):  # heads begin with the same weights whether a run is measured or not

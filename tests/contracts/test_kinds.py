@@ -11,7 +11,7 @@ from stepdistill.methods import find_method, method_names
 
 REFUSED = {
     # noised again at several steps, which diffusers' EDM schedulers do for consistency models only
-    ("add", "pixel-edm"), ("ladd", "pixel-edm"), ("dmd2", "pixel-edm"),
+    ("add", "pixel-edm"), ("ladd", "pixel-edm"), ("dmd2", "pixel-edm"), ("sid", "pixel-edm"),
 }  # fmt: skip
 """What no scheduler can express; a method or a kind that is missing here is trained."""
 

@@ -18,7 +18,8 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.diffusion.trig import Trig
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
-from stepdistill.methods.scm import Scm, TimeWeight, check_forward_mode, differentiates, embeds_unit_times
+from stepdistill.losses.self_consistency import TimeWeight, check_forward_mode, differentiates, embeds_unit_times
+from stepdistill.methods.scm import Scm
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, forward_mode
@@ -41,22 +42,29 @@ def scene(name, kind, *, done=1000, **options):
         parameter.data += 0.05 * torch.randn_like(parameter)
     distiller.step_in_stage = done
     theta = torch.tensor([0.21, 0.6337, 0.9, 1.2111, 1.45], dtype=torch.float64)
-    t = oracle.schedule.inverse(Trig(distiller.sigma_data).log_snr(theta / (math.pi / 2)))
+    t = oracle.schedule.inverse(Trig(distiller.consistency.sigma_data).log_snr(theta / (math.pi / 2)))
     x_t = oracle.schedule.add_noise(oracle.draw(5), torch.randn(5, 2, 1, 1, dtype=torch.float64), t)
-    path = distiller.path(x_t, t, Prediction(x_t, x_t), {})
+    path = distiller.consistency.path(x_t, t, Prediction(x_t, x_t), {})
     return distiller, theta, t, x_t, path
+
+
+def share(distiller):
+    """r at the distiller's present training step."""
+    return distiller.consistency.share(distiller.step_in_stage)
 
 
 def tangent_of(distiller, x_t, point, path):
     """The tangent at the student's own prediction."""
-    return distiller.tangent_rule(x_t, point, path, {})(distiller.student(x_t, point.t, {}))
+    return distiller.consistency.tangent_rule(x_t, point, path, {}, share(distiller))(
+        distiller.student(x_t, point.t, {})
+    )
 
 
 class Trigflow:
     """The student in the paper's coordinates: F(x / sigma_d, theta), by changing schedules there and back."""
 
     def __init__(self, distiller, denoiser):
-        self.trig, self.denoiser = Trig(distiller.sigma_data), denoiser
+        self.trig, self.denoiser = Trig(distiller.consistency.sigma_data), denoiser
 
     def state(self, x_t, t):
         return transfer(x_t, t, self.denoiser.schedule, self.trig)[0]
@@ -83,7 +91,7 @@ def test_the_tangent_is_step_4_of_algorithm_1_by_central_differences(name, kind,
     dx, cos, sin = teacher.velocity(x, theta), wide(theta.cos()), wide(theta.sin())
     d_velocity = (student.velocity(x + h * dx, theta + h) - student.velocity(x - h * dx, theta - h)) / (2 * h)
     expected = -(cos**2) * (student.velocity(x, theta) - dx) - warmup * cos * sin * (x + d_velocity)
-    found = tangent_of(distiller, x_t, distiller.point(t, x_t), path)
+    found = tangent_of(distiller, x_t, distiller.consistency.point(t, x_t), path)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     if warmup == 1:  # in full, the tangent is that of the consistency function along the teacher's path
         d_end = (student.end(x + h * dx, theta + h) - student.end(x - h * dx, theta - h)) / (2 * h)
@@ -103,7 +111,7 @@ def test_a_difference_of_two_calls_is_the_discrete_algorithm_however_far_apart_t
     here, there = student.velocity(x, theta), student.velocity(x_near, near)
     turn = x + (math.cos(h) * here - there) / math.sin(h)
     delta = -wide(near.cos()) * (here - dx) - warmup * wide(near.sin()) * turn
-    found = tangent_of(distiller, x_t, distiller.point(t, x_t), path)
+    found = tangent_of(distiller, x_t, distiller.consistency.point(t, x_t), path)
     torch.testing.assert_close(found, wide(theta.cos()) * delta, atol=1e-7, rtol=1e-6)
     if warmup == 1:
         change = (student.end(x, theta) - student.end(x_near, near)) / math.sin(h)
@@ -113,13 +121,13 @@ def test_a_difference_of_two_calls_is_the_discrete_algorithm_however_far_apart_t
 @every_kind
 def test_a_difference_of_two_calls_tends_to_the_derivative(name, kind):
     exact, _, t, x_t, path = scene(name, kind)
-    expected = tangent_of(exact, x_t, exact.point(t, x_t), path)
+    expected = tangent_of(exact, x_t, exact.consistency.point(t, x_t), path)
     errors = []
     for difference in (1e-3, 1e-4):
         rough = make(Scm, exact.bank.networks["teacher"], three_clusters(exact.schedule, kind), tangent="difference",
                      difference=difference)  # fmt: skip
         rough.bank.networks["student"], rough.step_in_stage = exact.bank.networks["student"], 1000
-        errors.append((tangent_of(rough, x_t, exact.point(t, x_t), path) - expected).abs().max().item())
+        errors.append((tangent_of(rough, x_t, exact.consistency.point(t, x_t), path) - expected).abs().max().item())
     assert errors[1] < 0.3 * errors[0]
     assert errors[1] < 0.01 * expected.abs().max()
 
@@ -142,11 +150,13 @@ def test_trained_on_data_the_path_is_the_circle_through_that_image_and_that_nois
     student, h = Trigflow(distiller, distiller.student), 1e-5
 
     def end(theta):
-        return student.end(wide(theta.cos()) * x0 + wide(theta.sin()) * distiller.sigma_data * eps, theta)
+        return student.end(wide(theta.cos()) * x0 + wide(theta.sin()) * distiller.consistency.sigma_data * eps, theta)
 
     data = Prediction(x0, eps)
     x_t = distiller.schedule.add_noise(x0, eps, t)
-    found = tangent_of(distiller, x_t, distiller.point(t, x_t), distiller.path(x_t, t, data, {}))
+    found = tangent_of(
+        distiller, x_t, distiller.consistency.point(t, x_t), distiller.consistency.path(x_t, t, data, {})
+    )
     torch.testing.assert_close(
         found, wide(theta.cos()) * (end(theta + h) - end(theta - h)) / (2 * h), atol=1e-6, rtol=1e-5
     )
@@ -157,14 +167,14 @@ def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its
     distiller, _, _, _, _ = scene("trig", "trigflow")
     distiller.time_weight.double().linear.bias.data.fill_(0.7)
     batch, seen, given = batch_of(three_clusters(SCHEDULES["trig"], "trigflow"), 16), [], {}
-    velocity, rule = distiller.velocity, distiller.tangent_rule
+    velocity, rule = distiller.consistency.velocity, distiller.consistency.tangent_rule
 
     def watch(prediction, point):
         seen.append(velocity(prediction, point).requires_grad_())
         return seen[-1]
 
-    distiller.tangent_rule = lambda *args: lambda here: given.setdefault("g", rule(*args)(here))
-    distiller.velocity = watch
+    distiller.consistency.tangent_rule = lambda *args: lambda here: given.setdefault("g", rule(*args)(here))
+    distiller.consistency.velocity = watch
     losses = distiller("student", batch, Draws(0, 16)).terms["loss"]
     (gradient,) = torch.autograd.grad(losses, seen[-1])
     g = given["g"] / (given["g"].flatten(1).norm(dim=1)[:, None, None, None] / math.sqrt(2) + 0.1)
@@ -176,8 +186,8 @@ def test_noise_levels_are_log_normal_in_the_angle(name):
     """theta = atan(e^tau / sigma_d) with tau ~ N(P_mean, P_std^2)."""
     oracle = three_clusters(SCHEDULES[name], dict(KINDS)[name])
     distiller = make(Scm, oracle, oracle, log_sigma_mean=-0.8, log_sigma_std=0.5)
-    point = distiller.draw_point(Draws(0, 20_000), torch.zeros(20_000, 2, 1, 1, dtype=torch.float64))
-    tau = (distiller.sigma_data * point.sin / point.cos).log()
+    point = distiller.consistency.draw_point(Draws(0, 20_000), torch.zeros(20_000, 2, 1, 1, dtype=torch.float64))
+    tau = (distiller.consistency.sigma_data * point.sin / point.cos).log()
     assert tau.mean().item() == pytest.approx(-0.8, abs=0.02) and tau.std().item() == pytest.approx(0.5, abs=0.02)
 
 
@@ -198,7 +208,7 @@ def test_at_the_known_optimum_there_is_no_tangent(name, kind):
     distiller = make(Scm, gaussian, gaussian, warmup=0, tangent="difference", difference=1e-5)
     t = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64)
     x_t = schedule.add_noise(gaussian.draw(3), torch.randn(3, 2, 1, 1, dtype=torch.float64), t)
-    path, point = distiller.path(x_t, t, Prediction(x_t, x_t), {}), distiller.point(t, x_t)
+    path, point = distiller.consistency.path(x_t, t, Prediction(x_t, x_t), {}), distiller.consistency.point(t, x_t)
     away = tangent_of(distiller, x_t, point, path).abs().max()
     put(distiller, Solved(mean, 0.7, schedule, kind))
     assert tangent_of(distiller, x_t, point, path).abs().max() < 1e-3 * away
@@ -212,12 +222,14 @@ def test_data_as_wide_as_the_noise_does_not_move(name):
     theta = torch.tensor([0.3, 0.8, 1.4], dtype=torch.float64)
     t = schedule.inverse(Trig(0.5).log_snr(theta / (math.pi / 2)))
     x_t = schedule.add_noise(gaussian.draw(3), torch.randn(3, 2, 1, 1, dtype=torch.float64), t)
-    path, point = distiller.path(x_t, t, Prediction(x_t, x_t), {}), distiller.point(t, x_t)
-    assert distiller.velocity(path, point).abs().max() < 1e-9
+    path, point = distiller.consistency.path(x_t, t, Prediction(x_t, x_t), {}), distiller.consistency.point(t, x_t)
+    assert distiller.consistency.velocity(path, point).abs().max() < 1e-9
     put(distiller, Solved(torch.zeros(2, dtype=torch.float64), 0.5, schedule, kind))
     x = Trigflow(distiller, distiller.student).state(x_t, t)
     expected = -wide((theta / 2).tan()) * x / 0.5
-    torch.testing.assert_close(distiller.velocity(distiller.student(x_t, t, {}), point), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        distiller.consistency.velocity(distiller.student(x_t, t, {}), point), expected, atol=1e-7, rtol=0
+    )
     assert tangent_of(distiller, x_t, point, path).abs().max() < 1e-7
 
 
@@ -443,11 +455,11 @@ def test_adapters_on_a_base_of_bfloat16_have_the_tangent_of_float32():
         for parameter in bank.params("student"):
             parameter.data += 0.1 * torch.randn_like(parameter)
         distiller.step_in_stage = 1000
-        point, noise = distiller.draw_point(Draws(0, 4), BATCH.x0), Draws(1, 4).normal_like(BATCH.x0)
+        point, noise = distiller.consistency.draw_point(Draws(0, 4), BATCH.x0), Draws(1, 4).normal_like(BATCH.x0)
         x_t = distiller.schedule.add_noise(BATCH.x0, noise, point.t)
         with torch.no_grad():
-            path = distiller.path(x_t, point.t, Prediction(BATCH.x0, noise), BATCH.cond)
-            rule = distiller.tangent_rule(x_t, point, path, BATCH.cond)
+            path = distiller.consistency.path(x_t, point.t, Prediction(BATCH.x0, noise), BATCH.cond)
+            rule = distiller.consistency.tangent_rule(x_t, point, path, BATCH.cond, 1.0)
             tangents[dtype] = rule(distiller.student(x_t, point.t, BATCH.cond))
         kept = {p.dtype for name, p in family.network.named_parameters() if "lora_" not in name}
         assert kept == {dtype}
