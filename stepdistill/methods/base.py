@@ -129,6 +129,9 @@ class Distiller(nn.Module, abc.ABC):
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images; otherwise it needs only noise and conditions."""
 
+    serves_as_dmd2: ClassVar[bool] = False
+    """Whether exports of flow students have DMD2's keys, see :mod:`stepdistill.export.servers`."""
+
     def __init__(
         self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
         start: Mapping[str, Tensor] | None = None,

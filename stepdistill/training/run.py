@@ -23,6 +23,7 @@ from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
+from stepdistill.export.servers import dmd2_keys
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
@@ -207,10 +208,11 @@ class Run:
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # this process has only contributed its shards of the weights
             return folder
-        scale = 1 + (self.distiller.result.w or 0.0)
+        scale, sampler = 1 + (self.distiller.result.w or 0.0), self.distiller.sampler()
         export_pipeline(
-            self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
+            self.distiller.family, network.cpu(), sampler, folder,
             origin=origin, guidance_scale=scale, lora=lora, links=self.links, samples=samples,
+            index=dmd2_keys(sampler, scale) if self.distiller.serves_as_dmd2 else {},
         )  # fmt: skip
         return folder
 

@@ -59,6 +59,7 @@ CASES = {
     "guided": Case(resumed_at=(2, 3)),
     "progressive": Case({"steps": 2, "start": 8}, resumed_at=(1, 2)),
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
+    "lightning": Case({"steps": 1, "start": 8, "via": [4], "critic_warmup": 0}, resumed_at=(1, 2, 3)),
     "ect": Case({"num_stages": 2}),
     "scm": Case(falls="tangent"),  # the loss is of a normalised tangent, which has the same length at the optimum
     "dmd": Case(overfits="fake"),
