@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.diffusion.policy import PolicySampler
 from stepdistill.diffusion.reading import EDM_KEYS, noise_process
 from stepdistill.diffusion.samplers import (
     DDIM,
@@ -124,6 +125,19 @@ def _noise_corrected(sampler: NoiseCorrected, teacher: Mapping[str, Any]) -> Any
     return NoiseCorrectedScheduler(
         **noise_process(teacher), timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
     )
+
+
+@to_diffusers.register
+def _policy(sampler: PolicySampler, teacher: Mapping[str, Any]) -> Any:
+    from stepdistill.pipelines.policy import PolicyScheduler
+
+    own = {"last_segment": sampler.last, "substeps": sampler.substeps}
+    match sampler.schedule:
+        case RectifiedFlow():
+            process = {"num_train_timesteps": sampler.schedule.num_timesteps, "shift": sampler.schedule.shift}
+            return PolicyScheduler(**process, prediction_type="flow", **own)
+    require_vp(sampler)
+    return PolicyScheduler(**noise_process(teacher), **own)
 
 
 def _flow(schedule: RectifiedFlow, **options: Any) -> Any:

@@ -202,6 +202,12 @@ class Distiller(nn.Module, abc.ABC):
         del config
         return Inputs()
 
+    @classmethod
+    def head_points(cls, config: Any) -> int:
+        """Return how many predictions a call of the student gives; the head is widened before any role is forked."""
+        del config
+        return 1
+
     def stages(self, steps: int) -> list[Stage]:
         """Return the stages of a run of ``steps`` training steps."""
         return [Stage("train", steps)]

@@ -82,6 +82,7 @@ class Run:
             self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
+        self.family.widen(self.method.head_points(config.method))
         bank = make_bank(self.family, config.bank)
         start = (
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
@@ -220,7 +221,7 @@ class Run:
         """Return the student's adapter, or None if stock diffusers could not load it into the teacher."""
         bank, family = self.distiller.bank, self.distiller.family
         adapter = bank.lora_state(self.distiller.result_role)
-        if adapter is None or not family.loads_lora or family.inputs != Inputs():
+        if adapter is None or not family.loads_lora or family.inputs != Inputs() or family.points != 1:
             return None
         state = gathered(adapter, keep=is_main())
         return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
@@ -290,6 +291,8 @@ def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[st
     Raises:
         ValueError: if the folder holds no pipeline, or that of another teacher's student.
     """
+    if family.points != 1:
+        raise ValueError("bank.init_from: expected none for a method that widens the network's head, got " + folder)
     try:
         student = load_teacher(
             TeacherConfig(path=folder, family=teacher.family, trust_remote_code=teacher.trust_remote_code)
