@@ -1,4 +1,4 @@
-"""pi-Flow: policies and their sampler, the widened head, the imitation loss, forwards, export, a student of a mixture."""
+"""pi-Flow: policies, their sampler and its scheduler, the widened head, the imitation loss, a student of a mixture."""
 
 import pytest
 import torch
