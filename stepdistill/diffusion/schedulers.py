@@ -131,13 +131,14 @@ def _noise_corrected(sampler: NoiseCorrected, teacher: Mapping[str, Any]) -> Any
 def _policy(sampler: PolicySampler, teacher: Mapping[str, Any]) -> Any:
     from stepdistill.pipelines.policy import PolicyScheduler
 
-    own = {"last_segment": sampler.last, "substeps": sampler.substeps}
+    own: dict[str, Any] = {"last_segment": sampler.last, "substeps": sampler.substeps}
     match sampler.schedule:
         case RectifiedFlow():
-            process = {"num_train_timesteps": sampler.schedule.num_timesteps, "shift": sampler.schedule.shift}
-            return PolicyScheduler(**process, prediction_type="flow", **own)
-    require_vp(sampler)
-    return PolicyScheduler(**noise_process(teacher), **own)
+            total, shift = sampler.schedule.num_timesteps, sampler.schedule.shift
+            return PolicyScheduler(num_train_timesteps=total, shift=shift, prediction_type="flow", **own)
+        case DiscreteVP():
+            return PolicyScheduler(**noise_process(teacher), **own)
+    raise ValueError(f"method: expected a flow or betas to follow a policy on, got {type(sampler.schedule).__name__}")
 
 
 def _flow(schedule: RectifiedFlow, **options: Any) -> Any:

@@ -34,7 +34,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step, solver_step
@@ -162,7 +162,7 @@ class TCD(Distiller):
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)
-        head = []
+        head: list[nn.Parameter] = []
         if self.config.adversarial_weight:
             self.conditional_critic = True
             self.critic = PairCritic(self.teacher, loss=self.config.adversarial)

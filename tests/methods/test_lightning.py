@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adversarial_students import mode_shares, mode_test, taught_by, train_adversarially
-from mixtures import batch_of, landing, make
+from mixtures import batch_of, landing
 from network_calls import calls_of, features_of
 from oracles import SCHEDULES, Gaussian, three_clusters
 
@@ -79,8 +79,8 @@ def test_two_steps_of_the_teacher_are_regressed_as_in_progressive_distillation()
     """On a flow, whose pure noise has no signal in both; the same draws, the same loss."""
     oracle = three_clusters(SCHEDULES["flow"], "flow")
     batch = batch_of(oracle, 64)
-    lightning = make(Lightning, oracle, oracle, start=8, via=(4,), steps=1)
-    progressive = make(Progressive, oracle, oracle, start=8, steps=4)
+    lightning = taught_by(Lightning, oracle, start=8, via=(4,), steps=1)
+    progressive = taught_by(Progressive, oracle, start=8, steps=4)
     lightning.stage = progressive.stage = REGRESS
     losses = [distiller("student", batch, Draws(0, 64)).terms["loss"] for distiller in (lightning, progressive)]
     assert losses[0] > 0

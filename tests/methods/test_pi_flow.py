@@ -117,7 +117,7 @@ def test_families_without_such_a_head_and_edm_teachers_are_refused():
     with pytest.raises(ValueError, match="DiT have no head that can be widened"):
         DiT.tiny().widen(2)
     DiT.tiny().widen(1)
-    with pytest.raises(ValueError, match="VP teachers only"):
+    with pytest.raises(ValueError, match="expected a flow or betas to follow a policy on, got Karras"):
         PiFlow.check(PiFlow.Config(), Pixel.tiny(scheduler=scheduler_config(EDMEulerScheduler())))
     with pytest.raises(ValueError, match="window: expected at most substeps = 2, got 3"):
         build(PiFlow.Config, {"substeps": 2})

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adversarial_students import mode_shares, mode_test, taught_by, train_adversarially
+from adversarial_students import mode_shares, mode_test, train_adversarially
 from mixtures import Known, batch_of, landing, loss_of, make, put, train
 from network_calls import calls_of, features_of
-from oracles import SCHEDULES, Gaussian, three_clusters
+from oracles import SCHEDULES, Gaussian, PointNet, three_clusters
 
 from stepdistill.diffusion.schedule import expand
 from stepdistill.files.schema import build
@@ -128,7 +128,13 @@ def test_a_phased_student_of_two_clusters_steps_is_nearer_to_the_data_than_its_t
 
 
 def judged_by_a_critic(**options):
-    return staged(taught_by(TCD, three_clusters(COSINE, "v_prediction"), steps=2, segments=(2,), **PCM, **options), 2)
+    return staged(taught(steps=2, segments=(2,), **options), 2)
+
+
+def taught(**options):
+    """A student of a network with blocks that a critic can watch."""
+    oracle = three_clusters(COSINE, "v_prediction")
+    return make(TCD, PointNet(COSINE, oracle), oracle, **PCM, **options)
 
 
 def test_without_weight_there_is_no_critic_and_with_one_the_distance_stays_the_same_to_the_bit():
@@ -159,7 +165,7 @@ def test_of_as_many_segments_as_teacher_steps_student_and_target_look_the_same_t
     """The student's jump is then the teacher's step: both sides are told what an undecided critic tells."""
     oracle = three_clusters(COSINE, "v_prediction")
     options = {"steps": 20, "segments": (20,), "solver_steps": 20, "adversarial_weight": 0.1}
-    distiller = staged(taught_by(TCD, oracle, **options, **PCM), 20)
+    distiller = staged(taught(**options), 20)
     judged = []
     look = distiller.critic.features
     distiller.critic.features = lambda x, t, cond: judged.append((x, t)) or look(x, t, cond)
