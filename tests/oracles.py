@@ -238,6 +238,7 @@ class OracleFamily(Family):
     network_classes = ("Oracle", "Gaussian", "PointNet")
     feature_blocks = ("fc2",)
     lora_targets = ("fc1", "fc2", "fc3")
+    head = "fc3"
     sample_shape = (2, 1, 1)
 
     def __init__(

@@ -219,15 +219,18 @@ class Family(abc.ABC):
         Raises:
             ValueError: if networks of this family have no head that can be widened.
         """
-        if points == 1:
-            return
-        if self.head is None:
+        self.check_head(points)
+        if points != 1 and self.head is not None:
+            widen_convolution(self.network, self.head, points)
+            self.points = points
+
+    def check_head(self, points: int) -> None:
+        """Raise ``ValueError`` if the network cannot give so many predictions a call."""
+        if points != 1 and self.head is None:
             raise ValueError(
                 f"teacher.family: networks of {type(self).__name__} have no head that can be widened, which this "
                 "method needs; expected a UNet (pixel, sd, sdxl)"
             )
-        widen_convolution(self.network, self.head, points)
-        self.points = points
 
     @abc.abstractmethod
     def call(

@@ -185,6 +185,7 @@ class Distiller(nn.Module, abc.ABC):
     def check(cls, config: Any, family: Family) -> None:
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
         family.check_guidance(getattr(config, "guidance_scale", 1.0))
+        family.check_head(cls.head_points(config))
         sampler = cls.make_sampler(config, family)
         if not cls.needs_velocity(config, family):
             check_first_step(family, sampler.times[0].item())
