@@ -6,8 +6,9 @@ critic sees whether the student follows the teacher's path. Without ``x_t`` it s
 likely one, which a student of few steps can obey where it cannot follow. Both are one set of heads, on the features of
 the landed state beside those of ``x_t``, or beside zeros.
 
-The features are those of the frozen teacher. A landed state may be noised up before it is judged, real and generated
-ones to the same level: at high levels structure counts, at low levels texture.
+Here the features are those of the frozen teacher; the paper describes training the critic's backbone, too. A landed
+state may be noised up before it is judged, real and generated ones to the same level: at high levels structure counts,
+at low levels texture.
 """
 
 from __future__ import annotations

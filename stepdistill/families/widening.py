@@ -21,7 +21,6 @@ def widen_convolution(network: Any, name: str, points: int) -> None:
         narrow.in_channels, channels, narrow.kernel_size, narrow.stride, narrow.padding,
         device=narrow.weight.device, dtype=narrow.weight.dtype,
     )  # fmt: skip
-    wide.weight.copy_(narrow.weight.repeat(points, 1, 1, 1))
-    wide.bias.copy_(narrow.bias.repeat(points))
+    wide.load_state_dict({name: torch.cat([value] * points) for name, value in narrow.state_dict().items()})
     setattr(network, name, wide.requires_grad_(narrow.weight.requires_grad))
     network.register_to_config(out_channels=channels)

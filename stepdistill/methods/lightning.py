@@ -12,9 +12,8 @@ Every number of steps has two stages. In the *conditional* one the critic sees w
 to the teacher's path and its modes. Then the objective is relaxed: the critic sees only the landed state, and the
 artefacts of a path that cannot be followed disappear.
 
-The authors' training code is not public. Their critic is the encoder of a UNet that is trained as a whole; here heads
-are trained on the frozen teacher. Their student of one step predicts the clean image; here that of a noise-predicting
-teacher predicts the velocity, as in ``progressive``.
+Here only the critic's heads are trained, on the frozen teacher; the paper describes training the critic's backbone,
+too. A student of a noise-predicting teacher predicts the velocity, as in ``progressive``.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ segment. If it always goes to the segment's end, t implies s, and the student ne
 models, PCM, Wang et al. 2024, 2405.18407); with M = 1 that is LCM. Hyper-SD (Ren et al. 2024, 2404.13686) jumps
 anywhere in the segment, in stages of 8, 4, 2 and 1 segments.
 
-Both add a critic of landed states: whether the student jumped to ``x_s`` or, from a step of the teacher nearer, the
-target. It sees them noised up to a random time of the jump, on the teacher's features. Both codes let critic and
-student alternate; here one training step moves both, and they share its networks' calls.
+An adversarial term, which both papers have in a form of their own, adds a critic of landed states: whether the student
+jumped to ``x_s`` or, from a step of the teacher nearer, the target. Here it sees them noised up to a random time of the
+jump, by heads on the frozen teacher's features. One training step moves student and heads, which share its calls.
 
 Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.StrategicStochasticSampler`): jump below the
 next time by the fraction gamma, then add noise to return to it.

@@ -120,7 +120,7 @@ def test_only_the_conditional_critic_sees_where_a_step_begins():
 
 def test_landed_states_are_judged_at_the_levels_asked_for_and_never_below_where_they_landed():
     distiller = tiny(stage=UNCONDITIONAL, levels=(0.1, 0.6))
-    s = torch.tensor([0.0, 0.3]).double().repeat(200)
+    s = torch.tensor([0.0, 0.3], dtype=torch.float64).repeat(200)
     judged = distiller.judge(torch.zeros(400, 1, 8, 8), s, s, {}, Draws(0, 400))
     assert set(distiller.critic.level(judged).tolist()) == {0.1, 0.3, 0.6}
     assert distiller.critic.level(tiny(stage=UNCONDITIONAL).judge(s, s, s, {}, Draws(0, 400))).min() == 0.02
