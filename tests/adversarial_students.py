@@ -32,26 +32,34 @@ def train_adversarially(
     lr: float = 4e-3,
     size: int = 128,
     seed: int = 0,
-    start: Oracle | None = None,
+    imitated: Oracle | None = None,
     **options: Any,
 ) -> Distiller:
     """A student of the oracle after ``moves`` of all turns, their learning rates falling to 0.
 
-    It starts as the oracle, whose answer to noise is one point for all, or as a student of one step of ``start``.
+    It starts as the oracle, whose answer to noise is one point for all, or as a student of one step of ``imitated``.
     ``seed`` is of the method's own draws; networks and batches are of the global state.
 
     Without waves the student draws its cliffs between the clusters too flat, and a critic on its teacher's features is
     too short-sighted to tell it so.
     """
     distiller = make(method, PointNet(oracle.schedule, oracle, waves=32), oracle, **options)
-    if start is not None:
-        imitate_ends(distiller, start)
-    distiller.stage = distiller.stages(moves)[0]
+    if imitated is not None:
+        imitate_ends(distiller, imitated)
+    for stage in distiller.stages(moves):
+        distiller.stage = stage
+        distiller.begin_stage()
+        train_stage(distiller, oracle, lr=lr, size=size, seed=seed)
+    return distiller
+
+
+def train_stage(distiller: Distiller, oracle: Oracle, *, lr: float, size: int, seed: int) -> None:
+    """Train all turns through the present stage."""
     optimizers = {
         name: torch.optim.Adam(turn.params, lr=lr, betas=(0.0, 0.99)) for name, turn in distiller.turns.items()
     }
     trained = [parameter for turn in distiller.turns.values() for parameter in turn.params]
-    for step in range(moves):
+    for step in range(distiller.stage.steps):
         distiller.step_in_stage = step
         batch = batch_of(oracle, size)
         batch = Batch(batch.x0.float(), batch.cond, batch.size)
@@ -64,10 +72,9 @@ def train_adversarially(
             loss = sum(distiller(name, batch, Draws(derive_seed(step, name) + seed, size)).terms.values())
             optimizers[name].zero_grad()
             loss.backward()
-            optimizers[name].param_groups[0]["lr"] = lr * (1 - step / moves)
+            optimizers[name].param_groups[0]["lr"] = lr * (1 - step / distiller.stage.steps)
             optimizers[name].step()
         distiller.after_step()
-    return distiller
 
 
 def imitate_ends(distiller: Distiller, oracle: Oracle, moves: int = 100, lr: float = 1e-2) -> None:

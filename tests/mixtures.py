@@ -67,6 +67,7 @@ def make(
     networks = family(
         network, oracle.schedule, oracle.prediction_type, num_classes=num_classes, scheduler_config=config
     )
+    networks.widen(method.head_points(method.Config(**options)))
     distiller = method(networks, CopyBank(network), method.Config(**options), ema=ema)
     distiller.stage = Stage("train", 100)
     return distiller

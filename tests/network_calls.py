@@ -12,6 +12,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.methods.base import Distiller
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.features import BlockFeatures
 from stepdistill.randomness import Draws
 
 
@@ -30,3 +31,18 @@ def calls_of(distiller: Distiller, turn: str, batch: Batch, draws: Draws) -> Cou
         distiller(turn, batch, draws)
     assert all(count % batch.size == 0 for count in calls.values())
     return Counter({name: count // batch.size for name, count in calls.items()})
+
+
+def features_of(distiller: Distiller, turn: str, batch: Batch, draws: Draws) -> int:
+    """Passes per image of the batch through a critic's features."""
+    images: list[int] = []
+    original = BlockFeatures.__call__
+
+    def counted(self: BlockFeatures, x_t: Tensor, *args: Any) -> list[Tensor]:
+        images.append(len(x_t))
+        return original(self, x_t, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockFeatures, "__call__", counted)
+        distiller(turn, batch, draws)
+    return sum(images) // batch.size

@@ -224,9 +224,10 @@ class PointNet(nn.Module):
         x = torch.cat([feature.to(self.dtype) for feature in features], 1)
         for layer in (self.fc1, self.fc2):
             x = nn.functional.silu(layer(x))
-        output = self.fc3(x).reshape(sample.shape)
+        output = self.fc3(x)[..., None, None]
         if self.oracle is not None:
-            output = output + self.oracle(sample, timestep, class_labels).sample.to(output.dtype)
+            known = self.oracle(sample, timestep, class_labels).sample.to(output.dtype)
+            output = output + known.repeat(1, output.shape[1] // 2, 1, 1)
         return SimpleNamespace(sample=output)
 
 
@@ -237,6 +238,7 @@ class OracleFamily(Family):
     network_classes = ("Oracle", "Gaussian", "PointNet")
     feature_blocks = ("fc2",)
     lora_targets = ("fc1", "fc2", "fc3")
+    head = "fc3"
     sample_shape = (2, 1, 1)
 
     def __init__(
@@ -280,6 +282,17 @@ class OracleFamily(Family):
             _, sigma = self.schedule(t)
             x_t = edm_scalings(expand(sigma, x_t), self.schedule.sigma_data)[2] * x_t
         return network(x_t.to(network.dtype), self.schedule.timestep(t), cond.get("class_labels")).sample
+
+    def widen(self, points: int) -> None:
+        if points == 1:
+            return
+        narrow = self.network.get_submodule("fc3")
+        wide = nn.Linear(narrow.in_features, 2 * points).to(narrow.weight)
+        with torch.no_grad():
+            wide.weight.copy_(narrow.weight.repeat(points, 1))
+            wide.bias.copy_(narrow.bias.repeat(points))
+        self.network.fc3 = wide
+        self.points = points
 
     def encode(self, raw: RawBatch) -> Batch:
         cond = {} if self.num_classes is None or raw.labels is None else {"class_labels": raw.labels}

@@ -154,6 +154,7 @@ def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Di
     method = find_method(config.method_name)
     method.check(config.method, family)
     family.add_inputs(method.extra_inputs(config.method))
+    family.widen(method.head_points(config.method))
     with place:
         bank = make_bank(family, config.bank)
         distiller = method(family, bank, config.method, ema=config.train.ema > 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.diffusion.policy import PolicySampler
 from stepdistill.diffusion.reading import EDM_KEYS, noise_process
 from stepdistill.diffusion.samplers import (
     DDIM,
@@ -124,6 +125,20 @@ def _noise_corrected(sampler: NoiseCorrected, teacher: Mapping[str, Any]) -> Any
     return NoiseCorrectedScheduler(
         **noise_process(teacher), timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
     )
+
+
+@to_diffusers.register
+def _policy(sampler: PolicySampler, teacher: Mapping[str, Any]) -> Any:
+    from stepdistill.pipelines.policy import PolicyScheduler
+
+    own: dict[str, Any] = {"last_segment": sampler.last, "substeps": sampler.substeps}
+    match sampler.schedule:
+        case RectifiedFlow():
+            total, shift = sampler.schedule.num_timesteps, sampler.schedule.shift
+            return PolicyScheduler(num_train_timesteps=total, shift=shift, prediction_type="flow", **own)
+        case DiscreteVP():
+            return PolicyScheduler(**noise_process(teacher), **own)
+    raise ValueError(f"method: expected a flow or betas to follow a policy on, got {type(sampler.schedule).__name__}")
 
 
 def _flow(schedule: RectifiedFlow, **options: Any) -> Any:

@@ -29,6 +29,7 @@ from stepdistill.export.habits import check_habits
 from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import SampleSheet, model_card
 from stepdistill.export.replacing import replacing
+from stepdistill.export.servers import mark_distilled
 from stepdistill.families.base import Family
 from stepdistill.families.hub import expand_home
 from stepdistill.files.weights import naming
@@ -61,6 +62,7 @@ def export_pipeline(
     lora: Mapping[str, Tensor] | None = None,
     links: Mapping[str, Path] = NO_LINKS,
     samples: SampleSheet | None = None,
+    index: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write ``network`` as a pipeline directory that samples like ``sampler``.
 
@@ -76,12 +78,14 @@ def export_pipeline(
         lora: the student's adapter; written to ``lora/`` beside the merged weights, for ``load_lora_weights``.
         links: parts that are not copied but linked to, see :func:`stepdistill.export.links.frozen_folders`.
         samples: the picture of the model card.
+        index: further keys of ``model_index.json``, for programs other than diffusers.
 
     Raises:
         ValueError: if no scheduler can express the sampler, the file system has no links, or ``folder`` holds something
             other than an export.
     """
     pipeline = family.pipeline(network.eval(), sampler, guidance_scale)
+    mark_distilled(pipeline, sampler, guidance_scale)
     linked = {name: str(target) for name, target in links.items()}
     contract = describe(
         family, pipeline, sampler, guidance_scale=guidance_scale, origin=origin or Origin(), linked=linked,
@@ -89,7 +93,7 @@ def export_pipeline(
     )  # fmt: skip
     with replacing(folder) as partial:
         write_contract(contract, partial)
-        save_pipeline(pipeline, partial, links, family.code)
+        save_pipeline(pipeline, partial, links, family.code, index)
         if lora is not None:
             pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
         (partial / "README.md").write_text(model_card(contract, samples), encoding="utf-8")
@@ -100,7 +104,7 @@ def export_pipeline(
 
 def save_pipeline(
     pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path] = NO_LINKS,
-    code: Mapping[str, bytes] = MappingProxyType({}),
+    code: Mapping[str, bytes] = MappingProxyType({}), keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """Save a pipeline together with the files of its custom classes, where diffusers looks for them.
 
@@ -109,6 +113,7 @@ def save_pipeline(
         folder: where.
         links: parts that are linked to.
         code: Python files of a teacher with its own code, by their path in its folder.
+        keys: further keys of ``model_index.json``.
     """
     if links:
         save_parts(pipeline, folder, links)
@@ -128,7 +133,7 @@ def save_pipeline(
         if Path(place).parts[0] not in links:
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             (folder / place).write_bytes(content)
-    index.write_text(json.dumps(entries | brought_classes(pipeline), indent=2) + "\n")
+    index.write_text(json.dumps(entries | brought_classes(pipeline) | dict(keys), indent=2) + "\n")
 
 
 def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:

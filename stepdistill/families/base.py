@@ -25,6 +25,7 @@ from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
+from stepdistill.families.widening import widen_convolution
 
 MIN_ALPHA = 0.005
 """Smallest signal with which a noise-predicting network can predict the clean image, see
@@ -75,6 +76,8 @@ class Family(abc.ABC):
     """Sub-modules whose outputs are the features of a critic."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Layers that get adapters."""
+    head: ClassVar[str | None] = None
+    """The last layer, where it is a convolution of the network's own output, which :meth:`widen` can repeat."""
 
     pipe: Any = None
     """The opened diffusers pipeline, of families that have one."""
@@ -94,6 +97,8 @@ class Family(abc.ABC):
     """Number of class labels; None for a teacher without labels."""
     inputs: Inputs = Inputs()
     """Inputs of the network besides state, time and condition; see :meth:`add_inputs`."""
+    points: int = 1
+    """Predictions that a call of a student's network gives, beside each other; see :meth:`widen`."""
     hands_generators_on: ClassVar[bool] = True
     """Whether the stock pipeline passes its generators to its scheduler; else a step's noise is the global one's."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
@@ -254,6 +259,28 @@ class Family(abc.ABC):
         if inputs != Inputs():
             raise ValueError(
                 f"teacher.family: networks of {type(self).__name__} take no inputs beyond time and condition"
+            )
+
+    def widen(self, points: int) -> None:
+        """Make the opened network give so many predictions a call, in place, before any role is forked from it.
+
+        All are the teacher's, bit for bit, whose role keeps the first. Methods request it in
+        :meth:`stepdistill.methods.base.Distiller.head_points`.
+
+        Raises:
+            ValueError: if networks of this family have no head that can be widened.
+        """
+        self.check_head(points)
+        if points != 1 and self.head is not None:
+            widen_convolution(self.network, self.head, points)
+            self.points = points
+
+    def check_head(self, points: int) -> None:
+        """Raise ``ValueError`` if the network cannot give so many predictions a call."""
+        if points != 1 and self.head is None:
+            raise ValueError(
+                f"teacher.family: networks of {type(self).__name__} have no head that can be widened, which this "
+                "method needs; expected a UNet (pixel, sd, sdxl)"
             )
 
     @abc.abstractmethod

@@ -50,6 +50,7 @@ class Pixel(Family):
     predicts_pixels = True
     processes = (DiscreteVP, RectifiedFlow, Karras)
     feature_blocks = ("down_blocks", "mid_block")
+    head = "conv_out"
     lora_targets = (
         "conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out", "time_emb_proj",
         "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out.0",

@@ -33,6 +33,7 @@ class SDXL(TextToImageFamily):
     processes = (DiscreteVP, Karras)
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
+    head = "conv_out"
     loads_lora = True
 
     def __init__(self, pipe: Any, **options: Any) -> None:

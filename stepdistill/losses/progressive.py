@@ -1,6 +1,9 @@
-"""Progressive halving: two steps of a teacher as one step of the student."""
+"""Progressive halving: two steps, or several, of a teacher as one step of the student."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -31,9 +34,15 @@ def two_step_target(
     Returns:
         Images (B, ...) in float64.
     """
-    x_mid = ode_step(denoise(x_t, t), schedule, t_mid)
-    x_s = ode_step(denoise(x_mid, t_mid), schedule, s)
+    x_s = walk(denoise, x_t, (t, t_mid, s), schedule)
     return invert_step(x_t, x_s, t, s, schedule)
+
+
+def walk(denoise: Denoise, x_t: Tensor, times: Sequence[Tensor], schedule: NoiseSchedule) -> Tensor:
+    """Return where DDIM steps from ``x_t`` (B, ...), at the first of ``times``, each (B,), to the others lead."""
+    for t, s in itertools.pairwise(times):
+        x_t = ode_step(denoise(x_t, t), schedule, s)
+    return x_t
 
 
 def needs_velocity(family: Family, steps: int) -> bool:
@@ -58,6 +67,24 @@ def halvings(start: int, steps: int) -> list[int]:
     if rest or ratio < 2 or ratio & (ratio - 1):
         raise ValueError(f"start: expected steps times 2, 4, 8, ..., got start {start}, steps {steps}")
     return [start >> k for k in range(1, ratio.bit_length())]
+
+
+def ladder(start: int, via: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Return the numbers of steps of a teacher, of the students in between, and of the last student.
+
+    >>> ladder(512, (32,), 1)
+    (512, 32, 1)
+
+    Raises:
+        ValueError: if they do not descend, or one is not a multiple of the next.
+    """
+    rungs = (start, *via, steps)
+    if any(b < 1 or a <= b or a % b for a, b in itertools.pairwise(rungs)):
+        raise ValueError(
+            "via: expected start, via and steps to descend, each a multiple of the next, for example start 512, "
+            f"via [32], steps 1; got {' -> '.join(map(str, rungs))}"
+        )
+    return rungs
 
 
 def nested_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:

@@ -129,6 +129,9 @@ class Distiller(nn.Module, abc.ABC):
     needs_images: ClassVar[bool] = True
     """Whether the method trains on real images; otherwise it needs only noise and conditions."""
 
+    serves_as_dmd2: ClassVar[bool] = False
+    """Whether exports of flow students have DMD2's keys, see :mod:`stepdistill.export.servers`."""
+
     def __init__(
         self, family: Family, bank: NetworkBank, config: Any, *, ema: bool = False,
         start: Mapping[str, Tensor] | None = None,
@@ -182,6 +185,7 @@ class Distiller(nn.Module, abc.ABC):
     def check(cls, config: Any, family: Family) -> None:
         """Raise ``ValueError`` if this teacher cannot be distilled so; called before any network is copied."""
         family.check_guidance(getattr(config, "guidance_scale", 1.0))
+        family.check_head(cls.head_points(config))
         sampler = cls.make_sampler(config, family)
         if not cls.needs_velocity(config, family):
             check_first_step(family, sampler.times[0].item())
@@ -209,6 +213,12 @@ class Distiller(nn.Module, abc.ABC):
         """Return whether this training needs real images, which an option may decide."""
         del config
         return cls.needs_images
+
+    @classmethod
+    def head_points(cls, config: Any) -> int:
+        """Return how many predictions a call of the student gives; the head is widened before any role is forked."""
+        del config
+        return 1
 
     def stages(self, steps: int) -> list[Stage]:
         """Return the stages of a run of ``steps`` training steps."""

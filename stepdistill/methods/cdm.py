@@ -41,6 +41,7 @@ class CDM(Distiller):
     """A student of any number of steps, and a fake score that follows it closely."""
 
     turn_names = ("student", "fake")
+    serves_as_dmd2 = True
     optim_defaults: ClassVar = {
         "student": {"lr": 1e-5, "weight_decay": 1e-4, "clip": 1.0},
         "fake": {"lr": 5e-6, "weight_decay": 1e-4, "clip": 1.0},

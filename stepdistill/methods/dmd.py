@@ -35,6 +35,7 @@ class DMD(Distiller):
     """A student of one step, and a fake score that follows it."""
 
     turn_names = ("student", "fake")
+    serves_as_dmd2 = True
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
     needs_images = False
 

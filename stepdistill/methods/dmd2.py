@@ -53,6 +53,7 @@ class DMD2(Distiller):
     """A student of one or a few steps, a fake score that follows it closely, and a critic on the fake score."""
 
     turn_names = ("student", "fake")
+    serves_as_dmd2 = True
     heads: ClassVar = {"head": "fake"}
     optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
 

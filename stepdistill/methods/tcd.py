@@ -20,6 +20,10 @@ segment. If it always goes to the segment's end, t implies s, and the student ne
 models, PCM, Wang et al. 2024, 2405.18407); with M = 1 that is LCM. Hyper-SD (Ren et al. 2024, 2404.13686) jumps
 anywhere in the segment, in stages of 8, 4, 2 and 1 segments.
 
+An adversarial term, which both papers have in a form of their own, adds a critic of landed states: whether the student
+jumped to ``x_s`` or, from a step of the teacher nearer, the target. Here it sees them noised up to a random time of the
+jump, by heads on the frozen teacher's features. One training step moves student and heads, which share its calls.
+
 Sampling is strategic stochastic (:class:`~stepdistill.diffusion.samplers.StrategicStochasticSampler`): jump below the
 next time by the fraction gamma, then add noise to return to it.
 """
@@ -27,21 +31,23 @@ next time by the fraction gamma, then add noise to return to it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import ode_step, solver_step
 from stepdistill.diffusion.prediction import Denoise, Prediction
 from stepdistill.diffusion.samplers import Sampler, StrategicStochasticSampler
 from stepdistill.diffusion.schedule import DiscreteVP, NoiseSchedule, expand
+from stepdistill.discriminators.pairs import PairCritic
 from stepdistill.families.base import Family, Inputs
-from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt, Share
+from stepdistill.files.ranges import Decay, GuidanceScale, NonNegativeFloat, PositiveInt, Share
+from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.consistency import check_intervals, skip_grid
 from stepdistill.losses.regression import Distance, distance
-from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
+from stepdistill.methods.base import HEAD, STUDENT, Distiller, Losses, Stage, split_steps
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
@@ -79,6 +85,7 @@ class TCD(Distiller):
     """A student that jumps to any point of the teacher's trajectory, and its slowly moving target."""
 
     sampling_options = frozenset({"steps", "gamma"})
+    heads: ClassVar = {HEAD: STUDENT}
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -105,6 +112,9 @@ class TCD(Distiller):
         distance: Distance = "huber"
         target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
+        adversarial_weight: NonNegativeFloat = 0.0
+        """Weight of the loss by a critic of landed states (0.1 in PCM); at 0 there is none."""
+        adversarial: AdversarialLoss = "hinge"
 
         def __post_init__(self) -> None:
             if self.two_time and self.order != 1:
@@ -152,7 +162,12 @@ class TCD(Distiller):
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)
-        self.add_turn("student", self.loss)
+        head: list[nn.Parameter] = []
+        if self.config.adversarial_weight:
+            self.conditional_critic = True
+            self.critic = PairCritic(self.teacher, loss=self.config.adversarial)
+            head = list(self.critic.parameters())
+        self.add_turn("student", self.loss, head=head)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         steps = self.config.solver_steps
@@ -167,7 +182,12 @@ class TCD(Distiller):
             x_next = solver_step(self.guided_teacher(batch.cond), x_t, t, t_next, self.schedule)
             target = self.jump(self.target, x_next, t_next, s, batch.cond)
         landed = self.jump(self.student, x_t, t, s, batch.cond)
-        return Losses({"loss": distance(landed, target, self.config.distance).mean()})
+        terms = {"loss": distance(landed, target, self.config.distance).mean()}
+        if not self.config.adversarial_weight:
+            return Losses(terms)
+        judged = self.critic.alone(s, torch.lerp(s, t, draws.uniform()), batch.cond)
+        student, critic, metrics = self.critic.both_losses(target, landed, judged, draws)
+        return Losses(terms | {"adversarial": self.config.adversarial_weight * student, "critic": critic}, metrics)
 
     def jump(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """Return where the trajectory consistency function of ``denoiser`` leads from ``x_t`` at ``s``."""

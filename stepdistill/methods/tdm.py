@@ -63,6 +63,7 @@ class TDM(Distiller):
     """A student of a few deterministic steps, and a fake score of the states between them."""
 
     turn_names = ("fake", "student")
+    serves_as_dmd2 = True
     optim_defaults: ClassVar = {
         "fake": {"lr": 1e-4, "betas": (0.0, 0.95), "weight_decay": 0.01},
         "student": {"lr": 2e-5, "betas": (0.0, 0.95), "weight_decay": 0.01},

@@ -18,7 +18,6 @@ Heun steps in the first phase; later teachers are students that were trained for
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
 from stepdistill.losses.consistency import check_intervals
-from stepdistill.losses.progressive import needs_velocity, nested_grid
+from stepdistill.losses.progressive import ladder, needs_velocity, nested_grid
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -60,11 +59,7 @@ class Tract(Distiller):
         """Whether clean images in targets are cut to [-1, 1], as in the authors' code; by default for pixels."""
 
         def __post_init__(self) -> None:
-            if self.steps < 1 or any(b < 1 or a <= b or a % b for a, b in itertools.pairwise(self.ladder)):
-                raise ValueError(
-                    "via: expected start, via and steps to descend, each a multiple of the next, for example start "
-                    f"512, via [32], steps 1; got {' -> '.join(map(str, self.ladder))}"
-                )
+            ladder(self.start, self.via, self.steps)
 
         @property
         def ladder(self) -> tuple[int, ...]:

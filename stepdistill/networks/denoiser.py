@@ -14,7 +14,7 @@ from stepdistill.diffusion.guidance import Rescale, guide
 from stepdistill.diffusion.prediction import Denoise, Prediction, to_prediction
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
-from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.bank import TEACHER, NetworkBank
 from stepdistill.networks.compilation import uncompiled
 
 
@@ -44,18 +44,23 @@ class Denoiser:
     def raw(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
     ) -> Tensor:
-        """Return the network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,)."""
+        """Return the network's own output (B, ...) at states ``x_t`` (B, ...) and times ``t`` (B,).
+
+        With a widened head, that of the teacher is one prediction, and that of others has all of them.
+        """
         if w is None and self.w is not None:
             w = torch.full((len(x_t),), self.w, device=x_t.device)
         with self.bank.using(self.role) as network:
             output = self.family.call(network, x_t, t, cond, w=w, s=s)
+        if self.role == TEACHER:
+            output = output[:, : x_t.shape[1]]  # with a widened head, all its predictions are the same
         self.watch(x_t, output)
         return output
 
     def __call__(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
     ) -> Prediction:
-        """Return the clean image and the noise that the network predicts in ``x_t``.
+        """Return the clean image and the noise that the network predicts in ``x_t``; of a widened head, several.
 
         Args:
             x_t: noisy images (B, ...) of the family's schedule.
@@ -64,7 +69,10 @@ class Denoiser:
             w: guidance weights (B,), for networks that take them as an input.
             s: target times (B,), for networks that take a second time.
         """
-        return to_prediction(self.raw(x_t, t, cond, w=w, s=s), x_t, t, self.schedule, self.family.prediction_type)
+        output = self.raw(x_t, t, cond, w=w, s=s)
+        beside = output.shape[1] // x_t.shape[1]
+        x_t = x_t if beside == 1 else x_t.repeat(1, beside, 1, 1)
+        return to_prediction(output, x_t, t, self.schedule, self.family.prediction_type)
 
     def conditioned(self, cond: Mapping[str, Tensor], w: Tensor | None = None) -> Denoise:
         """Return the denoiser with its conditioning (and guidance input ``w``) fixed."""

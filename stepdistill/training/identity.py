@@ -72,6 +72,8 @@ def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, 
     for key, value in _declared_defaults(config).items():
         if key in values:
             defaults[key] = value
+    for head, owner in method.heads.items():  # a run without a head's optimiser is taken to have had its owner's
+        defaults |= flatten({f"optim.{head}": config.optim[owner]})
     return RunIdentity(values, defaults, data)
 
 

@@ -23,6 +23,7 @@ from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
+from stepdistill.export.servers import dmd2_keys
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
@@ -90,6 +91,7 @@ class Run:
             self.evaluation = Evaluation.open(config.eval, self.folder)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
+        self.family.widen(self.method.head_points(config.method))
         bank = make_bank(self.family, config.bank)
         start = (
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
@@ -217,10 +219,11 @@ class Run:
         network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # this process has only contributed its shards of the weights
             return folder
-        scale = 1 + (self.distiller.result.w or 0.0)
+        scale, sampler = 1 + (self.distiller.result.w or 0.0), self.distiller.sampler()
         export_pipeline(
-            self.distiller.family, network.cpu(), self.distiller.sampler(), folder,
+            self.distiller.family, network.cpu(), sampler, folder,
             origin=origin, guidance_scale=scale, lora=lora, links=self.links, samples=samples,
+            index=dmd2_keys(sampler, scale) if self.distiller.serves_as_dmd2 else {},
         )  # fmt: skip
         return folder
 
@@ -228,7 +231,7 @@ class Run:
         """Return the student's adapter, or None if stock diffusers could not load it into the teacher."""
         bank, family = self.distiller.bank, self.distiller.family
         adapter = bank.lora_state(self.distiller.result_role)
-        if adapter is None or not family.loads_lora or family.inputs != Inputs():
+        if adapter is None or not family.loads_lora or family.inputs != Inputs() or family.points != 1:
             return None
         state = gathered(adapter, keep=is_main())
         return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
@@ -304,6 +307,8 @@ def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[st
     Raises:
         ValueError: if the folder holds no pipeline, or that of another teacher's student.
     """
+    if family.points != 1:
+        raise ValueError("bank.init_from: expected none for a method that widens the network's head, got " + folder)
     try:
         student = load_teacher(
             TeacherConfig(path=folder, family=teacher.family, trust_remote_code=teacher.trust_remote_code)

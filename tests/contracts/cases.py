@@ -59,9 +59,11 @@ CASES = {
     "guided": Case(resumed_at=(2, 3)),
     "progressive": Case({"steps": 2, "start": 8}, resumed_at=(1, 2)),
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
+    "lightning": Case({"steps": 1, "start": 8, "via": [4], "critic_warmup": 0}, resumed_at=(1, 2, 3)),
     "ect": Case({"num_stages": 2}),
     "scm": Case(falls="tangent"),  # the loss is of a normalised tangent, which has the same length at the optimum
     "flowmap": Case(falls="error"),  # the loss is divided by its error
+    "pi_flow": Case({"steps": 2, "points": 3, "substeps": 6}),
     "dmd": Case(overfits="fake"),
     "dmd2": Case({"student_update_interval": 2}, overfits="fake"),
     "cdm": Case({"most_steps": 3}, overfits="fake"),

@@ -12,6 +12,7 @@ from stepdistill.methods import find_method, method_names
 REFUSED = {
     # noised again at several steps, which diffusers' EDM schedulers do for consistency models only
     ("add", "pixel-edm"), ("ladd", "pixel-edm"), ("dmd2", "pixel-edm"), ("sid", "pixel-edm"),
+    ("pi_flow", "pixel-edm"),  # policies are followed on flows and on processes with betas
 }  # fmt: skip
 """What no scheduler can express; a method or a kind that is missing here is trained."""
 

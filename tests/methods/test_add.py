@@ -242,7 +242,7 @@ def test_a_one_step_student_of_a_mixture_covers_all_modes():
     """
     oracle = three_clusters(COSINE, "v_prediction")
     start = Oracle(CENTRES, 0.2, COSINE, "v_prediction", weights=torch.tensor([0.5, 0.3, 0.2]))
-    distiller = train_adversarially(ADD, oracle, 200, size=256, start=start, distillation=0.5, r1=0.1)
+    distiller = train_adversarially(ADD, oracle, 200, size=256, imitated=start, distillation=0.5, r1=0.1)
     shares, stray = mode_shares(distiller, 4000)
     assert mode_test(shares, 1) < 0.02, shares
     assert stray < 0.3

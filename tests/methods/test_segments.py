@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from adversarial_students import mode_shares, mode_test, train_adversarially
 from mixtures import Known, batch_of, landing, loss_of, make, put, train
-from oracles import SCHEDULES, Gaussian, three_clusters
+from network_calls import calls_of, features_of
+from oracles import SCHEDULES, Gaussian, PointNet, three_clusters
 
 from stepdistill.diffusion.schedule import expand
 from stepdistill.files.schema import build
@@ -120,3 +122,74 @@ def test_a_phased_student_of_two_clusters_steps_is_nearer_to_the_data_than_its_t
     distiller = train(TCD, oracle, 1200, steps=2, segments=(2,), solver_steps=20, **PCM)
     student, teacher = landing(distiller, oracle, 2, size=6000)
     assert student < 0.5 * teacher
+
+
+# ----------------------------------------------------------------------------------- the critic of landed states
+
+
+def judged_by_a_critic(**options):
+    return staged(taught(steps=2, segments=(2,), **options), 2)
+
+
+def taught(**options):
+    """A student of a network with blocks that a critic can watch."""
+    oracle = three_clusters(COSINE, "v_prediction")
+    return make(TCD, PointNet(COSINE, oracle), oracle, **PCM, **options)
+
+
+def test_without_weight_there_is_no_critic_and_with_one_the_distance_stays_the_same_to_the_bit():
+    batch = batch_of(three_clusters(COSINE, "v_prediction"), 32)
+    torch.manual_seed(0)
+    plain = judged_by_a_critic()
+    torch.manual_seed(0)
+    critic = judged_by_a_critic(adversarial_weight=0.1)
+    assert not hasattr(plain, "critic") and plain.turns["student"].head == []
+    terms = critic("student", batch, Draws(0, 32)).terms
+    assert torch.equal(terms["loss"], plain("student", batch, Draws(0, 32)).terms["loss"])
+    assert terms.keys() == {"loss", "adversarial", "critic"}
+
+
+def test_the_students_term_moves_the_student_and_the_critics_term_the_critic():
+    distiller = judged_by_a_critic(adversarial_weight=0.1)
+    batch = batch_of(three_clusters(COSINE, "v_prediction"), 32)
+    groups = {"adversarial": distiller.bank.params("student"), "critic": list(distiller.critic.parameters())}
+    for name, own in groups.items():
+        distiller("student", batch, Draws(0, 32)).terms[name].backward()
+        touched = {id(p) for p in distiller.parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert touched and touched <= set(map(id, own)), name
+        distiller.zero_grad(set_to_none=True)
+    assert all(parameter.requires_grad for parameter in groups["critic"])
+
+
+def test_of_as_many_segments_as_teacher_steps_student_and_target_look_the_same_to_the_critic():
+    """The student's jump is then the teacher's step: both sides are told what an undecided critic tells."""
+    oracle = three_clusters(COSINE, "v_prediction")
+    options = {"steps": 20, "segments": (20,), "solver_steps": 20, "adversarial_weight": 0.1}
+    distiller = staged(taught(**options), 20)
+    judged = []
+    look = distiller.critic.features
+    distiller.critic.features = lambda x, t, cond: judged.append((x, t)) or look(x, t, cond)
+    distiller.critic.level = lambda judged: judged.s.clamp(min=1e-6)  # without noise added
+    distiller("student", batch_of(oracle, 64), Draws(0, 64))
+    (real, _), (fake, _) = judged
+    torch.testing.assert_close(real, fake, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_shares_its_calls_with_the_critic():
+    """The teacher's and the target's call, the student's with gradient, and one pass of the critic a side."""
+    distiller = judged_by_a_critic(adversarial_weight=0.1)
+    batch = batch_of(three_clusters(COSINE, "v_prediction"), 16)
+    found = calls_of(distiller, "student", batch, Draws(0, 16))
+    assert found == {"teacher": 1, "target": 1, "student with gradient": 1}
+    assert features_of(distiller, "student", batch, Draws(0, 16)) == 2
+
+
+def test_a_phased_student_with_a_critic_covers_all_modes():
+    torch.manual_seed(0)
+    oracle = three_clusters(COSINE, "v_prediction")
+    options = {"steps": 2, "segments": (2,), "solver_steps": 20, "adversarial_weight": 0.1} | PCM
+    distiller = train_adversarially(TCD, oracle, 600, **options)
+    shares, stray = mode_shares(distiller, 3000)
+    student, teacher = landing(distiller, oracle, 2, size=3000)
+    assert mode_test(shares, 1) < 0.02 and stray < 0.1, shares
+    assert student < 0.6 * teacher

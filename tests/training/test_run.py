@@ -228,6 +228,18 @@ def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
         run.identity.check(checkpoint)
 
 
+def test_a_run_that_had_no_heads_optimiser_is_resumed_by_one_that_has_its_owners_settings(tmp_path):
+    mapping = sections(tmp_path, teacher_for("tcd"), "tcd", steps=2)
+    mapping["optim"]["student"]["lr"] = 0.002
+    run = Run(resolve(mapping))
+    before = {key: value for key, value in run.identity.values.items() if not key.startswith("optim.head")}
+    assert "method.adversarial_weight" in before and before != run.identity.values
+    del before["method.adversarial_weight"], before["method.adversarial"]
+    run.identity.check(
+        Checkpoint(Path("checkpoint"), 1, SavedState(stage=0, stage_name="train", done=1, config=before))
+    )
+
+
 # -------------------------------------------------------------------------------------- keys of older versions
 
 OLD_KEYS = {

@@ -1,0 +1,149 @@
+"""A critic of steps: did the teacher take this step, or the student?
+
+SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929) judges pairs: the state ``x_t`` where a step begins, and the state
+where it lands. A step of the teacher from ``x_t`` is real, a step of the student from the same ``x_t`` is not. So the
+critic sees whether the student follows the teacher's path. Without ``x_t`` it sees only whether the landed state is a
+likely one, which a student of few steps can obey where it cannot follow. Both are one set of heads, on the features of
+the landed state beside those of ``x_t``, or beside zeros.
+
+Here the features are those of the frozen teacher; the paper describes training the critic's backbone, too. A landed
+state may be noised up before it is judged, real and generated ones to the same level: at high levels structure counts,
+at low levels texture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.batch import Cond
+from stepdistill.diffusion.ode import noise_up
+from stepdistill.discriminators.conditioning import condition_vector
+from stepdistill.discriminators.critics import TIME_WAVES
+from stepdistill.discriminators.feature_sources import MAX_BLOCKS, spaced_features
+from stepdistill.discriminators.heads import Heads
+from stepdistill.losses.adversarial import AdversarialLoss, Logits, critic_loss, critic_metrics, generator_loss
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.features import CLEAN
+from stepdistill.randomness import Draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a step of the teacher and one of the student have in common when they are judged."""
+
+    begin: list[Tensor]
+    """Features of the states where the steps begin, or zeros, one (B, C, ...) per head."""
+    t: Tensor
+    """Times (B,) of these states; 0 where there are none."""
+    s: Tensor
+    """Times (B,) at which the steps end."""
+    level: Tensor
+    """Times (B,) that landed states are noised up to; where one is below ``s``, or nearly 0, a little more."""
+    cond: Cond
+    """Condition of the batch."""
+
+
+class PairCritic(nn.Module):
+    """Heads on the teacher's features of where a step lands, and of where it begins.
+
+    Args:
+        teacher: the network whose features are used, and whose schedule noises.
+        loss: the adversarial loss.
+        max_blocks: most blocks of the teacher with a head.
+    """
+
+    def __init__(self, teacher: Denoiser, *, loss: AdversarialLoss = "softplus", max_blocks: int = MAX_BLOCKS) -> None:
+        super().__init__()
+        self.blocks, self.shapes = spaced_features(teacher, max_blocks)
+        self.schedule = teacher.schedule
+        self.num_classes = teacher.family.num_classes
+        self.loss = loss
+        example = condition_vector(teacher.family.example_cond([0]), 1, self.num_classes)
+        beside = [(2 * channels, *places) for channels, *places in self.shapes]
+        self.heads = Heads(beside, example.shape[1] + 2 * TIME_WAVES)
+
+    def pair(self, x_t: Tensor, t: Tensor, s: Tensor, level: Tensor, cond: Cond) -> Judged:
+        """Return that steps from ``x_t`` (B, ...) at ``t`` (B,) to ``s`` (B,) are judged with their beginning."""
+        with torch.no_grad():
+            return Judged(self.features(x_t, t, cond), t, s, level, cond)
+
+    def alone(self, s: Tensor, level: Tensor, cond: Cond) -> Judged:
+        """Return that steps to ``s`` (B,) are judged by where they land alone."""
+        nothing = [torch.zeros(len(s), *shape, device=s.device) for shape in self.shapes]
+        return Judged(nothing, torch.zeros_like(s), s, level, cond)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Return the teacher's features (B, C, ...) of states at times (B,), one per head."""
+        maps = self.blocks(x_t, t, cond)
+        return [feature.reshape(-1, *shape) for feature, shape in zip(maps, self.shapes, strict=True)]
+
+    def forward(self, landed: Tensor, judged: Judged, draws: Draws) -> Logits:
+        """Return logits (B, positions) per head of landed states (B, ...)."""
+        return self.logits(self.look(landed, judged, draws), judged)
+
+    def look(self, landed: Tensor, judged: Judged, draws: Draws) -> list[Tensor]:
+        """Return the features, one per head, of landed states (B, ...) noised up."""
+        level = self.level(judged)
+        return self.features(noise_up(landed, judged.s, level, self.schedule, draws.normal_like), level, judged.cond)
+
+    def level(self, judged: Judged) -> Tensor:
+        """Return the times (B,) that landed states are noised up to."""
+        return torch.maximum(judged.level, judged.s).clamp(min=CLEAN)
+
+    def logits(self, seen: list[Tensor], judged: Judged) -> Logits:
+        """Return logits (B, positions) of the features of landed states, per head."""
+        both = [torch.cat(maps, 1) for maps in zip(seen, judged.begin, strict=True)]
+        return self.heads(both, self.condition(judged, self.level(judged)))
+
+    def condition(self, judged: Judged, level: Tensor) -> Tensor:
+        """Return the condition and both times as a vector (B, d)."""
+        vector = condition_vector(judged.cond, len(level), self.num_classes).to(level.device)
+        waves = [(k * math.pi * t).cos() for t in (judged.t, level) for k in range(TIME_WAVES)]
+        return torch.cat([vector, torch.stack(waves, 1).to(vector.dtype)], 1)
+
+    def student_loss(self, landed: Tensor, judged: Judged, draws: Draws) -> Tensor:
+        """Return the adversarial loss of the student's landed states (B, ...)."""
+        return generator_loss(self(landed, judged, draws), self.loss)
+
+    def critic_loss(self, real: Tensor, fake: Tensor, judged: Judged, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the critic's loss on where the teacher and the student land (B, ...), and metrics."""
+        told = self(real, judged, draws), self(fake, judged, draws)
+        return critic_loss(*told, self.loss), critic_metrics(*told)
+
+    def both_losses(
+        self, real: Tensor, fake: Tensor, judged: Judged, draws: Draws
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the student's loss, which does not reach the heads, the critic's, and metrics.
+
+        Args:
+            real: where the teacher lands, (B, ...).
+            fake: where the student lands, (B, ...).
+            judged: what both have in common.
+            draws: source of noise.
+        """
+        with torch.no_grad():
+            seen = self.look(real, judged, draws)
+        generated = self.look(fake, judged, draws)
+        told = self.logits(seen, judged), self.logits([feature.detach() for feature in generated], judged)
+        with unmoved(self.heads):
+            deceived = self.logits(generated, judged)
+        return generator_loss(deceived, self.loss), critic_loss(*told, self.loss), critic_metrics(*told)
+
+
+@contextlib.contextmanager
+def unmoved(module: nn.Module) -> Iterator[None]:
+    """Compute inside the context without gradients of a module's parameters; they still flow through it."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
