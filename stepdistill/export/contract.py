@@ -37,12 +37,16 @@ class Call(TypedDict):
 
     num_inference_steps: NotRequired[Annotated[int, Range(at_least=1, at_most=1000)] | None]
     guidance_scale: NotRequired[Number | None]
+    true_cfg_scale: NotRequired[Number | None]
+    negative_prompt: NotRequired[str | None]
     eta: NotRequired[Number | None]
     timesteps: NotRequired[list[Number] | None]
     sigmas: NotRequired[list[Number] | None]
     height: NotRequired[Side | None]
     width: NotRequired[Side | None]
+    num_frames: NotRequired[PositiveInt]
     max_sequence_length: NotRequired[PositiveInt]
+    cfg_normalization: NotRequired[bool]
     use_resolution_binning: NotRequired[bool]
     clean_caption: NotRequired[bool]
 
@@ -235,8 +239,8 @@ def call_arguments(
     family: Family, pipeline: DiffusionPipeline, sampler: Sampler, guidance_scale: float
 ) -> dict[str, Any]:
     """Return the keyword arguments with which a call of the pipeline samples as trained."""
-    arguments = {"num_inference_steps": sampler.steps, "guidance_scale": guidance_scale, **sampler.pipeline_kwargs}
-    arguments |= family.pipeline_kwargs
+    arguments = {"num_inference_steps": sampler.steps, **family.guidance_arguments(guidance_scale)}
+    arguments |= sampler.pipeline_kwargs | family.pipeline_kwargs
     arguments |= sampler.schedule.explicit_sigmas(sampler.times[:-1])
     accepted = inspect.signature(pipeline.__call__).parameters
     return {name: value for name, value in arguments.items() if name in accepted}

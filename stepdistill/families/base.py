@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.guidance import Rescale
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.schedulers import to_diffusers
@@ -79,10 +80,10 @@ class Family(abc.ABC):
     schedule: NoiseSchedule
     prediction_type: str
     scheduler_config: Mapping[str, Any]
-    sample_shape: tuple[int, int, int]
-    """(C, H, W) of the network's input."""
-    image_shape: tuple[int, int, int]
-    """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` returns."""
+    sample_shape: tuple[int, ...]
+    """(C, H, W) of the network's input; of a video family (C, F, H, W)."""
+    image_shape: tuple[int, ...]
+    """(C, H, W) of the images that :meth:`encode` takes and :meth:`decode` returns; of clips (C, F, H, W)."""
     frozen_modules: tuple[nn.Module, ...] = ()
     """VAE and text encoders: never trained, and not in checkpoints."""
     prompts: Sequence[str] = ()
@@ -95,6 +96,8 @@ class Family(abc.ABC):
     """Whether the stock pipeline passes its generators to its scheduler; else a step's noise is the global one's."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
+    guidance_rescale: ClassVar[Rescale] = "none"
+    """What the teacher's own pipeline does with a guided velocity, see :mod:`stepdistill.diffusion.guidance`."""
     pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Arguments with which a call of the pipeline samples as this family calls its networks, if it accepts them."""
     code: Mapping[str, bytes] = MappingProxyType({})
@@ -173,7 +176,25 @@ class Family(abc.ABC):
 
     def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the noise (B, C, H, W) that a step adds, drawn as the scheduler of this family's pipeline draws it."""
-        return torch.stack([torch.randn(self.sample_shape, generator=one) for one in generators])
+        shape = self.pack(torch.empty(1, *self.sample_shape)).shape[1:]
+        return self.unpack(torch.stack([torch.randn(shape, generator=one) for one in generators]))
+
+    def pack(self, states: Tensor) -> Tensor:
+        """Return states (B, C, ...) as the pipeline's loop holds them and its scheduler sees them."""
+        return states
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Invert :meth:`pack`, for states of :attr:`sample_shape`."""
+        return packed
+
+    def image_tokens(self, feature: Tensor, x_t: Tensor) -> Tensor:
+        """Return the places of a block's output (B, C, N) that belong to the image, not to its prompt."""
+        del x_t
+        return feature
+
+    def guidance_arguments(self, scale: float) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for the guidance scale ``scale``, 1 being none."""
+        return {"guidance_scale": scale}
 
     def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
         """Use the training's captions as examples, and warn of those that are longer than the text encoder reads.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+Resolution: TypeAlias = PositiveInt | tuple[PositiveInt, PositiveInt]
+"""Side of square images in pixels, or their height and width."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class TeacherConfig:
     """Name of a file in ``stepdistill/families``, in place of detection."""
     null_class: NonNegativeInt | None = None
     """The class label that means "no class", if the teacher was trained with one."""
-    resolution: PositiveInt | None = None
-    """Side in pixels of the (square) images; None is the teacher's default."""
+    resolution: Resolution | None = None
+    """Side in pixels of square images, or ``[height, width]``; None is the teacher's default."""
     guidance_scale: NonNegativeFloat | None = None
     """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
     trust_remote_code: bool = False

@@ -16,6 +16,7 @@ from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.families.config import Resolution
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 
 GUIDANCE_SCALE = 3.5  # the default of FluxPipeline
@@ -30,6 +31,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     hands_generators_on = False
     latents_per_token = 4
+    side_multiple = 2
     processes = (RectifiedFlow,)
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = (
@@ -39,17 +41,13 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     )  # fmt: skip
     loads_lora = True
 
-    def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
+    def __init__(self, pipe: Any, *, resolution: Resolution | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None and not pipe.transformer.config.guidance_embeds:
             raise ValueError(
                 f"teacher.guidance_scale: got {guidance_scale}, but this teacher (guidance_embeds: false, as "
                 "FLUX.1-schnell) takes none; leave it out"
             )
         super().__init__(pipe, resolution=resolution)
-        _, height, width = self.sample_shape
-        if height % 2 or width % 2:
-            factor = 2 * self.spatial_factor()
-            raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
         self.guidance_scale = None
         if pipe.transformer.config.guidance_embeds:
@@ -57,6 +55,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             self.pipeline_kwargs = {**self.pipeline_kwargs, "guidance_scale": self.guidance_scale}
             self.guidance_convention = "an input of the network, as FLUX.1-dev takes it"
         if self.scheduler_config.get("use_dynamic_shifting"):
+            _, height, width = self.sample_shape
             shift = dynamic_shift(self.scheduler_config, height * width // 4)
             self.schedule = RectifiedFlow(shift, self.scheduler_config["num_train_timesteps"])
 
@@ -69,7 +68,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
     def tiny(cls, seed: int = 0, *, guidance_embeds: bool = True) -> Flux:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        from stepdistill.families.tiny import tiny_clip, tiny_t5, tiny_vae
+        from stepdistill.families.tiny import tiny_clip, tiny_flux_vae, tiny_t5
 
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_clip()
@@ -78,7 +77,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance_embeds,
         )  # fmt: skip
-        vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+        vae = tiny_flux_vae()
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds)
         return cls(
             FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer),
@@ -92,11 +91,11 @@ class Flux(PlainLatentFamily, TextToImageFamily):
         )
         return {"encoder_hidden_states": prompt.float(), "pooled_projections": pooled.float()}
 
-    def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        channels, height, width = self.sample_shape
-        tokens = (height * width // 4, 4 * channels)  # what the scheduler sees
-        noise = torch.stack([torch.randn(tokens, generator=one) for one in generators])
-        return unpack(noise, height, width)
+    def pack(self, states: Tensor) -> Tensor:
+        return pack(states)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return unpack(packed, *self.sample_shape[1:])
 
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
         del cond
@@ -107,8 +106,6 @@ class Flux(PlainLatentFamily, TextToImageFamily):
 
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         _, _, height, width = x_t.shape
-        rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
-        places = torch.cartesian_prod(rows, columns)
         text = cond["encoder_hidden_states"]
         guidance = (
             None if self.guidance_scale is None else torch.full((len(x_t),), self.guidance_scale, device=x_t.device)
@@ -117,11 +114,17 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             hidden_states=pack(x_t),
             timestep=timestep / 1000,
             guidance=guidance,
-            img_ids=pad(places, (1, 0)).to(x_t.dtype),
+            img_ids=image_ids(x_t),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=x_t.dtype, device=x_t.device),
             **{name: value.to(x_t.dtype) for name, value in cond.items()},
         ).sample
         return unpack(tokens, height, width)
+
+
+def image_ids(x_t: Tensor) -> Tensor:
+    """Return the places (H W / 4, 3) of the tokens of states (B, C, H, W): 0, row, column."""
+    rows, columns = (torch.arange(side // 2, device=x_t.device) for side in x_t.shape[2:])
+    return pad(torch.cartesian_prod(rows, columns), (1, 0)).to(x_t.dtype)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -22,10 +22,18 @@ from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
-from stepdistill.families.config import TeacherConfig
+from stepdistill.families.config import Resolution, TeacherConfig
 from stepdistill.families.loading import open_pipeline
 from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_too_long
 from stepdistill.families.second_time import LAYERS, give_second_time, two_time_pipeline
+from stepdistill.families.vaes import (
+    check_channels,
+    check_resolution,
+    dtype_of,
+    latent_channels,
+    latent_statistics,
+    mode,
+)
 from stepdistill.loading import read_code
 
 
@@ -34,17 +42,19 @@ class LatentFamily(Family):
 
     Args:
         pipe: the pipeline.
-        resolution: side in pixels of its images; None for the size in its network's config.
+        resolution: side in pixels of its images, or their height and width; None for the size in its network's config.
         guidance_scale: the network's guidance input, for families that have one.
     """
 
     caches_latents = True
     latents_per_token: ClassVar[int] = 1
     """Places of the latent that the pipeline packs into one of the network's inputs."""
+    side_multiple: ClassVar[int] = 1
+    """Latents by which the height and the width must be divisible."""
     scales_states: ClassVar[bool] = False
     """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
-    def __init__(self, pipe: Any, *, resolution: int | None = None, guidance_scale: float | None = None) -> None:
+    def __init__(self, pipe: Any, *, resolution: Resolution | None = None, guidance_scale: float | None = None) -> None:
         if guidance_scale is not None:
             raise ValueError(
                 f"teacher.guidance_scale: got {guidance_scale}, but {type(self).__name__} takes no guidance as an "
@@ -58,10 +68,11 @@ class LatentFamily(Family):
         check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
-            check_resolution(pipe, resolution, (height, width), factor)
-            height = width = resolution
-        self.sample_shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
-        self.image_shape = (pipe.vae.config.in_channels, height, width)
+            size = (resolution, resolution) if type(resolution) is int else tuple(resolution)
+            check_resolution(pipe, size, (height, width), factor * self.side_multiple)
+            height, width = size
+        self.sample_shape = (latent_channels(pipe.vae), height // factor, width // factor)
+        self.image_shape = (pipe.vae.config.get("in_channels", 3), height, width)
         self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
         self.num_classes = None
         # training has no use for a safety checker, which takes a gigabyte
@@ -103,16 +114,33 @@ class LatentFamily(Family):
     def to_latents(self, images: Tensor) -> Tensor:
         """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
-        latents = mode(vae.encode(images.to(vae.device, vae.dtype))).float()
-        shift, scale = latent_statistics(vae.config, latents)
+        latents = self.vae_encode(images.to(vae.device, vae.dtype)).float()
+        shift, scale = self.statistics(latents)
         # a cache returns contiguous latents; channels_last would select other kernels
         return ((latents - shift) * scale).contiguous()
 
     def decode(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae.to(x0.device)  # it may have stayed on another device
-        shift, scale = latent_statistics(vae.config, x0)
-        images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
+        shift, scale = self.statistics(x0)
+        images = self.vae_decode((x0 / scale + shift).to(vae.dtype)).float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def vae_encode(self, images: Tensor) -> Tensor:
+        """Return the VAE's own latents of images (B, C, ...) in [-1, 1]."""
+        return mode(self.pipe.vae.encode(images))
+
+    def vae_decode(self, latents: Tensor) -> Tensor:
+        """Invert :meth:`vae_encode`."""
+        return self.pipe.vae.decode(latents).sample
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shift and scale of :func:`stepdistill.families.vaes.latent_statistics`."""
+        return latent_statistics(self.pipe.vae.config, like)
+
+    def image_size(self, x_t: Tensor) -> tuple[int, int]:
+        """Return the (height, width) in pixels of the images of states (B, C, ..., H, W)."""
+        height, width = x_t.shape[-2:]
+        return height * self.spatial_factor(), width * self.spatial_factor()
 
     @abc.abstractmethod
     def condition(self, raw: RawBatch) -> Cond:
@@ -183,7 +211,7 @@ class PlainLatentFamily(LatentFamily):
     ) -> Tensor:
         assert w is None, "this network takes no guidance weight"
         assert s is None or self.inputs.s, "this network takes no second time"
-        return self.forward(network, x_t.to(next(network.parameters()).dtype), self.timesteps(t, s), cond)
+        return self.forward(network, x_t.to(dtype_of(network)), self.timesteps(t, s), cond)
 
     @abc.abstractmethod
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -223,42 +251,6 @@ class TextToImageFamily(LatentFamily):
         self.prompts = tuple(captions)  # all: a Fréchet distance to the data's images needs the data's own captions
         tokenizer, limit = prompt_reader(self.pipe, self.pipeline_kwargs)
         warn_too_long(tokenizer, [*captions, *others], limit=limit)
-
-
-def check_resolution(pipe: Any, resolution: int, native: tuple[int, int], factor: int) -> None:
-    """Raise ``ValueError`` unless the pipeline samples square images of this side."""
-    if native != (resolution, resolution) and "height" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"teacher.resolution: got {resolution}, but {type(pipe).__name__} samples {native} only")
-    if resolution < 1 or resolution % factor:
-        raise ValueError(f"teacher.resolution: expected a multiple of {factor}, got {resolution}")
-
-
-def check_channels(network: Any, vae: Any, packed: int) -> None:
-    """Raise ``ValueError`` with both numbers unless the network takes the latents of the VAE."""
-    taken, made = network.config.in_channels, vae.config.latent_channels * packed
-    if taken != made:
-        raise ValueError(
-            f"vae/config.json: expected latents of {taken // packed} channels, as {type(network).__name__} takes them, "
-            f"got latent_channels {vae.config.latent_channels}"
-        )
-
-
-def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(shift, scale)``, (1, C, 1, 1) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
-    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        return like.new_tensor(mean).view(1, -1, 1, 1), scale / like.new_tensor(std).view(1, -1, 1, 1)
-    return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
-
-
-def mode(encoded: Mapping[str, Any]) -> Tensor:
-    """Return the latents that a VAE's ``encode`` returns: the mode of a posterior, or what a deterministic one gives.
-
-    They stand under ``latent_dist`` (AutoencoderKL), ``latent`` (AutoencoderDC) or ``latents`` (AutoencoderTiny).
-    """
-    if "latent_dist" in encoded:
-        return encoded["latent_dist"].mode()
-    return encoded["latents"] if "latents" in encoded else encoded["latent"]
 
 
 def rebuild(pipe: Any, *, kind: Any = None, **parts: Any) -> Any:

@@ -22,6 +22,7 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
     pipeline_names = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     parts = ("vae", "text_encoder", "tokenizer")
     scales_states = True
+    side_multiple = 2
     processes = (DiscreteVP,)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (
@@ -74,6 +75,6 @@ class PixArt(PlainLatentFamily, TextToImageFamily):
         """Return the network's resolution and aspect ratio inputs; None for networks without them."""
         if not self.pipe.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        _, height, width = self.image_shape
+        height, width = self.image_size(x_t)
         resolution, ratio = x_t.new_tensor([height, width]), x_t.new_tensor([height / width])
         return {"resolution": resolution.repeat(len(x_t), 1), "aspect_ratio": ratio.repeat(len(x_t), 1)}

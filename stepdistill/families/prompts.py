@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
 
@@ -46,6 +48,14 @@ def masked(embedded: Sequence[Tensor], null: bool) -> Cond:
     """Return the condition out of (prompt, its mask, negative prompt, its mask), as ``encode_prompt`` returns them."""
     prompt, mask = embedded[2:] if null else embedded[:2]
     return {"encoder_hidden_states": prompt.float(), "encoder_attention_mask": mask}
+
+
+def padded(rows: Sequence[Tensor], length: int) -> Cond:
+    """Return embeddings (n, D) of prompts with n of their own padded with zeros to ``length``, and their mask."""
+    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    filled = [pad(row.float(), (0, 0, 0, length - len(row))) for row in rows]
+    mask = torch.arange(length, device=counts.device) < counts[:, None]
+    return {"encoder_hidden_states": torch.stack(filled), "encoder_attention_mask": mask}
 
 
 def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:

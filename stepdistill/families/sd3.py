@@ -22,6 +22,7 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")  # without T5 the pipeline feeds zeros
     hands_generators_on = False
+    side_multiple = 2
     processes = (DiscreteVP, RectifiedFlow)
     feature_blocks = ("transformer_blocks",)
     lora_targets = (

@@ -79,7 +79,7 @@ class SDXL(TextToImageFamily):
     ) -> Tensor:
         assert s is None or self.inputs.s, "this network takes no second time"
         dtype = next(network.parameters()).dtype
-        _, height, width = self.image_shape
+        height, width = self.image_size(x_t)
         # original size, crop, target size: the defaults of a call of the pipeline
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x_t.device)
         return network(

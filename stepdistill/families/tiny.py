@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 
-def tiny_gemma(width: int) -> tuple[Any, Any]:
+def tiny_gemma(width: int, layers: int = 1) -> tuple[Any, Any]:
     """Return a tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
@@ -15,7 +15,7 @@ def tiny_gemma(width: int) -> tuple[Any, Any]:
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in pairs)]
     tokenizer = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, pairs)
     config = Gemma2Config(
-        vocab_size=len(pieces), hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=8,
+        vocab_size=len(pieces), hidden_size=width, intermediate_size=width, num_hidden_layers=layers, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     return tokenizer, Gemma2Model(config)
@@ -38,6 +38,17 @@ def tiny_vae(**options: Any) -> Any:
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks, **options)
+
+
+def tiny_deep_vae() -> Any:
+    """Return a random ``AutoencoderKL`` of FLUX.1's scale, in which a latent is a square of 8 pixels."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(
+        block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=32, latent_channels=4, scaling_factor=0.3611,
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False, **blocks,
+    )  # fmt: skip
 
 
 def tiny_clip(*, projection: bool = False, width: int = 16) -> tuple[Any, Any]:
@@ -66,3 +77,66 @@ def tiny_t5(width: int) -> tuple[Any, Any]:
         vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     return tokenizer, T5EncoderModel(config)
+
+
+QWEN_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""A chat in words of Qwen, whose messages are texts or lists that begin with one."""
+
+
+def tiny_qwen() -> Any:
+    """Return a tokenizer of bytes with a chat template, made in memory; its model is the caller's."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = sorted(bytes_to_unicode().values())
+    tokenizer = Qwen2Tokenizer(
+        vocab={letter: place for place, letter in enumerate(letters)}, merges=[], model_max_length=1024,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def tiny_qwen3(kind: Any, tokenizer: Any, *, width: int, layers: int) -> Any:
+    """Return a random Qwen 3 of the class ``kind`` for a tokenizer."""
+    from transformers import Qwen3Config
+
+    return kind(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=width // 2,
+        )
+    )  # fmt: skip
+
+
+def tiny_flux_vae() -> Any:
+    """Return a random VAE with the scale of FLUX.1's, which Z-Image and Chroma use too."""
+    return tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def tiny_qwen_vl(tokenizer: Any, *, width: int) -> Any:
+    """Return a random Qwen 2.5 VL for a tokenizer."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    layers = {"hidden_size": width, "intermediate_size": 16}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {
+        "vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 2048, "rope_parameters": rope, **layers,
+    }  # fmt: skip
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": width, **layers}
+    places = {"image_token_id": 0, "video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **places))
+
+
+def tiny_frames_vae() -> Any:
+    """Return a random VAE of Qwen-Image, which takes images as clips of one frame and halves their size."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0],
+    )  # fmt: skip

@@ -24,7 +24,6 @@ from torch import Tensor
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
-from stepdistill.families.flux import Flux, pack, unpack
 from stepdistill.families.latent import LatentFamily
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
@@ -241,8 +240,8 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
         return torch.stack([torch.randn(x.shape[1:], generator=one) for one in own])
 
     def later(x: Tensor) -> Tensor:
-        seen = as_seen(family, x)
-        return as_latents(family, noise(seen) if handed else torch.randn(seen.shape))
+        seen = family.pack(x)
+        return family.unpack(noise(seen) if handed else torch.randn(seen.shape))
 
     family, distiller = run.distiller.family, run.distiller
     start = family.schedule.initial_noise(noise(torch.empty(count, *family.sample_shape)))
@@ -255,16 +254,6 @@ def reference_images(run: Run, count: int, seed: int, *, handed: bool = True) ->
             later,
         )
     )
-
-
-def as_seen(family: Family, x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as the family's pipeline and scheduler see them."""
-    return pack(x) if isinstance(family, Flux) else x
-
-
-def as_latents(family: Family, x: Tensor) -> Tensor:
-    """The inverse of :func:`as_seen`."""
-    return unpack(x, *family.sample_shape[1:]) if isinstance(family, Flux) else x
 
 
 def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **options: Any) -> Tensor:

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from contracts.cases import PIXELS, as_latents, pipeline_images, save_teacher, teacher_section
+from contracts.cases import PIXELS, pipeline_images, save_teacher, teacher_section
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
@@ -116,7 +116,7 @@ def test_our_call_is_the_pipelines_own(family, scale):
 
     def spy(model_output, t, sample, *args, **kwargs):
         stepped = step(model_output, t, sample, *args, **kwargs)
-        seen.append((as_latents(family, sample), as_latents(family, stepped[0])))
+        seen.append((family.unpack(sample), family.unpack(stepped[0])))
         return stepped
 
     pipeline.scheduler.step = spy

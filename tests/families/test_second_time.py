@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contracts.cases import as_latents, as_seen, generators, pipeline_images
+from contracts.cases import generators, pipeline_images
 
 from stepdistill import load_pipeline
 from stepdistill.diffusion.samplers import DDIM, StrategicStochasticSampler, sample
@@ -139,8 +139,8 @@ def test_an_export_tells_its_network_both_times(tmp_path, name, make):
         own = generators(2, 5)
 
         def noise(x):
-            seen = as_seen(family, x)
-            return as_latents(family, torch.stack([torch.randn(seen.shape[1:], generator=one) for one in own]))
+            seen = family.pack(x)
+            return family.unpack(torch.stack([torch.randn(seen.shape[1:], generator=one) for one in own]))
 
         start = family.schedule.initial_noise(first_noise(family, own))
         denoise = student.conditioned(family.example_cond(range(2)))

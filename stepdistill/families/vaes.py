@@ -1,0 +1,61 @@
+"""What a latent pipeline's VAE and network say about sizes, channels and scales."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the precision that a network takes its inputs in: of its first parameter not kept in float32."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    names = dict(network.named_parameters())
+    free = [name for name in names if not any(part in name for part in kept)]
+    return names[free[0]].dtype
+
+
+def latent_channels(vae: Any) -> int:
+    """Return the number of channels of a VAE's latents."""
+    return vae.config.get("latent_channels") or vae.config["z_dim"]
+
+
+def check_resolution(pipe: Any, size: tuple[int, int], native: tuple[int, int], factor: int) -> None:
+    """Raise ``ValueError`` unless the pipeline samples images of this (height, width)."""
+    if native != size and "height" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"teacher.resolution: got {list(size)}, but {type(pipe).__name__} samples {native} only")
+    if any(side < 1 or side % factor for side in size):
+        raise ValueError(f"teacher.resolution: expected multiples of {factor}, got {list(size)}")
+
+
+def check_channels(network: Any, vae: Any, packed: int) -> None:
+    """Raise ``ValueError`` with both numbers unless the network takes the latents of the VAE."""
+    channels = latent_channels(vae)
+    taken, made = network.config.in_channels, channels * packed
+    if taken != made:
+        raise ValueError(
+            f"vae/config.json: expected latents of {taken // packed} channels, as {type(network).__name__} takes them, "
+            f"got latent_channels {channels}"
+        )
+
+
+def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(shift, scale)``, (1, C, 1, ...) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
+    scale, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        view = (1, -1, *[1] * (like.ndim - 2))
+        return like.new_tensor(mean).view(view), scale / like.new_tensor(std).view(view)
+    return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
+
+
+def mode(encoded: Mapping[str, Any]) -> Tensor:
+    """Return the latents that a VAE's ``encode`` returns: the mode of a posterior, or what a deterministic one gives.
+
+    They stand under ``latent_dist`` (AutoencoderKL), ``latent`` (AutoencoderDC) or ``latents`` (AutoencoderTiny).
+    """
+    if "latent_dist" in encoded:
+        return encoded["latent_dist"].mode()
+    return encoded["latents"] if "latents" in encoded else encoded["latent"]
