@@ -62,6 +62,7 @@ def prompt_reader(pipe: Any, call: Mapping[str, Any]) -> tuple[Any, int]:
     """Return the tokenizer that reads most of a prompt (the pipeline's last), and its limit in tokens."""
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")
     tokenizer = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one for texts
     length = call.get("max_sequence_length")
     if length is None and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
         length = default_of(pipe, "max_sequence_length")

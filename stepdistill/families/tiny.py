@@ -140,3 +140,32 @@ def tiny_frames_vae() -> Any:
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0],
     )  # fmt: skip
+
+
+def tiny_mistral(tokenizer: Any, *, width: int) -> Any:
+    """Return a random Mistral 3 of 30 layers, as FLUX.2-dev reads, for a tokenizer."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    layers = {"hidden_size": width, "num_attention_heads": 2}
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "intermediate_size": 16, "num_hidden_layers": 30,
+        "num_key_value_heads": 1, "head_dim": width // 2, "max_position_embeddings": 512, **layers,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4,
+        **layers,
+    }  # fmt: skip
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=5))
+
+
+def tiny_patch_vae() -> Any:
+    """Return a random VAE of FLUX.2, with the statistics of its patches."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae

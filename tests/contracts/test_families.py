@@ -15,6 +15,7 @@ from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.export.contract import call_arguments
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux
+from stepdistill.families.flux2 import Flux2
 from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
@@ -24,6 +25,7 @@ from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
     "flux-schnell": lambda: Flux.tiny(guidance_embeds=False),
+    "flux2-dev": lambda: Flux2.tiny(guidance_embeds=True),
     "sd-v": lambda: SD.tiny(prediction_type="v_prediction"),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True),
 }
