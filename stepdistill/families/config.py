@@ -31,6 +31,8 @@ class TeacherConfig:
     """The class label that means "no class", if the teacher was trained with one."""
     resolution: Resolution | None = None
     """Side in pixels of square images, or ``[height, width]``; None is the teacher's default."""
+    frames: PositiveInt | None = None
+    """Number of frames of a video teacher's clips; None is its pipeline's default."""
     guidance_scale: NonNegativeFloat | None = None
     """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
     trust_remote_code: bool = False

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
+from stepdistill.diffusion.fitted import fit_grid
 from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
@@ -51,6 +52,8 @@ class LatentFamily(Family):
     """Places of the latent that the pipeline packs into one of the network's inputs."""
     side_multiple: ClassVar[int] = 1
     """Latents by which the height and the width must be divisible."""
+    makes_clips: ClassVar[bool] = False
+    """Whether its images are clips (C, F, H, W)."""
     scales_states: ClassVar[bool] = False
     """Whether the pipeline scales noise and states as schedulers in units of sigma (Euler, Heun) expect."""
 
@@ -92,7 +95,10 @@ class LatentFamily(Family):
         """Return the teacher in an opened pipeline."""
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
-        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale)
+        if config.frames is not None and not cls.makes_clips:
+            raise ValueError(f"teacher.frames: got {config.frames}, but a {cls.__name__} makes images")
+        options: dict[str, Any] = {"frames": config.frames} if cls.makes_clips else {}
+        return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale, **options)
 
     def spatial_factor(self) -> int:
         """Return the side in pixels of the square that one latent covers."""
@@ -147,7 +153,7 @@ class LatentFamily(Family):
         """Return the condition of a batch."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        scheduler, call = to_diffusers(sampler, self.scheduler_config), type(self.pipe).__call__
+        scheduler, call = self.make_scheduler(sampler), type(self.pipe).__call__
         start, expected = float(getattr(scheduler, "init_noise_sigma", 1.0)), self.schedule.initial_noise(torch.ones(1))
         if abs(start - expected.item()) > 1e-6 * start:
             raise ValueError(
@@ -179,11 +185,20 @@ class LatentFamily(Family):
 
     def pipeline(self, network: nn.Module, sampler: Sampler, guidance_scale: float = 1.0) -> Any:
         del guidance_scale  # an argument of the call
-        scheduler = to_diffusers(sampler, self.scheduler_config)
+        scheduler = self.make_scheduler(sampler)
         if "steps_offset" in scheduler.config:  # unused on a trailing grid; pipelines warn if it is not 1
             scheduler.register_to_config(steps_offset=1)
         kind = two_time_pipeline(type(self.pipe)) if self.inputs.s else type(self.pipe)
         return rebuild(self.pipe, kind=kind, **{self.component: network, "scheduler": scheduler})
+
+    def make_scheduler(self, sampler: Sampler) -> Any:
+        """Return the scheduler of a student's pipeline: with the grid itself, where no call can tell it."""
+        scheduler = to_diffusers(sampler, self.scheduler_config)
+        called = "sigmas" in inspect.signature(type(self.pipe).__call__).parameters
+        if called or not sampler.schedule.explicit_sigmas(sampler.times[:-1]):
+            return scheduler
+        fitted = fit_grid(sampler.times, scheduler.config.num_train_timesteps)
+        return type(scheduler).from_config(scheduler.config, **fitted)
 
     def teacher_pipeline(self, scheduler: Any | None) -> Any:
         if scheduler is not None:

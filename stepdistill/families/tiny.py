@@ -169,3 +169,26 @@ def tiny_patch_vae() -> Any:
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     return vae
+
+
+def tiny_umt5(width: int) -> tuple[Any, Any]:
+    """Return the tokenizer of :func:`tiny_t5` and a random UMT5 encoder for it, as Wan reads prompts."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer, _ = tiny_t5(width)
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return tokenizer, UMT5EncoderModel(config)
+
+
+def tiny_clip_vae() -> Any:
+    """Return a random VAE of Wan: a latent is a square of 4 pixels, and all but the first are of 4 frames."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0], scale_factor_temporal=4,
+        scale_factor_spatial=4,
+    )  # fmt: skip

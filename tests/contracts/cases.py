@@ -131,10 +131,11 @@ def save_teacher(family: Family, folder: Path) -> Path:
 
 def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
     """The ``teacher`` section that opens what :func:`save_teacher` wrote at the size of the miniature."""
-    size = family.image_shape[1:]
+    size = family.image_shape[-2:]
     if not isinstance(family, LatentFamily) or size == family.native_size():
         return {"path": str(folder)}
-    return {"path": str(folder), "resolution": size[0]}
+    frames = {"frames": family.image_shape[1]} if family.makes_clips else {}
+    return {"path": str(folder), "resolution": size[0] if size[0] == size[1] else list(size), **frames}
 
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:
@@ -260,7 +261,7 @@ def pipeline_images(pipeline: Any, family: Family, count: int, seed: int, **opti
     """Images (B, C, H, W) of a pipeline for the family's example conditions; nothing else is seeded."""
     pipeline.set_progress_bar_config(disable=True)
     asked = asked_of(family, count)
-    images = pipeline(**asked, generator=generators(count, seed), output_type="np", **options).images
+    (images,) = pipeline(**asked, generator=generators(count, seed), output_type="np", return_dict=False, **options)[:1]
     return torch.from_numpy(np.asarray(images)).movedim(-1, 1)
 
 
