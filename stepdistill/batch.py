@@ -13,7 +13,7 @@ class RawBatch:
     """A batch of a data source, before a family encodes it.
 
     Attributes:
-        images: (B, C, H, W) float32 in [-1, 1]; None if a method needs no data.
+        images: (B, C, H, W), or clips (B, C, F, H, W), float32 in [-1, 1]; None if a method needs no data.
         labels: (B,) int64 in [0, num_classes); None for a teacher without classes.
         captions: B texts, as written (possibly empty); None if the data has none.
         indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
@@ -35,7 +35,7 @@ Cond = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch of a method: clean images in the network's space (B, C, H, W) and their conditions."""
+    """A batch of a method: clean images in the network's space (B, C, ..., H, W) and their conditions."""
 
     images: Tensor | None
     """None for data-free training."""

@@ -41,14 +41,14 @@ def read_archive(path: Path) -> Archive:
         raise ValueError(f"{path}: no array 'images'{nearest('images', headers)}")
     arrays = read_arrays(path, names.values())
     images, labels = arrays[names["images"]], arrays.get(names["labels"])
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
         raise ValueError(
             f"{path}: {names['images']}: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} "
             f"{images.shape}"
         )
     no_labels = _unlike(labels, len(images), "iu", f"{path}: {names['labels']}: expected int")
     return Archive(
-        images=images if images.ndim == 4 else images[..., None],
+        images=images if images.ndim > 3 else images[..., None],
         labels=None if no_labels else labels,
         no_labels=no_labels,
         captions=_captions(arrays.get(names["captions"]), len(images), path),

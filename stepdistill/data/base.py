@@ -102,7 +102,7 @@ class Dataset(abc.ABC):
     """Samples 0 ... len - 1. Loading has no state, so any process may load any sample at any time.
 
     Attributes:
-        size: (C, H, W) of an image.
+        size: (C, H, W) of an image, or (C, F, H, W) of a clip.
         num_classes: labels are in [0, num_classes); None if there are no labels.
         flip: whether :func:`~stepdistill.data.loader.loader` mirrors half of the images.
         caption_dropout: share of captions that it replaces by the empty one.
@@ -113,7 +113,7 @@ class Dataset(abc.ABC):
         version: which content the path had, if the path alone does not tell: a dataset of the hub, or parquet files.
     """
 
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
     num_classes: int | None
     flip: bool
     caption_dropout: Share = 0.0

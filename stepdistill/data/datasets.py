@@ -26,7 +26,7 @@ LONGEST_GAP = 100  # unreadable samples in a row before the search for a readabl
 
 
 def open_data(
-    config: DataConfig, *, channels: int, size: tuple[int, int], num_classes: int | None, takes_text: bool = False
+    config: DataConfig, *, channels: int, size: tuple[int, ...], num_classes: int | None, takes_text: bool = False
 ) -> Dataset:
     """Open a ``data:`` section for a teacher, and check what can be checked without decoding all of it.
 
@@ -36,7 +36,7 @@ def open_data(
     Args:
         config: the section.
         channels: the teacher's image channels; files are converted to 1 or 3, only an ``.npz`` can have others.
-        size: the teacher's image (height, width) in pixels.
+        size: the teacher's image (height, width) in pixels; of clips (frames, height, width).
         num_classes: number of the teacher's classes without its null class; None if it takes none: labels are ignored.
         takes_text: whether the teacher needs a caption for every sample.
 
@@ -73,7 +73,7 @@ class NoiseDataset(Dataset):
     index modulo the number of classes.
     """
 
-    def __init__(self, length: int | None, *, size: tuple[int, int, int], num_classes: int | None) -> None:
+    def __init__(self, length: int | None, *, size: tuple[int, ...], num_classes: int | None) -> None:
         classes = num_classes or 1
         self._length = length or -(-NOISE_EPOCH // classes) * classes
         self.size, self.num_classes, self.flip = size, num_classes, False
@@ -97,7 +97,7 @@ class PromptDataset(Dataset):
     num_classes = None
     flip = False
 
-    def __init__(self, config: DataConfig, *, size: tuple[int, int, int]) -> None:
+    def __init__(self, config: DataConfig, *, size: tuple[int, ...]) -> None:
         prompts = read_prompts(Path(str(config.path)), config.caption_column)
         chosen = [prompts[row] for row in _subset(len(prompts), config.max_samples)]
         self.captions = self._prompts = [texts[0] for texts in chosen]
@@ -123,9 +123,7 @@ class ImageDataset(Dataset):
     run, depending on ``bad_files``.
     """
 
-    def __init__(
-        self, listing: Listing, config: DataConfig, *, size: tuple[int, int, int], num_classes: int | None
-    ) -> None:
+    def __init__(self, listing: Listing, config: DataConfig, *, size: tuple[int, ...], num_classes: int | None) -> None:
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
         self._rows, self._fit = _subset(len(listing.images), config.max_samples), config.fit
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
@@ -165,7 +163,7 @@ class ImageDataset(Dataset):
             index = (start + step) % len(self)
             try:
                 source = self._listing.images[int(self._rows[index])]
-                return index, read_pixels(source, channels, (size[0], size[1]), self._fit)
+                return index, read_pixels(source, channels, size, self._fit)
             except UnreadableImageError as error:
                 unreadable.append(one_line(f"{self.name(index)}: {error}"))
                 if not self._skip:
@@ -197,25 +195,35 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
 
 
-def _check_stated(config: DataConfig, channels: int, size: tuple[int, int]) -> None:
-    height, width = size
-    if config.resolution not in (None, min(size)):
+def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> None:
+    height, width = size[-2:]
+    if config.resolution not in (None, min(height, width)):
         raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
     if config.channels not in (None, channels):
         raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 
 
-def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, int]) -> None:
+def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, ...]) -> None:
     if not len(listing.images):
         others = f"; left out: {listing.left_out}" if listing.left_out else ""
         raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)}){others}")
-    if listing.array_shape is not None:
+    if len(size) == 3:
+        _check_clips(config, listing.array_shape, (*size, channels))
+    elif listing.array_shape is not None:
         _check_array(config, listing.array_shape, (*size, channels))
     elif channels not in (1, 3):
         raise ValueError(f"data.path: {config.path}: the teacher's images have {channels} channels, files have 1 or 3")
 
 
-def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, int, int]) -> None:
+def _check_clips(config: DataConfig, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(
+            f"data.path: {config.path}: expected an .npz of clips (N, F, H, W, C) of the teacher's {expected}, got "
+            f"{'files of images' if found is None else found}"
+        )
+
+
+def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found == expected:
         return
     shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {expected}"

@@ -26,7 +26,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -86,23 +86,23 @@ class UnreadableImageError(ValueError):
     """A file that is not an image, is damaged or too large, or whose pixels have no defined meaning."""
 
 
-def read_pixels(source: Source, channels: int, size: tuple[int, int], fit: Fit = "crop") -> np.ndarray:
-    """Return the pixels (C, H, W) uint8 of an image, by the rules of this module.
+def read_pixels(source: Source, channels: int, size: Sequence[int], fit: Fit = "crop") -> np.ndarray:
+    """Return the pixels (C, H, W) uint8 of an image, by the rules of this module; of a clip's array (C, F, H, W).
 
     Args:
         source: a path, a file in a tar, an undecoded ``datasets.Image`` value (``bytes`` or ``path``), or an array
             (H, W, C) uint8.
         channels: C, 1 or 3 unless the source is an array of that shape.
-        size: (H, W).
+        size: (H, W), or (F, H, W) of a clip, which only an array may be.
         fit: how an image of other proportions is made to fit, see ``data.fit``.
 
     Raises:
         UnreadableImageError: saying why, but not which image.
     """
     if isinstance(source, np.ndarray) and source.shape == (*size, channels):
-        return source.transpose(2, 0, 1)
+        return np.moveaxis(source, -1, 0)
     with _unreadable(), _open(source) as image:
-        return _fit(_opaque(_eight_bits(_upright(image))), channels, size, fit)
+        return _fit(_opaque(_eight_bits(_upright(image))), channels, (size[0], size[1]), fit)
 
 
 @functools.singledispatch

@@ -35,6 +35,7 @@ from stepdistill.data.cached_texts import (
 )
 from stepdistill.data.columns import Texts, first_texts, several
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
@@ -131,7 +132,7 @@ def _encode(family: Family, dataset: Dataset, rows: Sequence[int], data: DataCon
     if batch.images is not None:
         tensors["images"] = batch.images.cpu()
     if data.flip and raw.images is not None:
-        mirrored = family.encode(dataclasses.replace(raw, images=raw.images.flip(3)))
+        mirrored = family.encode(dataclasses.replace(raw, images=raw.images.flip(-1)))
         tensors["mirrored"] = mirrored.x0.cpu()
     return tensors
 
@@ -228,6 +229,6 @@ class LatentCacheDataset(Dataset):
             cond = self._others.replace(cond, raw.indices, raw.captions)
         images = self.shards.rows("images", raw.indices) if "images" in self.shards.names else None
         if images is not None and raw.mirrored is not None:
-            mirrored = raw.mirrored.view(-1, 1, 1, 1)
+            mirrored = expand(raw.mirrored, images) > 0
             images = torch.where(mirrored, self.shards.rows("mirrored", raw.indices), images)
         return Batch(images, cond, len(raw.indices))

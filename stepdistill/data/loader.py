@@ -28,6 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import Dataset
+from stepdistill.diffusion.schedule import expand
 
 TOLERATED = 10
 """Fewer unreadable samples than this are never too many."""
@@ -172,7 +173,7 @@ class _MicroBatches(TorchDataset):
         turned = mirrored(*where)
         if batch.images is None:
             return dataclasses.replace(batch, mirrored=turned)
-        images = torch.where(turned[:, None, None, None], batch.images.flip(3), batch.images)
+        images = torch.where(expand(turned, batch.images) > 0, batch.images.flip(-1), batch.images)
         return dataclasses.replace(batch, images=images)
 
 

@@ -21,8 +21,8 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
     """
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
-    channels, height, width = family.image_shape
+    channels, *size = family.image_shape
     return open_data(
-        locate_data(config), channels=channels, size=(height, width), num_classes=family.num_classes,
+        locate_data(config), channels=channels, size=tuple(size), num_classes=family.num_classes,
         takes_text=family.takes_text,
     )  # fmt: skip

@@ -41,7 +41,8 @@ def fit_grid(times: Tensor, num_timesteps: int = 1000) -> dict[str, float]:
     if not torch.allclose(made, wanted, atol=EXACT, rtol=0):
         raise ValueError(
             f"method: expected a grid of one shift or of at most 3 steps, got {[round(t, 4) for t in times.tolist()]}: "
-            "the teacher's pipeline takes no times, and its stock scheduler makes no others"
+            "the teacher's pipeline takes no times, and its stock scheduler makes no others (a number of steps that "
+            "divides method.solver_steps or method.start gives one)"
         )
     return {"shift": shift, "shift_terminal": last}
 

@@ -64,7 +64,7 @@ class BottleneckCritic:
     def __init__(self, fake: Denoiser) -> None:
         family = fake.family
         self.blocks = BlockFeatures(fake, [middle_block(family.network, family.feature_blocks)])
-        self.head = BottleneckHead(self.blocks.shapes()[-1], family.sample_shape[1] / family.sample_shape[2])
+        self.head = BottleneckHead(self.blocks.shapes()[-1], family.sample_shape[-2] / family.sample_shape[-1])
         self.schedule = fake.schedule
 
     def __call__(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:

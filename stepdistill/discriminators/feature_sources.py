@@ -106,7 +106,7 @@ def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[BlockFeatures, 
     """
     family = teacher.family
     blocks = BlockFeatures(teacher, spaced_blocks(family.network, family.feature_blocks, max_blocks))
-    aspect = family.sample_shape[1] / family.sample_shape[2]
+    aspect = family.sample_shape[-2] / family.sample_shape[-1]
     return blocks, [grid_shape(shape, aspect) for shape in blocks.shapes()]
 
 

@@ -35,7 +35,11 @@ def enlargement(side: int) -> int:
 
 
 def make_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Image.Image:
-    """Arrange images (N, C, H, W) in [0, 1] in rows of ``columns`` on white; small ones are enlarged."""
+    """Arrange images (N, C, H, W) in [0, 1] in rows of ``columns`` on white; small ones are enlarged.
+
+    Of clips (N, C, F, H, W) the first, the middle and the last frame lie side by side.
+    """
+    images = stills(images) if images.ndim == 5 else images
     count, channels, height, width = images.shape
     shown = channels if channels == 3 else 1
     rows = math.ceil(count / columns)
@@ -45,6 +49,12 @@ def make_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Image.Image:
         canvas[:, top : top + height, left : left + width] = image
     picture, scale = to_pil(canvas), enlargement(width)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def stills(clips: Tensor) -> Tensor:
+    """Return the first, the middle and the last frame of clips (N, C, F, H, W), side by side: (N, C, H, 3 W)."""
+    frames = clips.shape[2]
+    return torch.cat([clips[:, :, 0], clips[:, :, frames // 2], clips[:, :, -1]], 3)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:

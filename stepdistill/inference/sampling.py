@@ -35,7 +35,7 @@ ROWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A set of images as bytes (N, C, H, W), their labels (N,), and their cost."""
+    """A set of images (N, C, H, W) or clips (N, C, F, H, W) as bytes, their labels (N,), and their cost."""
 
     pixels: Tensor
     labels: Tensor | None = None
@@ -102,15 +102,15 @@ def sample_images(
 def _sample_batch(
     pipeline: Any, indices: range, seed: int, condition: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
-    """Sample the images (B, C, H, W) of these indices as bytes, and return them with the seconds that it took."""
+    """Sample the images or clips of these indices as bytes, and return them with the seconds that it took."""
     generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
     began = time.perf_counter()
     with handed_on(pipeline, generators), _named_failures(pipeline):
-        output = pipeline(**condition, generator=generators, output_type="np", **call).images
+        output, *_ = pipeline(**condition, generator=generators, output_type="np", return_dict=False, **call)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     elapsed = time.perf_counter() - began
-    return to_uint8(torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)), elapsed
+    return to_uint8(torch.from_numpy(np.asarray(output)).movedim(-1, 1)), elapsed
 
 
 def _named_failures(pipeline: Any) -> contextlib.AbstractContextManager[Any]:

@@ -140,9 +140,10 @@ def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:
     """Smooth random images of the teacher's size, each class equally often."""
-    channels, height, width = family.image_shape
+    channels, *size = family.image_shape
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (count, 1, 1, channels)) + random.integers(-40, 40, (count, height, width, 1))
+    flat = (count, *[1] * len(size), channels)
+    images = random.integers(0, 256, flat) + random.integers(-40, 40, (count, *size, 1))
     labels = {"labels": np.arange(count) % family.num_classes} if family.num_classes else {}
     if family.takes_text:
         labels = {"captions": np.array([f"picture {i}" for i in range(count)])}

@@ -10,6 +10,7 @@ from stepdistill.families.loading import families
 FAMILIES = families()
 METHODS = {"dit": "progressive"}  # by default lcm
 UNGUIDED = {"flux"}  # families whose unconditional prediction no method may ask for
+OPTIONS = {"wan": {"solver_steps": 48}}  # whose fourth parts are a grid of one shift, which its scheduler is fitted to
 COPIED = ("pixel", "sd", "flux")  # one of each kind; the others' copies: ``test_every_family_with_every_method``
 EVERY = [(name, bank) for name in FAMILIES for bank in BANKS if bank != "copy" or name in COPIED]
 every_student = pytest.mark.parametrize(("name", "bank"), EVERY)
@@ -20,9 +21,9 @@ def students(tmp_path_factory, stock_diffusers):
     """The run of every student, by family and bank; beside their exports lie the images that stock diffusers made."""
     runs = {}
     for name, bank in EVERY:
-        guidance = {"guidance_scale": 1.0 if name in UNGUIDED else 3.0}
+        options = {"guidance_scale": 1.0 if name in UNGUIDED else 3.0, **OPTIONS.get(name, {})}
         folder, method = tmp_path_factory.mktemp(f"{name}-{bank}"), METHODS.get(name, "lcm")
-        runs[name, bank] = train_student(folder, FAMILIES[name].tiny(), method, bank, options=guidance)
+        runs[name, bank] = train_student(folder, FAMILIES[name].tiny(), method, bank, options=options)
     jobs = [
         job(run.folder / "pipeline", run.family, 3, 5, teacher=run.config.teacher.path if has_lora(run) else None)
         for run in runs.values()

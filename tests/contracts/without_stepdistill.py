@@ -23,7 +23,8 @@ def generate_images(pipeline, job, output):
     if job["seeds_globally"]:  # as the model card says
         torch.manual_seed(job["seed"] + 1)
     generator = [torch.Generator().manual_seed(job["seed"] + index) for index in range(job["count"])]
-    np.save(output, pipeline(**job["call"], generator=generator, output_type="np").images)
+    images, *_ = pipeline(**job["call"], generator=generator, output_type="np", return_dict=False)
+    np.save(output, images)
 
 
 def do(job):
