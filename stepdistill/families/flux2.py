@@ -94,6 +94,8 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
             num_attention_heads=2, joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
             guidance_embeds=guidance_embeds,
         )  # fmt: skip
+        for modulation in (transformer.double_stream_modulation_img, transformer.single_stream_modulation):
+            modulation.linear.weight.data.mul_(8)  # a fresh network's gates are all but shut
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         if guidance_embeds:
             text_encoder = tiny_mistral(tokenizer, width=8)

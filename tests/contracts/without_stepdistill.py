@@ -4,6 +4,7 @@ The jobs are those of :class:`contracts.stock.StockDiffusers`: one JSON object a
 """
 
 import contextlib
+import copy
 import importlib
 import json
 import sys
@@ -23,7 +24,8 @@ def generate_images(pipeline, job, output):
     if job["seeds_globally"]:  # as the model card says
         torch.manual_seed(job["seed"] + 1)
     generator = [torch.Generator().manual_seed(job["seed"] + index) for index in range(job["count"])]
-    images, *_ = pipeline(**job["call"], generator=generator, output_type="np", return_dict=False)
+    call = copy.deepcopy(job["call"])  # Z-Image's pipeline writes into the list of prompts that it is given
+    images, *_ = pipeline(**call, generator=generator, output_type="np", return_dict=False)
     np.save(output, images)
 
 
