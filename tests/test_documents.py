@@ -59,7 +59,7 @@ def type_text(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
     if origin in (types.UnionType, typing.Union):
-        return type_text(next(option for option in args if option is not type(None)))
+        return " or ".join(dict.fromkeys(type_text(option) for option in args if option is not type(None)))
     if origin is tuple:
         return f"list of {type_text(args[0])}s"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]

@@ -37,6 +37,7 @@ from stepdistill.data.columns import Texts, first_texts, several
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
+from stepdistill.families.vaes import latent_statistics
 from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
 
@@ -60,7 +61,7 @@ def encoders(family: Family) -> dict[str, str]:
     """
     if not family.caches_latents:
         raise ValueError("cache: the teacher works on pixels and has no encoder; there is nothing to cache")
-    shift, scale = family.statistics(torch.zeros(1))
+    shift, scale = latent_statistics(family.pipe.vae, torch.zeros(1))
     hashes = {"latent scale": fingerprint_json([shift.flatten().tolist(), scale.flatten().tolist()])}
     for name, part in sorted(family.pipe.components.items()):
         if any(part is encoder for encoder in family.frozen_modules):

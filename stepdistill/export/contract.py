@@ -240,7 +240,7 @@ def call_arguments(
 ) -> dict[str, Any]:
     """Return the keyword arguments with which a call of the pipeline samples as trained."""
     arguments = {"num_inference_steps": sampler.steps, **family.guidance_arguments(guidance_scale)}
-    arguments |= sampler.pipeline_kwargs | family.pipeline_kwargs
+    arguments |= {**sampler.pipeline_kwargs, **family.pipeline_kwargs}
     arguments |= sampler.schedule.explicit_sigmas(sampler.times[:-1])
     accepted = inspect.signature(pipeline.__call__).parameters
     return {name: value for name, value in arguments.items() if name in accepted}

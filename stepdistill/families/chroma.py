@@ -23,7 +23,6 @@ class Chroma(PlainLatentFamily, TextToImageFamily):
     network_classes = ("ChromaTransformer2DModel",)
     pipeline_names = ("ChromaPipeline",)
     parts = ("vae", "text_encoder", "tokenizer")
-    optional_parts = ("image_encoder", "feature_extractor")
     hands_generators_on = False
     latents_per_token = 4
     side_multiple = 2

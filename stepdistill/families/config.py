@@ -39,3 +39,12 @@ class TeacherConfig:
     """Whether Python files in the teacher's folder may run; its student's export then contains them."""
     trust_pickles: bool = False
     """Whether weights that exist only as pickles (``.bin``) may be read; exports are safetensors."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and len(sides_of(self.resolution)) != 2:
+            raise ValueError(f"resolution: expected a side or [height, width], got {list(sides_of(self.resolution))}")
+
+
+def sides_of(resolution: Resolution) -> tuple[int, ...]:
+    """Return the (height, width) of a resolution."""
+    return (resolution, resolution) if type(resolution) is int else tuple(resolution)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
     latents_per_token = PATCH**2
     processes = (RectifiedFlow,)
     feature_blocks = ("transformer_blocks", "single_transformer_blocks")
-    lora_targets = (
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
         "attn.add_v_proj", "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in",
         "ff_context.linear_out", "attn.to_qkv_mlp_proj",
@@ -55,7 +55,7 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
             self.guidance_scale = default_of(pipe, "guidance_scale") if guidance_scale is None else guidance_scale
             self.pipeline_kwargs = {**self.pipeline_kwargs, "guidance_scale": self.guidance_scale}
             self.guidance_convention = "an input of the network, as FLUX.2-dev takes it"
-        blocks = range(len(self.network.single_transformer_blocks))
+        blocks = range(pipe.transformer.config.num_single_layers)
         outputs = tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)  # else a list of layers
         self.lora_targets = (*self.lora_targets, *outputs)  # type: ignore[misc]  # of this teacher alone
         if self.scheduler_config.get("use_dynamic_shifting"):
@@ -125,11 +125,6 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
 
     def vae_decode(self, latents: Tensor) -> Tensor:
         return super().vae_decode(pixel_shuffle(latents, PATCH))
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        vae, view = self.pipe.vae, (1, -1, *[1] * (like.ndim - 2))
-        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        return vae.bn.running_mean.view(view).to(like), (1 / std).view(view).to(like)
 
     def pack(self, states: Tensor) -> Tensor:
         return states.flatten(2).transpose(1, 2)

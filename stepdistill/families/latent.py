@@ -23,7 +23,7 @@ from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
-from stepdistill.families.config import Resolution, TeacherConfig
+from stepdistill.families.config import Resolution, TeacherConfig, sides_of
 from stepdistill.families.loading import open_pipeline
 from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_too_long
 from stepdistill.families.second_time import LAYERS, give_second_time, two_time_pipeline
@@ -71,9 +71,8 @@ class LatentFamily(Family):
         check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
-            size = (resolution, resolution) if type(resolution) is int else tuple(resolution)
-            check_resolution(pipe, size, (height, width), factor * self.side_multiple)
-            height, width = size
+            check_resolution(pipe, sides_of(resolution), (height, width), factor * self.side_multiple)
+            height, width = sides_of(resolution)
         self.sample_shape = (latent_channels(pipe.vae), height // factor, width // factor)
         self.image_shape = (pipe.vae.config.get("in_channels", 3), height, width)
         self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
@@ -121,13 +120,13 @@ class LatentFamily(Family):
         """Convert images (B, C, H, W) in [-1, 1] to the network's latents, float32."""
         vae = self.pipe.vae
         latents = self.vae_encode(images.to(vae.device, vae.dtype)).float()
-        shift, scale = self.statistics(latents)
+        shift, scale = latent_statistics(vae, latents)
         # a cache returns contiguous latents; channels_last would select other kernels
         return ((latents - shift) * scale).contiguous()
 
     def decode(self, x0: Tensor) -> Tensor:
         vae = self.pipe.vae.to(x0.device)  # it may have stayed on another device
-        shift, scale = self.statistics(x0)
+        shift, scale = latent_statistics(vae, x0)
         images = self.vae_decode((x0 / scale + shift).to(vae.dtype)).float()
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -138,10 +137,6 @@ class LatentFamily(Family):
     def vae_decode(self, latents: Tensor) -> Tensor:
         """Invert :meth:`vae_encode`."""
         return self.pipe.vae.decode(latents).sample
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the shift and scale of :func:`stepdistill.families.vaes.latent_statistics`."""
-        return latent_statistics(self.pipe.vae.config, like)
 
     def image_size(self, x_t: Tensor) -> tuple[int, int]:
         """Return the (height, width) in pixels of the images of states (B, C, ..., H, W)."""

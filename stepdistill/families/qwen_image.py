@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class QwenImage(PlainLatentFamily, TextToImageFamily):
         "txt_mlp.net.2",
     )  # fmt: skip
     loads_lora = True
-    guidance_rescale: Rescale = "token"
+    guidance_rescale: ClassVar[Rescale] = "token"
     guidance_convention = "true_cfg_scale of QwenImagePipeline, which keeps the conditional norm; 1 is none"
 
     def __init__(self, pipe: Any, **options: Any) -> None:

@@ -33,7 +33,8 @@ class SD3(PlainLatentFamily, TextToImageFamily):
     loads_lora = True
 
     @classmethod
-    def tiny(cls, seed: int = 0) -> SD3:
+    def tiny(cls, seed: int = 0, *, dual_attention: bool = False) -> SD3:
+        """Return Stable Diffusion 3, or with ``dual_attention`` 3.5 medium, which also normalises queries and keys."""
         from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
         from stepdistill.families.tiny import tiny_clip, tiny_vae
@@ -42,10 +43,11 @@ class SD3(PlainLatentFamily, TextToImageFamily):
         tokenizer, text_encoder = tiny_clip(projection=True)
         tokenizer_2, text_encoder_2 = tiny_clip(projection=True)
         tokenizer_3, text_encoder_3 = tiny_t5(width=32)
+        options = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if dual_attention else {}
         transformer = SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
             num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-            pos_embed_max_size=8,
+            pos_embed_max_size=8, **options,
         )  # fmt: skip
         vae = tiny_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
         return cls(

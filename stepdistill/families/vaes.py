@@ -23,7 +23,7 @@ def latent_channels(vae: Any) -> int:
     return vae.config.get("latent_channels") or vae.config["z_dim"]
 
 
-def check_resolution(pipe: Any, size: tuple[int, int], native: tuple[int, int], factor: int) -> None:
+def check_resolution(pipe: Any, size: tuple[int, ...], native: tuple[int, int], factor: int) -> None:
     """Raise ``ValueError`` unless the pipeline samples images of this (height, width)."""
     if native != size and "height" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"teacher.resolution: got {list(size)}, but {type(pipe).__name__} samples {native} only")
@@ -42,11 +42,17 @@ def check_channels(network: Any, vae: Any, packed: int) -> None:
         )
 
 
-def latent_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(shift, scale)``, (1, C, 1, ...) or scalars: the network's latents are ``(VAE's - shift) * scale``."""
+def latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(shift, scale)``, (1, C, 1, ...) or scalars: the network's latents are ``(VAE's - shift) * scale``.
+
+    A VAE has a scale and perhaps a shift, statistics of every channel, or, as FLUX.2's, those of a batch norm.
+    """
+    config, view = vae.config, (1, -1, *[1] * (like.ndim - 2))
+    if "batch_norm_eps" in config:
+        std = (vae.bn.running_var + config["batch_norm_eps"]).sqrt()
+        return vae.bn.running_mean.view(view).to(like), (1 / std).view(view).to(like)
     scale, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
-        view = (1, -1, *[1] * (like.ndim - 2))
         return like.new_tensor(mean).view(view), scale / like.new_tensor(std).view(view)
     return like.new_tensor(config.get("shift_factor") or 0.0), like.new_tensor(scale)
 

@@ -249,6 +249,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is Annotated:
         return _describe(args[0])
+    if origin in (tuple, list):
+        return f"a list of {_describe(args[0])}s"
     if origin in (dict, Mapping) or is_typeddict(hint) or dataclasses.is_dataclass(hint):
         return "a section of keys"
     if origin is None:

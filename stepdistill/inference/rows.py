@@ -8,6 +8,8 @@ and a shorter one is filled up with copies of its last row.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from stepdistill.export.contract import contract_of
 from stepdistill.export.generators import patched
 
 SHARED = ("img_ids", "txt_ids")
@@ -24,6 +27,9 @@ CONDITIONING = ("text_encoder", "text_encoder_2", "text_encoder_3", "condition_e
 """Components of a pipeline that make conditions."""
 
 MOST_ROWS = 16
+
+USUAL_SIDE = 1024
+"""Side in pixels of the images of a pipeline that names none."""
 
 PLACES = 64 * 64
 """Places (height times width) that the network sees at a time: a latent of 512 x 512 pixels."""
@@ -47,16 +53,35 @@ def rows_for(pipeline: Any) -> int:
 
 def decoder_rows(pipeline: Any) -> int:
     """Return how many images are decoded at a time: 1 to 16."""
-    factor = 1 if getattr(pipeline, "vae", None) is None else getattr(pipeline, "vae_scale_factor", 8)
+    factor = 1 if getattr(pipeline, "vae", None) is None else latent_side(pipeline)
     return _rows_within(PIXELS, places_of(pipeline) * factor**2)
+
+
+def latent_side(pipeline: Any) -> int:
+    """Return the side in pixels of the square that one latent covers."""
+    return getattr(pipeline, "vae_scale_factor", 0) or getattr(pipeline, "vae_scale_factor_spatial", 8)
 
 
 def places_of(pipeline: Any) -> int:
     """Return the height times the width of what the network sees, by default of a call."""
     config = getattr(network_of(pipeline), "config", {})
-    size = config.get("sample_size") or getattr(pipeline, "default_sample_size", None) or 1
+    size = config.get("sample_size") or getattr(pipeline, "default_sample_size", None) or called_size(pipeline)
     height, width = (size, size) if isinstance(size, int) else size
     return height * width
+
+
+def called_size(pipeline: Any) -> tuple[int, int]:
+    """Return the (height, width) in latents of a call's images, its frames below each other; (1, 1) if none is known.
+
+    Networks of Z-Image and Wan do not name their size: the contract does, or the call's own defaults.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if "height" not in parameters:
+        return 1, 1
+    usual = {name: parameter.default for name, parameter in parameters.items()} | dict(contract_of(pipeline).call)
+    frames = (usual.get("num_frames", 1) - 1) // getattr(pipeline, "vae_scale_factor_temporal", 1) + 1
+    height, width = ((usual[name] or USUAL_SIDE) // latent_side(pipeline) for name in ("height", "width"))
+    return frames * height, width
 
 
 def _rows_within(budget: int, row: int) -> int:
@@ -96,15 +121,17 @@ def fixed_rows(module: torch.nn.Module, rows: int, method: str = "forward") -> I
             index = torch.arange(start, start + rows).clamp(max=batch - 1)
 
             def cut(leaf: Any) -> Any:
+                if is_list(leaf):  # Z-Image takes a list of images and one of prompts
+                    return [leaf[row] for row in index.tolist()] if len(leaf) == batch else leaf
                 is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
                 return leaf[index.to(leaf.device)] if is_batch else leaf
 
             per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
-            cut_args, cut_kwargs = tree_map(cut, (args, per_row))
+            cut_args, cut_kwargs = tree_map(cut, (args, per_row), is_leaf=is_list)
             return original(*cut_args, **{**kwargs, **cut_kwargs})
 
         outputs = [piece(start) for start in range(0, batch, rows)]
-        return tree_map(lambda *leaves: join(leaves, batch), *outputs)
+        return tree_map(lambda *leaves: join(leaves, batch), *outputs, is_leaf=is_list)
 
     with patched(module, method, in_pieces):
         yield
@@ -115,13 +142,20 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     for name in ("sample", "hidden_states"):
         if name in kwargs:
             return len(kwargs[name])
-    leaves, _ = tree_flatten((args, kwargs))
-    return next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
+    leaves, _ = tree_flatten((args, kwargs), is_leaf=is_list)
+    return next(len(leaf) for leaf in leaves if is_list(leaf) or (isinstance(leaf, Tensor) and leaf.ndim > 0))
+
+
+def is_list(node: Any) -> bool:
+    """Return whether a part of a network's arguments or outputs is a list, of one thing a row."""
+    return type(node) is list
 
 
 def join(leaves: tuple[Any, ...], batch: int) -> Any:
     """Return the outputs of pieces as one of ``batch`` rows; what is no tensor is that of the first."""
     first = leaves[0]
+    if is_list(first):
+        return list(itertools.chain(*leaves))[:batch]
     return torch.cat(leaves)[:batch] if isinstance(first, Tensor) and first.ndim > 0 else first
 
 

@@ -19,12 +19,14 @@ from stepdistill.families.flux2 import Flux2
 from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
     "flux-schnell": lambda: Flux.tiny(guidance_embeds=False),
+    "sd3.5": lambda: SD3.tiny(dual_attention=True),
     "flux2-dev": lambda: Flux2.tiny(guidance_embeds=True),
     "sd-v": lambda: SD.tiny(prediction_type="v_prediction"),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True),

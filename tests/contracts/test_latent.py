@@ -218,8 +218,8 @@ def test_half_a_pipeline_is_refused(teacher):
     [
         (SD.tiny, {"guidance_scale": 3.5}, "guidance_scale: got 3.5, but SD takes no guidance as an input"),
         (lambda: Flux.tiny(guidance_embeds=False), {"guidance_scale": 3.5}, "guidance_embeds: false"),
-        (Flux.tiny, {"resolution": 18}, "expected a multiple of 4, got 18"),
-        (SD.tiny, {"resolution": 17}, "expected a multiple of 2, got 17"),
+        (Flux.tiny, {"resolution": 18}, r"expected multiples of 4, got \[18, 18\]"),
+        (SD.tiny, {"resolution": 17}, r"expected multiples of 2, got \[17, 17\]"),
         (DiT.tiny, {"resolution": 32}, r"DiTPipeline samples \(16, 16\) only"),
     ],
 )
