@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, TypeAlias
 from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.families.base import Family
-from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Share
+from stepdistill.files.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -52,6 +52,7 @@ class DataConfig:
         caption_dropout: share of captions that are replaced by the empty one, chosen by their position in the order.
         max_samples: size of a fixed random subset to keep; for ``noise``, the length of an epoch.
         bad_files: ``skip`` takes the next readable sample for an unreadable one and warns; ``error`` stops.
+        fps: for video teachers, frames a second at which the videos of a folder or of tars are read.
         label_column: name of the label in a folder's metadata or the Hugging Face dataset; ``label`` if present.
         caption_column: name of the caption there; ``text`` if present. In a file of prompts ``text``, ``prompt`` or
             ``caption``.
@@ -72,6 +73,7 @@ class DataConfig:
     caption_dropout: Share = 0.0
     max_samples: PositiveInt | None = None
     bad_files: Literal["error", "skip"] = "skip"
+    fps: PositiveFloat | None = None
     label_column: str | None = None
     caption_column: str | None = None
     image_column: str = "image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.clips import open_reader, read_clip
 from stepdistill.data.columns import first_texts, several
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
-from stepdistill.data.image_files import IMAGE_SUFFIXES
-from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name
+from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name, suffixes_of
 from stepdistill.data.loader import Unreadable
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.text import one_line
@@ -126,6 +127,7 @@ class ImageDataset(Dataset):
     def __init__(self, listing: Listing, config: DataConfig, *, size: tuple[int, ...], num_classes: int | None) -> None:
         self._listing, self._path, self._skip = listing, config.path, config.bad_files == "skip"
         self._rows, self._fit = _subset(len(listing.images), config.max_samples), config.fit
+        self._fps = config.fps
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout, self.version = config.caption_dropout, listing.version
         if listing.captions is not None:
@@ -157,18 +159,23 @@ class ImageDataset(Dataset):
         return RawBatch(images, labels, captions, tuple(readable), unreadable=tuple(unreadable))
 
     def _next_readable(self, start: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
-        channels, *size = self.size
         tries = min(len(self), LONGEST_GAP)
         for step in range(tries):
             index = (start + step) % len(self)
             try:
                 source = self._listing.images[int(self._rows[index])]
-                return index, read_pixels(source, channels, size, self._fit)
+                return index, self._read(source)
             except UnreadableImageError as error:
                 unreadable.append(one_line(f"{self.name(index)}: {error}"))
                 if not self._skip:
                     raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
+
+    def _read(self, source: Any) -> np.ndarray:
+        channels, *size = self.size
+        if self._fps is not None:
+            return read_clip(source, size, self._fps, self._fit)
+        return read_pixels(source, channels, size, self._fit)
 
     def _labels(self, indices: Sequence[int]) -> Tensor | None:
         if self.labels is None:
@@ -197,6 +204,10 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
 
 def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> None:
     height, width = size[-2:]
+    if config.fps is not None:
+        open_reader()
+        if len(size) == 2:
+            raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
     if config.resolution not in (None, min(height, width)):
         raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
     if config.channels not in (None, channels):
@@ -206,8 +217,8 @@ def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> N
 def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, ...]) -> None:
     if not len(listing.images):
         others = f"; left out: {listing.left_out}" if listing.left_out else ""
-        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(IMAGE_SUFFIXES)}){others}")
-    if len(size) == 3:
+        raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(suffixes_of(config))}){others}")
+    if len(size) == 3 and config.fps is None:
         _check_clips(config, listing.array_shape, (*size, channels))
     elif listing.array_shape is not None:
         _check_array(config, listing.array_shape, (*size, channels))
@@ -218,8 +229,8 @@ def _check_images(config: DataConfig, listing: Listing, channels: int, size: tup
 def _check_clips(config: DataConfig, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
     if found != expected:
         raise ValueError(
-            f"data.path: {config.path}: expected an .npz of clips (N, F, H, W, C) of the teacher's {expected}, got "
-            f"{'files of images' if found is None else found}"
+            f"data.path: {config.path}: expected an .npz of clips (N, F, H, W, C) of the teacher's {expected}, "
+            f"or data.fps for files of videos; got {'files of images' if found is None else found}"
         )
 
 

@@ -102,7 +102,7 @@ def read_pixels(source: Source, channels: int, size: Sequence[int], fit: Fit = "
     if isinstance(source, np.ndarray) and source.shape == (*size, channels):
         return np.moveaxis(source, -1, 0)
     with _unreadable(), _open(source) as image:
-        return _fit(_opaque(_eight_bits(_upright(image))), channels, (size[0], size[1]), fit)
+        return fit_image(_opaque(_eight_bits(_upright(image))), channels, (size[0], size[1]), fit)
 
 
 @functools.singledispatch
@@ -198,7 +198,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fit(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> np.ndarray:
+def fit_image(image: Image.Image, channels: int, size: tuple[int, int], fit: Fit) -> np.ndarray:
+    """Return the pixels (C, H, W) of an image, made to fit as ``data.fit`` says."""
     height, width = size
     image = image.convert("RGB" if channels == 3 else "L")
     match fit:

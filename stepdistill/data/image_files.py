@@ -21,9 +21,9 @@ _COMPANIONS = (
 """Endings of files that nobody takes for images."""
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
     """Whether a file is listed as an image, by its name."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def left_out_suffix(name: str) -> str:
@@ -43,18 +43,20 @@ class Found:
     """What a folder holds.
 
     Attributes:
+        suffixes: endings of what is looked for.
         images: paths of the images, sorted.
         left_out: number of other files by ending, without those that lie beside images by custom.
         skipped: folders that were not entered, each with the reason.
     """
 
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES
     images: list[str] = dataclasses.field(default_factory=list)
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     skipped: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, file: os.DirEntry[str]) -> None:
         """Add a file to the images, or count it."""
-        if is_image(file.name):
+        if is_image(file.name, self.suffixes):
             self.images.append(file.path)
         elif suffix := left_out_suffix(file.name):
             self.left_out[suffix] += 1
@@ -71,13 +73,13 @@ class Found:
             )
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Found:
     """Return the images in a folder and, also through links, in its sub-folders, without hidden ones.
 
     A link is not followed if it leads to a folder around it, by its place or by its target. Inside a linked folder no
     folder is entered by two links.
     """
-    found = Found()
+    found = Found(suffixes)
     waiting = [(str(folder), {os.path.realpath(folder)}, False)]
     while waiting:
         place, entered, is_linked = waiting.pop()

@@ -37,6 +37,7 @@ import numpy as np
 
 from stepdistill.data.archives import read_archive
 from stepdistill.data.base import TABLE_KEYS, DataConfig
+from stepdistill.data.clips import VIDEO_SUFFIXES
 from stepdistill.data.columns import Column, Texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
 from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images
@@ -109,6 +110,11 @@ def list_samples(config: DataConfig) -> Listing:
     return _folder(path, config)
 
 
+def suffixes_of(config: DataConfig) -> tuple[str, ...]:
+    """Return the endings of the files that are samples: of images, or of videos."""
+    return IMAGE_SUFFIXES if config.fps is None else VIDEO_SUFFIXES
+
+
 def _why_not(path: Path) -> str:
     if path.name.lower().endswith(COMPRESSED_TARS):
         return "expected an uncompressed tar, whose images are read where they lie; decompress it first"
@@ -143,7 +149,7 @@ def _folder(folder: Path, config: DataConfig) -> Listing:
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
     if not tars:
-        return _images(folder)
+        return _images(folder, config)
     _warn_of_compressed(folder)
     return _tars(tars, config)
 
@@ -154,8 +160,8 @@ def _warn_of_compressed(folder: Path) -> None:
         warnings.warn(f"{folder}: left out {len(names)} compressed tars; the first is {names[0]}", stacklevel=2)
 
 
-def _images(folder: Path) -> Listing:
-    found = _found(folder)
+def _images(folder: Path, config: DataConfig) -> Listing:
+    found = _found(folder, config)
     files, left_out = found.images, count_words(found.left_out)
     captions = _caption_files(files)
     folders = [_class_folder(file, folder) for file in files]
@@ -193,8 +199,8 @@ def _caption_file(file: Path) -> Texts:
     return (" ".join(read_text(file).split()),) if file.is_file() else ()
 
 
-def _found(folder: Path) -> Found:
-    found = find_images(folder)
+def _found(folder: Path, config: DataConfig) -> Found:
+    found = find_images(folder, suffixes_of(config))
     found.warn(folder)
     return found
 
@@ -205,7 +211,7 @@ def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
     label = _column(config.label_column, "label", known, str(file))
     caption = _column(config.caption_column, "text", known, str(file))
     keys = ("file_name", f"{config.image_column}_file_name")
-    found = find_files(rows, file, _found(file.parent).images, keys, skip=config.bad_files == "skip")
+    found = find_files(rows, file, _found(file.parent, config).images, keys, skip=config.bad_files == "skip")
     if within != file.parent:
         found = {where: image for where, image in found.items() if within in Path(image).parents}
     rows = {where: rows[where] for where in found}
@@ -229,7 +235,7 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
 
 
 def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
-    found = read_tars(tars, IMAGE_SUFFIXES, config.caption_column, config.label_column)
+    found = read_tars(tars, suffixes_of(config), config.caption_column, config.label_column)
     if found.left_out:
         warnings.warn(f"{config.path}: left out, because no such files are read: {found.left_out}", stacklevel=2)
     labels, problem = found.labels.values, found.labels.problem

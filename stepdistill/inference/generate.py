@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from stepdistill.data.prompts import first_prompts, prompt_lines
 from stepdistill.data.text import decode_text
@@ -29,6 +30,7 @@ from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
+from stepdistill.inference.clips import write_clip
 from stepdistill.inference.grids import save_grid, to_pil
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import Images, class_count, sample_images
@@ -219,14 +221,23 @@ def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, 
     rows: list[dict[str, Any]] = []
     for index, pixels in enumerate(images.pixels):
         facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}
-        rows.append({"file_name": f"{index:06d}.png"})
+        name = f"{index:06d}.png" if pixels.ndim == 3 else f"{index:06d}.mp4"
+        rows.append({"file_name": name})
         if images.captions is not None:
             facts["prompt"] = rows[-1]["text"] = images.captions[index]
         if images.labels is not None:
             facts["class_label"] = rows[-1]["label"] = int(images.labels[index])
-        to_pil(pixels).save(output / rows[-1]["file_name"], pnginfo=png_text(facts))
+        save_sample(pixels, output / name, facts)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (output / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save_sample(pixels: Tensor, file: Path, facts: Mapping[str, Any]) -> None:
+    """Write an image (C, H, W) with its facts, or a clip (C, F, H, W)."""
+    if pixels.ndim == 4:
+        write_clip(pixels, file)
+    else:
+        to_pil(pixels).save(file, pnginfo=png_text(facts))
 
 
 def png_text(facts: Mapping[str, Any]) -> PngInfo:

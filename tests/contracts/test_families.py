@@ -114,6 +114,12 @@ def test_the_prediction_is_the_schedulers_pred_original_sample(family, t):
 def test_our_call_is_the_pipelines_own(family, scale):
     if scale != 1 and not can_be_guided(family):
         pytest.skip("this teacher knows no null condition")
+    for ours, theirs in our_steps(family, scale):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def our_steps(family, scale):
+    """The states to which both of two steps lead, by our call and by the pipeline's, in units of the larger one."""
     sampler = DDIM(family.schedule, family.schedule.grid(2))
     pipeline, seen = family.pipeline(family.network, sampler, scale), []
     step = pipeline.scheduler.step
@@ -127,14 +133,14 @@ def test_our_call_is_the_pipelines_own(family, scale):
     options = call_arguments(family, pipeline, sampler, scale)
     pipeline_images(pipeline, family, 3, seed=0, **options)
     denoiser, cond = denoiser_of(family), family.example_cond(range(3))
+    assert len(seen) == 2
     for i, (x_t, stepped) in enumerate(seen):
         x_t = x_t[:3]  # DiTPipeline keeps a second copy under guidance
         t, s = (sampler.times[j].expand(3) for j in (i, i + 1))
         with torch.no_grad():
             prediction = denoiser(x_t, t, cond) if scale == 1 else guide(denoiser, x_t, t, cond, scale)
         ours, scale_of = sampler.step(prediction, t, s, torch.randn_like), stepped.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours / scale_of, stepped[:3] / scale_of, atol=2e-5, rtol=0)
-    assert len(seen) == 2
+        yield ours / scale_of, stepped[:3] / scale_of
 
 
 def can_be_guided(family):
