@@ -61,7 +61,8 @@ def type_text(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(type_text(option) for option in args if option is not type(None)))
     if origin is tuple:
-        return f"list of {type_text(args[0])}s"
+        items = type_text(args[0])
+        return f"list of {items.replace('list', 'lists', 1) if items.startswith('list') else items + 's'}"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
 
 

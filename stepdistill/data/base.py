@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
+from stepdistill.data.buckets import Buckets
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
@@ -44,6 +45,8 @@ class DataConfig:
             it started with.
         resolution: the teacher's short side in pixels; if given, an ``.npz`` of another size is resized.
         channels: the teacher's channels; if given, an ``.npz`` with other channels (1 or 3) is converted.
+        buckets: sizes ``[height, width]`` of images, for latent teachers; a sample goes into the one with the nearest
+            proportions, and a batch holds samples of one. By default all have the teacher's size.
         fit: how an image of other proportions becomes square: ``crop`` resizes its short side and crops the centre,
             ``pad`` resizes its long side and pads with white, ``stretch`` distorts it.
         batch_size: samples per micro-batch and process.
@@ -66,6 +69,7 @@ class DataConfig:
     revision: str | None = None
     resolution: PositiveInt | None = None
     channels: PositiveInt | None = None
+    buckets: tuple[tuple[PositiveInt, ...], ...] = ()
     fit: Fit = "crop"
     batch_size: PositiveInt = 64
     num_workers: NonNegativeInt = 0
@@ -80,6 +84,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_source()
+
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        if self.buckets and self.name != "images":
+            raise ValueError(f"buckets: expected none with {self.name!r}, whose samples have one size")
+        for place, bucket in enumerate(self.buckets):
+            if len(bucket) != 2:
+                raise ValueError(f"buckets[{place}]: expected [height, width], got {list(bucket)}")
 
     def _check_source(self) -> None:
         if self.name in PATHS and not self.path:
@@ -109,6 +122,7 @@ class Dataset(abc.ABC):
         flip: whether :func:`~stepdistill.data.loader.loader` mirrors half of the images.
         caption_dropout: share of captions that it replaces by the empty one.
         captions: text of every sample, by its index, of several the first; None if the teacher takes none.
+        buckets: samples by their size; None if all have one.
         choices: all texts of every sample likewise, of which each visit draws one; None if no sample has several.
         labels: class of every sample likewise, if it comes from files.
         is_encoded: whether samples are stored as the network sees them, so that training needs no encoder.
@@ -119,6 +133,7 @@ class Dataset(abc.ABC):
     num_classes: int | None
     flip: bool
     caption_dropout: Share = 0.0
+    buckets: Buckets | None = None
     captions: Sequence[str] | None = None
     choices: Sequence[tuple[str, ...]] | None = None
     labels: Sequence[int] | None = None

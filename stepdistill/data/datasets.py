@@ -12,9 +12,10 @@ from torch import Tensor
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.buckets import Buckets, sort_into
 from stepdistill.data.clips import open_reader, read_clip
 from stepdistill.data.columns import first_texts, several
-from stepdistill.data.decoding import UnreadableImageError, read_pixels
+from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name, suffixes_of
 from stepdistill.data.loader import Unreadable
 from stepdistill.data.prompts import read_prompts
@@ -130,6 +131,8 @@ class ImageDataset(Dataset):
         self._fps = config.fps
         self.size, self.num_classes, self.flip = size, num_classes, config.flip
         self.caption_dropout, self.version = config.caption_dropout, listing.version
+        if config.buckets:
+            self.buckets = self._sorted([(size[0], size[1]) for size in config.buckets])
         if listing.captions is not None:
             chosen = [listing.captions[row] for row in self._rows]
             self.captions = first_texts(chosen)
@@ -150,32 +153,42 @@ class ImageDataset(Dataset):
         """Decode the samples at ``indices``."""
         unreadable: list[str] = []
         readable, pixels = [], []
+        size = self.size[1:] if self.buckets is None else self.buckets.size_of[indices[0]]
         for index in indices:
-            found, image = self._next_readable(index, unreadable)
+            found, image = self._next_readable(index, size, unreadable)
             readable.append(found)
             pixels.append(image)
         images = torch.from_numpy(np.stack(pixels)).float().div(127.5).sub(1)
         labels, captions = self._labels(readable), self._captions(readable)
         return RawBatch(images, labels, captions, tuple(readable), unreadable=tuple(unreadable))
 
-    def _next_readable(self, start: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
+    def _sorted(self, sizes: Sequence[tuple[int, int]]) -> Buckets:
+        """Sort all samples by the headers of their files; one without is in the first bucket until it is read."""
+        shapes = []
+        for row in self._rows:
+            try:
+                shapes.append(read_shape(self._listing.images[int(row)])[1:])
+            except UnreadableImageError:
+                shapes.append(sizes[0])
+        return sort_into(sizes, shapes)
+
+    def _next_readable(self, start: int, size: Sequence[int], unreadable: list[str]) -> tuple[int, np.ndarray]:
         tries = min(len(self), LONGEST_GAP)
         for step in range(tries):
             index = (start + step) % len(self)
             try:
                 source = self._listing.images[int(self._rows[index])]
-                return index, self._read(source)
+                return index, self._read(source, size)
             except UnreadableImageError as error:
                 unreadable.append(one_line(f"{self.name(index)}: {error}"))
                 if not self._skip:
                     raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
 
-    def _read(self, source: Any) -> np.ndarray:
-        channels, *size = self.size
+    def _read(self, source: Any, size: Sequence[int]) -> np.ndarray:
         if self._fps is not None:
             return read_clip(source, size, self._fps, self._fit)
-        return read_pixels(source, channels, size, self._fit)
+        return read_pixels(source, self.size[0], size, self._fit)
 
     def _labels(self, indices: Sequence[int]) -> Tensor | None:
         if self.labels is None:
@@ -210,6 +223,8 @@ def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> N
             raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
     if config.resolution not in (None, min(height, width)):
         raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
+    if config.buckets and len(size) == 3:
+        raise ValueError("data.buckets: expected none: the teacher makes clips, of one size")
     if config.channels not in (None, channels):
         raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 

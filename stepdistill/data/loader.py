@@ -28,6 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import Dataset
+from stepdistill.data.buckets import Stretch
 from stepdistill.diffusion.schedule import expand
 
 TOLERATED = 10
@@ -81,7 +82,7 @@ def _column(which: int, position: int, count: int, length: int, seed: int) -> li
     return values
 
 
-@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+@functools.lru_cache(maxsize=64)  # a batch may end one epoch and begin the next, in every bucket
 def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, ...]:
     """Return an epoch's order, by place: the sample, whether it is mirrored, and two numbers in [0, 1).
 
@@ -158,13 +159,20 @@ class _MicroBatches(TorchDataset):
         except ValueError as error:
             return error
 
-    def _load(self, micro_batch: int) -> RawBatch:
+    def _stretch(self, micro_batch: int) -> Stretch:
+        if self.dataset.buckets is not None:
+            return self.dataset.buckets.stretch(micro_batch, self.batch_size, self.rank, self.world, self.seed)
         position = (micro_batch * self.world + self.rank) * self.batch_size
-        where = (position, self.batch_size, len(self.dataset), self.seed)
-        batch = self.dataset.load(sample_indices(*where))
+        return Stretch(range(len(self.dataset)), position, self.seed)
+
+    def _load(self, micro_batch: int) -> RawBatch:
+        stretch = self._stretch(micro_batch)
+        position, length, seed = stretch.position, len(stretch.samples), stretch.seed
+        where = (position, self.batch_size, length, seed)
+        batch = self.dataset.load([int(stretch.samples[place]) for place in sample_indices(*where)])
         if self.dataset.choices is not None:
             choices = [self.dataset.choices[index] for index in batch.indices]
-            batch = dataclasses.replace(batch, captions=drawn(choices, position, len(self.dataset), self.seed))
+            batch = dataclasses.replace(batch, captions=drawn(choices, position, length, seed))
         if batch.captions is not None and self.dataset.caption_dropout:
             captions = _drop(batch.captions, dropped(*where, self.dataset.caption_dropout))
             batch = dataclasses.replace(batch, captions=captions)

@@ -21,6 +21,8 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
     """
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
+    for place, bucket in enumerate(config.buckets):
+        family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
     channels, *size = family.image_shape
     return open_data(
         locate_data(config), channels=channels, size=tuple(size), num_classes=family.num_classes,

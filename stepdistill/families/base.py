@@ -196,6 +196,11 @@ class Family(abc.ABC):
         """Return the arguments of the pipeline's call for the guidance scale ``scale``, 1 being none."""
         return {"guidance_scale": scale}
 
+    def check_size(self, size: tuple[int, int], key: str) -> None:
+        """Raise ``ValueError``, which names ``key``, unless the networks take images of this (height, width)."""
+        if (own := self.image_shape[-2:]) != size:
+            raise ValueError(f"{key}: expected {list(own)}, the teacher's only size, got {list(size)}")
+
     def use_captions(self, captions: Sequence[str], others: Sequence[str] = ()) -> None:
         """Use the training's captions as examples, and warn of those that are longer than the text encoder reads.
 

@@ -29,7 +29,6 @@ from stepdistill.families.prompts import EXAMPLE_PROMPTS, prompt_reader, warn_to
 from stepdistill.families.second_time import LAYERS, give_second_time, two_time_pipeline
 from stepdistill.families.vaes import (
     check_channels,
-    check_resolution,
     dtype_of,
     latent_channels,
     latent_statistics,
@@ -71,8 +70,8 @@ class LatentFamily(Family):
         check_channels(self.network, pipe.vae, self.latents_per_token)
         factor, (height, width) = self.spatial_factor(), self.native_size()
         if resolution is not None:
-            check_resolution(pipe, sides_of(resolution), (height, width), factor * self.side_multiple)
             height, width = sides_of(resolution)
+            self.check_size((height, width), "teacher.resolution")
         self.sample_shape = (latent_channels(pipe.vae), height // factor, width // factor)
         self.image_shape = (pipe.vae.config.get("in_channels", 3), height, width)
         self.pipeline_kwargs = {"height": height, "width": width, "use_resolution_binning": False}
@@ -103,6 +102,17 @@ class LatentFamily(Family):
         """Return the side in pixels of the square that one latent covers."""
         config = self.pipe.vae.config
         return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+
+    def size_multiple(self) -> int:
+        """Return the number of pixels by which the height and the width of images must be divisible."""
+        return self.spatial_factor() * self.side_multiple
+
+    def check_size(self, size: tuple[int, int], key: str) -> None:
+        native, factor = self.native_size(), self.size_multiple()
+        if native != size and "height" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ValueError(f"{key}: got {list(size)}, but {type(self.pipe).__name__} samples {native} only")
+        if any(side < 1 or side % factor for side in size):
+            raise ValueError(f"{key}: expected multiples of {factor}, got {list(size)}")
 
     def native_size(self) -> tuple[int, int]:
         """Return the (height, width) in pixels that the pipeline samples by default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +20,6 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 def latent_channels(vae: Any) -> int:
     """Return the number of channels of a VAE's latents."""
     return vae.config.get("latent_channels") or vae.config["z_dim"]
-
-
-def check_resolution(pipe: Any, size: tuple[int, ...], native: tuple[int, int], factor: int) -> None:
-    """Raise ``ValueError`` unless the pipeline samples images of this (height, width)."""
-    if native != size and "height" not in inspect.signature(type(pipe).__call__).parameters:
-        raise ValueError(f"teacher.resolution: got {list(size)}, but {type(pipe).__name__} samples {native} only")
-    if any(side < 1 or side % factor for side in size):
-        raise ValueError(f"teacher.resolution: expected multiples of {factor}, got {list(size)}")
 
 
 def check_channels(network: Any, vae: Any, packed: int) -> None:

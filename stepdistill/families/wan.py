@@ -42,8 +42,6 @@ class Wan(PlainLatentFamily, TextToImageFamily):
     def __init__(self, pipe: Any, *, frames: int | None = None, **options: Any) -> None:
         super().__init__(pipe, **options)
         frames, stride = frames or default_of(pipe, "num_frames"), pipe.vae_scale_factor_temporal
-        if any(side % SIDE for side in self.image_shape[1:]):
-            raise ValueError(f"teacher.resolution: expected multiples of {SIDE}, got {list(self.image_shape[1:])}")
         if (frames - 1) % stride:
             raise ValueError(f"teacher.frames: expected 1 more than a multiple of {stride}, got {frames}")
         channels, *size = self.sample_shape
@@ -59,6 +57,9 @@ class Wan(PlainLatentFamily, TextToImageFamily):
 
     def spatial_factor(self) -> int:
         return self.pipe.vae_scale_factor_spatial
+
+    def size_multiple(self) -> int:
+        return SIDE
 
     def native_size(self) -> tuple[int, int]:
         return default_of(self.pipe, "height"), default_of(self.pipe, "width")

@@ -1,0 +1,106 @@
+"""Sizes in buckets: batches of one size, an order that is a function of seed and position, nothing left over."""
+
+import collections
+import itertools
+
+import pytest
+import torch
+from contracts.cases import sections, train_until, weights
+from PIL import Image
+
+from stepdistill.data.base import DataConfig
+from stepdistill.data.buckets import sort_into
+from stepdistill.data.datasets import open_data
+from stepdistill.data.loader import loader
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.training.config import resolve
+from stepdistill.training.run import Run
+
+SHAPES = [(16, 16)] * 4 + [(12, 20), (16, 40), (10, 30), (40, 18), (30, 14), (17, 16)]
+BUCKETS = [[16, 16], [16, 32], [32, 16]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index, (height, width) in enumerate(SHAPES):
+        Image.new("RGB", (width, height), (index * 20, 100, 200)).save(pictures / f"{index}.png")
+        (pictures / f"{index}.txt").write_text(f"picture {index}")
+    return pictures
+
+
+def opened(folder, **keys):
+    config = DataConfig(name="images", path=str(folder), buckets=BUCKETS, **keys)
+    return open_data(config, channels=3, size=(16, 16), num_classes=None, takes_text=True)
+
+
+def taken(dataset, count, **place):
+    return list(itertools.islice(loader(dataset, batch_size=2, seed=3, **place), count))
+
+
+def test_a_sample_goes_into_the_bucket_of_the_nearest_proportions(folder):
+    buckets = opened(folder).buckets
+    assert buckets.sizes == ((16, 16), (16, 32), (32, 16))
+    assert [samples.tolist() for samples in buckets.samples] == [[0, 1, 2, 3, 9], [4, 5, 6], [7, 8]]
+    assert sort_into([(8, 8), (8, 16)], [(5, 5)]).sizes == ((8, 8),)  # one without samples is left out
+
+
+def test_a_batch_has_one_size_and_every_sample_comes_equally_often(folder):
+    dataset, seen = opened(folder), collections.Counter()
+    for batch in taken(dataset, len(SHAPES)):
+        assert {dataset.buckets.size_of[index] for index in batch.indices} == {tuple(batch.images.shape[2:])}
+        assert batch.captions == tuple(f"picture {index}" for index in batch.indices)
+        seen.update(batch.indices)
+    assert seen == dict.fromkeys(range(len(SHAPES)), 2)
+
+
+def test_the_order_is_a_function_of_seed_and_position(folder):
+    dataset = opened(folder, flip=True, caption_dropout=0.3)
+    whole = taken(dataset, 25)
+    assert [batch.indices for batch in whole[:10]] != [batch.indices for batch in whole[10:20]]
+    for batch, again in zip(whole[7:], taken(dataset, 18, start=7), strict=True):
+        assert batch.indices == again.indices and batch.captions == again.captions
+        assert torch.equal(batch.images, again.images)
+
+
+def test_processes_take_parts_of_one_bucket_at_a_step(folder):
+    dataset, seen = opened(folder), collections.Counter()
+    ranks = [taken(dataset, len(SHAPES), rank=rank, world=2) for rank in (0, 1)]
+    for first, second in zip(*ranks, strict=True):
+        assert first.images.shape == second.images.shape
+        seen.update(first.indices + second.indices)
+    assert seen == dict.fromkeys(range(len(SHAPES)), 4)
+
+
+def section(folder, tmp_path, method="lcm", steps=6):
+    wanted = sections(tmp_path, SD.tiny(), method)
+    wanted["data"] = {"name": "images", "path": str(folder), "batch_size": 2, "buckets": BUCKETS}
+    wanted["train"]["steps"] = steps
+    return wanted
+
+
+def test_a_run_over_buckets_is_resumed_to_the_bit(folder, tmp_path):
+    whole = Run(resolve(section(folder, tmp_path / "whole")))
+    whole.train()
+    stopped = section(folder, tmp_path / "stopped")
+    train_until(Run(resolve(stopped)), 3)
+    again = Run(resolve(stopped))
+    again.train()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_what_has_one_size_only_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"data.buckets: 'dmd' draws its noise"):
+        Run(resolve(section(folder, tmp_path, "dmd")))
+    wrong = section(folder, tmp_path)
+    wrong["data"]["buckets"] = [[16, 16], [16, 17]]
+    with pytest.raises(ValueError, match=r"data.buckets\[1\]: expected multiples of 2, got \[16, 17\]"):
+        Run(resolve(wrong))
+    with pytest.raises(ValueError, match=r"data.buckets\[0\]: expected \[8, 8\], the teacher's only size"):
+        Pixel.tiny().check_size((16, 16), "data.buckets[0]")
+    for keys, why in (({"name": "noise"}, "expected none with 'noise'"), ({"buckets": [[16]]}, r"\[height, width\]")):
+        with pytest.raises(ValueError, match=why):
+            DataConfig(**{"name": "images", "path": "x", "buckets": BUCKETS, **keys})
