@@ -94,7 +94,7 @@ class LatentFamily(Family):
         if config.null_class is not None:
             raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
         if config.frames is not None and not cls.makes_clips:
-            raise ValueError(f"teacher.frames: got {config.frames}, but a {cls.__name__} makes images")
+            raise ValueError(f"teacher.frames: got {config.frames}, but {cls.__name__} makes images")
         options: dict[str, Any] = {"frames": config.frames} if cls.makes_clips else {}
         return cls(pipe, resolution=config.resolution, guidance_scale=config.guidance_scale, **options)
 

@@ -57,6 +57,13 @@ class SD3(PlainLatentFamily, TextToImageFamily):
             )
         )  # fmt: skip
 
+    def check_size(self, size: tuple[int, int], key: str) -> None:
+        super().check_size(size, key)
+        config = self.pipe.transformer.config
+        most = config.pos_embed_max_size * config.patch_size * self.spatial_factor()
+        if max(size) > most:
+            raise ValueError(f"{key}: expected at most {most} a side, the places it has, got {list(size)}")
+
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:
         prompt, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             list(prompts), None, None, device=self.pipe.text_encoder.device, do_classifier_free_guidance=null

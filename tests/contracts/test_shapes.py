@@ -1,12 +1,21 @@
 """Sizes that are not square, clips, and the grids that go with a size: as every family's own pipeline has them."""
 
+import json
+
 import pytest
 import torch
-from contracts.cases import pipeline_images
+from contracts.cases import pipeline_images, save_teacher, train_student
 from contracts.test_families import our_steps
 
+from stepdistill import load_pipeline
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.latent import LatentFamily
-from stepdistill.families.loading import families
+from stepdistill.families.loading import families, load_teacher
+from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
+from stepdistill.families.wan import Wan
+from stepdistill.inference.clips import write_clip
+from stepdistill.inference.sampling import sample_images
 
 RESIZED = [name for name, cls in families().items() if issubclass(cls, LatentFamily) and name not in ("dit", "wan")]
 """DiT has one size, and Wan's miniature is not square anyway."""
@@ -39,3 +48,50 @@ def test_the_grid_is_the_one_that_the_teachers_pipeline_makes_at_this_size(name,
     }
     pipeline_images(family.pipe, family, 1, seed=0, num_inference_steps=steps, **size)
     torch.testing.assert_close(family.pipe.scheduler.sigmas.double(), family.schedule.grid(steps), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- clips
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "why"),
+    [
+        (Wan.tiny, {"frames": 6}, "teacher.frames: expected 1 more than a multiple of 4, got 6"),
+        (Wan.tiny, {"resolution": (16, 24)}, r"teacher.resolution: expected multiples of 16, got \[16, 24\]"),
+        (SD3.tiny, {"resolution": (16, 64)}, r"teacher.resolution: expected at most 32 a side"),
+    ],
+)
+def test_a_shape_that_a_pipeline_does_not_make_is_refused(make, options, why):
+    family = make()
+    with pytest.raises(ValueError, match=why):
+        type(family)(family.pipe, **options)
+
+
+def test_images_have_no_frames(tmp_path):
+    folder = save_teacher(SD.tiny(), tmp_path / "teacher")
+    with pytest.raises(ValueError, match="teacher.frames: got 5, but SD makes images"):
+        load_teacher(TeacherConfig(path=str(folder), frames=5))
+
+
+def test_the_two_experts_of_wan_are_refused(tmp_path):
+    folder = save_teacher(Wan.tiny(), tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has the part 'transformer_2' .* which the family 'wan' would drop"):
+        load_teacher(TeacherConfig(path=str(folder)))
+
+
+@pytest.mark.product
+def test_a_student_of_clips_is_trained_sampled_and_written(tmp_path):
+    av = pytest.importorskip("av")
+    tiny = Wan.tiny()
+    family = Wan(tiny.pipe, resolution=(16, 32), frames=25)
+    run = train_student(tmp_path, family, "lcm", "copy", options={"solver_steps": 48})
+    pipeline = load_pipeline(run.folder / "pipeline")
+    images = sample_images(pipeline, 2, captions=["one", "two"])
+    assert images.pixels.shape == (2, 3, 25, 16, 32) and images.calls == 4
+    write_clip(images.pixels[0], tmp_path / "clip.mp4")
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        assert len(list(container.decode(video=0))) == 25
