@@ -32,6 +32,8 @@ class Chroma(PlainLatentFamily, TextToImageFamily):
     loads_lora = True
 
     def __init__(self, pipe: Any, **options: Any) -> None:
+        # diffusers' recomputation of single blocks forgets their mask, and so makes other gradients: it is refused
+        pipe.transformer._supports_gradient_checkpointing = False
         super().__init__(pipe, **options)
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
 

@@ -1,5 +1,6 @@
 """Every family's miniature against diffusers: its noise, its predictions, its stock pipeline's calls, its files."""
 
+import contextlib
 import inspect
 
 import pytest
@@ -13,6 +14,7 @@ from stepdistill.diffusion.reading import noise_process
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.export.contract import call_arguments
+from stepdistill.families.chroma import Chroma
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.flux import Flux
 from stepdistill.families.flux2 import Flux2
@@ -20,6 +22,7 @@ from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.networks.activation_checkpointing import enable_checkpointing
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
 
@@ -153,6 +156,11 @@ def can_be_guided(family):
 
 def guide(denoiser, x_t, t, cond, scale):
     return classifier_free_guidance(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
+
+
+def test_chroma_is_not_recomputed_without_its_mask():
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        enable_checkpointing(Chroma.tiny().network, lambda: (contextlib.nullcontext(), contextlib.nullcontext()))
 
 
 # ---------------------------------------------------------------------------------------------------- files
