@@ -84,7 +84,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_source()
-
         self._check_buckets()
 
     def _check_buckets(self) -> None:

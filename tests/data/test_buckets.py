@@ -101,6 +101,6 @@ def test_what_has_one_size_only_is_refused(folder, tmp_path):
         Run(resolve(wrong))
     with pytest.raises(ValueError, match=r"data.buckets\[0\]: expected \[8, 8\], the teacher's only size"):
         Pixel.tiny().check_size((16, 16), "data.buckets[0]")
-    for keys, why in (({"name": "noise"}, "expected none with 'noise'"), ({"buckets": [[16]]}, r"\[height, width\]")):
+    for keys, why in (({"name": "cache"}, "expected none with 'cache'"), ({"buckets": [[16]]}, r"\[height, width\]")):
         with pytest.raises(ValueError, match=why):
             DataConfig(**{"name": "images", "path": "x", "buckets": BUCKETS, **keys})
