@@ -38,7 +38,7 @@ def test_our_call_is_the_pipelines_own_off_the_square(name):
 
 
 @pytest.mark.parametrize("name", ["flux", "zimage", "flux2", "chroma", "lumina2"])
-@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("steps", [7, pytest.param(2, marks=pytest.mark.product)])
 def test_the_grid_is_the_one_that_the_teachers_pipeline_makes_at_this_size(name, steps):
     family = wide(name)
     size = {
