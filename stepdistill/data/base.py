@@ -24,6 +24,7 @@ PATHS = {
     "images": "a folder of images, an .npz or a Hugging Face dataset",
     "prompts": "a .txt with a prompt a line, a .csv, .tsv, .json or .jsonl",
     "cache": "a folder that scripts/cache.py wrote",
+    "pairs": "a folder that scripts/make_pairs.py wrote",
 }
 """By ``data.name``, what ``data.path`` has to be."""
 
@@ -34,7 +35,8 @@ class DataConfig:
 
     Attributes:
         name: ``images`` (see ``path``); ``noise`` or, for a teacher that takes text, ``prompts``, for methods that need
-            no images; ``cache`` is a folder of latents and embeddings that ``scripts/cache.py`` wrote.
+            no images; ``cache`` is a folder of latents and embeddings that ``scripts/cache.py`` wrote; ``pairs`` are
+            the teacher's own samples, which ``scripts/make_pairs.py`` wrote.
         path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset: saved on disk, a folder of
             parquet files or one file, or its id on the hub, ``owner/name``, where there is no folder ``owner``;
             ``embedded`` (fashion) or ``faces`` (captioned), which are part of the package; for ``prompts`` a file of
@@ -62,7 +64,7 @@ class DataConfig:
         image_column: name of the image in the Hugging Face dataset.
     """
 
-    name: Literal["images", "noise", "prompts", "cache"]
+    name: Literal["images", "noise", "prompts", "cache", "pairs"]
     path: str | None = None
     split: str | None = None
     subset: str | None = None

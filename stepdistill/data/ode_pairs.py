@@ -1,4 +1,4 @@
-"""Pairs of noise and the image that a teacher's ODE makes of it, the data of DMD's regression loss.
+"""Pairs of noise and the image that a teacher's ODE makes of it: DMD's regression, and a teacher's samples as data.
 
 A folder of pairs is ``pairs.json`` (which teacher, which sampler, how many) and ``shard-00000.safetensors``, ...: each
 holds ``noise`` (N, ...) of unit variance, ``images`` (N, ...) as the network sees images, both in half precision, and
@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.batch import Cond
+from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.config import fingerprint_json
+from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
 from stepdistill.diffusion.ode import Solver, solver_step
@@ -130,16 +131,17 @@ class Pairs:
 
     Args:
         folder: what :func:`make_pairs` wrote.
+        key: the key of the configuration that names it.
 
     Raises:
         ValueError: if there are none, or some are missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.shards = Shards(folder, FORMAT)
+    def __init__(self, folder: str | Path, key: str = FORMAT.key) -> None:
+        self.key, self.shards = key, Shards(folder, dataclasses.replace(FORMAT, key=key))
         layout = self.shards.layout()
         if missing := {"noise", "images"} - set(layout):
-            raise ValueError(f"method.pairs: {folder}: expected noise and images in it, but {missing.pop()} is missing")
+            raise ValueError(f"{key}: {folder}: expected noise and images in it, but {missing.pop()} is missing")
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -162,9 +164,53 @@ class Pairs:
         maker, teacher = self.shards.entry("teacher_sha256", str), fingerprint_weights(family.network)
         if maker != teacher:
             raise ValueError(
-                f"method.pairs: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
+                f"{self.key}: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
             )
         shape, found = list(family.sample_shape), self.shards.layout()["images"][1]
         if found != shape:
-            raise ValueError(f"method.pairs: {self.shards.folder}: expected samples {shape}, got {found}")
+            raise ValueError(f"{self.key}: {self.shards.folder}: expected samples {shape}, got {found}")
+
+
+class PairDataset(Dataset):
+    """The images of pairs as data: a teacher's own samples, and the conditions they were sampled under.
+
+    Args:
+        config: the ``data`` section.
+        family: the opened teacher, which made them.
+
+    Raises:
+        ValueError: if another teacher made them, some are missing, or the section asks for what they do not hold.
+    """
+
+    num_classes = None
+    flip = False
+    is_encoded = True
+
+    def __init__(self, config: DataConfig, family: Family) -> None:
+        if config.flip or config.caption_dropout:
+            raise ValueError(
+                f"data: expected flip: false and caption_dropout: 0, got {config.flip} and {config.caption_dropout:g}: "
+                "pairs hold no mirrored images and no empty captions"
+            )
+        self.pairs = Pairs(str(config.path), "data.path")
+        self.pairs.check_teacher(family)
+        self.size, self.version = family.image_shape, self.pairs.shards.version
+        self._length = min(len(self.pairs), config.max_samples or len(self.pairs))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        """Return ``<folder>[index]``."""
+        return f"{self.pairs.shards.folder}[{index}]"
+
+    def load(self, indices: Sequence[int]) -> RawBatch:
+        """Return indices only; :meth:`encode` reads the rest."""
+        return RawBatch(None, None, None, tuple(indices))
+
+    def encode(self, family: Family, raw: RawBatch) -> Batch:
+        """Return samples as the network sees them, and their conditions."""
+        del family
+        _, images, cond = self.pairs.rows(raw.indices)
+        return Batch(images, cond, len(raw.indices))

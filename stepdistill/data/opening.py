@@ -5,6 +5,7 @@ from __future__ import annotations
 from stepdistill.data.base import DataConfig, Dataset, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import LatentCacheDataset
+from stepdistill.data.ode_pairs import PairDataset
 from stepdistill.families.base import Family
 
 
@@ -21,6 +22,13 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
     """
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
+    if config.name == "pairs":
+        return PairDataset(config, family)
+    if config.name == "images" and not family.encodes_images:
+        raise ValueError(
+            f"data.name: expected 'prompts' or 'pairs' (the teacher's own samples), got 'images': an "
+            f"{type(family).__name__} teacher encodes none"
+        )
     for place, bucket in enumerate(config.buckets):
         family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
     channels, *size = family.image_shape

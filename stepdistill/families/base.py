@@ -63,6 +63,8 @@ class Family(abc.ABC):
     """Whether the condition is a prompt."""
     predicts_pixels: ClassVar[bool] = False
     """Whether clean images of the networks' space are pixels in [-1, 1]."""
+    encodes_images: ClassVar[bool] = True
+    """Whether :meth:`encode` takes images; else the data are prompts, or the teacher's own samples."""
     caches_latents: ClassVar[bool] = False
     """Whether frozen encoders of :attr:`pipe` make latents and embeddings, which can be cached."""
     loads_lora: ClassVar[bool] = False
@@ -117,6 +119,12 @@ class Family(abc.ABC):
     def accepts_pipeline(cls, pipeline: str | None) -> bool:
         """Return whether a teacher in this diffusers pipeline (None: none, or a custom one) may be of this family."""
         return not cls.pipeline_names or pipeline in cls.pipeline_names
+
+    @classmethod
+    def parts_of(cls, pipeline: str | None) -> tuple[set[str], set[str]]:
+        """Return the parts that a diffusers pipeline of this family needs, and those that it may have."""
+        del pipeline
+        return {cls.component, "scheduler", *cls.parts}, {*cls.optional_parts}
 
     def check_process(self) -> None:
         """Raise ``ValueError`` with the scheduler's name if the family does not implement its noise process."""

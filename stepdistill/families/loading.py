@@ -85,6 +85,8 @@ def find_family(folder: Path, config: TeacherConfig, known: dict[str, type[Famil
             return cls
     if own_class(folder) is not None and not config.trust_remote_code:
         refuse_code(folder)
+    if can_be_observed(pipeline):
+        return known["observed"]
     found = network_class(folder, "unet") or network_class(folder, "transformer")
     supported = (f"{name} ({', '.join(cls.network_classes)})" for name, cls in sorted(known.items()))
     raise ValueError(
@@ -92,6 +94,18 @@ def find_family(folder: Path, config: TeacherConfig, known: dict[str, type[Famil
         f"known: {', '.join(supported)}. "
         "A new family is one file in stepdistill/families/, see CONTRIBUTING.md."
     )
+
+
+def can_be_observed(pipeline: str | None) -> bool:
+    """Return whether the call of a diffusers pipeline needs nothing but a prompt, so that it can be watched."""
+    import diffusers
+
+    cls: Any = getattr(diffusers, pipeline, None) if pipeline else None
+    if not inspect.isclass(cls) or not issubclass(cls, diffusers.DiffusionPipeline):
+        return False
+    taken = inspect.signature(cls.__call__).parameters
+    needed = {name for name, parameter in taken.items() if parameter.default is parameter.empty} - {"self", "kwargs"}
+    return "prompt" in taken and needed <= {"prompt"} and not {"image", "image_embeds"} & taken.keys()
 
 
 def network_class(folder: Path, component: str) -> str | None:
@@ -126,8 +140,8 @@ def check_parts(folder: Path, cls: type[Family]) -> None:
         return
     found = part_entries(index)
     family, pipeline = cls.__module__.rpartition(".")[2], index.get("_class_name")
-    taken = {cls.component, "scheduler", *cls.parts}
-    for name in sorted({*found} - taken - {*cls.optional_parts, *HARMLESS}):
+    taken, optional = cls.parts_of(pipeline if type(pipeline) is str else None)
+    for name in sorted({*found} - taken - optional - {*HARMLESS}):
         raise ValueError(
             f"teacher.path: {folder}: {pipeline} has the part {name!r} ({found[name][-1]}), which the family "
             f"{family!r} would drop; expected only {', '.join(sorted(taken))}"

@@ -85,6 +85,8 @@ def middle_block(network: nn.Module, names: Sequence[str]) -> str:
         network: the network.
         names: its blocks, or lists of them, in the order in which they run; a UNet's end with its bottleneck.
     """
+    if not names:
+        raise ValueError("method: its critic reads the fake score's bottleneck, but no blocks of the network are known")
     if not members(network.get_submodule(names[-1])):
         return names[-1]
     blocks = block_names(network, names)
@@ -93,6 +95,8 @@ def middle_block(network: nn.Module, names: Sequence[str]) -> str:
 
 def spaced_blocks(network: nn.Module, names: Sequence[str], limit: int) -> list[str]:
     """Return the names of at most ``limit`` blocks, evenly spaced, the last among them; names as above."""
+    if not names:
+        raise ValueError("method: it compares features of the teacher, but no blocks of its network are known")
     blocks = block_names(network, names)
     count = min(limit, len(blocks))
     return [blocks[(index + 1) * len(blocks) // count - 1] for index in range(count)]

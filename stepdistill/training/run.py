@@ -69,9 +69,9 @@ class Run:
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
-        if self.method.needs_images and config.data.name not in ("images", "cache"):
+        if self.method.needs_images and config.data.name not in ("images", "cache", "pairs"):
             raise ValueError(
-                f"data.name: expected 'images' or 'cache' ({config.method_name!r} trains on images), "
+                f"data.name: expected 'images', 'cache' or 'pairs' ({config.method_name!r} trains on images), "
                 f"got {config.data.name!r}"
             )
         if config.data.buckets and (self.method.turn_names != (STUDENT,) or not self.method.needs_images):

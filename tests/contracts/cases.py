@@ -21,6 +21,7 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from stepdistill.data.ode_pairs import PairsConfig, make_pairs
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
@@ -151,19 +152,40 @@ def save_images(family: Family, path: Path, count: int = 16) -> Path:
     return path
 
 
+def save_data(family: Family, folder: Path) -> None:
+    """Images, or for a teacher that encodes none prompts and samples of its own."""
+    if family.encodes_images:
+        save_images(family, folder / "images.npz")
+        return
+    (folder / "prompts.txt").write_text("\n".join(f"picture {i}" for i in range(16)))
+    config = PairsConfig(
+        output_dir=str(folder / "pairs"), count=16, solver="euler", steps=2, prompts=str(folder / "prompts.txt")
+    )
+    make_pairs(family, config)
+
+
+def data_of(family: Family, method: str, folder: Path) -> dict[str, str]:
+    """The source in ``folder`` that a method needs."""
+    if family.encodes_images:
+        return {"name": "images", "path": str(folder / "images.npz")}
+    if find_method(method).needs_images:
+        return {"name": "pairs", "path": str(folder / "pairs")}
+    return {"name": "prompts", "path": str(folder / "prompts.txt")}
+
+
 def sections(folder: Path, family: Family, method: str, bank: str = "copy", **train: Any) -> dict[str, Any]:
     """A whole configuration around a tiny teacher; teacher and data lie in ``folder``, the run in ``folder/run``."""
     if not (folder / "teacher").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         save_teacher(family, folder / "teacher")
-        save_images(family, folder / "images.npz")
+        save_data(family, folder)
     # an eps above the rounding of gradients: Adam would make steps of it where the true gradient is zero
     optim = {turn: {"lr": 5e-3, "eps": 1e-4} for turn in find_method(method).turn_names}
     return {
         "teacher": teacher_section(family, folder / "teacher"),
         "method": {"name": method, **case(method).options},
         "bank": {"name": bank, "rank": 4},
-        "data": {"name": "images", "path": str(folder / "images.npz"), "batch_size": 4},
+        "data": {**data_of(family, method, folder), "batch_size": 4},
         "optim": optim,
         "train": {"steps": STEPS, "output_dir": str(folder / "run"), "log_every": 1, **train},
     }
