@@ -76,10 +76,10 @@ def test_it_calls_the_network_as_the_hand_written_family_does(both):
     assert observed.sample_shape == known.sample_shape and observed.image_shape == known.image_shape
     assert observed.prediction_type == known.prediction_type
     x_t, t = torch.randn(2, *known.sample_shape), torch.tensor([0.3, 0.9], dtype=torch.float64)
-    conds = [family.embed(PROMPTS) for family in both]
-    for ours, theirs in (
-        (conds, [f.null_cond(c) for f, c in zip(both, conds, strict=True)]) if observed.null else [conds]
-    ):
+    theirs, ours = (family.embed(PROMPTS) for family in both)
+    close(observed.call(observed.network, x_t, t, ours), known.call(known.network, x_t, t, theirs))
+    if observed.null:
+        ours, theirs = observed.null_cond(ours), known.null_cond(theirs)
         close(observed.call(observed.network, x_t, t, ours), known.call(known.network, x_t, t, theirs))
 
 
