@@ -9,7 +9,7 @@ import pytest
 import torch
 from contracts.cases import generators
 from contracts.stock import job, read_images
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2DModel
 from oracles import OracleFamily
 
 from stepdistill import load_pipeline
@@ -269,7 +269,7 @@ def test_taking_a_network_apart_leaves_it_whole():
 def test_a_pipeline_tells_a_two_time_network_where_tcds_jump_lands(eta):
     family = extended(Inputs(s=True))
     stock, embedding = split_embedding(family.network)
-    pipeline = ClassConditionalPipeline(stock, LCMScheduler(), eta=eta, condition_embedding=embedding)
+    pipeline = ClassConditionalPipeline(stock, TCDScheduler(), eta=eta, condition_embedding=embedding)
     pipeline.scheduler.set_timesteps(4)
     t = pipeline.scheduler.timesteps
     ends = torch.tensor([*t[1:], 0])

@@ -28,13 +28,9 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.widening import widen_convolution
 
 MIN_ALPHA = 0.005
-"""Smallest signal with which a noise-predicting network can predict the clean image, see
-:meth:`Family.sees_pure_noise`.
-
-Schedules fall in two groups. Those with linear or scaled linear betas end at 0.0063 (DDPM, DiT, PixArt) or 0.068
-(Stable Diffusion); on both, published students of few steps still predict noise (LCM of PixArt, arXiv 2401.05252).
-Cosine schedules end at 5e-5 and rescaled ones at 0, where nothing but noise is left. The limit lies between them.
-"""
+"""Smallest signal with which a noise-predicting network can predict the clean image (:meth:`Family.sees_pure_noise`).
+Linear and scaled linear betas end at 0.0063 (DDPM, DiT, PixArt) or 0.068 (Stable Diffusion), where published students
+of few steps still predict noise (LCM of PixArt, arXiv 2401.05252); cosine schedules at 5e-5 and rescaled ones at 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +221,22 @@ class Family(abc.ABC):
 
     def with_prediction(self, prediction_type: str) -> Family:
         """Return the same family for networks of another prediction type, for students that change it."""
+        other = copy.copy(self)
+        other.prediction_type = prediction_type
+        other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
+        return other
+
+    def with_unit_times(self) -> Family:
+        """Return the same family for networks that are told times on unit scale.
+
+        Raises:
+            ValueError: if its process is no flow; no scheduler can tell other networks such times.
+        """
+        schedule = self.schedule
+        if not isinstance(schedule, RectifiedFlow):
+            raise ValueError(
+                f"method.retime: expected 0 of {type(schedule).__name__}, because only a flow's timesteps can be rescaled"
+            )
         other = copy.copy(self)
         other.prediction_type = prediction_type
         other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}

@@ -600,10 +600,10 @@ def test_a_text_pipeline_gets_its_prompts_by_index():
     class Painter:
         device, unet = torch.device("cpu"), Network()
 
-        def __call__(self, prompt, generator, output_type):
+        def __call__(self, prompt, generator, output_type, return_dict):
             asked.append(prompt)
             grey = torch.stack([torch.rand(4, 4, 3, generator=g) for g in generator])
-            return type("Output", (), {"images": self.unet(grey).numpy()})
+            return (self.unet(grey).numpy(),)
 
         def set_progress_bar_config(self, **options):
             pass

@@ -359,7 +359,7 @@ FACTS = json.dumps({"name": "small_convnet", "sha256": "0", "preprocessing": {}}
         ({"features": np.array("{")}, "features: expected JSON"),
         ({"features": np.array("[1]")}, r"features: content: expected a section of keys, got \[1\]"),
         ({"features": np.array('{"sha256": "0"}')}, r"features: name: missing"),
-        ({"images": np.array('{"shape": 3}')}, "images: shape: expected list"),
+        ({"images": np.array('{"shape": 3}')}, "images: shape: expected a list of whole numbers"),
         ({"arr_0": np.zeros((2, 8), np.uint8)}, r"arr_0: expected images \(N, H, W, C\), got \(2, 8\)"),
         ({"rows": np.array([{}], dtype=object)}, "holds Python objects"),
     ],
