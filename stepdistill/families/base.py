@@ -227,35 +227,17 @@ class Family(abc.ABC):
         return other
 
     def with_unit_times(self) -> Family:
-        """Return the same family for networks that are told times on unit scale.
+        """Return the same family for networks that are told times on unit scale; ``ValueError`` if it is no flow.
 
-        Raises:
-            ValueError: if its process is no flow; no scheduler can tell other networks such times.
+        No scheduler can tell other networks such times.
         """
-        schedule = self.schedule
-        if not isinstance(schedule, RectifiedFlow):
+        if not isinstance(self.schedule, RectifiedFlow):
+            kind = type(self.schedule).__name__
             raise ValueError(
-                f"method.retime: expected 0 of {type(schedule).__name__}, because only a flow's timesteps can be rescaled"
+                f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a {kind}"
             )
         other = copy.copy(self)
-        other.prediction_type = prediction_type
-        other.scheduler_config = {**self.scheduler_config, "prediction_type": prediction_type}
-        return other
-
-    def with_unit_times(self) -> Family:
-        """Return the same family for networks that are told times on unit scale.
-
-        Raises:
-            ValueError: if its process is no flow; no scheduler can tell other networks such times.
-        """
-        schedule = self.schedule
-        if not isinstance(schedule, RectifiedFlow):
-            raise ValueError(
-                f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a process "
-                f"of {type(schedule).__name__}"
-            )
-        other = copy.copy(self)
-        other.schedule = RectifiedFlow(schedule.shift, num_timesteps=1)
+        other.schedule = RectifiedFlow(self.schedule.shift, num_timesteps=1)
         other.scheduler_config = {**self.scheduler_config, "num_train_timesteps": 1}
         return other
 

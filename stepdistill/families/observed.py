@@ -286,7 +286,7 @@ def tiny_aura_flow(seed: int = 0) -> Any:
     tokenizer, text_encoder = tiny_t5(width=32)
     transformer = AuraFlowTransformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=64,
     )  # fmt: skip
     with torch.no_grad():  # at random its gates are almost shut, and adapters of attention would do nothing
         for name, parameter in transformer.named_parameters():

@@ -100,7 +100,7 @@ WAYS = {
     "class whose file is missing": (name_class("other", "Evil"), CLASS),
     "class of no pipeline": (set_key("model_index.json", "_class_name", "ModularPipeline"), CLASS),
     "class, a module": (set_key("model_index.json", "_class_name", "utils"), CLASS),
-    "pipeline that opens others": (set_key("model_index.json", "_class_name", "KandinskyCombinedPipeline"), "which the family 'observed' would drop"),
+    "pipeline that opens others": (set_key("model_index.json", "_class_name", "KandinskyCombinedPipeline"), CLASS),
     "None.py, which diffusers takes for a custom pipeline": (put_code("None.py"), r"own code \(None\.py\)"),
     "foreign pipeline": (put_code("pipeline.py"), r"own code \(pipeline\.py\)"),
     "link to foreign pipeline": (link_code, r"own code \(pipeline\.py\)"),
