@@ -233,9 +233,7 @@ class Family(abc.ABC):
         """
         if not isinstance(self.schedule, RectifiedFlow):
             kind = type(self.schedule).__name__
-            raise ValueError(
-                f"method.retime: expected 0, because only a flow's timesteps can be rescaled, got a {kind}"
-            )
+            raise ValueError(f"method.retime: expected 0, because only a flow's times can be rescaled, got {kind}")
         other = copy.copy(self)
         other.schedule = RectifiedFlow(self.schedule.shift, num_timesteps=1)
         other.scheduler_config = {**self.scheduler_config, "num_train_timesteps": 1}

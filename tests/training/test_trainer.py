@@ -21,10 +21,10 @@ from stepdistill.methods.progressive import Progressive
 from stepdistill.training.checkpoint import CheckpointError
 from stepdistill.training.config import TrainConfig, resolve
 from stepdistill.training.cost import FORWARDS
-from stepdistill.training.reporting import WAITING
 from stepdistill.training.divergence import DivergenceError, DivergenceGuard
 from stepdistill.training.guards import NonFiniteError
 from stepdistill.training.optimizers import OptimConfig
+from stepdistill.training.reporting import WAITING
 from stepdistill.training.run import Run
 from stepdistill.training.trainer import Trainer
 
