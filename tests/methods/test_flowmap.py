@@ -428,7 +428,7 @@ def reference_noise(family, count):
 
 @pytest.mark.parametrize(
     ("target", "train_steps", "lr", "waves"),
-    [("difference", 1200, 3e-3, 32), ("split", 800, 1e-2, 0)],
+    [pytest.param("difference", 1200, 3e-3, 32, marks=pytest.mark.product), ("split", 800, 1e-2, 0)],
 )
 def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(target, train_steps, lr, waves):
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")

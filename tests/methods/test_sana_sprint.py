@@ -143,6 +143,7 @@ def test_a_retimed_student_is_exported_with_its_own_timesteps(tmp_path, bank):
 # ------------------------------------------------------------------------------------------------- students
 
 
+@pytest.mark.product
 def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
     """Nearer to the data, by sliced Wasserstein, than their perfect teacher in as many calls: 1.1, 0.45 and 0.16."""
     torch.manual_seed(0)

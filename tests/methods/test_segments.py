@@ -184,6 +184,7 @@ def test_a_step_shares_its_calls_with_the_critic():
     assert features_of(distiller, "student", batch, Draws(0, 16)) == 2
 
 
+@pytest.mark.product
 def test_a_phased_student_with_a_critic_covers_all_modes():
     torch.manual_seed(0)
     oracle = three_clusters(COSINE, "v_prediction")
