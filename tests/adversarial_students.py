@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mixtures import batch_of, draw, make
+from mixtures import NEARER, batch_of, draw, landing, make
 from oracles import CENTRES, Oracle, PointNet, teacher_denoiser
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -104,3 +104,12 @@ def mode_shares(distiller: Distiller, size: int) -> tuple[Tensor, float]:
 def mode_test(shares: Tensor, size: int) -> float:
     """Chi-square of the modes' shares against thirds."""
     return (size * (shares - 1 / 3).square() / (1 / 3)).sum().item()
+
+
+def check_landings(distiller: Distiller, oracle: Oracle) -> None:
+    """Assert of one student in 1, 2 and 4 calls that it covers all modes, and is nearer to them than its teacher."""
+    for steps in (1, 2, 4):
+        student, teacher = landing(distiller, oracle, steps, size=6000)
+        shares, stray = mode_shares(distiller, 3000)
+        assert mode_test(shares, 1) < 0.02 and stray < 0.2, (steps, shares, stray)
+        assert student < NEARER[steps] * teacher, (steps, student, teacher)
