@@ -118,8 +118,9 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 def test_a_phased_student_of_two_clusters_steps_is_nearer_to_the_data_than_its_teacher():
+    """0.37 to 0.46 of the teacher's distance under three seeds; after half as many steps, 0.47 to 0.50."""
     oracle = three_clusters(COSINE, "v_prediction")
-    distiller = train(TCD, oracle, 1200, steps=2, segments=(2,), solver_steps=20, **PCM)
+    distiller = train(TCD, oracle, 2400, steps=2, segments=(2,), solver_steps=20, **PCM)
     student, teacher = landing(distiller, oracle, 2, size=6000)
     assert student < 0.5 * teacher
 
