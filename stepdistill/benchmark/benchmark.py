@@ -2,7 +2,8 @@
 
 Solvers are compared at equal network calls (a guided step is two), each without guidance and at its best guidance
 scale. The scale is chosen from a stated grid on few samples of other seeds, and only the best one is measured on all
-samples. The teacher takes its many steps, and a row of as many real images shows the floor of the metric. Rows are
+samples. The teacher takes its many steps, and a row of real images shows the floor of the metric: held-out ones, where
+there are some, or the reference's own, which are nearer to the reference than any others. Rows are
 written to a JSON file as they are made, so that a stopped benchmark can be resumed. Seconds compare only if one run
 took them: :meth:`Benchmark.time` takes those of all rows again.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.assets import EMBEDDED
 from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
 from stepdistill.benchmark.curves import ON_SEARCH
 from stepdistill.benchmark.judge import Judge
@@ -35,6 +37,7 @@ from stepdistill.benchmark.students import (
 from stepdistill.benchmark.tables import Row, of_kind
 from stepdistill.config import flatten, to_dict
 from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import write_result
 from stepdistill.evaluation.sources import PipelineSource, read_captions
 from stepdistill.evaluation.suite import MetricSuite
@@ -69,6 +72,7 @@ class Benchmark:
         self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip, attributes=config.attributes)
         self.suite.check(config.metrics)
         self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
+        self.held_out = ImageSet(EMBEDDED.get(config.held_out, config.held_out)) if config.held_out else None
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         self.metric = self.suite.distance
@@ -81,7 +85,9 @@ class Benchmark:
 
     def run(self) -> list[Row]:
         """Make the missing rows of the configuration, and return all of them."""
-        if self.suite.reference.images is not None:
+        if self.held_out is not None:
+            self.add(f"{min(len(self.held_out), self.config.num_samples):,} held-out images", self.floor)
+        elif self.suite.reference.images is not None:
             self.add("real images", self.floor)
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
@@ -150,18 +156,23 @@ class Benchmark:
 
     def floor(self, name: str) -> Row:
         """Return the row of as many real images: the metric of a perfect generator."""
-        real = self.suite.reference.images
-        assert real is not None
-        first = slice(self.config.num_samples)
-        images = Images(
-            real.pixels[first],
-            None if real.labels is None else real.labels[first],
-            captions=None if real.captions is None else real.captions[first],
-        )
+        images = self._real(self.config.num_samples)
         self.suite.check_shape(images.pixels.shape[1:])
         metrics = ("fd",) if self.suite.clip is None else ("fd", "clip")
         judged = {} if self.judge is None else self.judge.judge_images(images)
         return {"name": name, "kind": "floor", "calls": 0, **self.suite.score(images, metrics), **judged}
+
+    def _real(self, count: int) -> Images:
+        """Return the first held-out images, or otherwise the first of the reference."""
+        if self.held_out is not None:
+            return self.held_out.read(range(min(len(self.held_out), count)))
+        real, first = self.suite.reference.images, slice(count)
+        assert real is not None
+        return Images(
+            real.pixels[first],
+            None if real.labels is None else real.labels[first],
+            captions=None if real.captions is None else real.captions[first],
+        )
 
     def teacher_name(self, scale: float = 1.0) -> str:
         """Return the name of a teacher's row."""

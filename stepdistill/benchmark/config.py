@@ -47,6 +47,8 @@ class BenchmarkConfig:
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: str = "embedded"
     reference: str = "embedded"
+    held_out: str | None = None
+    """Real images that the reference lacks, for the row of real images; by default those are the reference's own."""
     judge: str | None = None
     """Feature network of a second Fréchet distance, such as ``efficientnet``; None is none."""
     judge_samples: Annotated[int, Range(at_least=2)] | None = None

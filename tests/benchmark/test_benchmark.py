@@ -167,6 +167,22 @@ def test_a_teacher_that_takes_text_is_asked_with_captions(tmp_path, clip_folder)
     assert np.array_equal(shown.numpy(), real[:5])
 
 
+def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):
+    """The reference's own images are nearer to it than others: half of them measured against all have no distance."""
+    rng = np.random.default_rng(0)
+    held_out, reference = tmp_path / "held_out.npz", tmp_path / "reference.npz"
+    for file, brightest in ((held_out, 128), (reference, 256)):
+        np.savez(file, images=rng.integers(0, brightest, (20, 28, 28), dtype=np.uint8))
+    monkeypatch.setattr(Benchmark, "teacher", lambda self, name, scale: {"name": name, "kind": "teacher"})
+    shared = {"reference": str(reference), "metrics": ["fd"], "solvers": {}}
+    floors = [
+        Benchmark(config_of(folder, **shared, **named)).run()[0]
+        for folder, named in ((tmp_path / "own", {}), (tmp_path / "others", {"held_out": str(held_out)}))
+    ]
+    assert [row["name"] for row in floors] == ["real images", "20 held-out images"]
+    assert floors[0]["fd"] < 1e-6 < 1 < floors[1]["fd"]
+
+
 def test_an_unconditional_teacher_has_no_guided_rows():
     assert all(not guided for *_, guided in solver_rows({"DDIM": [1, 2, 4]}, guided=False))
 
