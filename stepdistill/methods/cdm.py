@@ -29,7 +29,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import DDIM, Sampler, Visit
 from stepdistill.families.base import Family
-from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveFloat, PositiveInt, Share
+from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
 from stepdistill.losses.levels import MATCHED, cleaner_times, random_grid, sample_times
 from stepdistill.losses.student_inputs import diversity_ratio, off_trajectory, simulation
@@ -67,6 +67,8 @@ class CDM(Distiller):
         """Weight of unguided matching off its steps."""
         student_update_interval: PositiveInt = 2
         """The student is updated on every n-th step, the fake score on each."""
+        fake_warmup: NonNegativeInt = 0
+        """Training steps of the fake score alone, before the student's first: for starts that are no teacher."""
         alignment: Share = 0.999
         """How much of itself the fake score keeps after a step, the rest being the student's; 1 is all."""
         divisor_floor: PositiveFloat = 0.1
@@ -81,7 +83,7 @@ class CDM(Distiller):
         self.fake = self.add_role("fake")
         self.keep_near_student("fake", lambda: config.alignment)
         self.matching = Matching(self.teacher, self.fake, config.guidance_scale, floor=config.divisor_floor)
-        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval))
+        self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.fake_warmup))
         self.add_turn("fake", self.fake_loss)
 
     def visit(self, batch: Batch, draws: Draws) -> Visit:

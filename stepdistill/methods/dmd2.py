@@ -67,6 +67,8 @@ class DMD2(Distiller):
         """Guidance of the teacher whose distribution is matched; 1 is none."""
         student_update_interval: ranges.PositiveInt = 5
         """The student is updated on every n-th step; the paper has 5, and 10 for Stable Diffusion."""
+        fake_warmup: ranges.NonNegativeInt = 0
+        """Training steps of the fake score alone, before the student's first: for starts that are no teacher."""
         fake_update: Literal["both", "alternate"] = "both"
         """On the student's steps the fake score is updated too (the paper's code), or not (NVIDIA's FastGen)."""
         gan_weight: ranges.NonNegativeFloat = 3e-3
@@ -135,7 +137,7 @@ class DMD2(Distiller):
 
     def updates_student(self, step: int) -> bool:
         """Return whether ``step`` is the last of an interval: the fake score comes first."""
-        return last_of(self.config.student_update_interval)(step)
+        return last_of(self.config.student_update_interval, self.config.fake_warmup)(step)
 
     def updates_fake(self, step: int) -> bool:
         """Return True on every step, or if the turns alternate on all steps but the student's."""

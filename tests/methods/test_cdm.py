@@ -30,6 +30,8 @@ def test_the_fake_score_moves_always_and_every_second_time_the_student():
     turns = tiny().turns
     assert all(turns["fake"].when(step) for step in range(6))
     assert [step for step in range(6) if turns["student"].when(step)] == [1, 3, 5]
+    late = tiny(fake_warmup=2).turns["student"]
+    assert [step for step in range(6) if late.when(step)] == [3, 5]
 
 
 @both_banks

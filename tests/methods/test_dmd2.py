@@ -52,6 +52,12 @@ def test_the_fake_score_moves_always_and_first_the_student_every_so_often(every)
     assert [step for step in steps if turns["student"].when(step)] == [i * every - 1 for i in (1, 2, 3)]
 
 
+def test_the_fake_score_can_learn_alone_first():
+    turns = tiny(student_update_interval=2, fake_warmup=3).turns
+    assert all(turns["fake"].when(step) for step in range(9))
+    assert [step for step in range(9) if turns["student"].when(step)] == [4, 6, 8]
+
+
 def test_alternating_turns_never_coincide_and_leave_out_no_step():
     turns = tiny(student_update_interval=5, fake_update="alternate").turns
     moves = [(turns["student"].when(step), turns["fake"].when(step)) for step in range(20)]
