@@ -39,6 +39,10 @@ from stepdistill.training.run import Run
 
 EVERY = [(method, bank) for method in method_names() for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)
+every_copy = pytest.mark.parametrize(  # with adapters it is a product test
+    ("method", "bank"),
+    [pytest.param(*each, marks=() if each[1] == "copy" else pytest.mark.product) for each in EVERY],
+)
 TESTS = Path(__file__).parents[1]
 EPS = torch.finfo(torch.float32).eps
 
@@ -76,7 +80,7 @@ def test_a_turn_touches_its_own_params_only(tmp_path, method, bank):
         assert moved and moved <= ours
 
 
-@every_method
+@every_copy
 def test_two_halves_of_a_batch_train_as_the_whole(tmp_path, method, bank):
     """What two processes compute adds up to what one does: their losses and gradients, each with its share of noise.
 
@@ -117,7 +121,7 @@ def part_of(batch, rank):
     return Batch(images, {name: tensor[rows] for name, tensor in batch.cond.items()}, size)
 
 
-@every_method
+@every_copy
 def test_one_batch_can_be_overfitted(tmp_path, method, bank):
     """From weights that noise has led away from the teacher's, with the same noise in every step."""
     first, last = fall(make_run(tmp_path, method, bank))

@@ -93,6 +93,7 @@ NEAR = 0.25
 0.14 with 1, 2 and 4 calls."""
 
 
+@pytest.mark.product
 def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
     torch.manual_seed(0)
     oracle = three_clusters(COSINE, "v_prediction")

@@ -428,8 +428,9 @@ def reference_noise(family, count):
 
 @pytest.mark.parametrize(
     ("target", "train_steps", "lr", "waves"),
-    [pytest.param("difference", 1200, 3e-3, 32, marks=pytest.mark.product), ("split", 800, 1e-2, 0)],
+    [("difference", 1200, 3e-3, 32), ("split", 800, 1e-2, 0)],
 )
+@pytest.mark.product
 def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(target, train_steps, lr, waves):
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
     torch.manual_seed(0)

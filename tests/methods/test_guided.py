@@ -317,7 +317,8 @@ def from_the_guided_teacher(student, w, size=6000):
     return tuple(max(sliced_wasserstein(a[k::3], exact[k::3]) for k in range(3)) for a in (found, teacher(1)))
 
 
-@pytest.mark.parametrize("sampler", [pytest.param("deterministic", marks=pytest.mark.product), "stochastic"])
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
+@pytest.mark.product
 def test_one_student_of_four_calls_is_steered_by_w_like_its_teacher_of_many(sampler):
     oracle = three_clusters(COSINE, "v_prediction", conditional=True)
     student = train_all(oracle, 4, 1200, start=16, sampler=sampler)

@@ -169,6 +169,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         build(Lightning.Config, options)
 
 
+@pytest.mark.product
 def test_a_student_of_a_mixture_covers_all_modes_and_is_nearer_to_the_data_than_its_teacher():
     torch.manual_seed(0)
     options = {"start": 16, "via": (4,), "steps": 2, "critic_warmup": 0}

@@ -412,10 +412,11 @@ def draw(denoiser: Denoiser, schedule: NoiseSchedule, steps: int, x: torch.Tenso
     ("config", "start", "steps", "bound"),
     [
         pytest.param(vp_config(), 16, 1600, 0.25, id="v"),
-        pytest.param(vp_config("linear", "epsilon"), 8, 2400, 0.45, id="epsilon", marks=pytest.mark.product),
-        pytest.param(FLOW_CONFIG, 8, 1200, 0.4, id="flow", marks=pytest.mark.product),
+        pytest.param(vp_config("linear", "epsilon"), 8, 2400, 0.45, id="epsilon"),
+        pytest.param(FLOW_CONFIG, 8, 1200, 0.4, id="flow"),
     ],
 )
+@pytest.mark.product
 def test_a_mixture_distilled_to_one_step_lands_on_its_distribution(config, start, steps, bound):
     """Distances to exact samples, where the clusters lie 1.5 from the origin and are 0.2 wide.
 

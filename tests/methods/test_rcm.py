@@ -154,6 +154,7 @@ def test_the_fake_scores_loss_is_the_papers_up_to_the_change_of_coordinates(sche
 # ------------------------------------------------------------------------------------------------- students
 
 
+@pytest.mark.product
 def test_one_training_gives_students_of_1_2_and_4_steps_that_cover_all_modes():
     """Nearer to the data, by sliced Wasserstein, than their perfect teacher in as many calls: 1.1, 0.45 and 0.16."""
     torch.manual_seed(0)

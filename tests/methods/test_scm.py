@@ -265,8 +265,9 @@ def test_the_weight_balances_the_error_of_its_time():
 
 @pytest.mark.parametrize(
     ("path", "train_steps", "norm_floor"),
-    [("teacher", 1400, 0.35), pytest.param("data", 1600, 0.07, marks=pytest.mark.product)],
+    [("teacher", 1400, 0.35), ("data", 1600, 0.07)],
 )
+@pytest.mark.product
 def test_one_student_of_a_mixture_lands_on_it_in_one_two_and_four_calls(path, train_steps, norm_floor):
     """What a network gets wrong where the clusters part is carried to all higher noise: hence one with waves.
 

@@ -117,6 +117,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         build(TCD.Config, options)
 
 
+@pytest.mark.product
 def test_a_phased_student_of_two_clusters_steps_is_nearer_to_the_data_than_its_teacher():
     """0.37 to 0.46 of the teacher's distance under three seeds; after half as many steps, 0.47 to 0.50."""
     oracle = three_clusters(COSINE, "v_prediction")

@@ -94,7 +94,8 @@ def check_no_late_graph(method: str, bank: str) -> None:
     assert counts[0] > 0 and counts[2] == counts[-1], counts
 
 
-@pytest.mark.parametrize("bank", ["copy", pytest.param("adapter", marks=pytest.mark.product)])
+@pytest.mark.parametrize("bank", ["copy", "adapter"])
+@pytest.mark.product
 def test_switching_roles_makes_no_graph_after_the_third_step(bank):
     check_no_late_graph("dmd2", bank)
 
