@@ -285,7 +285,7 @@ class Trainer:
         values = self.evaluation.measure(self.distiller) if self.parallelism.participates else {}
         row = {f"eval/{name}": value for name, value in values.items()}
         self.reporter.write_row(self.step, self.distiller.stage, row | self._cost_so_far())
-        if self.step:
+        if any(map(self.distiller.turns[STUDENT].when, range(self.step))):  # fake scores and critics may begin alone
             weights = self.parallelism.gather(self.result_weights())
             if self.accelerator.is_main_process:
                 self.evaluation.best.offer(self.distiller.stage.name, self.step, values, weights)
