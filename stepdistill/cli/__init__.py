@@ -1,4 +1,4 @@
-"""The console: ``stepdistill train | generate | evaluate | compare | export | benchmark | report | demo``."""
+"""The console: ``stepdistill train | generate | evaluate | compare | export | push | benchmark | report | demo``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stepdistill.cli.failures import failures_as_sentences
+from stepdistill.cli.sharing import check_flags_of_hub, flags_of_hub, flags_of_push, push, push_if_asked
 from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
 from stepdistill.files.words import shown, visible
@@ -60,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add(commands, "compare", compare, "tell which result is better, and whether by more than chance")
     command.add_argument("results", nargs="+", type=Path, help="two or more result files")
     flags_of_export(add(commands, "export", export, "export the student of a run's newest checkpoint"))
+    flags_of_push(add(commands, "push", push, "upload an export to the Hugging Face hub"))
     command = add(commands, "benchmark", benchmark, "compare students with the teacher and training-free solvers")
     flags_of_table(command, "benchmark_fashion")
     command.add_argument("--time", action="store_true", help="measure the seconds of all rows again, in this run")
@@ -156,6 +158,7 @@ def flags_of_export(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill export``."""
     command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
     command.add_argument("--output", required=True, help="folder to write")
+    flags_of_hub(command, required=False)
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
@@ -295,7 +298,9 @@ def export(args: argparse.Namespace) -> None:
     config = resolve(read_config(args.config, args.overrides))
     check_writable(Path(args.output))
     check_output(Path(args.output), config)  # before the models are opened
+    check_flags_of_hub(args, config.export)
     print(visible(str(Run(config).export_checkpoint(Path(args.output)))))
+    push_if_asked(args, Path(args.output))
 
 
 def benchmark(args: argparse.Namespace) -> None:

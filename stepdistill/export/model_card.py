@@ -14,9 +14,11 @@ from stepdistill.files.words import shortened
 EXAMPLES = {"prompt": "'your prompt'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
 """Arguments of an example call, by the kind of condition."""
 TASKS = {"prompt": "text-to-image"}
-"""The hub's name of what a pipeline does, by the kind of condition; the hub has none for classes."""
+"""The hub's name of what a pipeline of images does, by the kind of condition; the hub has none for classes."""
 MARKUP = "&<>{}[]|`*#"
 """Characters with a meaning in HTML, Markdown and Jinja."""
+FOLDER = '"path/to/this/folder"'
+"""What the calls of a card open before it is on the hub."""
 
 
 class SampleSheet(NamedTuple):
@@ -43,6 +45,16 @@ def model_card(contract: Contract, samples: SampleSheet | None = None) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def card_on_hub(card: str, name: str) -> str:
+    """Return the README of an export as it is in the repository ``name``: with calls that open it from there."""
+    ours = f"import stepdistill\n\npipe = stepdistill.load_pipeline({FOLDER})"
+    there = (
+        "from huggingface_hub import snapshot_download\n\n"
+        f'import stepdistill\n\npipe = stepdistill.load_pipeline(snapshot_download("{name}"))'
+    )
+    return card.replace(ours, there).replace(FOLDER, f'"{name}"')
+
+
 def front_matter(contract: Contract) -> str:
     """Return what the hub reads, as YAML."""
     from huggingface_hub import ModelCardData
@@ -54,10 +66,27 @@ def front_matter(contract: Contract) -> str:
     return ModelCardData(
         base_model=hub_id(origin.teacher),
         library_name="diffusers",
-        pipeline_tag=TASKS.get(contract.conditioning or "none", "unconditional-image-generation"),
+        pipeline_tag=task(contract),
         tags=["stepdistill", "distillation", *filter(None, [one_line(origin.method or "")])],
         **license,
     ).to_yaml()
+
+
+def task(contract: Contract) -> str:
+    """Return the hub's name of what the pipeline does."""
+    if makes_clips(contract):
+        return "text-to-video"
+    return TASKS.get(contract.conditioning or "none", "unconditional-image-generation")
+
+
+def makes_clips(contract: Contract) -> bool:
+    """Return whether the student makes clips (C, F, H, W)."""
+    return len(contract.sample_shape) == 4
+
+
+def sampled(contract: Contract, arguments: str) -> str:
+    """Return a line of Python that calls the pipeline."""
+    return f"clips = pipe({arguments}).frames" if makes_clips(contract) else f"images = pipe({arguments}).images"
 
 
 def introduction(contract: Contract) -> str:
@@ -96,8 +125,8 @@ With diffusers alone:
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{custom})
-images = pipe({example_call(contract)}).images
+pipe = DiffusionPipeline.from_pretrained({FOLDER}{custom})
+{sampled(contract, example_call(contract))}
 ```
 
 With stepdistill, which knows the arguments:
@@ -105,8 +134,8 @@ With stepdistill, which knows the arguments:
 ```python
 import stepdistill
 
-pipe = stepdistill.load_pipeline("path/to/this/folder")
-images = pipe({EXAMPLES[contract.conditioning or "none"]}).images
+pipe = stepdistill.load_pipeline({FOLDER})
+{sampled(contract, EXAMPLES[contract.conditioning or "none"])}
 ```
 
 Scheduler: {code(contract.scheduler)}, timesteps {contract.timesteps}.
@@ -123,7 +152,7 @@ the noise that a step adds comes from torch's global generator. For the same ima
 
 ```python
 torch.manual_seed(0)
-images = pipe({example_call(contract)}, generator=torch.Generator().manual_seed(0)).images
+{sampled(contract, example_call(contract) + ", generator=torch.Generator().manual_seed(0)")}
 ```
 
 An image then still depends on its batch. `stepdistill.load_pipeline` hands the generators on, as in training: there

@@ -30,6 +30,7 @@ from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
 from stepdistill.export.model_card import SampleSheet, model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.export.servers import mark_distilled
+from stepdistill.export.sharing import check_name
 from stepdistill.families.base import Family
 from stepdistill.families.hub import expand_home
 from stepdistill.files.weights import naming
@@ -49,6 +50,19 @@ class ExportConfig:
 
     frozen: Literal["copy", "link"] = "copy"
     """Whether VAE, text encoders and tokenizers are copied into the export, or links to the teacher's."""
+    push_to_hub: str | None = None
+    """Repository on the hub, ``user/name``, to which the finished student is uploaded."""
+    private: bool = False
+    """Whether a new repository is hidden from others."""
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub is None and self.private:
+            raise ValueError("private: expected push_to_hub, which says where, got none")
+        if self.push_to_hub is None:
+            return
+        check_name(self.push_to_hub)
+        if self.frozen == "link":
+            raise ValueError("frozen: expected copy with push_to_hub, got link: the teacher's parts would be missing")
 
 
 def export_pipeline(

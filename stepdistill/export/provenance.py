@@ -30,6 +30,29 @@ def public_name(path: str) -> str:
     return hub_id(path) or Path(path).name
 
 
+def without_paths(value: Any) -> Any:
+    """Return a JSON value with names in place of paths: those of this machine, and whence a part was loaded.
+
+    >>> without_paths({"_name_or_path": "runs/teacher/vae", "file": f"{Path.cwd()}/a.json", "pad": "/", "n": [1]})
+    {'_name_or_path': 'vae', 'file': 'a.json', 'pad': '/', 'n': [1]}
+    """
+    if type(value) is dict:
+        return {key: public_name(old) if _is_origin(key, old) else without_paths(old) for key, old in value.items()}
+    if type(value) is list:
+        return list(map(without_paths, value))
+    return public_name(value) if type(value) is str and _is_place(value) else value
+
+
+def _is_origin(key: str, value: Any) -> bool:
+    return key in ("_name_or_path", "name_or_path") and type(value) is str
+
+
+def _is_place(text: str) -> bool:
+    """Return whether text is an absolute path in a folder of this machine."""
+    path = Path(text)
+    return len(text) < 1000 and path.is_absolute() and len(path.parts) > 2 and path.parent.is_dir()
+
+
 def teacher_license(folder: Path) -> dict[str, str]:
     """Return the licence in the front matter of a teacher's ``README.md``; empty if it says none that can be read."""
     try:

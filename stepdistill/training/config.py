@@ -55,6 +55,7 @@ FREE_KEYS = (
     "train.nan_policy", "train.timeout",
     "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
+    "export.push_to_hub", "export.private",
 )  # fmt: skip
 """Keys that may change between a run and its resumption, because the result does not depend on them."""
 

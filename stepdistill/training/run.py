@@ -20,10 +20,11 @@ from stepdistill.data.opening import open_dataset
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
-from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.pipeline import ExportConfig, export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
 from stepdistill.export.servers import dmd2_keys
+from stepdistill.export.sharing import check_upload, upload
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
@@ -128,6 +129,9 @@ class Run:
         with naming_a_failed_start():
             trainer = self.trainer()
         is_main_process = trainer.accelerator.is_main_process
+        hub = self.config.export if is_main_process else ExportConfig()
+        if hub.push_to_hub is not None:
+            check_upload(hub.push_to_hub, private=hub.private)
         with RunLock(self.folder) if is_main_process else contextlib.nullcontext(), trainer.watched():
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
@@ -140,6 +144,8 @@ class Run:
                 self.choose(trainer)
                 self.export(self.folder / "pipeline", cost)
             trainer.accelerator.wait_for_everyone()
+        if hub.push_to_hub is not None:  # the others no longer wait
+            print(f"uploaded: {upload(self.folder / 'pipeline', hub.push_to_hub, private=hub.private)}")
         return self.folder / "pipeline"
 
     def _write_config(self, identity: RunIdentity) -> None:

@@ -94,6 +94,12 @@ def test_a_card_of_which_little_is_known_says_so():
     assert "from `faces`" in card and "anna" not in card and "samples.png" not in card
 
 
+def test_a_card_of_clips_calls_for_frames():
+    card = model_card(dataclasses.replace(PLAIN, sample_shape=[4, 3, 8, 8]))
+    assert ModelCard(card).data.pipeline_tag == "text-to-video"
+    assert card.count("clips = pipe(") == card.count(").frames") == 2 and ".images" not in card
+
+
 @pytest.mark.parametrize(
     ("readme", "expected"),
     [
