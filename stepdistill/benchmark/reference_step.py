@@ -61,7 +61,7 @@ class ReferenceStep(abc.ABC):
         if self.guidance == 0:
             return conditional
         null = self.teacher(x_t, t, self.family.null_cond(cond))
-        return guide(conditional, null, self.guidance, x_t, t, self.family.schedule, "none")
+        return guide(conditional, null, self.guidance, x_t, t, self.family.schedule)
 
     def autocast(self, batch: Batch) -> torch.autocast:
         """Return a context in which networks compute in the wanted precision."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.diffusion.guidance import Rescale
+from stepdistill.diffusion.guidance import PLAIN, GuidanceRule, PipelineRescale
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
@@ -99,8 +99,10 @@ class Family(abc.ABC):
     """Whether the stock pipeline passes its generators to its scheduler; else a step's noise is the global one's."""
     guidance_convention: str = "diffusers: unconditional + guidance_scale * (conditional - unconditional); 1 is none"
     """What a call's ``guidance_scale`` means."""
-    guidance_rescale: ClassVar[Rescale] = "none"
-    """What the teacher's own pipeline does with a guided velocity, see :mod:`stepdistill.diffusion.guidance`."""
+    guidance_rule: GuidanceRule = PLAIN
+    """What the teacher's own pipeline does with a guided prediction, see :mod:`stepdistill.families.guiding`."""
+    can_rescale: ClassVar[PipelineRescale] = "none"
+    """What that pipeline does if it is asked to rescale."""
     pipeline_kwargs: Mapping[str, Any] = MappingProxyType({})
     """Arguments with which a call of the pipeline samples as this family calls its networks, if it accepts them."""
     code: Mapping[str, bytes] = MappingProxyType({})

@@ -83,7 +83,7 @@ class Chroma(PlainLatentFamily, TextToImageFamily):
         text, places = cond["encoder_hidden_states"].to(x_t.dtype), image_ids(x_t)
         tokens = network(
             hidden_states=pack(x_t),
-            timestep=timestep / 1000,
+            timestep=timestep.to(x_t.dtype) / 1000,  # rounded first, as the pipeline does
             encoder_hidden_states=text,
             img_ids=places,
             txt_ids=x_t.new_zeros(text.shape[1], 3),

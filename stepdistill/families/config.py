@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
-from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
+from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 
 Resolution: TypeAlias = PositiveInt | tuple[PositiveInt, PositiveInt]
 """Side of square images in pixels, or their height and width."""
@@ -37,6 +37,10 @@ class TeacherConfig:
     """Number of frames of a video teacher's clips; None is its pipeline's default."""
     guidance_scale: NonNegativeFloat | None = None
     """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
+    guidance_rescale: NonNegativeFloat | None = None
+    """What the teacher's pipeline calls ``guidance_rescale`` (Stable Diffusion, SDXL) or ``cfg_normalization``."""
+    guidance_interval: tuple[Share, Share] | None = None
+    """Times above the first and up to the second at which the teacher is guided; None is all."""
     trust_remote_code: bool = False
     """Whether Python files in the teacher's folder may run; its student's export then contains them."""
     trust_pickles: bool = False
@@ -45,6 +49,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.resolution is not None and len(sides_of(self.resolution)) != 2:
             raise ValueError(f"resolution: expected a side or [height, width], got {list(sides_of(self.resolution))}")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval: expected [low, high], got {list(self.guidance_interval)}")
 
 
 def sides_of(resolution: Resolution) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ class Flux(PlainLatentFamily, TextToImageFamily):
         )
         tokens = network(
             hidden_states=pack(x_t),
-            timestep=timestep / 1000,
+            timestep=timestep.to(x_t.dtype) / 1000,  # rounded first, as the pipeline does
             guidance=guidance,
             img_ids=image_ids(x_t),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=x_t.dtype, device=x_t.device),

@@ -140,7 +140,7 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
         text, scale = cond["encoder_hidden_states"].to(x_t.dtype), self.guidance_scale
         tokens = network(
             hidden_states=self.pack(x_t),
-            timestep=timestep / 1000,
+            timestep=timestep.to(x_t.dtype) / 1000,  # rounded first, as the pipeline does
             guidance=None if scale is None else torch.full((count,), scale, device=x_t.device),
             encoder_hidden_states=text,
             txt_ids=places(count, 1, 1, text.shape[1]).to(x_t.device),

@@ -15,6 +15,7 @@ import torch
 import stepdistill.families as package
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
+from stepdistill.families.guiding import guided_as_asked
 from stepdistill.families.hub import locate
 from stepdistill.files.reading import read_json
 from stepdistill.files.weights import naming
@@ -62,7 +63,7 @@ def load_teacher(config: TeacherConfig) -> Family:
     check_parts(place, cls)
     check_settings(place)
     with fitting(place, cls):
-        return cls.load(place, config)
+        return guided_as_asked(cls.load(place, config), config)
 
 
 def load_checkpoint(file: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> Family:
@@ -74,7 +75,7 @@ def load_checkpoint(file: Path, config: TeacherConfig, known: dict[str, type[Fam
     if config.family not in (None, cls.__module__.rpartition(".")[2]):
         raise ValueError(f"teacher.family: got {config.family!r}, but {file} is a {type(pipe).__name__}")
     with fitting(file, cls):
-        return cls.from_pipe(pipe, config)
+        return guided_as_asked(cls.from_pipe(pipe, config), config)
 
 
 def find_family(folder: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> type[Family]:

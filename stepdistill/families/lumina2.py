@@ -27,10 +27,11 @@ class Lumina2(PlainLatentFamily, TextToImageFamily):
     feature_blocks = ("layers",)
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     loads_lora = True
+    can_rescale = "row"
 
     def __init__(self, pipe: Any, **options: Any) -> None:
         super().__init__(pipe, **options)
-        # the pipeline's norm is over rows of pixels, which no paper asks for: our calls leave it out
+        # the pipeline's norm is over rows of pixels, which no paper asks for: only teacher.guidance_rescale turns it on
         self.pipeline_kwargs = {
             **self.pipeline_kwargs, "cfg_normalization": False, "max_sequence_length": self.sequence_length,
         }  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.guidance import Rescale
+from stepdistill.diffusion.guidance import GuidanceRule
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.families.flux import dynamic_shift, pack, unpack
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
@@ -38,7 +38,7 @@ class QwenImage(PlainLatentFamily, TextToImageFamily):
         "txt_mlp.net.2",
     )  # fmt: skip
     loads_lora = True
-    guidance_rescale: ClassVar[Rescale] = "token"
+    guidance_rule = GuidanceRule("token")
     guidance_convention = "true_cfg_scale of QwenImagePipeline, which keeps the conditional norm; 1 is none"
 
     def __init__(self, pipe: Any, **options: Any) -> None:
@@ -112,7 +112,7 @@ class QwenImage(PlainLatentFamily, TextToImageFamily):
         _, _, height, width = x_t.shape
         tokens = network(
             hidden_states=pack(x_t),
-            timestep=timestep / 1000,
+            timestep=timestep.to(x_t.dtype) / 1000,  # rounded first, as the pipeline does
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_hidden_states_mask=cond["encoder_hidden_states_mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),

@@ -34,6 +34,7 @@ class SDXL(TextToImageFamily):
     feature_blocks = ("down_blocks", "mid_block")
     lora_targets = UNET_LORA_TARGETS
     head = "conv_out"
+    can_rescale = "deviation"
     loads_lora = True
 
     def __init__(self, pipe: Any, **options: Any) -> None:

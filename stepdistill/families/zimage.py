@@ -33,6 +33,7 @@ class ZImage(PlainLatentFamily, TextToImageFamily):
         "feed_forward.w2", "feed_forward.w3",
     )  # fmt: skip
     loads_lora = True
+    can_rescale = "global"
     guidance_convention = "Z-Image: conditional + guidance_scale * (conditional - unconditional); 0 is none"
 
     def __init__(self, pipe: Any, **options: Any) -> None:

@@ -15,6 +15,7 @@ from stepdistill.diffusion.reading import noise_process, read_schedule
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
+from stepdistill.families.guiding import guiding_arguments
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.words import nearest
@@ -90,6 +91,7 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     own = solver == "DDIM" and family.prediction_type == "flow"
     pipeline = family.teacher_pipeline(None if own else make_solver(solver, family.scheduler_config))
     accepted = inspect.signature(type(pipeline).__call__).parameters
-    call = {name: value for name, value in family.pipeline_kwargs.items() if name in accepted}
+    asked = {**family.pipeline_kwargs, **guiding_arguments(family)}
+    call = {name: value for name, value in asked.items() if name in accepted}
     contract = read_contract(locate(config))
     return apply_contract(pipeline, dataclasses.replace(contract, call=contract.call or call))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -89,8 +90,10 @@ class Denoiser:
     ) -> tuple[Prediction, Prediction]:
         """Return the prediction under guidance weight ``w`` and the conditional one, of one call of twice the batch."""
         conditional, null = conditional_and_null(self, x_t, t, cond, self.family.null_cond(cond))
-        rescale = self.family.guidance_rescale if rescale == "none" else rescale
-        return guide(conditional, null, w, x_t, t, self.schedule, rescale), conditional
+        rule = self.family.guidance_rule
+        if rescale != "none":
+            rule = dataclasses.replace(rule, rescale=rescale, amount=1.0)
+        return guide(conditional, null, w, x_t, t, self.schedule, rule), conditional
 
     @torch.no_grad()
     def jvp(
@@ -167,4 +170,4 @@ def classifier_free_guidance(
 ) -> Prediction:
     """Return the guided prediction; arguments as for :func:`conditional_and_null` and :func:`guide`."""
     conditional, unconditional = conditional_and_null(denoiser, x_t, t, cond, null)
-    return guide(conditional, unconditional, w, x_t, t, denoiser.schedule, denoiser.family.guidance_rescale)
+    return guide(conditional, unconditional, w, x_t, t, denoiser.schedule, denoiser.family.guidance_rule)

@@ -9,7 +9,7 @@ from network_calls import calls_of
 from oracles import SCHEDULES, Gaussian, Oracle, points, teacher_denoiser, three_clusters
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.guidance import from_flow, guide, rescaled
+from stepdistill.diffusion.guidance import GuidanceRule, from_flow, guide, rescaled
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import DDIM, Visit
@@ -66,7 +66,7 @@ def classes(kind="v_prediction", schedule=COSINE, **options):
 def test_a_scale_of_one_is_the_conditional_prediction_whatever_the_rescaling(name, prediction, kind):
     schedule, x_t, t = SCHEDULES[name], torch.randn(3, 2, 4, 4).double(), torch.tensor([0.2, 0.5, 0.9]).double()
     given, free = (from_flow(torch.randn_like(x_t), x_t, t, schedule) for _ in range(2))
-    for seen, expected in zip(guide(given, free, 0.0, x_t, t, schedule, kind), given, strict=True):
+    for seen, expected in zip(guide(given, free, 0.0, x_t, t, schedule, GuidanceRule(kind)), given, strict=True):
         torch.testing.assert_close(seen, expected)
 
 
