@@ -24,6 +24,7 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
 from stepdistill.export.servers import dmd2_keys
+from stepdistill.families.additions import triggers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
@@ -70,7 +71,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
-        self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
+        self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
         needs_images = self.method.trains_on_images(config.method)
@@ -202,6 +203,8 @@ class Run:
         origin = Origin(
             method=self.config.method_name,
             teacher=self.config.teacher.path,
+            teacher_options=self.config.teacher.options(),
+            triggers=triggers(self.config.teacher),
             teacher_sha256=self.teacher_fingerprint,
             license=teacher_license(locate(self.config.teacher)),
             data=None if self.config.data.path is None else public_name(self.config.data.path),

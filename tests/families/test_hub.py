@@ -68,6 +68,12 @@ def test_variants_and_pickles_are_fetched_only_where_there_is_nothing_else():
     assert trusting == ["README.md", "unet/m.py", "unet/diffusion_pytorch_model.bin", plain[1]]
 
 
+def test_the_variant_of_the_configuration_is_fetched():
+    wanted = wanted_files(SDXL, SDXL_PARTS, pickles=False, code=False, variant="fp16")
+    weights = [name for name in wanted if name.endswith(".safetensors")]
+    assert weights and all(name.endswith(".fp16.safetensors") for name in weights)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub with one repository; returns the patterns that were asked of it."""

@@ -1,0 +1,132 @@
+"""The adapter as ComfyUI reads it: stock diffusers makes the same weights of it, and so do its converters."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stepdistill.export.adapters import COMFYUI, write_adapter
+from stepdistill.export.contract import Contract, Origin
+from stepdistill.export.kohya import DOWN, UP, kohya_weights, original_layers
+from stepdistill.families.flux import Flux
+from stepdistill.families.flux2 import Flux2
+from stepdistill.families.qwen_image import QwenImage
+from stepdistill.families.sana import Sana
+from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
+from stepdistill.families.sdxl import SDXL
+from stepdistill.families.wan import Wan
+from stepdistill.families.zimage import ZImage
+from stepdistill.networks.adapter_bank import AdapterBank
+from stepdistill.networks.bank import STUDENT
+
+CONTRACT = Contract(
+    steps=4, guidance_scale=1.0, scheduler="LCMScheduler", timesteps=[999, 749, 499, 249],
+    origin=Origin(method="lcm", triggers=["<cat>", "ink style"]),
+)  # fmt: skip
+
+
+def trained(family):
+    """A bank whose student's adapter is random, around a copy of the teacher's network."""
+    bank = AdapterBank(copy.deepcopy(family.network), rank=2, targets=family.lora_targets)
+    bank.fork(STUDENT)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in bank.params(STUDENT):
+            parameter.normal_()
+    return bank
+
+
+def products(adapter):
+    """The difference to the weights that an adapter is, by layer."""
+    layers = [name.removesuffix(DOWN) for name in adapter if name.endswith(DOWN)]
+    return {layer: adapter[layer + UP].flatten(1) @ adapter[layer + DOWN].flatten(1) for layer in layers}
+
+
+@pytest.mark.parametrize("kind", [SD, SDXL, Flux2, QwenImage, Wan, ZImage])
+def test_stock_diffusers_makes_the_students_weights_of_the_file(tmp_path, kind):
+    family = kind.tiny()
+    bank = trained(family)
+    write_adapter(family.pipe, family.component, bank.lora_state(STUDENT), CONTRACT, tmp_path)
+    family.pipe.load_lora_weights(tmp_path, weight_name=COMFYUI)
+    family.pipe.fuse_lora(components=[family.component])
+    family.pipe.unload_lora_weights()
+    expected = bank.extract(STUDENT).state_dict()
+    torch.testing.assert_close(family.network.state_dict(), expected, rtol=1e-5, atol=1e-5)
+
+
+def full_size_flux():
+    """An adapter of one double and one single block of FLUX.1, whose sizes diffusers' converter has built in."""
+    single, double, width = "single_transformer_blocks.0.", "transformer_blocks.0.", 3072
+    outs = {f"{double}attn.{name}": width for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")}
+    outs |= {f"{double}attn.add_{name}_proj": width for name in "qkv"}
+    outs |= {f"{double}{name}.net.0.proj": 4 * width for name in ("ff", "ff_context")}
+    outs |= {f"{double}{name}.net.2": width for name in ("ff", "ff_context")}
+    outs |= {f"{single}attn.to_{name}": width for name in "qkv"}
+    outs |= {f"{single}proj_mlp": 4 * width, f"{single}proj_out": width, "proj_out": 64}
+    return {f"{name}{end}": torch.randn(shape) for name, out in outs.items()
+            for end, shape in ((DOWN, (2, 8)), (UP, (out, 2)))}  # fmt: skip
+
+
+@pytest.mark.parametrize("network", ["FluxTransformer2DModel", "ChromaTransformer2DModel"])
+def test_diffusers_converts_flux_back_to_the_same_tensors(network):
+    adapter = full_size_flux()
+    assert {name.removesuffix(DOWN) for name in adapter if name.endswith(DOWN)} == {
+        name for name in (name.replace(".1.", ".0.") for name, _ in Flux.tiny().network.named_modules())
+        if name.endswith(Flux.lora_targets)
+    }  # fmt: skip
+    back = _convert_kohya_flux_lora_to_diffusers(dict(kohya_weights(network, adapter)))
+    torch.testing.assert_close(back, {f"transformer.{name}": tensor for name, tensor in adapter.items()})
+
+
+class Lenient(dict):
+    """A checkpoint of a few weights, of which a converter may ask for all."""
+
+    def pop(self, key, default=None):
+        return super().pop(key, torch.zeros(6))
+
+
+@pytest.mark.parametrize("dual_attention", [False, True])
+def test_sd3_is_changed_where_diffusers_converts_the_original_to(dual_attention):
+    family = SD3.tiny(dual_attention=dual_attention)
+    adapter = trained(family).lora_state(STUDENT)
+    weights = kohya_weights("SD3Transformer2DModel", adapter)
+    changed = Lenient()
+    for name in original_layers("SD3Transformer2DModel", adapter):
+        key = f"lora_unet_{name.replace('.', '_')}"  # ComfyUI's rule for every model
+        up, down = (weights.pop(f"{key}.lora_{end}.weight") for end in ("up", "down"))
+        changed[f"{name}.weight"] = up @ down * weights.pop(f"{key}.alpha") / len(down)
+    assert not weights
+    for _ in range(2):  # by the names of these it counts the blocks
+        changed[f"joint_blocks.{_}.context_block.attn.ln_k.weight"] = torch.zeros(6)
+    found = convert_sd3_transformer_checkpoint_to_diffusers(changed)
+    for layer, product in products(adapter).items():
+        torch.testing.assert_close(found[f"{layer}.weight"], product)
+
+
+def test_the_header_says_rank_use_and_triggers(tmp_path):
+    family = SD.tiny()
+    write_adapter(family.pipe, "unet", trained(family).lora_state(STUDENT), CONTRACT, tmp_path)
+    with safe_open(tmp_path / COMFYUI, framework="pt") as file:
+        header = file.metadata()
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "2")
+    assert header["modelspec.trigger_phrase"] == "<cat>, ink style"
+    assert header["modelspec.usage_hint"] == "4 steps, guidance scale 1, LCMScheduler at [999, 749, 499, 249]"
+    alphas = {tensor.item() for name, tensor in load_file(tmp_path / COMFYUI).items() if name.endswith(".alpha")}
+    assert alphas == {2}
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [
+        ("SanaTransformer2DModel", Sana.lora_targets),
+        ("FluxTransformer2DModel", ("single_transformer_blocks.0.attn.to_q",)),
+        ("FluxTransformer2DModel", ("norm_out.linear",)),
+    ],
+)
+def test_layers_without_an_original_name_have_no_such_file(network, layers):
+    assert kohya_weights(network, {f"{layer}{DOWN}": torch.zeros(1, 1) for layer in layers}) is None
