@@ -38,7 +38,7 @@ def add_to_teacher(pipe: Any, config: TeacherConfig) -> None:
     for path, weight in config.added_loras():
         fuse(pipe, only_file(path, "teacher.lora"), weight)
     for word, path in (config.embeddings or {}).items():
-        add_word(pipe, word, only_file(path, f"teacher.embeddings.{word}"))
+        add_word(pipe, word, only_file(path, "teacher.embeddings"))
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA
@@ -101,7 +101,7 @@ def triggers(config: TeacherConfig) -> list[str]:
 
 def add_word(pipe: Any, word: str, file: Path) -> None:
     """Give a word the embeddings in a file, one or several vectors, in every text encoder of a pipeline."""
-    key, kind = f"teacher.embeddings.{word}", type(pipe).__name__
+    key, kind = f"teacher.embeddings: {word}", type(pipe).__name__
     encoders = [part for part in (pipe.components.get(encoder) for encoder, _ in ENCODERS.values()) if part is not None]
     if not hasattr(pipe, "load_textual_inversion") or not all("CLIP" in type(part).__name__ for part in encoders):
         raise ValueError(f"{key}: expected none, because words are added to CLIP alone, got {file} for a {kind}")

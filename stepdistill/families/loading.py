@@ -17,6 +17,7 @@ from stepdistill.families.additions import add_to_teacher
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import expand_home, locate
+from stepdistill.families.network_file import companion, network_class, read_network_file
 from stepdistill.files.reading import read_json
 from stepdistill.files.weights import naming, variants
 from stepdistill.files.words import nearest
@@ -77,7 +78,6 @@ def load_checkpoint(file: Path, config: TeacherConfig, known: dict[str, type[Fam
 
     It is whole (:mod:`stepdistill.families.single_file`) or of a network (:mod:`stepdistill.families.network_file`).
     """
-    from stepdistill.families.network_file import companion
     from stepdistill.families.single_file import open_checkpoint, pipeline_name
 
     pipeline = pipeline_name(file, config)
@@ -123,17 +123,6 @@ def can_be_observed(pipeline: str | None) -> bool:
     taken = inspect.signature(cls.__call__).parameters
     needed = {name for name, parameter in taken.items() if parameter.default is parameter.empty} - {"self", "kwargs"}
     return "prompt" in taken and needed <= {"prompt"} and not {"image", "image_embeds"} & taken.keys()
-
-
-def network_class(folder: Path, component: str) -> str | None:
-    """Return the class name in ``<component>/config.json``, or None if there is no such component."""
-    path = folder / component / "config.json"
-    if not path.is_file():
-        return None
-    name = read_json(path).get("_class_name")
-    if type(name) is not str:
-        raise ValueError(f"teacher.path: {path}: _class_name: expected the class of the network, got {name!r}")
-    return name
 
 
 def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
@@ -216,8 +205,6 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
         raise ValueError(
             f"teacher.path: {folder}: no model_index.json; expected a complete pipeline (VAE, text encoder, ...)"
         )
-    from stepdistill.families.network_file import read_network_file
-
     options: dict[str, Any] = {
         "dtype": {"default": torch.float32, component: getattr(torch, config.dtype)}, "variant": config.variant,
     }  # fmt: skip

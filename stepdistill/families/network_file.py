@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import expand_home, fetch, is_path, nearest_place
-from stepdistill.families.loading import network_class
+from stepdistill.families.single_file import SAFETENSORS
+from stepdistill.files.reading import read_json
 from stepdistill.files.weights import LIBRARY_ERRORS, READING, first_names, naming
 
 NETWORKS = ("unet", "transformer")
@@ -67,7 +69,7 @@ def read_network_file(file: Path, folder: Path, component: str, dtype: str) -> A
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     name = network_class(folder, component)
-    if name not in SINGLE_FILE_LOADABLE_CLASSES:
+    if name is None or name not in SINGLE_FILE_LOADABLE_CLASSES:
         raise ValueError(f"teacher.path: {file}: expected a folder, because diffusers reads no single file of {name}")
     cls = getattr(diffusers, name)
     settings = cls.load_config(folder, subfolder=component, local_files_only=True)
@@ -114,7 +116,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
     with READING, naming(file):
-        weights: dict[str, Tensor] = load_single_file_checkpoint(str(file))
+        weights = load_file(file) if file.suffix in SAFETENSORS else load_single_file_checkpoint(str(file))
     if others := [name for name in weights if name.startswith(OTHER_PARTS)]:
         raise ValueError(
             f"teacher.path: {file}: expected a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, or a network "
@@ -142,3 +144,14 @@ def found_in(weights: Mapping[str, Tensor]) -> str:
         return f"{len(weights)} weights such as {first_names(list(weights)[:1])}"
     place = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {}).get("pretrained_model_name_or_path")
     return f"a network of the kind {kind!r}{f' ({place})' if place else ''}"
+
+
+def network_class(folder: Path, component: str) -> str | None:
+    """Return the class name in ``<component>/config.json``, or None if there is no such component."""
+    path = folder / component / "config.json"
+    if not path.is_file():
+        return None
+    name = read_json(path).get("_class_name")
+    if type(name) is not str:
+        raise ValueError(f"teacher.path: {path}: _class_name: expected the class of the network, got {name!r}")
+    return name

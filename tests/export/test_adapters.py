@@ -7,9 +7,8 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from stepdistill.export.adapters import COMFYUI, write_adapter
+from stepdistill.export.adapters import COMFYUI, header, write_adapter
 from stepdistill.export.contract import Contract, Origin
 from stepdistill.export.kohya import DOWN, UP, kohya_weights, original_layers
 from stepdistill.families.flux import Flux
@@ -57,6 +56,8 @@ def test_stock_diffusers_makes_the_students_weights_of_the_file(tmp_path, kind):
     family.pipe.unload_lora_weights()
     expected = bank.extract(STUDENT).state_dict()
     torch.testing.assert_close(family.network.state_dict(), expected, rtol=1e-5, atol=1e-5)
+    with safe_open(tmp_path / COMFYUI, framework="pt") as file:
+        assert file.metadata() == header(CONTRACT, 2)
 
 
 def full_size_flux():
@@ -80,11 +81,17 @@ def test_diffusers_converts_flux_back_to_the_same_tensors(network):
         if name.endswith(Flux.lora_targets)
     }  # fmt: skip
     back = _convert_kohya_flux_lora_to_diffusers(dict(kohya_weights(network, adapter)))
-    torch.testing.assert_close(back, {f"transformer.{name}": tensor for name, tensor in adapter.items()})
+    expected = {f"transformer.{name}": tensor for name, tensor in adapter.items()}
+    for end in (DOWN, UP):  # diffusers 0.42 forgets the prefix of the last layer
+        expected[f"proj_out{end}"] = expected.pop(f"transformer.proj_out{end}")
+    torch.testing.assert_close(back, expected)
 
 
 class Lenient(dict):
     """A checkpoint of a few weights, of which a converter may ask for all."""
+
+    def __missing__(self, key):
+        return torch.zeros(6)
 
     def pop(self, key, default=None):
         return super().pop(key, torch.zeros(6))
@@ -101,23 +108,16 @@ def test_sd3_is_changed_where_diffusers_converts_the_original_to(dual_attention)
         up, down = (weights.pop(f"{key}.lora_{end}.weight") for end in ("up", "down"))
         changed[f"{name}.weight"] = up @ down * weights.pop(f"{key}.alpha") / len(down)
     assert not weights
-    for _ in range(2):  # by the names of these it counts the blocks
-        changed[f"joint_blocks.{_}.context_block.attn.ln_k.weight"] = torch.zeros(6)
     found = convert_sd3_transformer_checkpoint_to_diffusers(changed)
     for layer, product in products(adapter).items():
         torch.testing.assert_close(found[f"{layer}.weight"], product)
 
 
-def test_the_header_says_rank_use_and_triggers(tmp_path):
-    family = SD.tiny()
-    write_adapter(family.pipe, "unet", trained(family).lora_state(STUDENT), CONTRACT, tmp_path)
-    with safe_open(tmp_path / COMFYUI, framework="pt") as file:
-        header = file.metadata()
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "2")
-    assert header["modelspec.trigger_phrase"] == "<cat>, ink style"
-    assert header["modelspec.usage_hint"] == "4 steps, guidance scale 1, LCMScheduler at [999, 749, 499, 249]"
-    alphas = {tensor.item() for name, tensor in load_file(tmp_path / COMFYUI).items() if name.endswith(".alpha")}
-    assert alphas == {2}
+def test_the_header_says_rank_use_and_triggers():
+    facts = header(CONTRACT, 2)
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("2", "2")
+    assert facts["modelspec.trigger_phrase"] == "<cat>, ink style"
+    assert facts["modelspec.usage_hint"] == "4 steps, guidance scale 1, LCMScheduler at [999, 749, 499, 249]"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 
 from stepdistill import load_pipeline
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.hub import locate, unreachable, wanted_files
+from stepdistill.families.hub import fetch, locate, unreachable, wanted_files
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 
@@ -87,6 +87,11 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: names)
     return asked
+
+
+def test_the_weights_of_a_network_that_a_file_has_are_not_fetched(hub):
+    fetch(TeacherConfig(path="someone/teacher"), without=("unet",))
+    assert "unet/config.json" in hub[-1][1] and not any(name.endswith(".safetensors") for name in hub[-1][1])
 
 
 def test_a_hub_id_is_opened_from_what_was_fetched(hub):

@@ -204,16 +204,16 @@ def dry_run(folder: Path) -> None:
     main(["train", "--config", str(folder / "config.yaml"), "--dry_run"])
 
 
-def add(key: str, value: Any) -> Callable[[Path], object]:
-    """A reader of what is added to a teacher."""
+def added(folder: Path, **what: Any) -> None:
+    add_to_teacher(SD.tiny().pipe, TeacherConfig(path=str(folder), **what))
 
-    def run(folder: Path) -> None:
-        given = (
-            str(folder / value) if type(value) is str else {word: str(folder / file) for word, file in value.items()}
-        )
-        add_to_teacher(SD.tiny().pipe, TeacherConfig(path="sd", **{key: given}))
 
-    return run
+def lora(folder: Path) -> None:
+    added(folder, lora=str(folder / "lora.safetensors"))
+
+
+def word(folder: Path) -> None:
+    added(folder, embeddings={"<cat>": str(folder / "word.safetensors")})
 
 
 def with_overrides(folder: Path) -> None:
@@ -293,8 +293,8 @@ SUBJECTS = (
     Subject("teacher/unet/config.json", JSON, dry_run, MODEL),
     Subject("teacher/scheduler/scheduler_config.json", JSON, dry_run, MODEL),
     Subject("teacher/unet/diffusion_pytorch_model.safetensors", WEIGHTS, dry_run, MODEL),
-    Subject("lora.safetensors", WEIGHTS, guarded(add("lora", "lora.safetensors"))),
-    Subject("word.safetensors", WEIGHTS, guarded(add("embeddings", {"<cat>": "word.safetensors"}))),
+    Subject("lora.safetensors", WEIGHTS, guarded(lora)),
+    Subject("word.safetensors", WEIGHTS, guarded(word)),
     Subject("run/pipeline/model_index.json", JSON, generate, MODEL),
     Subject("run/pipeline/stepdistill.json", JSON, generate, MODEL),
     Subject("run/pipeline/scheduler/scheduler_config.json", JSON, generate, MODEL),
