@@ -56,6 +56,10 @@ NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
         (r"blocks\.(\d+)\.attn2\.to_([qkvo])(?:ut\.0)?", r"blocks.\1.cross_attn.\2"),
         (r"blocks\.(\d+)\.ffn\.net\.(\d)(?:\.proj)?", r"blocks.\1.ffn.\2"),
     ),
+    "Lumina2Transformer2DModel": (
+        (r"(.+)\.attn\.to_(?P<part>[qkv])", r"\1.attention.qkv"),
+        (r"(.+)\.attn\.to_out\.0", r"\1.attention.out"),
+    ),
     "ZImageTransformer2DModel": (
         (r"(.+\.attention)\.to_(?P<part>[qkv])", r"\1.qkv"),
         (r"(.+\.attention)\.to_out\.0", r"\1.out"),

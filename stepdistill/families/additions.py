@@ -134,7 +134,7 @@ def only_file(path: str, key: str) -> Path:
     """Return a safetensors file: itself, the only one of a folder, or the only one of a repository on the hub.
 
     Raises:
-        ValueError: if there is none, or there are several and none has diffusers' own name.
+        ValueError: if there is none, it cannot be read, or there are several and none has diffusers' own name.
     """
     place = expand_home(path)
     if not place.exists():
@@ -150,4 +150,8 @@ def only_file(path: str, key: str) -> Path:
         place = (own or files)[0]
     if place.suffix != ".safetensors":
         raise ValueError(f"{key}: {place}: expected a .safetensors file, got {place.suffix or 'no ending'}")
+    try:
+        weight_names(place)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
     return place

@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_lumina2_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from safetensors import safe_open
 
 from stepdistill.export.adapters import COMFYUI, header, write_adapter
@@ -97,20 +100,33 @@ class Lenient(dict):
         return super().pop(key, torch.zeros(6))
 
 
-@pytest.mark.parametrize("dual_attention", [False, True])
-def test_sd3_is_changed_where_diffusers_converts_the_original_to(dual_attention):
-    family = SD3.tiny(dual_attention=dual_attention)
-    adapter = trained(family).lora_state(STUDENT)
-    weights = kohya_weights("SD3Transformer2DModel", adapter)
-    changed = Lenient()
-    for name in original_layers("SD3Transformer2DModel", adapter):
-        key = f"lora_unet_{name.replace('.', '_')}"  # ComfyUI's rule for every model
+def changed_weights(network, adapter):
+    """The original checkpoint's difference, by ComfyUI's rule for the names of every model."""
+    weights, changed = kohya_weights(network, adapter), Lenient()
+    for name in original_layers(network, adapter):
+        key = f"lora_unet_{name.replace('.', '_')}"
         up, down = (weights.pop(f"{key}.lora_{end}.weight") for end in ("up", "down"))
         changed[f"{name}.weight"] = up @ down * weights.pop(f"{key}.alpha") / len(down)
     assert not weights
-    found = convert_sd3_transformer_checkpoint_to_diffusers(changed)
+    return changed
+
+
+@pytest.mark.parametrize("dual_attention", [False, True])
+def test_sd3_is_changed_where_diffusers_converts_the_original_to(dual_attention):
+    adapter = trained(SD3.tiny(dual_attention=dual_attention)).lora_state(STUDENT)
+    found = convert_sd3_transformer_checkpoint_to_diffusers(changed_weights("SD3Transformer2DModel", adapter))
     for layer, product in products(adapter).items():
         torch.testing.assert_close(found[f"{layer}.weight"], product)
+
+
+def test_lumina_is_changed_where_diffusers_converts_the_original_to():
+    adapter = {}
+    for name, out in {"to_q": 2304, "to_k": 768, "to_v": 768, "to_out.0": 8}.items():  # the sizes of its converter
+        adapter[f"noise_refiner.1.attn.{name}{DOWN}"] = torch.randn(2, 8)
+        adapter[f"noise_refiner.1.attn.{name}{UP}"] = torch.randn(out, 2)
+    found = convert_lumina2_to_diffusers(changed_weights("Lumina2Transformer2DModel", adapter))
+    expected = {f"{layer}.weight": product for layer, product in products(adapter).items()}
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_header_says_rank_use_and_triggers():

@@ -133,6 +133,7 @@ def test_a_student_of_such_a_teacher_is_exported_with_what_it_needs(folder, tmp_
     [
         ({"lora": "none.safetensors"}, r"teacher\.lora: no folder or file 'none\.safetensors'"),
         ({"lora": "{0}"}, r"teacher\.lora: .*: expected a folder with one \.safetensors file, or a file, got .*, "),
+        ({"lora": "{0}/broken.safetensors"}, r"teacher\.lora: .*broken\.safetensors: .*cannot open it"),
         ({"lora": "{0}/notes.txt"}, r"teacher\.lora: .*notes\.txt: expected a \.safetensors file, got \.txt"),
         ({"lora": "{0}/other.safetensors"}, r"teacher\.lora: .*expected a LoRA for a StableDiffusionPipeline, got "),
         ({"lora": "{0}/wide.safetensors"}, r"teacher\.lora: .*expected a LoRA for a StableDiffusionPipeline, got "),
@@ -144,6 +145,7 @@ def test_what_cannot_be_added_is_refused_by_its_key(folder, tmp_path, options, s
     place = tmp_path / "files"
     place.mkdir()
     (place / "notes.txt").write_text("hello")
+    (place / "broken.safetensors").write_text("hello")
     save_file({"transformer.x.lora_A.weight": torch.zeros(2, 3)}, place / "other.safetensors")
     names = [f"unet.{LAYERS['unet']}.lora_{end}.weight" for end in "AB"]
     save_file({name: torch.zeros(2, 2) for name in names}, place / "wide.safetensors")
