@@ -16,6 +16,7 @@ from stepdistill import config as configuration
 from stepdistill.data.base import locate_data
 from stepdistill.data.columns import other_texts
 from stepdistill.data.inventory import take_inventory
+from stepdistill.data.latent_cache import encoders
 from stepdistill.data.opening import open_dataset
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Origin, read_contract
@@ -108,6 +109,8 @@ class Run:
     def identity(self) -> RunIdentity:
         """What must agree for a run to be resumed."""
         versions = {"teacher (weights)": self.teacher_fingerprint}
+        if self.config.teacher.lora or self.config.teacher.embeddings:
+            versions["teacher (encoders)"] = configuration.fingerprint_json(encoders(self.family))
         if self.dataset.version is not None:
             versions["data (version)"] = self.dataset.version
         data = take_inventory(self.dataset, locate_data(self.config.data).path)

@@ -10,6 +10,7 @@ from families.original_layout import save_original
 from safetensors.torch import load_file, save_file
 
 from stepdistill import load_pipeline
+from stepdistill.config import differences
 from stepdistill.data.latent_cache import encoders
 from stepdistill.export.links import frozen_folders
 from stepdistill.families.config import TeacherConfig
@@ -112,7 +113,8 @@ def test_a_student_of_such_a_teacher_is_exported_with_what_it_needs(folder, tmp_
     np.savez(tmp_path / "images.npz", **images | {"captions": np.array(["a <cat>", "a dog"] * 2)})
     config = sections(tmp_path, SD.tiny(), "lcm", "adapter", steps=1)
     config["teacher"] |= {"lora": added, "lora_weights": 0.5, "embeddings": {"<cat>": cat}}
-    export = Run(resolve(config)).train()
+    run = Run(resolve(config))
+    export = run.train()
     facts = json.loads((export / "stepdistill.json").read_text())
     assert facts["teacher_options"] == {"lora": added, "lora_weights": 0.5, "embeddings": {"<cat>": cat}}
     assert facts["triggers"] == ["<cat>", "ink style"]
@@ -122,6 +124,9 @@ def test_a_student_of_such_a_teacher_is_exported_with_what_it_needs(folder, tmp_
     fused = load_teacher(resolve(config).teacher).pipe
     torch.testing.assert_close(student.text_encoder.state_dict(), fused.text_encoder.state_dict())
     assert student.tokenizer.get_vocab() == fused.tokenizer.get_vocab()
+    before = run.identity.values
+    word(SD.tiny(), tmp_path / "cat.safetensors", anything=2)  # another file under the same name
+    assert differences(before, Run(resolve(config)).identity.values)[0].startswith("teacher (encoders): was ")
     fused.load_lora_weights(export / "lora", weight_name="comfyui.safetensors")
     fused.fuse_lora(components=["unet"])
     fused.unload_lora_weights()

@@ -183,6 +183,17 @@ def test_the_variant_of_the_configuration_is_read_where_a_part_has_it(tmp_path):
         load_teacher(TeacherConfig(path=str(folder), variant="bf16"))
 
 
+def test_a_run_starts_from_a_student_in_shards_of_a_variant(tmp_path):
+    student = SD.tiny(seed=1)
+    folder = save_teacher(student, tmp_path)
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    student.network.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="50KB")
+    weights = read_student(str(folder), TeacherConfig(path="teacher"), SD.tiny())
+    expected = {name: tensor.float() for name, tensor in student.network.state_dict().items()}
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
 def test_no_export_links_to_plain_files_beside_the_variant_that_is_read(tmp_path):
     folder = save_teacher(SD.tiny(), tmp_path)
     SD.tiny().pipe.vae.half().save_pretrained(folder / "vae", variant="fp16")
