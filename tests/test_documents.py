@@ -63,6 +63,8 @@ def type_text(hint: Any) -> str:
     if origin is tuple:
         items = type_text(args[0])
         return f"list of {items.replace('list', 'lists', 1) if items.startswith('list') else items + 's'}"
+    if origin is Mapping:
+        return "section"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
 
 

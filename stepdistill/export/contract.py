@@ -59,6 +59,10 @@ class Origin:
     """Name of the distillation method."""
     teacher: str | None = None
     """``teacher.path`` of the training."""
+    teacher_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further keys of the ``teacher`` section that say which weights it has: single file, variant, LoRAs, words."""
+    triggers: list[str] = dataclasses.field(default_factory=list)
+    """Words of prompts that call what was added to the teacher."""
     license: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """The teacher's licence as its model card says it: ``license``, perhaps ``license_name`` and ``license_link``."""
     data: str | None = None

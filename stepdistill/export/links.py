@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from stepdistill.families.additions import touches_encoders
 from stepdistill.families.base import Family
+from stepdistill.families.config import TeacherConfig
 from stepdistill.files.weights import chosen_weights
 from stepdistill.loading import only_pickle, parts
 
@@ -33,17 +35,20 @@ def check_links(folder: Path) -> None:
     probe.unlink()
 
 
-def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
+def frozen_folders(teacher: Path, family: Family, config: TeacherConfig) -> dict[str, Path]:
     """Return the folders of a teacher that an export may link to: all but those of its network and its scheduler.
 
     The paths are absolute, so that the export may be moved.
 
     Raises:
         ValueError: if the teacher is a network without a pipeline or a single file, or one of its folders is missing,
-            or holds pickles, or nothing but a variant, which stock diffusers would not find.
+            or holds pickles, or is read in a variant, which stock diffusers would not find, or is changed by what is
+            added to the teacher.
     """
     if teacher.is_file():
         raise ValueError(f"export.frozen: expected copy: {teacher} is a single file, so there is no folder to link to")
+    if touches_encoders(config):
+        raise ValueError("export.frozen: expected copy: teacher.lora or teacher.embeddings change a text encoder")
     if not family.frozen_modules:
         raise ValueError(f"export.frozen: expected copy: {teacher} has nothing but its network, so nothing to link to")
     frozen = [name for name in parts(teacher) if name not in (family.component, "scheduler")]
@@ -53,9 +58,9 @@ def frozen_folders(teacher: Path, family: Family) -> dict[str, Path]:
             raise ValueError(f"export.frozen: expected copy: there is no folder {teacher / name} to link to")
         if (pickle := only_pickle(folder)) is not None:
             raise ValueError(f"export.frozen: expected copy: {pickle} is a pickle, and exports hold none")
-        variant, _ = chosen_weights((path.name for path in folder.iterdir()), pickles=False)
-        if variant is not None:
-            raise ValueError(f"export.frozen: expected copy: {folder} has its weights only as the variant {variant!r}")
+        read, _ = chosen_weights((path.name for path in folder.iterdir()), pickles=False, wanted=config.variant)
+        if read is not None:
+            raise ValueError(f"export.frozen: expected copy: {folder} is read in the variant {read!r}")
     return folders
 
 

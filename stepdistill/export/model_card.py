@@ -9,6 +9,7 @@ from PIL import Image
 
 from stepdistill.export.contract import Contract
 from stepdistill.export.provenance import hub_id, public_name
+from stepdistill.families.config import several
 from stepdistill.files.words import shortened
 
 EXAMPLES = {"prompt": "'your prompt'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
@@ -40,7 +41,7 @@ def model_card(contract: Contract, samples: SampleSheet | None = None) -> str:
     parts = [
         f"---\n{front_matter(contract)}\n---\n# A {contract.steps}-step student", introduction(contract),
         samples_text(contract, samples), call_text(contract), seeding(contract), results_text(contract),
-        training_text(contract), limits(contract), license_text(contract),
+        training_text(contract), additions_text(contract), limits(contract), license_text(contract),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -209,6 +210,25 @@ def training_text(contract: Contract) -> str:
         facts["started from the student"] = f"{code(public_name(origin.start['path']))}, whose training is counted too"
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items() if value)
     return f"## Training\n\n| what | value |\n|---|---|\n{rows}".rstrip()
+
+
+def additions_text(contract: Contract) -> str:
+    """Return what was added to the teacher, and what the student's adapter then needs; empty if nothing was."""
+    options = contract.origin.teacher_options
+    loras = several(options.get("lora", ()))
+    weights = several(options.get("lora_weights", ())) or (1,) * len(loras)
+    items = []
+    for path, weight in zip(loras, weights, strict=False):
+        name = code(public_name(str(path)))
+        items.append(f"- the LoRA {name} at the weight {plain(number(weight))}, in its weights\n")
+    for word, path in dict(options.get("embeddings", {})).items():
+        items.append(f"- the word {code(word)}, embeddings {code(public_name(str(path)))}, in its text encoders\n")
+    if not items:
+        return ""
+    return (
+        f"## Added to the teacher\n\n{''.join(items)}\nThis pipeline contains them. The adapter in `lora/`, if there "
+        "is one, does not: load them beside it, at the same weights."
+    )
 
 
 def limits(contract: Contract) -> str:

@@ -23,6 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.export.adapters import write_adapter
 from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.generators import handed_on
 from stepdistill.export.habits import check_habits
@@ -109,7 +110,7 @@ def export_pipeline(
         write_contract(contract, partial)
         save_pipeline(pipeline, partial, links, family.code, index)
         if lora is not None:
-            pipeline.save_lora_weights(partial / "lora", **{f"{family.component}_lora_layers": dict(lora)})
+            write_adapter(pipeline, family.component, lora, contract, partial / "lora")
         (partial / "README.md").write_text(model_card(contract, samples), encoding="utf-8")
         if samples is not None:
             samples.picture.save(partial / "samples.png")

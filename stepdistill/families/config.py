@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
-from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
+from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 
 Resolution: TypeAlias = PositiveInt | tuple[PositiveInt, PositiveInt]
 """Side of square images in pixels, or their height and width."""
+
+
+OPTIONS = ("config", "variant", "lora", "lora_weights", "embeddings")
+"""Keys beside the path that say which weights a teacher has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,13 +21,16 @@ class TeacherConfig:
     """The ``teacher`` section."""
 
     path: str
-    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a single-file checkpoint of Stable
-    Diffusion or SDXL, a hub id, ``embedded`` or ``faces``."""
+    """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a single-file checkpoint, a hub id,
+    ``embedded`` or ``faces``."""
     revision: str | None = None
     """Commit or tag of a hub id."""
+    variant: str | None = None
+    """Which of several precisions of the files is read (``fp16``); None is the plain files, or else what there is."""
     config: str | None = None
-    """For a single-file checkpoint: folder or hub id of a pipeline of its kind, of which only settings and tokenizers
-    are read. None is the original one on the hub."""
+    """For a single-file checkpoint: folder or hub id of a pipeline of its kind. Of a whole Stable Diffusion or SDXL,
+    only settings and tokenizers are read from there, and None is the original one on the hub; of a network alone, all
+    other parts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; students always train in float32."""
     quantization: Literal["int8"] | None = None
@@ -35,6 +43,12 @@ class TeacherConfig:
     """Side in pixels of square images, or ``[height, width]``; None is the teacher's default."""
     frames: PositiveInt | None = None
     """Number of frames of a video teacher's clips; None is its pipeline's default."""
+    lora: str | tuple[str, ...] = ()
+    """LoRAs that are fused into the teacher before it is distilled: files, folders with one, or hub ids."""
+    lora_weights: FiniteFloat | tuple[FiniteFloat, ...] = ()
+    """Their weights, as many as there are LoRAs; empty is 1 for each."""
+    embeddings: Mapping[str, str] | None = None
+    """Textual inversion: for a word that prompts may use, the file, folder or hub id of its embeddings."""
     guidance_scale: NonNegativeFloat | None = None
     """Guidance input of a teacher that has one (FLUX.1-dev); others are guided by the method."""
     guidance_rescale: NonNegativeFloat | None = None
@@ -51,8 +65,28 @@ class TeacherConfig:
             raise ValueError(f"resolution: expected a side or [height, width], got {list(sides_of(self.resolution))}")
         if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(f"guidance_interval: expected [low, high], got {list(self.guidance_interval)}")
+        if len(weights := several(self.lora_weights)) not in (0, len(several(self.lora))):
+            raise ValueError(f"lora_weights: expected one for each of teacher.lora, got {list(weights)}")
+
+    def added_loras(self) -> list[tuple[str, float]]:
+        """Return :attr:`lora` with its weights."""
+        paths = several(self.lora)
+        return list(zip(paths, several(self.lora_weights) or (1.0,) * len(paths), strict=True))
+
+    def options(self) -> dict[str, Any]:
+        """Return the keys beside :attr:`path` that say which weights the teacher has, where they are set."""
+        return {name: getattr(self, name) for name in OPTIONS if getattr(self, name)}
 
 
 def sides_of(resolution: Resolution) -> tuple[int, ...]:
     """Return the (height, width) of a resolution."""
     return (resolution, resolution) if type(resolution) is int else tuple(resolution)  # type: ignore[arg-type]
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """Return the values of a key that takes one or several.
+
+    >>> several("a"), several(("a", "b"))
+    (('a',), ('a', 'b'))
+    """
+    return tuple(value) if type(value) in (tuple, list) else (value,)

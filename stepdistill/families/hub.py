@@ -76,8 +76,12 @@ def nearest_place(place: Path) -> str:
 # --------------------------------------------------------------------------------------------- fetching
 
 
-def fetch(config: TeacherConfig) -> Path:
+def fetch(config: TeacherConfig, *, without: Collection[str] = ()) -> Path:
     """Return the snapshot of a repository with all that opening the teacher needs, or what is cached of it.
+
+    Args:
+        config: names the repository.
+        without: parts whose weights are not needed.
 
     Raises:
         ValueError: if the hub cannot be reached and nothing is cached, or refuses.
@@ -93,11 +97,16 @@ def fetch(config: TeacherConfig) -> Path:
     asked = BARE_PARTS
     if "model_index.json" in names:
         asked = parts(snapshot(config.path, config.revision, ["model_index.json"]))
-    wanted = wanted_files(names, asked, pickles=config.trust_pickles, code=config.trust_remote_code)
+    wanted = wanted_files(
+        names, asked, pickles=config.trust_pickles, code=config.trust_remote_code, variant=config.variant
+    )
+    wanted = [name for name in wanted if name.endswith(SETTINGS) or name.partition("/")[0] not in without]
     return snapshot(config.path, config.revision, wanted)
 
 
-def wanted_files(names: Iterable[str], parts: Collection[str], *, pickles: bool, code: bool) -> list[str]:
+def wanted_files(
+    names: Iterable[str], parts: Collection[str], *, pickles: bool, code: bool, variant: str | None = None
+) -> list[str]:
     """Return the files of a repository that opening a teacher needs, and its card, without duplicates of weights.
 
     Args:
@@ -105,6 +114,7 @@ def wanted_files(names: Iterable[str], parts: Collection[str], *, pickles: bool,
         parts: the folders of its pipeline's parts.
         pickles: whether weights that exist only as pickles are wanted.
         code: whether Python files are.
+        variant: which weights are preferred.
     """
     wanted, weights = [], dict[str, list[str]]()
     for name in sorted(names):
@@ -115,7 +125,7 @@ def wanted_files(names: Iterable[str], parts: Collection[str], *, pickles: bool,
         elif folder in parts:
             weights.setdefault(folder, []).append(file)
     for folder, files in weights.items():
-        for file in chosen_weights(files, pickles=pickles)[1]:
+        for file in chosen_weights(files, pickles=pickles, wanted=variant)[1]:
             wanted.append(f"{folder}/{file}")
     return wanted
 

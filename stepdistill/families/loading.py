@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 import stepdistill.families as package
+from stepdistill.families.additions import add_to_teacher
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.guiding import guided_as_asked
-from stepdistill.families.hub import locate
+from stepdistill.families.hub import expand_home, locate
+from stepdistill.families.network_file import companion, network_class, read_network_file
 from stepdistill.files.reading import read_json
-from stepdistill.files.weights import naming
+from stepdistill.files.weights import naming, variants
 from stepdistill.files.words import nearest
 from stepdistill.loading import (
     open_folder,
@@ -59,18 +61,33 @@ def load_teacher(config: TeacherConfig) -> Family:
     place = locate(config)
     if place.is_file():
         return load_checkpoint(place, config, known)
+    return load_from_folder(place, config, known)
+
+
+def load_from_folder(place: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> Family:
+    """Open the teacher in a folder, but with the network of ``teacher.path`` if that is a file."""
     cls = find_family(place, config, known) if config.family is None else known[config.family]
     check_parts(place, cls)
     check_settings(place)
+    check_variant(place, config.variant)
     with fitting(place, cls):
         return guided_as_asked(cls.load(place, config), config)
 
 
 def load_checkpoint(file: Path, config: TeacherConfig, known: dict[str, type[Family]]) -> Family:
-    """Open a single-file checkpoint; see :mod:`stepdistill.families.single_file`."""
-    from stepdistill.families.single_file import open_checkpoint
+    """Open a checkpoint.
 
-    pipe = open_checkpoint(file, config)
+    It is whole (:mod:`stepdistill.families.single_file`) or of a network (:mod:`stepdistill.families.network_file`).
+    """
+    from stepdistill.families.single_file import open_checkpoint, pipeline_name
+
+    pipeline = pipeline_name(file, config)
+    if pipeline is None:
+        return load_from_folder(companion(file, config), config, known)
+    if config.variant is not None:
+        raise ValueError(f"teacher.variant: expected none for a single file, got {config.variant!r}")
+    pipe = open_checkpoint(file, pipeline, config)
+    add_to_teacher(pipe, config)
     cls: Any = next(cls for cls in known.values() if type(pipe).__name__ in cls.pipeline_names)
     if config.family not in (None, cls.__module__.rpartition(".")[2]):
         raise ValueError(f"teacher.family: got {config.family!r}, but {file} is a {type(pipe).__name__}")
@@ -107,17 +124,6 @@ def can_be_observed(pipeline: str | None) -> bool:
     taken = inspect.signature(cls.__call__).parameters
     needed = {name for name, parameter in taken.items() if parameter.default is parameter.empty} - {"self", "kwargs"}
     return "prompt" in taken and needed <= {"prompt"} and not {"image", "image_embeds"} & taken.keys()
-
-
-def network_class(folder: Path, component: str) -> str | None:
-    """Return the class name in ``<component>/config.json``, or None if there is no such component."""
-    path = folder / component / "config.json"
-    if not path.is_file():
-        return None
-    name = read_json(path).get("_class_name")
-    if type(name) is not str:
-        raise ValueError(f"teacher.path: {path}: _class_name: expected the class of the network, got {name!r}")
-    return name
 
 
 def pipeline_class(folder: Path, trust_remote_code: bool) -> str | None:
@@ -165,6 +171,16 @@ def check_settings(folder: Path) -> None:
             )
 
 
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Raise ``ValueError``, which names those there are, if no part has the wanted variant of its weights."""
+    found = set[str]()
+    for part in folder.iterdir():
+        found |= variants(path.name for path in part.glob("*"))
+    if variant is not None and variant not in found:
+        others = ", ".join(sorted(found - {""})) or "none"
+        raise ValueError(f"teacher.variant: expected a variant that {folder} has ({others}), got {variant!r}")
+
+
 @contextlib.contextmanager
 def fitting(place: Path, cls: type[Family]) -> Iterator[None]:
     """Turn what is raised for settings that do not fit into a ``ValueError`` of the key ``teacher.path``."""
@@ -190,11 +206,18 @@ def open_pipeline(folder: Path, component: str, config: TeacherConfig) -> Any:
         raise ValueError(
             f"teacher.path: {folder}: no model_index.json; expected a complete pipeline (VAE, text encoder, ...)"
         )
-    dtype = {"default": torch.float32, component: getattr(torch, config.dtype)}
+    options: dict[str, Any] = {
+        "dtype": {"default": torch.float32, component: getattr(torch, config.dtype)}, "variant": config.variant,
+    }  # fmt: skip
+    file = expand_home(config.path)
+    if file.is_file():
+        options[component] = read_network_file(file, folder, component, config.dtype)
     with opening(folder, config):
-        return open_folder(
-            folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, dtype=dtype
+        pipe = open_folder(
+            folder, trust_remote_code=config.trust_remote_code, trust_pickles=config.trust_pickles, **options
         )
+    add_to_teacher(pipe, config)
+    return pipe
 
 
 @contextlib.contextmanager

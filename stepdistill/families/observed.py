@@ -24,7 +24,8 @@ from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import Resolution, TeacherConfig, sides_of
 from stepdistill.families.latent import TextToImageFamily
-from stepdistill.families.loading import network_class, open_pipeline
+from stepdistill.families.loading import open_pipeline
+from stepdistill.families.network_file import network_class
 from stepdistill.families.observation.guidance import is_input, read_unguided, scale_argument
 from stepdistill.families.observation.replay import (
     GUIDED,

@@ -32,6 +32,7 @@ from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
+from stepdistill.families.hub import expand_home
 from stepdistill.families.loading import opening
 from stepdistill.files.reading import read_json
 from stepdistill.files.weights import read_network
@@ -96,11 +97,20 @@ class Pixel(Family):
         for name in ("resolution", "guidance_scale"):
             if getattr(config, name) is not None:
                 raise ValueError(f"teacher.{name}: got {getattr(config, name)}, but a pixel teacher takes none")
+        if config.lora or config.embeddings:
+            key = "lora" if config.lora else "embeddings"
+            raise ValueError(f"teacher.{key}: got {getattr(config, key)}, but a pixel teacher takes none")
+        if (file := expand_home(config.path)).is_file():
+            raise ValueError(
+                f"teacher.path: {file}: expected a folder, because diffusers reads no single file of UNet2DModel"
+            )
         if not config.trust_pickles:
             refuse_pickles(folder / "unet")
         dtype = getattr(torch, config.dtype)
         with opening(folder / "unet", config):
-            network = read_network(folder / "unet", UNet2DModel, pickles=config.trust_pickles, dtype=dtype)
+            network = read_network(
+                folder / "unet", UNet2DModel, pickles=config.trust_pickles, dtype=dtype, variant=config.variant
+            )
         scheduler_config = read_json(folder / "scheduler/scheduler_config.json")
         return cls(network, scheduler_config, cls._null_class(folder, config))
 

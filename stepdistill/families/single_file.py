@@ -27,15 +27,15 @@ ENCODERS = {
 """Beginnings of names of the text encoders' weights, by pipeline."""
 
 
-def open_checkpoint(file: Path, config: TeacherConfig) -> Any:
+def open_checkpoint(file: Path, pipeline: str, config: TeacherConfig) -> Any:
     """Return the pipeline in a single file, its network in the configured precision and all other parts in float32.
 
     Raises:
-        ValueError: if it is no whole Stable Diffusion or SDXL, lacks weights, or its settings cannot be had.
+        ValueError: if it lacks weights, or its settings cannot be had.
     """
     import diffusers
 
-    cls = getattr(diffusers, pipeline_name(file, config))
+    cls = getattr(diffusers, pipeline)
     settings = settings_folder(config)
     try:
         with READING, naming(file):
@@ -52,8 +52,8 @@ def open_checkpoint(file: Path, config: TeacherConfig) -> Any:
     return pipe
 
 
-def pipeline_name(file: Path, config: TeacherConfig) -> str:
-    """Return the diffusers pipeline of a single-file checkpoint, by the names of its weights."""
+def pipeline_name(file: Path, config: TeacherConfig) -> str | None:
+    """Return the diffusers pipeline of a whole checkpoint, by the names of its weights; None for any other file."""
     if file.suffix in PICKLES and not config.trust_pickles:
         raise ValueError(f"teacher.path: {pickle_refusal(file)}")
     if file.suffix not in (*SAFETENSORS, *PICKLES):
@@ -65,11 +65,7 @@ def pipeline_name(file: Path, config: TeacherConfig) -> str:
     for pipeline, encoders in ENCODERS.items():
         if all(any(name.startswith(start) for name in names) for start in (*WHOLE, *encoders)):
             return pipeline
-    raise ValueError(
-        f"teacher.path: {file}: expected a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL (network, VAE and "
-        "text encoders); convert any other with from_single_file and save_pretrained of its own diffusers pipeline, "
-        "and give that folder"
-    )
+    return None
 
 
 def checkpoint_names(file: Path) -> set[str]:

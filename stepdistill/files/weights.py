@@ -78,16 +78,26 @@ def chosen_weights(names: Iterable[str], *, pickles: bool, wanted: str | None = 
     >>> chosen_weights(["config.json", "model.fp16.safetensors", "model.non_ema.safetensors"], pickles=False)
     ('fp16', ['model.fp16.safetensors'])
     """
-    found: dict[str, dict[str, list[str]]] = {".safetensors": {}, ".bin": {}}
-    for name in sorted(names):
-        if match := WEIGHTS.fullmatch(name):
-            variant = match["variant"] or match["old"] or ""
-            found[match["suffix"]].setdefault(variant, []).append(name)
+    found = by_format(names)
     by_variant = found[".safetensors"] or (found[".bin"] if pickles else {})
     if not by_variant:
         return None, []
     variant = next((name for name in (wanted or "", "", *VARIANTS) if name in by_variant), min(by_variant))
     return variant or None, by_variant[variant]
+
+
+def by_format(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Return the names of files of weights, in order, by suffix and variant (``""``: the plain files)."""
+    found: dict[str, dict[str, list[str]]] = {".safetensors": {}, ".bin": {}}
+    for name in sorted(names):
+        if match := WEIGHTS.fullmatch(name):
+            found[match["suffix"]].setdefault(match["variant"] or match["old"] or "", []).append(name)
+    return found
+
+
+def variants(names: Iterable[str]) -> set[str]:
+    """Return the variants of the files of weights among the names in a folder, ``""`` being the plain files."""
+    return set[str]().union(*by_format(names).values())
 
 
 def check_shards(folder: Path, variant: str | None) -> None:

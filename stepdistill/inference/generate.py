@@ -27,7 +27,7 @@ from stepdistill.data.prompts import first_prompts, prompt_lines
 from stepdistill.data.text import decode_text
 from stepdistill.export.contract import contract_of, read_contract
 from stepdistill.export.pipeline import load_pipeline
-from stepdistill.families.config import TeacherConfig
+from stepdistill.families.config import OPTIONS, TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
 from stepdistill.inference.clips import write_clip
@@ -196,9 +196,11 @@ def beside_teacher(
     """
     contract = read_contract(Path(path))
     teacher = contract.origin.teacher if other == "teacher" else other
+    options = contract.origin.teacher_options if other == "teacher" else {}
+    options = {key: value for key, value in options.items() if key in OPTIONS}
     if teacher is None:
         raise ValueError(f"--compare: the contract of {path} names no teacher; give the teacher's folder")
-    pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **trust}, "--compare"), "DDIM")
+    pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **options, **trust}, "--compare"), "DDIM")
     accepted = inspect.signature(type(pipeline).__call__).parameters
     call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance

@@ -72,7 +72,8 @@ def open_folder(folder: Path, *, trust_remote_code: bool, trust_pickles: bool, *
 def _open_checked(folder: Path, options: Mapping[str, Any]) -> DiffusionPipeline:
     """Open a folder with classes of diffusers, transformers and this package alone; none of its files is run."""
     index = read_index(folder)  # once: what is checked is what diffusers gets
-    cls, own = pipeline_class(folder, index), {}
+    cls: Any = pipeline_class(folder, index)
+    own = {}
     for name, entry in part_entries(index).items():
         part = part_class(folder, name, entry)
         if part is not None and name not in options:
@@ -80,16 +81,25 @@ def _open_checked(folder: Path, options: Mapping[str, Any]) -> DiffusionPipeline
             index[name] = ["diffusers", _kind(part)]
     index["_class_name"] = cls.__name__
     base = cls if is_our_class(cls) else DiffusionPipeline
-    pipeline = _reading(base, index).from_pretrained(folder, trust_remote_code=False, **own, **options)
+    reader = _reading(base, index, cls._optional_components)
+    pipeline = reader.from_pretrained(folder, trust_remote_code=False, **own, **options)
     if is_our_class(cls):
         pipeline.__class__ = cls
     return pipeline
 
 
-def _reading(base: type, index: Mapping[str, Any]) -> Any:
-    """Return the class ``base``, for which every folder has the given index."""
+def _reading(base: type, index: Mapping[str, Any], optional: list[str]) -> Any:
+    """Return the class ``base``, for which every folder has the given index.
+
+    With the ``optional`` parts of the folder's own class: diffusers reads again from the folder what it does not know
+    for a part.
+    """
     load_config = classmethod(lambda cls, *_, **__: dict(index))
-    return type(base.__name__, (base,), {"load_config": load_config, "__module__": base.__module__})
+    return type(
+        base.__name__,
+        (base,),
+        {"load_config": load_config, "_optional_components": optional, "__module__": base.__module__},
+    )
 
 
 def _open_part(name: str, cls: Any, place: Path, options: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from stepdistill import config as configuration
 from stepdistill.data.base import locate_data
 from stepdistill.data.columns import other_texts
 from stepdistill.data.inventory import take_inventory
+from stepdistill.data.latent_cache import encoders
 from stepdistill.data.opening import open_dataset
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.export.contract import Origin, read_contract
@@ -25,6 +26,7 @@ from stepdistill.export.provenance import public_name, teacher_license
 from stepdistill.export.replacing import check_replaceable
 from stepdistill.export.servers import dmd2_keys
 from stepdistill.export.sharing import check_upload, upload
+from stepdistill.families.additions import triggers
 from stepdistill.families.base import Family, Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
@@ -71,7 +73,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
-        self.links = {} if copied else frozen_folders(locate(config.teacher), self.family)
+        self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
         self.method = find_method(config.method_name)
         self.method.check(config.method, self.family)
         needs_images = self.method.trains_on_images(config.method)
@@ -108,6 +110,8 @@ class Run:
     def identity(self) -> RunIdentity:
         """What must agree for a run to be resumed."""
         versions = {"teacher (weights)": self.teacher_fingerprint}
+        if self.config.teacher.lora or self.config.teacher.embeddings:
+            versions["teacher (encoders)"] = configuration.fingerprint_json(encoders(self.family))
         if self.dataset.version is not None:
             versions["data (version)"] = self.dataset.version
         data = take_inventory(self.dataset, locate_data(self.config.data).path)
@@ -208,6 +212,8 @@ class Run:
         origin = Origin(
             method=self.config.method_name,
             teacher=self.config.teacher.path,
+            teacher_options=self.config.teacher.options(),
+            triggers=triggers(self.config.teacher),
             teacher_sha256=self.teacher_fingerprint,
             license=teacher_license(locate(self.config.teacher)),
             data=None if self.config.data.path is None else public_name(self.config.data.path),

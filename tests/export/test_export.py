@@ -16,6 +16,7 @@ from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
 from stepdistill.export.contract import read_contract
 from stepdistill.export.links import frozen_folders
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.networks.copy_bank import CopyBank
@@ -224,7 +225,7 @@ def teacher(tmp_path):
 
 def export_linked(teacher, folder):
     family = SD.tiny()
-    links = frozen_folders(teacher, family)
+    links = frozen_folders(teacher, family, TeacherConfig(path=str(teacher)))
     return export_pipeline(family, family.network, make_sampler(family, "ddim-4"), folder, links=links)
 
 
@@ -301,4 +302,4 @@ def test_a_teacher_that_has_nothing_to_link_to_is_refused(teacher, tmp_path):
         Run(resolve(wanted))
     shutil.rmtree(teacher / "vae")
     with pytest.raises(ValueError, match=r"no folder .*vae to link to"):
-        frozen_folders(teacher, SD.tiny())
+        frozen_folders(teacher, SD.tiny(), TeacherConfig(path=str(teacher)))

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 
 from stepdistill import load_pipeline
 from stepdistill.families.config import TeacherConfig
-from stepdistill.families.hub import locate, unreachable, wanted_files
+from stepdistill.families.hub import fetch, locate, unreachable, wanted_files
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 
@@ -68,6 +68,12 @@ def test_variants_and_pickles_are_fetched_only_where_there_is_nothing_else():
     assert trusting == ["README.md", "unet/m.py", "unet/diffusion_pytorch_model.bin", plain[1]]
 
 
+def test_the_variant_of_the_configuration_is_fetched():
+    wanted = wanted_files(SDXL, SDXL_PARTS, pickles=False, code=False, variant="fp16")
+    weights = [name for name in wanted if name.endswith(".safetensors")]
+    assert weights and all(name.endswith(".fp16.safetensors") for name in weights)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub with one repository; returns the patterns that were asked of it."""
@@ -81,6 +87,11 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: names)
     return asked
+
+
+def test_the_weights_of_a_network_that_a_file_has_are_not_fetched(hub):
+    fetch(TeacherConfig(path="someone/teacher"), without=("unet",))
+    assert "unet/config.json" in hub[-1][1] and not any(name.endswith(".safetensors") for name in hub[-1][1])
 
 
 def test_a_hub_id_is_opened_from_what_was_fetched(hub):

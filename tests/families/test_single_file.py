@@ -109,4 +109,4 @@ def test_a_pickled_checkpoint_opens_only_with_trust(tmp_path):
 
 def test_no_export_links_into_a_single_file(file):
     with pytest.raises(ValueError, match=r"export\.frozen: expected copy: .*sd\.safetensors is a single file"):
-        frozen_folders(file, SD.tiny())
+        frozen_folders(file, SD.tiny(), TeacherConfig(path=str(file)))

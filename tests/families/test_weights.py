@@ -166,8 +166,40 @@ def test_a_variant_that_is_asked_for_is_read(tmp_path):
 
 def test_no_export_links_to_a_folder_that_stock_diffusers_would_not_read(tmp_path):
     folder = as_variants(save_teacher(SD.tiny(), tmp_path), ("vae",))
-    with pytest.raises(ValueError, match=r"export\.frozen: expected copy: .*vae has its weights only as the variant"):
-        frozen_folders(folder, SD.tiny())
+    with pytest.raises(ValueError, match=r"export\.frozen: expected copy: .*vae is read in the variant 'fp16'"):
+        frozen_folders(folder, SD.tiny(), TeacherConfig(path=str(folder)))
+
+
+def test_the_variant_of_the_configuration_is_read_where_a_part_has_it(tmp_path):
+    family, folder = SD.tiny(), save_teacher(SD.tiny(), tmp_path)
+    other = SD.tiny(seed=1).network
+    other.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="50KB")  # in shards, with an index
+    assert len(list((folder / "unet").glob("*fp16-*"))) > 1
+    opened = load_teacher(TeacherConfig(path=str(folder), variant="fp16"))
+    assert opened.network.dtype == torch.float32
+    torch.testing.assert_close(opened.network.half().state_dict(), other.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(opened.pipe.vae.state_dict(), family.pipe.vae.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"^teacher\.variant: expected a variant that .* has \(fp16\), got 'bf16'"):
+        load_teacher(TeacherConfig(path=str(folder), variant="bf16"))
+
+
+def test_a_run_starts_from_a_student_in_shards_of_a_variant(tmp_path):
+    student = SD.tiny(seed=1)
+    folder = save_teacher(student, tmp_path)
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    student.network.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="50KB")
+    weights = read_student(str(folder), TeacherConfig(path="teacher"), SD.tiny())
+    expected = {name: tensor.float() for name, tensor in student.network.state_dict().items()}
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def test_no_export_links_to_plain_files_beside_the_variant_that_is_read(tmp_path):
+    folder = save_teacher(SD.tiny(), tmp_path)
+    SD.tiny().pipe.vae.half().save_pretrained(folder / "vae", variant="fp16")
+    assert "vae" in frozen_folders(folder, SD.tiny(), TeacherConfig(path=str(folder)))
+    with pytest.raises(ValueError, match=r"vae is read in the variant 'fp16'"):
+        frozen_folders(folder, SD.tiny(), TeacherConfig(path=str(folder), variant="fp16"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import yaml
 from contracts.cases import sections
 from fuzzing import mutations as m
 from PIL import Image
+from safetensors.torch import save_file
 
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.samples import Samples
@@ -27,7 +29,10 @@ from stepdistill.data.ode_pairs import Pairs, PairsConfig, make_pairs
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.protocol import PRESETS, read_protocol
 from stepdistill.evaluation.reference import Reference, ReferenceStatistics
+from stepdistill.families.additions import add_to_teacher
+from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.features.loading import load_features
 from stepdistill.files.schema import build
@@ -76,6 +81,9 @@ def make_world(folder: Path) -> None:
     make_pairs(family, pairs)
     make_pictures(folder)
     make_results(folder)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_{end}.weight": torch.randn(16, 16) for end in "AB"}, folder / "lora.safetensors")
+    save_file({"<cat>": torch.randn(2, 16)}, folder / "word.safetensors")
     network = SmallConvNet(3, 4, 4)
     network.save_pretrained(folder / "features")
     features = SmallConvNet.from_pretrained(folder / "features")
@@ -196,6 +204,18 @@ def dry_run(folder: Path) -> None:
     main(["train", "--config", str(folder / "config.yaml"), "--dry_run"])
 
 
+def added(folder: Path, **what: Any) -> None:
+    add_to_teacher(SD.tiny().pipe, TeacherConfig(path=str(folder), **what))
+
+
+def lora(folder: Path) -> None:
+    added(folder, lora=str(folder / "lora.safetensors"))
+
+
+def word(folder: Path) -> None:
+    added(folder, embeddings={"<cat>": str(folder / "word.safetensors")})
+
+
 def with_overrides(folder: Path) -> None:
     text = (folder / "overrides.txt").read_bytes().decode("utf-8", "surrogateescape").replace("\0", "")
     overrides = [line for line in text.split("\n") if line and not line.startswith("-")]
@@ -273,6 +293,8 @@ SUBJECTS = (
     Subject("teacher/unet/config.json", JSON, dry_run, MODEL),
     Subject("teacher/scheduler/scheduler_config.json", JSON, dry_run, MODEL),
     Subject("teacher/unet/diffusion_pytorch_model.safetensors", WEIGHTS, dry_run, MODEL),
+    Subject("lora.safetensors", WEIGHTS, guarded(lora)),
+    Subject("word.safetensors", WEIGHTS, guarded(word)),
     Subject("run/pipeline/model_index.json", JSON, generate, MODEL),
     Subject("run/pipeline/stepdistill.json", JSON, generate, MODEL),
     Subject("run/pipeline/scheduler/scheduler_config.json", JSON, generate, MODEL),
