@@ -270,8 +270,8 @@ class Benchmark:
         result = read_benchmark_result(self.path)
         before, now = flatten(result["setting"]), flatten(json.loads(json.dumps(self.setting)))
         for key, value in now.items():
-            # a file of an older version lacks keys that are None by default
-            if key.partition(".")[0] not in FREE_KEYS and before.get(key) != value:
+            added = key not in before and value in (None, [], False)  # an older version lacks it, and it asks nothing
+            if key.partition(".")[0] not in FREE_KEYS and not added and before.get(key) != value:
                 raise ValueError(
                     f"{self.path} was measured with another {key}: {shown(before.get(key))}, now {shown(value)}; "
                     "move it away, choose another output, or restore the setting"

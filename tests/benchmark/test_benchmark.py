@@ -227,7 +227,8 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
 def test_rows_of_a_version_without_a_key_go_on_while_the_key_says_nothing(finished, tmp_path):
     folder, config = finished
     result = json.loads((folder / "result/bench.json").read_text())
-    del result["setting"]["teacher"]["resolution"]
+    for key in ("resolution", "lora", "trust_pickles"):
+        del result["setting"]["teacher"][key]
     older = tmp_path / "older.json"
     older.write_text(json.dumps(result))
     assert Benchmark(dataclasses.replace(config, output=str(older))).rows == result["rows"]
