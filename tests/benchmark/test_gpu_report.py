@@ -79,6 +79,7 @@ def test_without_its_images_the_last_part_says_which_it_wants(tmp_path):
 
 
 @pytest.mark.product
+@pytest.mark.filterwarnings("ignore:bank.init_from")  # in one step both samplers are the same
 def test_a_teacher_and_its_students_are_trained_and_measured_small(tmp_path):
     rows = dict(cifar_rows(tmp_path, tmp_path / "none.npz", tiny=True))
     names = {"progressive", "progressive, 2 steps", "ect", "dmd2", "DDIM, 1 steps", "UniPC, 4 steps"}
