@@ -2,7 +2,7 @@
 #   VENV=path      another place for the environment, or one that you already have
 #   PINS=          install beside what that environment has, instead of the tested versions
 #   BUDGET=full     for bench: students of the full budget, about an hour of one core each, instead of the quick one
-#   GPU_ARGS=...    for gpu: --tiny on a CPU, --parts checks steps reference for some of them
+#   GPU_ARGS=...    for gpu: --tiny on a CPU, --parts checks steps reference cifar for some of them
 #   PYTHON=name    the interpreter of a new environment (3.11 or newer)
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,7 +1,8 @@
-"""Check and measure this machine's GPU: ``python scripts/gpu_report.py --parts checks steps reference``.
+"""Check and measure this machine's GPU: ``python scripts/gpu_report.py --parts checks steps reference cifar``.
 
-Sized to five minutes on one card of H100's class, not yet measured: checks 1, steps 3, reference 1. Each part can run
-alone and writes its JSON as it goes. --tiny: all of it small, for a CPU.
+Sized to ten minutes on one card of H100's class, not yet measured: checks 1, steps 2, reference 1, cifar 6 (it needs
+data/cifar10.npz: see scripts/make_cifar10.py). Each part can run alone and writes its JSON as it goes. --tiny: all of
+it small, for a CPU.
 """
 
 import argparse
@@ -22,9 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="miniatures and few steps, for a CPU")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10.npz"), help=".npz with images and labels")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"))
     args = parser.parse_args()
-    report = Report(folder=args.output_dir, tiny=args.tiny)
+    report = Report(folder=args.output_dir, data=args.data, tiny=args.tiny)
     passed = [report.run(part) for part in args.parts]
     print(report.write())
     if not all(passed):

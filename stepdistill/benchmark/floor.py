@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepdistill.batch import Batch
+from stepdistill.benchmark.reference_step import REFERENCES
 from stepdistill.benchmark.step_cost import WARMUP, make_distiller, make_trainer, now
 from stepdistill.benchmark.tables import markdown_table
 from stepdistill.families.base import Family
@@ -146,20 +147,46 @@ def step_over_forward(trainer: Trainer, batch: Batch, repeats: int) -> tuple[flo
     return min(steps[WARMUP:]), min(forwards[WARMUP:])
 
 
-HEADER = ("method", "floor, F", "FLOPs, F", "FLOPs / floor", "seconds / floor")
+def plain_seconds(floor: Floor, batch: Batch, repeats: int) -> float | None:
+    """Return the least seconds of a plain reference step around the embedded teacher; None without a reference."""
+    kind = REFERENCES.get(floor.method["name"])
+    if kind is None:
+        return None
+    family, device = load_teacher(TeacherConfig(path="embedded")), batch.x0.device
+    reference = kind(family, floor.method.get("guidance_scale", 1.0) - 1, device, torch.float32)
+    seconds = []
+    for _ in range(WARMUP + repeats):
+        start = clock()
+        reference.step(batch)
+        seconds.append(clock() - start)
+    return min(seconds[WARMUP:])
 
 
-def floor_table(batch_size: int = 16, repeats: int = 5) -> str:
-    """Return a Markdown table of all methods, as copies of the embedded teacher: FLOPs and seconds over the floor."""
+HEADER = ("method", "floor, F", "FLOPs, F", "FLOPs / floor", "seconds / floor", "plain step's")
+
+
+def floor_table(names: Iterable[str] = tuple(FLOORS), batch_size: int = 16, repeats: int = 5) -> str:
+    """Return a Markdown table of methods, as copies of the embedded teacher: FLOPs and seconds over the floor.
+
+    The last column is the same ratio of seconds of the plain reference step, where there is one
+    (:mod:`stepdistill.benchmark.reference_step`).
+    """
     lines = [HEADER, ("---",) * len(HEADER)]
-    for name, floor in FLOORS.items():
-        family = load_teacher(TeacherConfig(path="embedded"))
-        config = floor_config(floor, batch_size)
-        distiller = make_distiller(config, family, torch.device("cpu"))
-        trainer = make_trainer(config, distiller)
-        batch = example_batch(family, batch_size, trainer.device)
-        begin(trainer)
-        flops, least = sum(turn_flops(distiller, batch).values()), sum(floor.turns.values())
-        step, forward = step_over_forward(trainer, batch, repeats)
-        lines.append((name, f"{least:g}", f"{flops:.2f}", f"{flops / least:.3f}", f"{step / (least * forward):.2f}"))
+    for name in names:
+        lines.append(floor_row(name, batch_size, repeats))
     return markdown_table(lines)
+
+
+def floor_row(name: str, batch_size: int, repeats: int) -> tuple[str, ...]:
+    """Return the row of a method under :data:`HEADER`."""
+    floor, family = FLOORS[name], load_teacher(TeacherConfig(path="embedded"))
+    config = floor_config(floor, batch_size)
+    distiller = make_distiller(config, family, torch.device("cpu"))
+    trainer = make_trainer(config, distiller)
+    batch = example_batch(family, batch_size, trainer.device)
+    begin(trainer)
+    flops, least = sum(turn_flops(distiller, batch).values()), sum(floor.turns.values())
+    step, forward = step_over_forward(trainer, batch, repeats)
+    plain = plain_seconds(floor, batch, repeats)
+    ratios = (f"{flops / least:.3f}", f"{step / (least * forward):.2f}")
+    return (name, f"{least:g}", f"{flops:.2f}", *ratios, "" if plain is None else f"{plain / (least * forward):.2f}")

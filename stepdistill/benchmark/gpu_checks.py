@@ -213,7 +213,7 @@ def planned_memory(device: torch.device, folder: Path) -> str:
     trainer = make_trainer(config, distiller)
     begin(trainer)
     trainer._step(0, [example_batch(family, 1, device)])
-    held, planned = (torch.cuda.memory_allocated() - before) / 1e6, held_between_steps(distiller)
+    held, planned = (torch.cuda.memory_allocated() - before) / 1e6, held_between_steps(distiller, config)
     expect(abs(held / planned - 1) < 0.1, f"holds {held:.0f} MB where the plan says {planned:.0f}")
     return f"holds {held:.0f} MB, the plan says {planned:.0f}"
 

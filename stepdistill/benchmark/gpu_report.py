@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from stepdistill.benchmark.gpu_checks import check_rows
+from stepdistill.benchmark.gpu_cifar import cifar_rows
 from stepdistill.benchmark.gpu_steps import CASES, reference_rows, step_rows
 from stepdistill.benchmark.tables import markdown_table
 from stepdistill.evaluation.results import machine, versions, write_result
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-PARTS = ("checks", "steps", "reference")
+PARTS = ("checks", "steps", "reference", "cifar")
 TINY_CASES = tuple(dataclasses.replace(case, batch_size=2) for case in (CASES[0], CASES[3]))
 
 
@@ -31,19 +32,23 @@ class Report:
 
     Attributes:
         folder: where the files are written.
+        data: the ``.npz`` of CIFAR-10; with ``tiny`` not read.
         tiny: whether everything is small, for a CPU.
     """
 
     folder: Path
+    data: Path
     tiny: bool
 
     def rows(self, part: str) -> Rows:
         """Return the rows of a part, which are made as they are taken."""
         if part == "checks":
             return check_rows()
+        if part == "cifar":
+            return cifar_rows(self.folder / "cifar", self.data, tiny=self.tiny)
         make = {"steps": step_rows, "reference": reference_rows}[part]
         cases, repeats, minutes = (
-            (TINY_CASES, 1, 5.0) if self.tiny else (CASES, 10, {"steps": 3.0, "reference": 1.0}[part])
+            (TINY_CASES, 1, 5.0) if self.tiny else (CASES, 10, {"steps": 2.0, "reference": 1.0}[part])
         )
         return make(cases, tiny=self.tiny, repeats=repeats, minutes=minutes)
 

@@ -27,6 +27,7 @@ from stepdistill.data.datasets import NoiseDataset
 from stepdistill.data.inventory import Inventory
 from stepdistill.evaluation.cost import peak_memory
 from stepdistill.families.base import Family
+from stepdistill.families.config import TeacherConfig, sides_of
 from stepdistill.families.flux import Flux
 from stepdistill.families.latent import rebuild
 from stepdistill.families.sd import SD
@@ -141,12 +142,12 @@ def count_parameters(networks: Iterable[nn.Module]) -> int:
 def plan(path: Path, overrides: Sequence[str]) -> str:
     """Return the memory plan of a configuration at full size; nothing is allocated."""
     config, nowhere = resolve(read_config(path, overrides)), torch.device("meta")
-    family = make_family(path.stem.partition("_")[0], False, nowhere)
+    family = planned_family(path.stem.partition("_")[0], config.teacher, nowhere)
     family.to(nowhere)
     nn.Module.to(family.network, dtype=getattr(torch, config.teacher.dtype))
     distiller = make_distiller(config, family, nowhere)
     family.frozen_modules = ()  # miniatures
-    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller)}"
+    return f"{path.stem}, bank {config.bank.name}\n{memory_plan(distiller, config)}"
 
 
 def make_distiller(config: RunConfig, family: Family, place: torch.device) -> Distiller:
@@ -242,13 +243,26 @@ def full_sdxl(device: torch.device) -> SDXL:
 
 def full_flux(device: torch.device) -> Flux:
     """Return a transformer of two billion parameters, FLUX.1's in width with fewer blocks, and encoders' widths."""
+    return flux_of(device, FLUX_SIDE, num_layers=3, num_single_layers=7)
+
+
+def planned_family(name: str, teacher: TeacherConfig, device: torch.device) -> Family:
+    """Return a teacher of full size, of which nothing is held: FLUX.1-dev with all its blocks, at its resolution."""
+    if name != "flux":
+        return make_family(name, False, device)
+    height, _ = sides_of(teacher.resolution or 1024)
+    return flux_of(device, height // 4, num_layers=19, num_single_layers=38)
+
+
+def flux_of(device: torch.device, side: int, **blocks: int) -> Flux:
+    """Return FLUX.1 with so many blocks, for square images of ``side`` pixels with the miniature VAE."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device(device):
-        transformer = FluxTransformer2DModel(num_layers=3, num_single_layers=7, guidance_embeds=True)
+        transformer = FluxTransformer2DModel(guidance_embeds=True, **blocks)
     encoders = {"text_encoder": tiny_clip(width=768)[1], "text_encoder_2": tiny_t5(width=4096)[1]}
     vae = tiny_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
-    return Flux(rebuild(Flux.tiny().pipe, transformer=transformer, vae=vae, **encoders), resolution=FLUX_SIDE)
+    return Flux(rebuild(Flux.tiny().pipe, transformer=transformer, vae=vae, **encoders), resolution=side)
 
 
 TEACHERS: dict[str, tuple[Callable[[], Family], Callable[[torch.device], Family]]] = {

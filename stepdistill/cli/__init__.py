@@ -212,6 +212,7 @@ def generate(args: argparse.Namespace) -> None:
         open_pipeline,
         save_images,
     )
+    from stepdistill.inference.processes import open_state
     from stepdistill.inference.rows import network_of
     from stepdistill.networks.compilation import compile_blocks
 
@@ -239,6 +240,8 @@ def generate(args: argparse.Namespace) -> None:
             images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
             trust_of(args),
         )  # fmt: skip
+    if not open_state().is_main_process:
+        return
     for output in args.output:
         save_images(images, output, seed=args.seed, about=about)
     print(f"{cost}: {', '.join(visible(str(output)) for output in args.output)}")

@@ -25,6 +25,7 @@ from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.config import TeacherConfig
+from stepdistill.families.visiting import tensors_of, visiting
 from stepdistill.families.widening import widen_convolution
 
 MIN_ALPHA = 0.005
@@ -152,14 +153,9 @@ class Family(abc.ABC):
 
     @contextlib.contextmanager
     def on_device(self, device: torch.device | str) -> Iterator[None]:
-        """Have the frozen modules on ``device`` inside the context, and move them back afterwards."""
-        places = [next(module.parameters()).device for module in self.frozen_modules]
-        self.to(torch.device(device))
-        try:
+        """Have the frozen modules on ``device`` inside the context."""
+        with visiting(tensors_of(self.frozen_modules), device):
             yield
-        finally:
-            for module, place in zip(self.frozen_modules, places, strict=True):
-                module.to(place)
 
     def check_guidance(self, guidance_scale: float) -> None:
         """Raise ``ValueError`` for a scale below 1, or one other than 1 if the teacher has no null condition."""

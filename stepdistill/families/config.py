@@ -33,8 +33,8 @@ class TeacherConfig:
     other parts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen teacher's weights; students always train in float32."""
-    quantization: Literal["int8"] | None = None
-    """Fewer bits for the frozen layers under adapters: torchao's ``int8``."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Fewer bits for the frozen layers under adapters: torchao's ``int8``, or bitsandbytes' ``nf4``."""
     family: str | None = None
     """Name of a file in ``stepdistill/families``, in place of detection."""
     null_class: NonNegativeInt | None = None

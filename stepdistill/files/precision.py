@@ -21,5 +21,10 @@ class Synonyms:
         return True
 
 
-Precision: TypeAlias = Annotated[Literal["fp32", "bf16"], Synonyms({"no": "fp32", False: "fp32"})]
+FULL = Synonyms({"no": "fp32", False: "fp32"})
 """``no`` is accelerate's word for ``fp32``, and false is what YAML 1.1 makes of it."""
+
+Precision: TypeAlias = Annotated[Literal["fp32", "bf16"], FULL]
+
+TrainingPrecision: TypeAlias = Annotated[Literal["fp32", "bf16", "fp16"], FULL]
+"""Half precision too, in which a training scales its losses."""

@@ -32,6 +32,7 @@ from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
 from stepdistill.inference.clips import write_clip
 from stepdistill.inference.grids import save_grid, to_pil
+from stepdistill.inference.processes import open_state, own_part, together
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import Images, class_count, sample_images
 from stepdistill.inference.solvers import teacher_pipeline
@@ -97,6 +98,8 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
         return given
     if file != "-" and not Path(file).is_file():
         raise ValueError(f"--prompt_file: no such file {file!r} ('-' is standard input)")
+    if file == "-" and open_state().num_processes > 1:
+        raise ValueError("--prompt_file: expected a file for several processes, got standard input")
     more = prompt_lines(decode_text(sys.stdin.buffer.read(), "stdin")) if file == "-" else first_prompts(Path(file))
     if not more:
         raise ValueError("--prompt_file: standard input holds no prompts")
@@ -104,12 +107,16 @@ def collect_prompts(lines: Sequence[str], file: str | None) -> list[str]:
 
 
 def generate_images(pipeline: Any, request: Request) -> Images:
-    """Return the images of a request, sampled from one pipeline."""
-    return sample_images(
-        pipeline, request.count, seed=request.seed, batch_size=request.batch_size, num_classes=class_count(pipeline),
-        labels=request.labels, captions=list(request.prompts) or None,
-        negative_prompt=request.negative_prompt, call=request.call,
-    )  # fmt: skip
+    """Return the images of a request, sampled from one pipeline by all processes, each on its device."""
+    part, own = own_part(request.count), []
+    if part:
+        pipeline.to(open_state().device)
+        own = [sample_images(
+            pipeline, len(part), first=part.start, seed=request.seed, batch_size=request.batch_size,
+            num_classes=class_count(pipeline), labels=request.labels, captions=list(request.prompts) or None,
+            negative_prompt=request.negative_prompt, call=request.call,
+        )]  # fmt: skip
+    return together(own)
 
 
 def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any:

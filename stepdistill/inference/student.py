@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ SHEET = 8
 """Columns of a model card's picture."""
 TEACHER_STEPS = 50
 """Of its teacher's row."""
+PIXELS = 2**22
+"""So many pixels are made at a time, four images of 1024 by 1024, so that samples fit where a training does."""
 
 
 @torch.no_grad()
@@ -31,9 +34,10 @@ def student_images(
 ) -> Images:
     """Sample the student of a running distillation: its export will give the same images for the same seeds."""
     family = distiller.family
+    batch_size = min(batch_size, images_at_a_time(family))
     distiller.bank.eval()
     began, pixels, labels = time.perf_counter(), [], []
-    with family.on_device(device):
+    with family.on_device(device), distiller.bank.beside_teacher(distiller.result_role):
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             images, cond = _student_batch(distiller, indices, seed, device)
@@ -65,6 +69,11 @@ def generators_of(seed: int, indices: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
 
 
+def images_at_a_time(family: Family) -> int:
+    """Return how many images or clips of a family are made at a time."""
+    return max(1, PIXELS // math.prod(family.image_shape[1:]))
+
+
 @torch.no_grad()
 def sample_sheet(distiller: Distiller, *, seed: int = 0) -> SampleSheet:
     """Return the first samples of the student, above the teacher's by DDIM from the same noise and conditions."""
@@ -77,7 +86,7 @@ def sample_sheet(distiller: Distiller, *, seed: int = 0) -> SampleSheet:
         noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators_of(seed, indices)])
         ddim = DDIM(schedule, schedule.grid(TEACHER_STEPS))
         x0 = sample(distiller.teacher.guided(cond, guidance), ddim, schedule.initial_noise(noise.to(device)))
-        teacher = family.decode(x0.float()).cpu()
+        teacher = torch.cat([family.decode(some).cpu() for some in x0.float().split(images_at_a_time(family))])
     picture = make_grid(torch.cat([student, teacher]), columns=SHEET)
     return SampleSheet(picture, TEACHER_STEPS, conditions_of(family, indices))
 

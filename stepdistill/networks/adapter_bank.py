@@ -52,12 +52,12 @@ class AdapterBank(NetworkBank):
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
-    def quantize(self) -> None:
-        """Hold the frozen layers under the adapters in int8, see :mod:`stepdistill.networks.quantization`.
+    def quantize(self, form: str) -> None:
+        """Hold the frozen layers under the adapters in few bits, see :mod:`stepdistill.networks.quantization`.
 
         No role can be added afterwards; :meth:`extract` merges into the layers of before.
         """
-        self.originals = quantize_layers(self._layers)
+        self.originals = quantize_layers(self._layers, form)
 
     def distinct_networks(self) -> list[Any]:
         return [self.network]

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.families.visiting import hold_on_host, visiting
 from stepdistill.networks.activation_checkpointing import enable_checkpointing, in_training
+from stepdistill.networks.averaging import blend_tensors
 from stepdistill.networks.compilation import compile_blocks
 from stepdistill.networks.sharding import assembled, blueprint, local, shard, write
 
@@ -91,10 +93,15 @@ class NetworkBank(nn.Module, abc.ABC):
                 sources.append(source)
             else:
                 target.copy_(source)
-        if keep == 0:
-            torch._foreach_copy_(targets, sources)
-        else:
-            torch._foreach_lerp_(targets, sources, 1 - keep)
+        blend_tensors(targets, sources, keep)
+
+    def hold_on_host(self, role: str) -> None:
+        """Hold a role that is no turn's in the host's memory: it can be blended, and used :meth:`beside_teacher`."""
+        hold_on_host(self._own(role).values())
+
+    def beside_teacher(self, role: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a role is on the teacher's device, wherever it is held."""
+        return visiting(self._own(role).values(), self.params(TEACHER)[0].device)
 
     @abc.abstractmethod
     def using(self, role: str) -> contextlib.AbstractContextManager[nn.Module]:

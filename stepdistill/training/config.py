@@ -11,7 +11,7 @@ from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
-from stepdistill.files.precision import Precision
+from stepdistill.files.precision import TrainingPrecision
 from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.files.words import nearest
@@ -29,10 +29,15 @@ class TrainConfig:
     output_dir: str
     accumulation: PositiveInt = 1
     """Micro-batches per step of a turn's optimiser."""
-    precision: Precision = "fp32"
-    """Precision in which networks compute; weights, optimisers and losses stay in float32."""
+    precision: TrainingPrecision = "fp32"
+    """Precision in which networks compute; weights, optimisers and losses stay in float32. In ``fp16``, for GPUs
+    without ``bf16``, losses are scaled, and steps whose gradients overflow are left out."""
     ema: Decay = 0.0
     """Decay of the student's moving average, which is evaluated and exported in its place; 0 is none."""
+    offload_encoders: bool = False
+    """Whether VAE and text encoders wait in the host's memory while they do not encode."""
+    offload_ema: bool = False
+    """Whether the average is held in the host's memory."""
     gradient_checkpointing: bool = False
     compile: bool = False
     """Whether the repeated blocks of all networks are compiled."""
@@ -52,7 +57,7 @@ class TrainConfig:
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
-    "train.nan_policy", "train.timeout",
+    "train.nan_policy", "train.timeout", "train.offload_encoders", "train.offload_ema",
     "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
     "export.push_to_hub", "export.private",

@@ -1,14 +1,17 @@
-"""The state of an optimiser as named tensors, saved and restored bit for bit."""
+"""The state of an optimiser as named tensors, saved and restored bit for bit.
+
+Only the optimiser knows the form of its state: moments may lie in other layouts than their parameters, in 8 bits with
+scales beside them, or in plain numbers. So it makes that form itself before it is filled, in a step without effect.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from stepdistill.networks.sharding import write
+from stepdistill.networks.sharding import is_share, write
 from stepdistill.training.checkpoint import CheckpointError
 
 _STATELESS = "stateless"
@@ -22,78 +25,85 @@ _ITEM = ".item"
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return an optimiser's state as ``"<parameter index>.<name>" -> tensor``, for :func:`restore_optimizer`.
 
-    Python numbers become 0-d tensors named ``"<index>.<name>.item"``. Parameters without state are listed under
-    ``"stateless"``, which tells an entry that is absent on purpose from a missing one. Learning rates are not included.
-
-    Raises:
-        CheckpointError: if an entry is neither a scalar nor of its parameter's shape (Adafactor).
+    A moment in few bits becomes the tensors that it holds, ``"<index>.<name>.<part>"``, and Python numbers become 0-d
+    tensors named ``"<index>.<name>.item"``. Parameters without state are listed under ``"stateless"``, which tells an
+    entry that is absent on purpose from a missing one. Learning rates are not included.
     """
-    states, tensors = optimizer.state_dict()["state"], {}
-    for index, entries in states.items():
+    tensors: dict[str, Tensor] = {}
+    stateless = []
+    for index, parameter in enumerate(_parameters(optimizer)):
+        entries = optimizer.state.get(parameter)
+        if not entries:
+            stateless.append(index)
+            continue
         for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach()
+            if torch.is_tensor(value):
+                tensors |= held_tensors(f"{index}.{name}", value.detach())
             else:
-                dtype = torch.float64 if isinstance(value, float) else None
+                dtype = torch.float64 if type(value) is float else None
                 tensors[f"{index}.{name}{_ITEM}"] = torch.tensor(value, dtype=dtype)
-    parameters = _parameters(optimizer)
-    if stateless := [index for index in range(len(parameters)) if not states.get(index)]:
+    if stateless:
         tensors[_STATELESS] = torch.tensor(stateless)
-    _check_entries(parameters, tensors)
     return tensors
+
+
+def held_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a tensor by its name, or if it is in few bits, the tensors that it holds by theirs."""
+    if is_share(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    parts, _ = tensor.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(tensor, part) for part in parts}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Restore the state that :func:`optimizer_tensors` returned, so that training continues bit for bit.
 
-    The tensors are copied in the memory layout of their parameters: fused kernels read both in memory order, and would
-    silently pair the wrong elements of a ``channels_last`` weight.
+    The tensors are copied in the memory layout of the optimiser's own: fused kernels read them and their parameters in
+    memory order, and would silently pair the wrong elements of a ``channels_last`` weight.
 
     Raises:
         CheckpointError: naming the first entry that is missing, of the wrong shape, or without a parameter.
     """
     parameters = _parameters(optimizer)
-    _check_entries(parameters, tensors)
-    states: dict[int, dict[str, Any]] = {}
-    for key in tensors.keys() - {_STATELESS}:
-        number, _, name = key.partition(".")
-        index = int(number)
-        states.setdefault(index, {})[name.removesuffix(_ITEM)] = _restored(name, tensors[key], parameters[index])
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    for index, entries in states.items():
-        for name, value in entries.items():
-            placed = optimizer.state[parameters[index]]
-            if isinstance(value, Tensor):  # torch has rounded it to its parameter's dtype
-                placed[name] = value.to(placed[name].device)
+    stateless = {*(tensors[_STATELESS].tolist() if _STATELESS in tensors else [])}
+    make_state(optimizer, [parameter for index, parameter in enumerate(parameters) if index not in stateless])
+    own = optimizer_tensors(optimizer)
+    try:
+        _check(own, tensors, len(parameters))
+    except CheckpointError:
+        optimizer.state.clear()
+        raise
+    for key in own.keys() - {_STATELESS}:
+        if not key.endswith(_ITEM):
+            write(own[key], tensors[key])
+            continue
+        index, _, name = key.removesuffix(_ITEM).partition(".")
+        optimizer.state[parameters[int(index)]][name] = tensors[key].item()
+
+
+def make_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Have the optimiser make its state of these parameters, by a step at the rate 0 that moves no bit of them."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _restored(name: str, value: Tensor, parameter: Tensor) -> Tensor | float:
-    if name.endswith(_ITEM):
-        return value.item()
-    if value.ndim == 0:
-        return value.clone()
-    restored = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    write(restored, value)
-    return restored
-
-
-def _check_entries(parameters: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that every stepped parameter has the same entries, scalars or of its shape, and nothing else exists."""
-    stateless = tensors[_STATELESS].tolist() if _STATELESS in tensors else []
-    names = sorted({key.partition(".")[2] for key in tensors.keys() - {_STATELESS}}) or ["*"]
-    expected = {}
-    for index, parameter in enumerate(parameters):
-        if index not in stateless:
-            for name in names:
-                expected[f"{index}.{name}"] = parameter.shape
-    for key, shape in expected.items():
+def _check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], count: int) -> None:
+    """Check that there are the entries that the optimiser has, in their shapes, and nothing else."""
+    for key, tensor in own.items():
         if key not in tensors:
-            raise CheckpointError(f"optimizer entry {key!r} is missing (its parameter has shape {tuple(shape)})")
-        if (stored := tensors[key].shape) not in (shape, torch.Size()):
-            raise CheckpointError(f"optimizer entry {key!r} has shape {tuple(stored)}, its parameter {tuple(shape)}")
-    if surplus := sorted(tensors.keys() - expected.keys() - {_STATELESS}):
-        raise CheckpointError(f"optimizer entry {surplus[0]!r} belongs to none of the {len(parameters)} parameters")
+            raise CheckpointError(f"optimizer entry {key!r} is missing (expected one of shape {tuple(tensor.shape)})")
+        if key != _STATELESS and (stored := tensors[key].shape) != tensor.shape:
+            raise CheckpointError(f"optimizer entry {key!r} has shape {tuple(stored)}, expected {tuple(tensor.shape)}")
+    if surplus := sorted(tensors.keys() - own.keys()):
+        raise CheckpointError(f"optimizer entry {surplus[0]!r} belongs to none of the {count} parameters")

@@ -25,6 +25,8 @@ from stepdistill.networks.sharding import gathered
 from stepdistill.training import fsdp
 from stepdistill.training.config import TrainConfig
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 GRACE = 10.0
 """Seconds by which the backend waits longer than ``train.timeout``."""
 
@@ -34,7 +36,7 @@ class Parallelism(abc.ABC):
 
     Args:
         accelerator: the run's.
-        precision: that in which networks compute, ``fp32`` or ``bf16``.
+        precision: that in which networks compute: ``fp32``, ``bf16`` or ``fp16``.
     """
 
     def __init__(self, accelerator: Accelerator, precision: str = "fp32") -> None:
@@ -45,7 +47,7 @@ class Parallelism(abc.ABC):
         """Return a context in which networks compute in the run's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        return torch.autocast(self.accelerator.device.type, HALVES[self.precision])
 
     @property
     @abc.abstractmethod
@@ -129,6 +131,8 @@ def choose_parallelism(accelerator: Accelerator, precision: str) -> Parallelism:
         ValueError: if it asked for something this project does not support, see :func:`fsdp.is_wanted`.
     """
     if fsdp.is_wanted(accelerator):
+        if precision == "fp16":
+            raise ValueError("train.precision: expected bf16 or fp32 for networks divided among processes, got fp16")
         return Sharded(accelerator, precision)
     if accelerator.num_processes > 1:
         return Replicated(accelerator, precision)

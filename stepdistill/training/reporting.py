@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepdistill.files.writing import writing_to
+from stepdistill.inference.grids import save_grid
+from stepdistill.inference.sampling import Images
 from stepdistill.methods.base import Stage
 from stepdistill.training.checkpoint import set_aside_later
 from stepdistill.training.divergence import DivergenceError, DivergenceGuard, patience_of
@@ -92,6 +95,13 @@ class Reporter:
         self.write_row(step, stage, {**values, **further, WAITING: self.waiting.take()})
         self._check_divergence(step, values)
         return values
+
+    def write_samples(self, step: int, images: Images) -> None:
+        """Write a grid of a step's samples."""
+        if self.accelerator.is_main_process:
+            path = self.folder / "samples" / f"step-{step:06d}.png"
+            with writing_to(path):
+                save_grid(images.pixels / 255, path)
 
     def write_row(self, step: int, stage: Stage, values: Mapping[str, float]) -> None:
         """Write a row to the log and the tracker."""

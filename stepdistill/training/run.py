@@ -48,6 +48,7 @@ from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.heartbeat import naming_a_failed_start
 from stepdistill.training.identity import INVENTORY, RunIdentity, identify
 from stepdistill.training.memory import memory_plan
+from stepdistill.training.optimizers import check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
 from stepdistill.training.trainer import Trainer
@@ -68,8 +69,9 @@ class Run:
         check_replaceable(self.folder / "pipeline")
         check_environment()
         check_tracker(config.train.tracker)
+        check_installed(config.optim)
         if config.teacher.quantization is not None:
-            check_quantization(config.bank.name)
+            check_quantization(config.teacher.quantization, config.bank.name)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
         copied = config.export.frozen == "copy"
@@ -120,7 +122,7 @@ class Run:
     def plan(self) -> str:
         """Return the resolved configuration, and what will be held in memory, for ``--dry_run``."""
         resolved = configuration.to_yaml(self.config.as_sections())
-        return f"{resolved}\n{memory_plan(self.distiller, encoded=self.dataset.is_encoded)}"
+        return f"{resolved}\n{memory_plan(self.distiller, self.config, encoded=self.dataset.is_encoded)}"
 
     def trainer(self) -> Trainer:
         """Return the loop over this run."""
@@ -228,7 +230,8 @@ class Run:
             measured_on=self.evaluation.measured_on(),
         )
         samples = sample_sheet(self.distiller, seed=self.config.train.seed)
-        network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
+        with self.distiller.bank.beside_teacher(self.distiller.result_role):
+            network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # this process has only contributed its shards of the weights
             return folder
         scale, sampler = 1 + (self.distiller.result.w or 0.0), self.distiller.sampler()
@@ -310,7 +313,7 @@ def make_bank(family: Family, config: BankConfig) -> NetworkBank:
 def quantize(bank: NetworkBank, form: str | None) -> None:
     """Hold the frozen layers of a bank of adapters in fewer bits, if asked to, when all its roles are there."""
     if form is not None:
-        cast(AdapterBank, bank).quantize()
+        cast(AdapterBank, bank).quantize(form)
 
 
 def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class SavedState:
     skipped: list[int] = dataclasses.field(default_factory=list)
     """Steps that were left out lately, see :class:`stepdistill.training.guards.NanPolicy`."""
     skipped_in_all: int = 0
+    scales: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Of the turns' losses, see :class:`stepdistill.training.scaling.LossScaling`."""
 
     def check(self, checkpoint: Checkpoint, stages: Sequence[Stage]) -> None:
         """Raise ``CheckpointError`` unless the position is one of a run with these stages."""

@@ -21,8 +21,6 @@ from tqdm.auto import tqdm
 from stepdistill.batch import Batch
 from stepdistill.data.base import Dataset
 from stepdistill.data.loader import loader
-from stepdistill.files.writing import writing_to
-from stepdistill.inference.grids import save_grid
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller, Stage, Turn
 from stepdistill.networks.bank import EMA, STUDENT
@@ -37,11 +35,13 @@ from stepdistill.training.guards import POLICIES, FiniteGuard, SkippedStepError
 from stepdistill.training.heartbeat import Heartbeat, naming_the_lost
 from stepdistill.training.identity import RunIdentity
 from stepdistill.training.interruption import ECHO, Agreement, StopSignal, exit_code
+from stepdistill.training.offloading import Encoding
 from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
-from stepdistill.training.optimizers import step_at
+from stepdistill.training.optimizers import rate_of, step_at
 from stepdistill.training.parallelism import choose_parallelism, make_accelerator
 from stepdistill.training.reporting import Reporter, show
 from stepdistill.training.run_state import SavedState, load_weights, newest_checkpoint, trained_weights
+from stepdistill.training.scaling import LossScaling
 
 logger = get_logger(__name__)
 
@@ -73,14 +73,14 @@ class Trainer:
         self.accelerator = make_accelerator(self.config)
         self.parallelism = choose_parallelism(self.accelerator, self.config.precision)
         self.device = self.accelerator.device
+        self.scaling = LossScaling(self.config.precision, self.device)
         self.division = Division(self.accelerator.num_processes, self.config.accumulation, self.data.batch_size)
         if self.config.gradient_checkpointing:
             distiller.bank.enable_checkpointing()
         self.wrapped = self.parallelism.wrap(distiller)
         if self.config.compile:
             distiller.bank.enable_compilation()
-        if not dataset.is_encoded:  # otherwise what encodes is on the device only while it samples
-            distiller.family.to(self.device)
+        self.encode = Encoding(dataset, distiller, self.config, self.device, self.division.world)
         self.distiller = distiller
         self.dataset = dataset
         self.identity = identity
@@ -180,9 +180,11 @@ class Trainer:
         self._train_only(turn)
         logs = self._accumulate(turn, batches)
         self.parallelism.average_gradients(turn.params)
+        self.scaling.unscale(turn.name, map(self.optimizers.__getitem__, turn.parts))
         for name, params in turn.parts.items():
             logs[f"{name}/grad_norm"] = self.parallelism.clip(params, self.optim[name].clip)
         scalars = {name: value for name, value in logs.items() if value.ndim == 0}
+        self.scaling.check(turn.name, scalars)
         flag = self.guard.check(self.step, turn.name, scalars)
         self.nan.before_move(self.step)
         for name in turn.parts:
@@ -198,7 +200,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self.parallelism.no_sync(self.wrapped):
                 with self.parallelism.autocast():
                     losses = self.wrapped(turn.name, batch, self._draws(turn, micro, batch.size))
-                (sum(losses.terms.values()) / len(batches)).backward()
+                self.scaling.of(turn.name).scale(sum(losses.terms.values()) / len(batches)).backward()
             for name, value in {**losses.terms, **losses.metrics}.items():
                 key = f"{turn.name}/{name}"
                 logs[key] = logs.get(key, 0) + value.detach() / len(batches)
@@ -231,7 +233,7 @@ class Trainer:
         )  # fmt: skip
         for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)
-            batch = self.dataset.encode(self.distiller.family, raw).to(self.device)
+            batch = self.encode(raw)
             self.guard.watch_data(
                 [*batch.cond.values()] if batch.images is None else [batch.images, *batch.cond.values()]
             )
@@ -246,9 +248,10 @@ class Trainer:
             self.guard.raise_if_tripped()
         progress.update()
         if due:
-            rates = {f"{name}/lr": optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+            rates = {f"{name}/lr": rate_of(optimizer) for name, optimizer in self.optimizers.items()}
             stage = self.distiller.stage
-            values = self.reporter.write(self.step, stage, rates | self.nan.logged() | self._cost_so_far())
+            rates |= self.nan.logged() | self.scaling.logged() | self._cost_so_far()
+            values = self.reporter.write(self.step, stage, rates)
             show(progress, f"{stage.name} {done}/{stage.steps}", values)
 
     def _after_step(self, position: Position) -> None:
@@ -275,10 +278,7 @@ class Trainer:
             return
         with self.parallelism.autocast():
             images = student_images(self.distiller, count, seed=self.config.seed, device=self.device)
-        if self.accelerator.is_main_process:
-            path = self.folder / "samples" / f"step-{self.step:06d}.png"
-            with writing_to(path):
-                save_grid(images.pixels / 255, path)
+        self.reporter.write_samples(self.step, images)
 
     def _measure(self) -> None:
         """Log the metrics of the result role, and keep its weights if they are the best so far; a start is never."""
@@ -302,7 +302,7 @@ class Trainer:
         state = SavedState(
             stage=position.stage, stage_name=self.distiller.stage.name, done=position.step_in_stage,
             cost=self.total_cost(), division=self.division, config=self.identity.values, signs=divergence.since,
-            skipped=self.nan.recent, skipped_in_all=self.nan.total,
+            skipped=self.nan.recent, skipped_in_all=self.nan.total, scales=self.scaling.state(),
         )  # fmt: skip
         if self.accelerator.is_main_process:
             save_checkpoint(
@@ -333,6 +333,7 @@ class Trainer:
         self.step = checkpoint.step
         self.nan = POLICIES[self.config.nan_policy](self.guard, state.skipped, state.skipped_in_all)
         self.reporter.divergence.resume(state.signs)
+        self.scaling.resume(state.scales)
         if self.accelerator.is_main_process:
             self.cost = state.cost
             self.evaluation.best.check()

@@ -1,14 +1,19 @@
 """The report of ``make gpu``: its checks hold on this machine's device, and all of it runs small on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stepdistill.benchmark.gpu_checks import CHECKS, FailedCheckError, NotHere, expect
+from stepdistill.benchmark.gpu_cifar import cifar_rows
 from stepdistill.benchmark.gpu_report import PARTS, Report, brief
 from stepdistill.benchmark.gpu_steps import CASES, Case, measure_case, measure_reference, speeds
 from stepdistill.benchmark.reference_step import REFERENCES
@@ -30,7 +35,7 @@ def test_a_failed_check_is_a_row_and_a_failed_part(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "stepdistill.benchmark.gpu_checks.CHECKS", {"one": lambda *_: "fine", "two": lambda *_: expect(False, "bad")}
     )
-    report = Report(folder=tmp_path, tiny=True)
+    report = Report(folder=tmp_path, data=tmp_path, tiny=True)
     assert not report.run("checks")
     rows = json.loads((tmp_path / "checks.json").read_text())["rows"]
     assert rows["one"] == {"passed": True, "seen": "fine"} and "bad" in rows["two"]["seen"]
@@ -52,6 +57,35 @@ def test_a_step_and_its_plain_reference_are_measured(floor):
 
 def test_a_row_in_words():
     assert brief({"a": 1.23456, "b": {"c": "d"}}) == "a 1.235, b c d"
+
+
+def test_a_tar_of_images_becomes_an_npz(tmp_path):
+    for name in ("train/cat/0.png", "train/ant/1.png", "test/ant/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(tmp_path / name)
+    with tarfile.open(tmp_path / "images.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "train", "train")
+        archive.add(tmp_path / "test", "test")
+    command = [sys.executable, "scripts/make_cifar10.py", "--tar", "images.tar.xz", "--output", "a.npz"]
+    command[1] = str(ROOT / command[1])
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["images"].shape == (2, 4, 4, 3) and sorted(found["labels"]) == [0, 1]
+
+
+def test_without_its_images_the_last_part_says_which_it_wants(tmp_path):
+    with pytest.raises(ValueError, match=r"--data: expected an \.npz with 'images' and 'labels', got .*none\.npz"):
+        next(cifar_rows(tmp_path, tmp_path / "none.npz", tiny=False))
+
+
+@pytest.mark.product
+@pytest.mark.filterwarnings("ignore:bank.init_from")  # in one step both samplers are the same
+def test_a_teacher_and_its_students_are_trained_and_measured_small(tmp_path):
+    rows = dict(cifar_rows(tmp_path, tmp_path / "none.npz", tiny=True))
+    names = {"progressive", "progressive, 2 steps", "ect", "dmd2", "DDIM, 1 steps", "UniPC, 4 steps"}
+    assert {f"fd, {name}" for name in names} <= rows.keys()
+    assert rows["fd, progressive"]["calls"] == 1 and rows["fd, ect"]["calls"] == 2
+    assert all(row["fd"] > 0 for name, row in rows.items() if name.startswith("fd"))
 
 
 @pytest.mark.product

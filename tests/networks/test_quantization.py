@@ -1,4 +1,4 @@
-"""A frozen base of int8 under adapters: same forward within its rounding, gradients, exports and resumption."""
+"""A frozen base in few bits under adapters: same forward within its rounding, gradients, exports and resumption."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ import pytest
 import torch
 from contracts.cases import STEPS, sections, train_until
 from safetensors.torch import load_file
+from torch import nn
 
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
 from stepdistill.families.sd import SD
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.quantization import check_quantization
+from stepdistill.networks.quantization import PACKAGES, check_quantization, nf4
 from stepdistill.training.config import resolve
 from stepdistill.training.memory import held_bytes
 from stepdistill.training.run import Run
 
-needs_torchao = pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao, the extra 'quantization', is not installed"
-)
+FORMS = [
+    pytest.param(form, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"))
+    for form, package in PACKAGES.items()
+]
+ROUNDING = {"int8": 0.02, "nf4": 0.2}
+"""How far outputs may be from full precision, as a share of their norm."""
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
-def bank_of(family, quantised):
+def bank_of(family, form=None):
     torch.manual_seed(0)
     bank = AdapterBank(family.network, rank=2, targets=family.lora_targets)
     bank.fork("student")
     for tensor in bank.state("student").values():
         tensor += 0.02 * torch.randn_like(tensor)
-    if quantised:
-        bank.quantize()
+    if form is not None:
+        bank.quantize(form)
     return bank
 
 
@@ -45,49 +50,60 @@ def answer(family, bank, *, backward=False):
     return output.detach(), x.grad, [parameter.grad for parameter in bank.params("student")]
 
 
-@needs_torchao
-def test_forward_and_backward_are_those_of_full_precision_within_rounding():
+@each_form
+def test_forward_and_backward_are_those_of_full_precision_within_rounding(form):
     plain, quantised = SD.tiny(), SD.tiny()
     for wanted, found in zip(
-        answer(plain, bank_of(plain, False), backward=True)[:2],
-        answer(quantised, bank_of(quantised, True), backward=True)[:2],
+        answer(plain, bank_of(plain), backward=True)[:2],
+        answer(quantised, bank_of(quantised, form), backward=True)[:2],
         strict=True,
     ):
-        assert (found - wanted).norm() < 0.02 * wanted.norm()
-    gradients = answer(quantised, bank_of(SD.tiny(), True), backward=True)[2]
+        assert 0 < (found - wanted).norm() < ROUNDING[form] * wanted.norm()
+    gradients = answer(quantised, bank_of(SD.tiny(), form), backward=True)[2]
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
-@needs_torchao
-def test_a_quantised_weight_holds_a_quarter_and_its_scales():
-    bank = bank_of(SD.tiny(), True)
+def linear_weights(bank):
     for layer in bank._layers:
-        weight = layer.get_base_layer().weight
-        rows = weight.shape[0]
-        if weight.ndim == 2:
-            assert weight.numel() <= held_bytes(weight) <= weight.numel() + 8 * rows
+        if layer.lora_A["student"].weight.ndim == 2:
+            yield layer.in_features * layer.out_features, layer.get_base_layer().weight
 
 
-@needs_torchao
-def test_what_is_extracted_is_merged_into_the_weights_of_before():
-    plain, quantised = bank_of(SD.tiny(), False), bank_of(SD.tiny(), True)
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_int8_holds_a_byte_and_its_scales():
+    for count, weight in linear_weights(bank_of(SD.tiny(), "int8")):
+        assert count <= held_bytes(weight) <= count + 8 * weight.shape[0]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_nf4_holds_half_a_byte_and_its_scales_also_where_nothing_is():
+    for count, weight in linear_weights(bank_of(SD.tiny(), "nf4")):
+        state = weight.quant_state
+        assert held_bytes(weight) == pytest.approx(count / 2 + state.absmax.nbytes, abs=2)
+        with torch.device("meta"):
+            assert held_bytes(nf4(nn.Linear(64, count // 64)).weight) == pytest.approx(held_bytes(weight), abs=32)
+
+
+@each_form
+def test_what_is_extracted_is_merged_into_the_weights_of_before(form):
+    plain, quantised = bank_of(SD.tiny()), bank_of(SD.tiny(), form)
     for role in ("teacher", "student"):
         wanted, found = plain.extract(role).state_dict(), quantised.extract(role).state_dict()
         assert wanted.keys() == found.keys()
         assert all(type(found[name]) is torch.Tensor and torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@needs_torchao
-def test_a_run_exports_and_resumes(tmp_path):
+@each_form
+def test_a_run_exports_and_resumes(tmp_path, form):
     family = SD.tiny()
 
     def run(place):
         mapping = sections(place, family, "lcm", "adapter", save_every=2)
-        mapping["teacher"] |= {"quantization": "int8"}
+        mapping["teacher"] |= {"quantization": form}
         return Run(resolve(mapping))
 
     straight = run(tmp_path / "straight")
-    assert "int8" in straight.plan()
+    assert f"quantization: {form}" in straight.plan()
     folder = straight.train()
     stopped = run(tmp_path / "stopped")
     train_until(stopped, 2)
@@ -103,17 +119,18 @@ def test_a_run_exports_and_resumes(tmp_path):
 
 def test_full_copies_are_refused():
     with pytest.raises(ValueError, match=r"teacher\.quantization: expected bank\.name=adapter.*got copy"):
-        check_quantization("copy")
+        check_quantization("nf4", "copy")
 
 
-def test_a_missing_package_is_named(monkeypatch):
+@pytest.mark.parametrize(("form", "package"), PACKAGES.items())
+def test_a_missing_package_is_named(monkeypatch, form, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="expected the package torchao, got none; run: pip install torchao"):
-        check_quantization("adapter")
+    with pytest.raises(ValueError, match=f"expected the package {package}, got none; run: pip install {package}"):
+        check_quantization(form, "adapter")
 
 
 def test_other_forms_are_refused(tmp_path):
     mapping = sections(tmp_path, SD.tiny(), "lcm", "adapter")
-    mapping["teacher"] |= {"quantization": "nf4"}
-    with pytest.raises(ValueError, match=r"teacher\.quantization: expected .*int8.*got 'nf4'"):
+    mapping["teacher"] |= {"quantization": "int4"}
+    with pytest.raises(ValueError, match=r"teacher\.quantization: expected .*int8.*got 'int4'"):
         resolve(mapping)

@@ -508,7 +508,7 @@ def test_what_can_be_written_is_left_as_it_was(tmp_path):
         ("stepdistill.training.run_lock._try_lock", "run: cannot be used as output_dir"),
         ("stepdistill.training.run.atomic_write", "config.yaml: cannot be written"),
         ("stepdistill.training.metrics_log.json", "metrics.jsonl: cannot be written"),
-        ("stepdistill.training.trainer.save_grid", "samples/step-000006.png: cannot be written"),
+        ("stepdistill.training.reporting.save_grid", "samples/step-000006.png: cannot be written"),
     ],
 )
 def test_a_disk_that_is_full_outside_checkpoints_names_the_file(tmp_path, monkeypatch, place, file):

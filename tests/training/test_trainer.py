@@ -23,7 +23,7 @@ from stepdistill.training.config import TrainConfig, resolve
 from stepdistill.training.cost import FORWARDS
 from stepdistill.training.divergence import DivergenceError, DivergenceGuard
 from stepdistill.training.guards import NonFiniteError
-from stepdistill.training.optimizers import OptimConfig
+from stepdistill.training.optimizers import OptimConfig, step_at
 from stepdistill.training.reporting import WAITING
 from stepdistill.training.run import Run
 from stepdistill.training.trainer import Trainer
@@ -126,8 +126,7 @@ def test_radam_is_torchs_and_makes_no_step_while_a_number_is_not_finite():
     other = torch.optim.RAdam([theirs], lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
     for flag in (0.0, 1.0, 0.0):
         ours.grad, theirs.grad = torch.arange(3.0), torch.arange(3.0)
-        optimizer.found_inf = torch.tensor(flag)
-        optimizer.step()
+        step_at(optimizer, 0.1, torch.tensor(flag))
         if not flag:
             other.step()
         assert torch.equal(ours, theirs)
