@@ -201,7 +201,11 @@ def alpha_residual(alpha, scale):
 
 
 def test_alphas_residual_tends_to_alpha_times_that_of_the_derivative_and_its_bias_to_its_square():
-    """14.10, 3."""
+    """14.10, 3, with the specification's own numbers."""
+    for alpha, expected in {1.0: 0.678, 0.5: 0.123, 0.1: 2.5e-3}.items():
+        assert alpha_residual(alpha, 1.0) == pytest.approx(expected, rel=0.03)
+    for alpha, expected in {0.1: 0.0772, 0.01: 0.1021, 0.001: 0.1042}.items():
+        assert alpha_residual(alpha, 1.1) / alpha == pytest.approx(expected, abs=2e-4)
     exact = [alpha_residual(alpha, 1.0) for alpha in (0.1, 0.01, 0.001)]
     assert exact[0] / exact[1] == pytest.approx(100, rel=0.3) and exact[1] / exact[2] == pytest.approx(100, rel=0.05)
     scaled = [alpha_residual(alpha, 1.1) / alpha for alpha in (0.01, 0.001, 0.0001)]
