@@ -20,7 +20,7 @@ from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
-from stepdistill.losses import regression
+from stepdistill.losses import guidance_input, regression
 from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
@@ -48,12 +48,7 @@ class LCM(Distiller):
         """Decay of the target's average; at 0 the target is the student itself, as in LCM-LoRA."""
 
         def __post_init__(self) -> None:
-            if not self.guidance_range:
-                return
-            if len(self.guidance_range) != 2 or not 1 <= self.guidance_range[0] < self.guidance_range[1]:
-                raise ValueError(f"guidance_range: expected [low, high], 1 <= low < high, got {self.guidance_range}")
-            if not self.guidance_range[0] <= self.guidance_scale <= self.guidance_range[1]:
-                raise ValueError(f"guidance_scale: expected one in {self.guidance_range}, got {self.guidance_scale}")
+            guidance_input.check_range(self.guidance_range, self.guidance_scale)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -66,10 +61,7 @@ class LCM(Distiller):
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:
-        if not config.guidance_range:
-            return Inputs()
-        low, high = config.guidance_range
-        return Inputs(w=(low - 1, high - 1))
+        return Inputs(w=guidance_input.weights(config.guidance_range))
 
     def build(self) -> None:
         self.student.w = self.config.guidance_scale - 1 if self.config.guidance_range else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -97,11 +98,12 @@ class Denoiser:
 
     @torch.no_grad()
     def jvp(
-        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, s: Tensor | None = None
-    ) -> tuple[Prediction, Prediction]:
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
+        w: Tensor | None = None, s: Tensor | None = None,
+    ) -> tuple[Prediction, Prediction]:  # fmt: skip
         """Return the prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
 
-        The derivative is at fixed ``s``, also for a network that is told the difference of both times.
+        The derivative is at fixed ``w`` and ``s``, also for a network that is told the difference of both times.
 
         Args:
             x_t: noisy images (B, ...).
@@ -109,6 +111,7 @@ class Denoiser:
             cond: conditioning of the batch.
             dx: direction of the images, (B, ...).
             dt: direction of the times, (B,).
+            w: guidance weights (B,), for networks that take them as an input.
             s: target times (B,), for networks that take a second time.
 
         Raises:
@@ -116,7 +119,8 @@ class Denoiser:
                 derivative, such as a fused attention kernel.
         """
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
-            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond, s=s), (x_t, t), (dx, dt))
+            told = functools.partial(self, cond=cond, w=w, s=s)
+            prediction, derivative, *_ = torch.func.jvp(told, (x_t, t), (dx, dt))
             return prediction, derivative
 
 
