@@ -20,6 +20,9 @@ MATCHED = (0.02, 0.98)
 FIRST_BETA = (4.0, 1.5)
 """Where dynamic renoising begins, mostly noise; it ends at (1, 1), which is uniform."""
 
+TINY = 1e-9
+"""Quantiles are at least so far from 0 and 1, where they are infinite."""
+
 INNER = (0.25, 0.95)
 """The range of the times of a random grid between the first, pure noise, and the end."""
 
@@ -46,6 +49,15 @@ def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: fl
     On a flow they are logit-normal, ``sigmoid(mean + std n)``; on other schedules they have the same noise levels.
     """
     return schedule.inverse(-2 * (mean + std * draws.normal().double()))
+
+
+def log_normal_times_above(schedule: NoiseSchedule, draws: Draws, mean: float, std: float, lowest: float) -> Tensor:
+    """Return times (B,) as :func:`log_normal_times`, but of those levels only that are above the time ``lowest``."""
+    normal = torch.distributions.Normal(*torch.tensor([mean, std], dtype=torch.float64))
+    time = torch.tensor(max(lowest, schedule.lowest_time), dtype=torch.float64)
+    below = normal.cdf(-schedule.log_snr(time) / 2)
+    log_sigma = normal.icdf((below + (1 - below) * draws.uniform().cpu()).clamp(TINY, 1 - TINY))
+    return torch.maximum(schedule.inverse(-2 * log_sigma), time).to(draws.device)
 
 
 def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float = 1.0) -> Tensor:
