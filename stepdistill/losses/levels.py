@@ -66,12 +66,17 @@ def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float
     return torch.minimum(shifted(u, shift).clamp(min=schedule.lowest_time), t.double())
 
 
+def falling(progress: float) -> float:
+    """Return a share that falls from 1 to 0 along half a cosine, as ``progress`` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
 def dynamic_times(schedule: NoiseSchedule, draws: Draws, progress: float) -> Tensor:
     """Return times (B,) that are mostly noise at first and uniform in the end (DMDR, arXiv 2511.13649).
 
     Their Beta distribution changes from :data:`FIRST_BETA` to (1, 1) along a cosine of ``progress``, 0 to 1.
     """
-    rest = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    rest = falling(progress)
     a, b = (1 + (first - 1) * rest for first in FIRST_BETA)
     lowest, (low, high) = schedule.lowest_time, MATCHED
     return lowest + (1 - lowest) * (low + (high - low) * draws.beta(a, b))

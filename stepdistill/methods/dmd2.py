@@ -25,7 +25,9 @@ Later papers add terms, all off by default:
 - *Off the trajectory* (``off_trajectory``, CDM, arXiv 2605.06376): matching also at states between the sampler's.
 - *Other divergences* (``divergence``, Xu et al. 2025, arXiv 2502.15681): the gradient is weighted by what the critic
   thinks of the noised image.
-- *Dynamic renoising* (``dynamic_renoise``, DMDR, arXiv 2511.13649): images are compared at high noise first.
+- *Dynamic renoising* (``dynamic_renoise``, DMDR, arXiv 2511.13649): images are compared at high noise first. With
+  adapters the teacher may also lean towards the fake score for as long (``teacher_adapter``), by a share of its adapter
+  that falls to 0, and that adapter may count more than once (``fake_scale``).
 - *Alignment* (``alignment``, IDA of SenseFlow, arXiv 2506.00523): the fake score moves towards the student when that
   has moved.
 """
@@ -46,6 +48,7 @@ from stepdistill.files import ranges
 from stepdistill.losses import distribution_matching as dm
 from stepdistill.losses import levels, student_inputs
 from stepdistill.methods.base import Distiller, Losses, last_of
+from stepdistill.networks.denoiser import LeaningTeacher
 from stepdistill.randomness import Draws
 
 
@@ -87,6 +90,11 @@ class DMD2(Distiller):
         """Where the guidance term is evaluated: at levels cleaner than the student's input, or at all."""
         dynamic_renoise: ranges.NonNegativeInt = 0
         """Training steps over which levels go from mostly noise to uniform (10,000 in DMDR); 0: always uniform."""
+        teacher_adapter: ranges.NonNegativeFloat = 0.0
+        """With adapters: how often the fake score's counts in the teacher at first (0.75 in DMDR); it falls to 0 over
+        ``dynamic_renoise``."""
+        fake_scale: ranges.PositiveFloat = 1.0
+        """With adapters: how often it counts in the fake score itself, in training and in use (2 in DMDR)."""
         divergence: dm.Divergence = "reverse_kl"
         """What is minimised; all but reverse KL weight the gradient by the critic's density ratio."""
         diversity: ranges.NonNegativeFloat = 0.0
@@ -113,6 +121,8 @@ class DMD2(Distiller):
                 raise ValueError(f"first_time: expected 1 with diversity or random_steps, got {self.first_time}")
             if self.diversity and 1 in (self.steps, self.random_steps):
                 raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
+            if self.teacher_adapter and not self.dynamic_renoise:
+                raise ValueError("dynamic_renoise: expected above 0 with teacher_adapter, which falls over it, got 0")
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
 
@@ -126,7 +136,12 @@ class DMD2(Distiller):
         self.fake = self.add_role("fake")
         self.keep_near_student("fake", self.fake_keeps)
         scale, rescale, floor = self.config.guidance_scale, self.config.guidance_rescale, self.config.divisor_floor
-        self.matching = dm.Matching(self.teacher, self.fake, scale, rescale=rescale, floor=floor)
+        real = self.teacher
+        if self.config.teacher_adapter or self.config.fake_scale != 1:
+            self.bank.scale("fake", self.config.fake_scale)
+        if self.config.teacher_adapter:
+            real = LeaningTeacher(self.family, self.bank, "fake", self.leaning)
+        self.matching = dm.Matching(real, self.fake, scale, rescale=rescale, floor=floor)
         if self.config.gan_weight:
             self.conditional_critic = True
             self.critic = BottleneckCritic(self.fake)
@@ -142,6 +157,11 @@ class DMD2(Distiller):
     def updates_fake(self, step: int) -> bool:
         """Return True on every step, or if the turns alternate on all steps but the student's."""
         return self.config.fake_update == "both" or not self.updates_student(step)
+
+    def leaning(self) -> float:
+        """Return how often the fake score's adapter presently counts in the teacher."""
+        steps = self.config.dynamic_renoise
+        return self.config.teacher_adapter * levels.falling(self.step_in_stage / steps) if steps else 0.0
 
     def fake_keeps(self) -> float:
         """Return how much of itself the fake score keeps after the present step."""

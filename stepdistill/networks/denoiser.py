@@ -124,6 +124,27 @@ class Denoiser:
             return prediction, derivative
 
 
+class LeaningTeacher(Denoiser):
+    """The teacher with a share of another role's adapter; its calls are that role's, and have no gradient.
+
+    Args:
+        family: the family of the networks.
+        bank: the networks, as adapters.
+        role: whose adapter it has a share of.
+        share: returns the share; at 0 it is the teacher, bit for bit.
+    """
+
+    def __init__(self, family: Family, bank: NetworkBank, role: str, share: Callable[[], float]) -> None:
+        super().__init__(family, bank, role)
+        self.share = share
+
+    def raw(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        with torch.no_grad(), self.bank.scaled(self.role, self.share()):
+            return super().raw(x_t, t, cond, w=w, s=s)
+
+
 @contextlib.contextmanager
 def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Make ``network`` differentiable in forward mode: full precision, plain attention, contiguous norm inputs.

@@ -296,6 +296,48 @@ def test_alignment_moves_the_fake_score_when_the_student_has_moved(bank):
                 torch.testing.assert_close(found, 0.75 * fake + 0.25 * student)
 
 
+# ------------------------------------------------------------------------------------------- scaled adapters
+
+
+def test_a_teacher_that_leans_has_a_falling_share_of_the_fake_scores_adapter_and_at_last_none():
+    """METHODS_2026, 19.2 and 19.9: at scale 0 it is the teacher, bit for bit; the fake score's own scale stays."""
+    distiller = tiny("adapter", teacher_adapter=0.75, fake_scale=2.0, dynamic_renoise=10, gan_weight=0.0)
+    x, t, real = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), distiller.matching.teacher
+    fake = distiller.fake.raw(x, t, LABELS)
+    shares = []
+    for step in (0, 5, 10, 20):
+        distiller.step_in_stage = step
+        shares.append(distiller.leaning())
+        with distiller.bank.scaled("fake", shares[-1]):
+            expected = distiller.fake.raw(x, t, LABELS)
+        assert torch.equal(real.raw(x, t, LABELS), expected)
+        assert torch.equal(distiller.fake.raw(x, t, LABELS), fake)
+    assert shares == pytest.approx([0.75, 0.375, 0, 0])
+    assert torch.equal(expected, distiller.teacher.raw(x, t, LABELS)) and not torch.equal(fake, expected)
+
+
+def test_an_adapter_that_counts_twice_is_one_of_twice_the_weights():
+    once, twice = (tiny("adapter", fake_scale=scale, gan_weight=0.0, apart=False) for scale in (1.0, 2.0))
+    random = torch.Generator().manual_seed(0)
+    for one, two in zip(once.bank.params("fake"), twice.bank.params("fake"), strict=True):
+        one.data = 0.1 * torch.randn(one.shape, generator=random)
+        two.data = one.data.clone()
+    for name, tensor in once.bank.state("fake").items():
+        if ".lora_B." in name:
+            tensor.mul_(2)
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
+    torch.testing.assert_close(*(one.fake.raw(x, t, LABELS) for one in (once, twice)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(*(one.student.raw(x, t, LABELS) for one in (once, twice)))
+
+
+def test_copies_cannot_be_scaled():
+    for options in ({"fake_scale": 2.0}, {"teacher_adapter": 0.5, "dynamic_renoise": 5}):
+        with pytest.raises(ValueError, match=r"bank\.name: expected 'adapter'"):
+            tiny("copy", **options)
+    with pytest.raises(ValueError, match="dynamic_renoise: expected above 0 with teacher_adapter"):
+        build(DMD2.Config, {"teacher_adapter": 0.5})
+
+
 # ---------------------------------------------------------------------------------------------------- costs
 
 
