@@ -48,7 +48,6 @@ from stepdistill.files import ranges
 from stepdistill.losses import distribution_matching as dm
 from stepdistill.losses import levels, student_inputs
 from stepdistill.methods.base import Distiller, Losses, last_of
-from stepdistill.networks.denoiser import LeaningTeacher
 from stepdistill.randomness import Draws
 
 
@@ -140,7 +139,7 @@ class DMD2(Distiller):
         if self.config.teacher_adapter or self.config.fake_scale != 1:
             self.bank.scale("fake", self.config.fake_scale)
         if self.config.teacher_adapter:
-            real = LeaningTeacher(self.family, self.bank, "fake", self.leaning)
+            real = self.fake.leaning(self.leaning)
         self.matching = dm.Matching(real, self.fake, scale, rescale=rescale, floor=floor)
         if self.config.gan_weight:
             self.conditional_critic = True

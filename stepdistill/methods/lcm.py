@@ -20,8 +20,7 @@ from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
-from stepdistill.losses import guidance_input, regression
-from stepdistill.losses.consistency import consistency, consistency_sampler
+from stepdistill.losses import consistency, guidance_input, regression
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -52,7 +51,7 @@ class LCM(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return consistency_sampler(family.schedule, config.steps, config.solver_steps, "solver_steps")
+        return consistency.consistency_sampler(family.schedule, config.steps, config.solver_steps, "solver_steps")
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
@@ -77,8 +76,9 @@ class LCM(Distiller):
         teacher = self.guided_teacher(batch.cond) if w is None else self.teacher.guided(batch.cond, w)
         with self.computing_target(self.target):
             x_s = solver_step(teacher, x_t, t, s, self.schedule)
-            target = consistency(self.target, x_s, s, batch.cond, w)
-        error = regression.distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
+            target = consistency.consistency(self.target, x_s, s, batch.cond, w)
+        student = consistency.consistency(self.student, x_t, t, batch.cond, w)
+        error = regression.distance(student, target, self.config.distance)
         return Losses({"loss": error.mean()})
 
     def contract(self) -> dict[str, object]:

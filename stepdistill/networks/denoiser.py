@@ -96,6 +96,10 @@ class Denoiser:
             rule = dataclasses.replace(rule, rescale=rescale, amount=1.0)
         return guide(conditional, null, w, x_t, t, self.schedule, rule), conditional
 
+    def leaning(self, share: Callable[[], float]) -> LeaningTeacher:
+        """Return the teacher with a share of this role's adapter, as it is at every call."""
+        return LeaningTeacher(self.family, self.bank, self.role, share)
+
     @torch.no_grad()
     def jvp(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
