@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,8 +124,7 @@ class SelfConsistency:
         self.path_source = path
         self.schedule = teacher.schedule
         self.is_exact = differentiates(options, student.schedule)
-        defines = isinstance(self.schedule, (Karras, Trig))
-        self.sigma_data = self.schedule.sigma_data if defines else options.sigma_data
+        self.sigma_data = data_deviation(self.schedule, options.sigma_data)
 
     def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> Judged:
         """Return the loss of Algorithm 1 at noised images, on a training step.
@@ -252,12 +251,24 @@ class SelfConsistency:
         return self.point(torch.where(t < self.schedule.lowest_time, 0, t), like)
 
 
+def data_deviation(schedule: NoiseSchedule, otherwise: float) -> float:
+    """Return the standard deviation of the data: the schedule's, where it defines one."""
+    return schedule.sigma_data if isinstance(schedule, (Karras, Trig)) else otherwise
+
+
 def angle_sampler(steps: int, schedule: NoiseSchedule) -> Sampler:
     """Return the sampler of a student of ``steps`` steps: even on its schedule; of EDM's levels the paper's."""
     if isinstance(schedule, Karras) and steps > 1:
         rho = rho_through(schedule.sigma_data * math.tan(MIDDLE_ANGLE), schedule)
         return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho)
     return ConsistencySampler(schedule, schedule.grid(steps))
+
+
+def angle_grid(schedule: NoiseSchedule, angles: Sequence[float], sigma_data: float) -> Tensor:
+    """Return the times at TrigFlow's ``angles``, descending and below pi / 2, and 0; of betas whole timesteps."""
+    sigma_data = data_deviation(schedule, sigma_data)
+    t = schedule.inverse(-2 * (sigma_data * torch.tensor(angles, dtype=torch.float64).tan()).log())
+    return torch.cat([schedule.shortened(t, 1.0)[1], torch.zeros(1, dtype=torch.float64)])
 
 
 def embeds_unit_times(schedule: NoiseSchedule) -> bool:
