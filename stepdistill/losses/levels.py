@@ -38,6 +38,12 @@ def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: 
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 
+def times_above(schedule: NoiseSchedule, draws: Draws, lowest: Tensor, high: float = 1.0) -> Tensor:
+    """Return uniform times (B,) between ``lowest`` (B,), or the least that networks are trained at, and ``high``."""
+    low = lowest.clamp(min=schedule.lowest_time)
+    return low + (high - low).clamp(min=0) * draws.uniform()
+
+
 def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
     """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED`."""
     return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)

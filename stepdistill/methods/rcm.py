@@ -117,7 +117,7 @@ class RCM(Distiller):
         return step < self.config.warmup or last_of(self.config.student_update_interval, self.config.warmup)(step)
 
     def updates_fake(self, step: int) -> bool:
-        """Return True on all steps but the student's, and on the warm-up's, so that the fake score knows the student."""
+        """Return True on all steps but the student's, and on the warm-up's: the fake score then knows the student."""
         return step < self.config.warmup or not self.updates_student(step)
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
