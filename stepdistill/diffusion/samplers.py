@@ -287,6 +287,8 @@ class Visit(NamedTuple):
     t: Tensor
     """Its time (B,)."""
     prediction: Prediction
+    end: Tensor
+    """The time (B,) at which the step from there ends."""
 
 
 def visits(
@@ -302,7 +304,7 @@ def visits(
         t, s = _interval(sampler, index, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and index in learns_at):
             prediction = _predict(denoise, sampler, x, t, s)
-        visited.append(Visit(x, t, prediction))
+        visited.append(Visit(x, t, prediction, s))
         if index < calls - 1:
             x = sampler.step(Prediction(*map(Tensor.detach, prediction)), t, s, noise)
     return visited

@@ -36,6 +36,9 @@ Average = Callable[[Tensor, Tensor, Tensor], Prediction]
 LATEST = 1 - 1e-9
 """The last time at which a schedule is differentiated: at 1 it may say by a constant that there is no signal."""
 
+STEEPNESS = 25.0
+"""Of the sigmoid along which alpha-Flow's alpha falls."""
+
 RELAXATION, ROBUSTNESS = 0.5, 1e-3
 """Of flow-anchored consistency: the exponent of a target's share, and the floor of the error that divides the loss."""
 
@@ -117,6 +120,30 @@ def composed(average: Average, interval: Interval, s: Tensor, schedule: NoiseSch
     first = average(interval.x_t, interval.t, s)
     second = average(ode_step(first, schedule, s), s, interval.r)
     return torch.lerp(second.flow(), first.flow(), share_above(schedule, interval, s))
+
+
+def falling(progress: float) -> float:
+    """Return a share that falls from 1 to 0 along a sigmoid, as ``progress`` goes from 0 to 1."""
+    return 1 / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
+
+
+def guided_by_itself(
+    data: Prediction, free: Prediction, own: Prediction, scale: Tensor | float, kappa: float
+) -> Prediction:
+    """Return a guided velocity without a teacher, as predictions of one state (MeanFlow).
+
+    Where ``own`` is what the network learns from it, its fixed point is guided by ``scale``.
+
+    Args:
+        data: clean image and noise (B, ...) of the data.
+        free: what the network predicts without a condition.
+        own: what it predicts with it.
+        scale: guidance scales, (B,) or one; 1 is none.
+        kappa: share of ``own``.
+    """
+    omega = expand(torch.as_tensor(scale) * (1 - kappa), data.x0)
+    parts = zip(data, free, own, strict=True)
+    return Prediction(*(omega * v + (1 - omega - kappa) * v_free + kappa * v_own for v, v_free, v_own in parts))
 
 
 def time_within(schedule: NoiseSchedule, t: Tensor, r: Tensor, share: Tensor | float) -> Tensor:

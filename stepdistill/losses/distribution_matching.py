@@ -127,9 +127,9 @@ class Matching:
         return {"augmentation": descent_loss(x0, gradient).mean()}
 
 
-def fake_score_loss(fake: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
-    """Return the denoising loss of the fake score on images (B, ...) of the student."""
-    t = sample_times(fake.schedule, draws)
+def fake_score_loss(fake: Denoiser, x0: Tensor, cond: Cond, draws: Draws, t: Tensor | None = None) -> Tensor:
+    """Return the denoising loss of the fake score on images (B, ...) of the student, at uniform times or at ``t``."""
+    t = sample_times(fake.schedule, draws) if t is None else t
     return denoising_loss(fake, x0, draws.normal_like(x0), t, cond).mean()
 
 

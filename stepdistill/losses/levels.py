@@ -20,6 +20,9 @@ MATCHED = (0.02, 0.98)
 FIRST_BETA = (4.0, 1.5)
 """Where dynamic renoising begins, mostly noise; it ends at (1, 1), which is uniform."""
 
+TINY = 1e-9
+"""Quantiles are at least so far from 0 and 1, where they are infinite."""
+
 INNER = (0.25, 0.95)
 """The range of the times of a random grid between the first, pure noise, and the end."""
 
@@ -35,6 +38,12 @@ def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: 
     return lowest + (1 - lowest) * draws.uniform(low, high)
 
 
+def times_above(schedule: NoiseSchedule, draws: Draws, lowest: Tensor, high: float = 1.0) -> Tensor:
+    """Return uniform times (B,) between ``lowest`` (B,), or the least that networks are trained at, and ``high``."""
+    low = lowest.clamp(min=schedule.lowest_time)
+    return low + (high - low).clamp(min=0) * draws.uniform()
+
+
 def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
     """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED`."""
     return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)
@@ -48,10 +57,24 @@ def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: fl
     return schedule.inverse(-2 * (mean + std * draws.normal().double()))
 
 
+def log_normal_times_above(schedule: NoiseSchedule, draws: Draws, mean: float, std: float, lowest: float) -> Tensor:
+    """Return times (B,) as :func:`log_normal_times`, but of those levels only that are above the time ``lowest``."""
+    normal = torch.distributions.Normal(*torch.tensor([mean, std], dtype=torch.float64))
+    time = torch.tensor(max(lowest, schedule.lowest_time), dtype=torch.float64)
+    below = normal.cdf(-schedule.log_snr(time) / 2)
+    log_sigma = normal.icdf((below + (1 - below) * draws.uniform().cpu()).clamp(TINY, 1 - TINY))
+    return torch.maximum(schedule.inverse(-2 * log_sigma), time).to(draws.device)
+
+
 def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float = 1.0) -> Tensor:
     """Return times (B,) from clean data up to ``t`` (B,), uniform before the shift."""
     u = draws.uniform() * shifted(t.double(), 1 / shift)
     return torch.minimum(shifted(u, shift).clamp(min=schedule.lowest_time), t.double())
+
+
+def falling(progress: float) -> float:
+    """Return a share that falls from 1 to 0 along half a cosine, as ``progress`` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def dynamic_times(schedule: NoiseSchedule, draws: Draws, progress: float) -> Tensor:
@@ -59,7 +82,7 @@ def dynamic_times(schedule: NoiseSchedule, draws: Draws, progress: float) -> Ten
 
     Their Beta distribution changes from :data:`FIRST_BETA` to (1, 1) along a cosine of ``progress``, 0 to 1.
     """
-    rest = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    rest = falling(progress)
     a, b = (1 + (first - 1) * rest for first in FIRST_BETA)
     lowest, (low, high) = schedule.lowest_time, MATCHED
     return lowest + (1 - lowest) * (low + (high - low) * draws.beta(a, b))

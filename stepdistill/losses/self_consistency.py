@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,10 +124,9 @@ class SelfConsistency:
         self.path_source = path
         self.schedule = teacher.schedule
         self.is_exact = differentiates(options, student.schedule)
-        defines = isinstance(self.schedule, (Karras, Trig))
-        self.sigma_data = self.schedule.sigma_data if defines else options.sigma_data
+        self.sigma_data = data_deviation(self.schedule, options.sigma_data)
 
-    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int) -> Judged:
+    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> Judged:
         """Return the loss of Algorithm 1 at noised images, on a training step.
 
         Args:
@@ -135,15 +134,16 @@ class SelfConsistency:
             cond: conditioning of the batch.
             draws: source of noise levels and noise.
             step: training steps so far.
+            w: guidance weights (B,) that the student is told; by default the fixed scale's, of which it is told none.
         """
         point = self.draw_point(draws, x0)
         noise = draws.normal_like(x0)
         x_t = self.schedule.add_noise(x0, noise, point.t)
         # without gradient, and with the dropout masks that the student draws next
         with torch.no_grad(), shared_dropout(self.student.bank, self.student.role):
-            path = self.path(x_t, point.t, Prediction(x0, noise), cond)
-            tangent_of = self.tangent_rule(x_t, point, path, cond, self.share(step))
-        student = self.student(x_t, point.t, cond)
+            path = self.path(x_t, point.t, Prediction(x0, noise), cond, w)
+            tangent_of = self.tangent_rule(x_t, point, path, cond, self.share(step), w)
+        student = self.student(x_t, point.t, cond, w=w)
         tangent = tangent_of(Prediction(student.x0.detach(), student.eps.detach()))
         size = tangent.square().flatten(1).mean(1).sqrt()
         move = tangent / expand(size + self.options.norm_floor, tangent)
@@ -168,11 +168,11 @@ class SelfConsistency:
         radius = torch.hypot(alpha, sigma / self.sigma_data)
         return Point(t, expand(alpha / radius, like), expand(sigma / self.sigma_data / radius, like))
 
-    def path(self, x_t: Tensor, t: Tensor, data: Prediction, cond: Cond) -> Prediction:
+    def path(self, x_t: Tensor, t: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None) -> Prediction:
         """Return (x_0, eps) of the ODE path's direction at ``x_t``, float32 at least."""
         if self.path_source == "data":
             return data
-        x_0, eps = self.teacher.guided(cond, self.options.guidance_scale - 1)(x_t, t)
+        x_0, eps = self.teacher.guided(cond, self.options.guidance_scale - 1 if w is None else w)(x_t, t)
         return Prediction(x_0.to(x_t.dtype), eps.to(x_t.dtype))
 
     def velocity(self, prediction: Prediction, point: Point) -> Tensor:
@@ -180,15 +180,15 @@ class SelfConsistency:
         return prediction.velocity(point.cos, point.sin / self.sigma_data)
 
     def tangent_rule(
-        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None = None
     ) -> Callable[[Prediction], Tensor]:
         """Return the tangent g of Algorithm 1, before its normalisation, as a function of the student's prediction.
 
-        ``share`` is r.
+        ``share`` is r, and ``w`` the guidance weights (B,) that the student is told.
         """
         if not self.is_exact:
-            return self.tangent_by_difference(x_t, point, path, cond, share)
-        student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond)
+            return self.tangent_by_difference(x_t, point, path, cond, share, w)
+        student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond, w)
         turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
         tangent = -(point.cos**2) * self.residual(student, path, point) - share * turn
         return lambda _: tangent
@@ -197,16 +197,18 @@ class SelfConsistency:
         """Return ``sigma_d F - dx/dtheta``."""
         return self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
 
-    def derive(self, x_t: Tensor, point: Point, path: Prediction, cond: Cond) -> tuple[Prediction, Prediction]:
+    def derive(
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, w: Tensor | None = None
+    ) -> tuple[Prediction, Prediction]:
         """Return the student's prediction, and its derivative by the log noise level along the path."""
         one = torch.ones_like(point.t)
         (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(self.schedule, (point.t,), (one,))[:2]
         dt = alpha * sigma / (d_sigma * alpha - d_alpha * sigma)  # dt / d log(sigma / alpha)
         dx = path.to_state(expand(d_alpha * dt, x_t), expand(d_sigma * dt, x_t))
-        return self.student.jvp(x_t, point.t, cond, dx, dt)
+        return self.student.jvp(x_t, point.t, cond, dx, dt, w=w)
 
     def tangent_by_difference(
-        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None = None
     ) -> Callable[[Prediction], Tensor]:
         """Return the tangent of the discrete algorithm (dsCD, Appendix D), whose limit is g.
 
@@ -228,11 +230,12 @@ class SelfConsistency:
             return point.cos * torch.lerp(turned, (here.x0 - x_0_near) / sin, share)
 
         if is_single_precision(self.student.bank, self.student.role, x_t.device):
-            x_0_near = self.student(x_near, told, cond).x0
+            x_0_near = self.student(x_near, told, cond, w=w).x0
             return lambda here: tangent(here, x_0_near)
         both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
+        weights = None if w is None else torch.cat([w, w])
         with single_precision(self.student.bank, self.student.role, x_t.device):
-            x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([point.t, told]), both)
+            x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([point.t, told]), both, w=weights)
         found = tangent(Prediction(x_0[: len(x_t)], eps[: len(x_t)]), x_0[len(x_t) :])
         return lambda _: found
 
@@ -248,12 +251,24 @@ class SelfConsistency:
         return self.point(torch.where(t < self.schedule.lowest_time, 0, t), like)
 
 
+def data_deviation(schedule: NoiseSchedule, otherwise: float) -> float:
+    """Return the standard deviation of the data: the schedule's, where it defines one."""
+    return schedule.sigma_data if isinstance(schedule, (Karras, Trig)) else otherwise
+
+
 def angle_sampler(steps: int, schedule: NoiseSchedule) -> Sampler:
     """Return the sampler of a student of ``steps`` steps: even on its schedule; of EDM's levels the paper's."""
     if isinstance(schedule, Karras) and steps > 1:
         rho = rho_through(schedule.sigma_data * math.tan(MIDDLE_ANGLE), schedule)
         return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho)
     return ConsistencySampler(schedule, schedule.grid(steps))
+
+
+def angle_grid(schedule: NoiseSchedule, angles: Sequence[float], sigma_data: float) -> Tensor:
+    """Return the times at TrigFlow's ``angles``, descending and below pi / 2, and 0; of betas whole timesteps."""
+    sigma_data = data_deviation(schedule, sigma_data)
+    t = schedule.inverse(-2 * (sigma_data * torch.tensor(angles, dtype=torch.float64).tan()).log())
+    return torch.cat([schedule.shortened(t, 1.0)[1], torch.zeros(1, dtype=torch.float64)])
 
 
 def embeds_unit_times(schedule: NoiseSchedule) -> bool:

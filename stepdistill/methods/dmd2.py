@@ -22,10 +22,15 @@ Later papers add terms, all off by default:
   have a noise level of their own, the second only levels cleaner than the student's input.
 - *Diversity* (``diversity``, DP-DMD, arXiv 2602.03139): the first step is trained to land where the teacher is after
   some of its steps from the same noise, and the later steps by matching.
+- *Levels above* (``levels``, not from a paper): one fake score sees the images of all steps, so what is matched is
+  their mean distribution, and the last step makes up for the blur of the first. Looked at only above the noise that the
+  next step adds, an image counts no more than that step sees of it.
 - *Off the trajectory* (``off_trajectory``, CDM, arXiv 2605.06376): matching also at states between the sampler's.
 - *Other divergences* (``divergence``, Xu et al. 2025, arXiv 2502.15681): the gradient is weighted by what the critic
   thinks of the noised image.
-- *Dynamic renoising* (``dynamic_renoise``, DMDR, arXiv 2511.13649): images are compared at high noise first.
+- *Dynamic renoising* (``dynamic_renoise``, DMDR, arXiv 2511.13649): images are compared at high noise first. With
+  adapters the teacher may also lean towards the fake score for as long (``teacher_adapter``), by a share of its adapter
+  that falls to 0, and that adapter may count more than once (``fake_scale``).
 - *Alignment* (``alignment``, IDA of SenseFlow, arXiv 2506.00523): the fake score moves towards the student when that
   has moved.
 """
@@ -85,8 +90,15 @@ class DMD2(Distiller):
         """Whether matching and guidance are terms with noise levels of their own (Decoupled DMD)."""
         augmentation_levels: Literal["below", "full"] = "below"
         """Where the guidance term is evaluated: at levels cleaner than the student's input, or at all."""
+        levels: Literal["full", "above"] = "full"
+        """Where scores look at the image of a step: at all levels, or above the one that the next step begins at."""
         dynamic_renoise: ranges.NonNegativeInt = 0
         """Training steps over which levels go from mostly noise to uniform (10,000 in DMDR); 0: always uniform."""
+        teacher_adapter: ranges.NonNegativeFloat = 0.0
+        """With adapters: how often the fake score's counts in the teacher at first (0.75 in DMDR); it falls to 0 over
+        ``dynamic_renoise``."""
+        fake_scale: ranges.PositiveFloat = 1.0
+        """With adapters: how often it counts in the fake score itself, in training and in use (2 in DMDR)."""
         divergence: dm.Divergence = "reverse_kl"
         """What is minimised; all but reverse KL weight the gradient by the critic's density ratio."""
         diversity: ranges.NonNegativeFloat = 0.0
@@ -107,12 +119,16 @@ class DMD2(Distiller):
                 raise ValueError(
                     "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
                 )
+            if self.levels == "above" and (self.split or self.dynamic_renoise):
+                raise ValueError("levels: expected 'full' with split or dynamic_renoise, which have their own")
             if self.divergence != "reverse_kl" and not self.gan_weight:
                 raise ValueError(f"gan_weight: expected above 0 with divergence {self.divergence!r}, got 0")
             if self.first_time != 1 and (self.diversity or self.random_steps):
                 raise ValueError(f"first_time: expected 1 with diversity or random_steps, got {self.first_time}")
             if self.diversity and 1 in (self.steps, self.random_steps):
                 raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
+            if self.teacher_adapter and not self.dynamic_renoise:
+                raise ValueError("dynamic_renoise: expected above 0 with teacher_adapter, which falls over it, got 0")
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
 
@@ -126,7 +142,12 @@ class DMD2(Distiller):
         self.fake = self.add_role("fake")
         self.keep_near_student("fake", self.fake_keeps)
         scale, rescale, floor = self.config.guidance_scale, self.config.guidance_rescale, self.config.divisor_floor
-        self.matching = dm.Matching(self.teacher, self.fake, scale, rescale=rescale, floor=floor)
+        real = self.teacher
+        if self.config.teacher_adapter or self.config.fake_scale != 1:
+            self.bank.scale("fake", self.config.fake_scale)
+        if self.config.teacher_adapter:
+            real = self.fake.leaning(self.leaning)
+        self.matching = dm.Matching(real, self.fake, scale, rescale=rescale, floor=floor)
         if self.config.gan_weight:
             self.conditional_critic = True
             self.critic = BottleneckCritic(self.fake)
@@ -142,6 +163,11 @@ class DMD2(Distiller):
     def updates_fake(self, step: int) -> bool:
         """Return True on every step, or if the turns alternate on all steps but the student's."""
         return self.config.fake_update == "both" or not self.updates_student(step)
+
+    def leaning(self) -> float:
+        """Return how often the fake score's adapter presently counts in the teacher."""
+        steps = self.config.dynamic_renoise
+        return self.config.teacher_adapter * levels.falling(self.step_in_stage / steps) if steps else 0.0
 
     def fake_keeps(self) -> float:
         """Return how much of itself the fake score keeps after the present step."""
@@ -163,16 +189,14 @@ class DMD2(Distiller):
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0 = self.generate(batch, draws)
-        terms = {"denoising": dm.fake_score_loss(self.fake, x0, batch.cond, draws)}
+            visit = self.simulate(batch, draws)[-1]
+        x0, is_above = visit.prediction.x0, self.config.levels == "above"
+        t = levels.times_above(self.schedule, draws, visit.end) if is_above else None
+        terms = {"denoising": dm.fake_score_loss(self.fake, x0, batch.cond, draws, t)}
         if not self.config.gan_weight:
             return Losses(terms)
         critic, metrics = self.critic.critic_loss(batch.x0, x0, batch.cond, draws)
         return Losses(terms | {"critic": self.config.critic_weight * critic}, metrics)
-
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return the student's clean images (B, ...) at a random step of its own backward simulation."""
-        return self.simulate(batch, draws)[-1].prediction.x0
 
     def simulate(self, batch: Batch, draws: Draws) -> list[Visit]:
         """Return what the student sees on its way from noise to a random one of its steps."""
@@ -190,7 +214,7 @@ class DMD2(Distiller):
 
     def matching_terms(self, visit: Visit, batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the terms of guided distribution matching of the student's images, and metrics."""
-        x0, level, weigh = visit.prediction.x0, self.level(draws), self.weigh(batch)
+        x0, level, weigh = visit.prediction.x0, self.level(visit, draws), self.weigh(batch)
         if not self.config.split:
             loss, metrics = self.matching.guided(x0, batch.cond, draws, level, weigh)
             return {"matching": loss}, metrics
@@ -199,8 +223,11 @@ class DMD2(Distiller):
         level = levels.cleaner_times(self.schedule, draws, highest, self.schedule.shift)
         return {"matching": loss} | self.matching.augmentation(x0, batch.cond, draws, level), metrics
 
-    def level(self, draws: Draws) -> Tensor:
-        """Return the times (B,) at which the scores are compared."""
+    def level(self, visit: Visit, draws: Draws) -> Tensor:
+        """Return the times (B,) at which the scores of a step's images are compared."""
+        if self.config.levels == "above":
+            low, high = levels.MATCHED
+            return levels.times_above(self.schedule, draws, visit.end.clamp(min=low), high)
         if self.config.dynamic_renoise:
             return levels.dynamic_times(self.schedule, draws, self.step_in_stage / self.config.dynamic_renoise)
         if self.config.split:

@@ -22,6 +22,12 @@ Where r = t, the target is v. The last two targets learn of v from those pairs a
 same velocity that stands in the target: with guidance, any other would be wrong.
 
 A student is sampled by Euler (DDIM) steps, over any grid. Guidance is folded into v, so sampling takes one call a step.
+The scale is fixed or an input of the network. Without a teacher, the guided v is made of data and the student itself,
+
+.. math:: \omega v + (1 - \omega - \kappa) u_\theta(x_t, t, t, \varnothing) + \kappa u_\theta(x_t, t, t, c), \qquad
+    \omega = g (1 - \kappa),
+
+whose fixed point is guided by the scale g (MeanFlow); a share of the batch has no condition and g = 1.
 
 **Two slices** (FACM, Peng et al. 2025, 2507.03738) need no second time. Of all r, only 0 and t are trained: the average
 velocity to clean data under the network's own time, and the velocity v, which anchors it, under the negative time.
@@ -31,7 +37,6 @@ That student is sampled as a consistency model.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -53,7 +58,7 @@ from stepdistill.files.ranges import (
     PositiveShare,
     Share,
 )
-from stepdistill.losses import average_velocity, intervals
+from stepdistill.losses import average_velocity, guidance_input, intervals
 from stepdistill.losses.average_velocity import Average, Interval
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.self_consistency import check_forward_mode
@@ -64,9 +69,6 @@ from stepdistill.randomness import Draws
 
 SHORTCUT_DECAY = 0.999
 """Of the average that makes the targets of shortcut models."""
-
-STEEPNESS = 25.0
-"""Of the sigmoid along which alpha falls."""
 
 SMALLEST_ALPHA = 0.005
 """Below it, ``alpha`` is 0, and the target is that of ``jvp``."""
@@ -91,7 +93,15 @@ class FlowMap(Distiller):
         slices: Literal["free", "two"] = "free"
         """Any two times, or clean data and the present one, without a second input; for ``difference`` and ``jvp``."""
         guidance_scale: GuidanceScale = 1.0
-        """Guidance baked into the student; 1 is none."""
+        """Guidance baked into the student, or its default where the scale is an input; 1 is none."""
+        guidance_range: tuple[GuidanceScale, ...] = ()
+        """Lowest and highest scale of a student that takes it as an input; by default the scale is fixed."""
+        guidance_until: PositiveShare = 1.0
+        """Flow time above which the velocity is not guided; 0.75 to 0.8 for MeanFlow's largest networks."""
+        guidance_mix: Decay = 0.0
+        """Share of the student's own guided velocity in that of data (kappa); 0.5 and 0.92 in MeanFlow."""
+        condition_dropout: Share = 0.1
+        """Share of the batch without its condition, where data and the student itself make the guidance."""
         step: PositiveFloat = 0.005
         """Distance of the calls of ``difference``, in flow time; 0.005 to 0.02."""
         warmup: NonNegativeInt = 0
@@ -120,8 +130,9 @@ class FlowMap(Distiller):
         """Decay of the average that makes the targets; 0 is the student itself, the default but for ``shortcut``."""
 
         def __post_init__(self) -> None:
-            if self.velocity == "data" and self.guidance_scale != 1:
-                raise ValueError(f"guidance_scale: expected 1 with velocity 'data', got {self.guidance_scale}")
+            guidance_input.check_range(self.guidance_range, self.guidance_scale)
+            if self.guides_itself and self.slices == "two":
+                raise ValueError("guidance_scale: expected 1 with velocity 'data' and slices 'two', got guidance")
             if self.composes and self.equal == 0:
                 raise ValueError(
                     f"equal: expected more than 0 with target {self.target!r}, which learns of no velocity"
@@ -132,6 +143,11 @@ class FlowMap(Distiller):
                 raise ValueError(
                     f"alpha_end: expected more than alpha_begin = {self.alpha_begin}, got {self.alpha_end}"
                 )
+
+        @property
+        def guides_itself(self) -> bool:
+            """Whether guidance is made of data and the student, without a teacher."""
+            return self.velocity == "data" and (self.guidance_scale != 1 or len(self.guidance_range) > 0)
 
         @property
         def composes(self) -> bool:
@@ -156,14 +172,16 @@ class FlowMap(Distiller):
         if config.slices == "two" and not negative < clean:  # a logarithm has none
             raise ValueError("method.slices: expected 'free' for an EDM teacher, whose network knows no negative time")
         super().check(config, family)
+        family.check_guidance(max(config.guidance_range, default=1.0))
         if config.differentiates:
             check_forward_mode(family, "target")
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:
-        return Inputs(s=config.slices == "free")
+        return Inputs(w=guidance_input.weights(config.guidance_range), s=config.slices == "free")
 
     def build(self) -> None:
+        self.student.w = self.config.guidance_scale - 1 if self.inputs.w else None
         usual = SHORTCUT_DECAY if self.config.target == "shortcut" else 0.0
         self.target = self.add_target(usual if self.config.target_ema is None else self.config.target_ema)
         self.add_turn("student", self.loss if self.config.slices == "free" else self.two_slice_loss)
@@ -174,8 +192,9 @@ class FlowMap(Distiller):
         noise = draws.normal_like(batch.x0)
         t, s, r = self.draw_times(draws)
         interval = Interval(self.state(batch.x0, noise, t), t, r)
-        target = self.target_of(interval, s, Prediction(batch.x0, noise), batch.cond)
-        student = self.student(interval.x_t, t, batch.cond, s=r)
+        cond, w = self.guidance(batch.cond, draws)
+        target = self.target_of(interval, s, Prediction(batch.x0, noise), cond, w)
+        student = self.student(interval.x_t, t, cond, w=self.told_weight(w), s=r)
         error = mean_square(student.flow(), target)
         weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
         loss = average_velocity.normalised(error, self.config.power, self.config.floor)
@@ -185,13 +204,14 @@ class FlowMap(Distiller):
         """Return FACM's losses: of the step to clean data, and of the velocity, told apart by the sign of the time."""
         noise = draws.normal_like(batch.x0)
         t, _, _ = self.draw_times(draws)
-        interval, cond = Interval(self.state(batch.x0, noise, t), t, torch.zeros_like(t)), batch.cond
-        path = self.path(interval, Prediction(batch.x0, noise), cond)
-        mean = self.along_path(interval, path, cond)
-        velocity, tau = self.student(interval.x_t, t, cond).flow(), average_velocity.flow_time(self.schedule, t)
+        interval = Interval(self.state(batch.x0, noise, t), t, torch.zeros_like(t))
+        cond, w = self.guidance(batch.cond, draws)
+        path = self.path(interval, Prediction(batch.x0, noise), cond, w)
+        mean = self.along_path(interval, path, cond, w)
+        velocity, tau = self.student(interval.x_t, t, cond, w=w).flow(), average_velocity.flow_time(self.schedule, t)
         error = mean_square(velocity, average_velocity.relaxed(velocity.detach(), mean, tau))
         robust = average_velocity.normalised(error, 0.5, average_velocity.ROBUSTNESS)
-        output = self.student.raw(interval.x_t, -t, cond)
+        output = self.student.raw(interval.x_t, -t, cond, w=w)
         anchor = to_prediction(output, interval.x_t, t, self.schedule, self.family.prediction_type).flow()
         anchored = mean_square(anchor, path.flow()) + average_velocity.turned(anchor, path.flow())
         weight = average_velocity.consistency_weight(tau).to(error.dtype)
@@ -217,76 +237,110 @@ class FlowMap(Distiller):
             return self.schedule.add_noise(x0, noise, t)
         return student_input(self.schedule, x0, noise, t)
 
+    def guidance(self, cond: Cond, draws: Draws) -> tuple[Cond, Tensor | None]:
+        """Return the condition and guidance weights (B,); none where the teacher guides by a fixed scale.
+
+        Where the student guides itself, a share of the batch has the null condition, and is not guided.
+        """
+        if not self.inputs.w and not self.config.guides_itself:
+            return cond, None
+        w = draws.uniform(*(self.inputs.w or 2 * (self.config.guidance_scale - 1,)))
+        if not self.config.guides_itself:
+            return cond, w
+        dropped = draws.uniform() < self.config.condition_dropout
+        return guidance_input.without_condition(self.family, cond, dropped), torch.where(dropped, 0, w)
+
     @torch.no_grad()
-    def path(self, interval: Interval, data: Prediction, cond: Cond) -> Prediction:
+    def path(self, interval: Interval, data: Prediction, cond: Cond, w: Tensor | None = None) -> Prediction:
         """Return clean image and noise (B, ...) of the path's velocity, in the precision of the states."""
-        if self.config.velocity == "data":
+        x_t, t, _ = interval
+        if self.config.velocity == "teacher":
+            weight = self.config.guidance_scale - 1 if w is None else w
+            x0, eps = self.teacher.guided(cond, self.where_guided(weight, t))(x_t, t)
+            return Prediction(x0.to(x_t.dtype), eps.to(x_t.dtype))
+        if w is None:
             return data
-        x0, eps = self.guided_teacher(cond)(interval.x_t, interval.t)
-        return Prediction(x0.to(interval.x_t.dtype), eps.to(interval.x_t.dtype))
+        kappa, scale = self.config.guidance_mix, 1 + self.where_guided(w, t)
+        free = self.average(self.family.null_cond(cond), torch.zeros_like(w))(x_t, t, t)
+        own = self.average(cond, w)(x_t, t, t) if kappa else free
+        return average_velocity.guided_by_itself(data, free, own, scale, kappa)
+
+    def where_guided(self, w: Tensor | float, t: Tensor) -> Tensor | float:
+        """Return guidance weights, (B,) or one, that are 0 where times (B,) are above ``guidance_until``."""
+        if self.config.guidance_until == 1:
+            return w
+        return (average_velocity.flow_time(self.schedule, t) < self.config.guidance_until) * w
 
     # -------------------------------------------------------------------------------------------------- targets
 
-    def target_of(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond) -> Tensor:
+    def target_of(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the target (B, ...) of the average velocity; two steps part at times ``s`` (B,)."""
         if self.config.composes:
-            return self.composition(interval, s, data, cond)
-        return self.along_path(interval, self.path(interval, data, cond), cond)
+            return self.composition(interval, s, data, cond, w)
+        return self.along_path(interval, self.path(interval, data, cond, w), cond, w)
 
-    def average(self, cond: Cond) -> Average:
+    def average(self, cond: Cond, w: Tensor | None = None) -> Average:
         """Return the target network without gradient, each call with the dropout that the student draws next."""
 
         def call(x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
             with self.computing_target(self.target):
-                return self.target(x_t, t, cond, s=self.told(r))
+                return self.target(x_t, t, cond, w=self.told_weight(w), s=self.told(r))
 
         return call
+
+    def told_weight(self, w: Tensor | None) -> Tensor | None:
+        """Return the guidance weights as the network is told them."""
+        return w if self.inputs.w else None
 
     def told(self, r: Tensor) -> Tensor | None:
         """Return the second time as the network is told it."""
         return r if self.config.slices == "free" else None
 
-    def along_path(self, interval: Interval, path: Prediction, cond: Cond) -> Tensor:
+    def along_path(self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the target (B, ...) that follows the path from ``x_t``; v where r = t."""
         if alpha := self.alpha():
             s = average_velocity.time_within(self.schedule, interval.t, interval.r, alpha)
-            target = average_velocity.interpolated(self.average(cond), path, interval, s, self.schedule)
+            target = average_velocity.interpolated(self.average(cond, w), path, interval, s, self.schedule)
         else:
             grown = min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
-            turn = grown * average_velocity.gap(self.schedule, interval) * self.derivative(interval, path, cond)
+            turn = grown * average_velocity.gap(self.schedule, interval) * self.derivative(interval, path, cond, w)
             target = path.flow() - turn
         return torch.where(expand(interval.t == interval.r, target) > 0, path.flow(), target)
 
-    def derivative(self, interval: Interval, path: Prediction, cond: Cond) -> Tensor:
+    def derivative(self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the derivative (B, ...) of the average velocity by flow time along the path, at fixed r."""
         x_t, t, r = interval
         if self.config.target == "difference":  # in float32: rounding would be as large as the difference
             with single_precision(self.bank, self.target.role, x_t.device):
                 return average_velocity.central_difference(
-                    self.average(cond), path, interval, self.config.step, self.schedule
+                    self.average(cond, w), path, interval, self.config.step, self.schedule
                 )
         t = t.clamp(max=average_velocity.LATEST)
         dx, dt = average_velocity.direction(self.schedule, path, t)
         with self.computing_target(self.target):
-            return self.target.jvp(x_t, t, cond, dx, dt, s=self.told(r))[1].flow()
+            return self.target.jvp(x_t, t, cond, dx, dt, w=self.told_weight(w), s=self.told(r))[1].flow()
 
-    def composition(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond) -> Tensor:
+    def composition(
+        self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None
+    ) -> Tensor:
         """Return the target (B, ...) of two steps that part at ``s``; v where r = t, which alone asks the teacher."""
-        two_steps = average_velocity.composed(self.average(cond), interval, s, self.schedule)
+        two_steps = average_velocity.composed(self.average(cond, w), interval, s, self.schedule)
         equal = interval.t == interval.r
         rows = equal.nonzero().flatten()
         rows = rows if len(rows) else torch.zeros_like(equal[:1], dtype=torch.long)  # all processes call the network
-        here = Interval(*(part[rows] for part in interval))
-        path = self.path(here, Prediction(*(part[rows] for part in data)), {name: c[rows] for name, c in cond.items()})
+        here, data = Interval(*(part[rows] for part in interval)), Prediction(*(part[rows] for part in data))
+        path = self.path(here, data, {name: c[rows] for name, c in cond.items()}, None if w is None else w[rows])
         velocity = torch.zeros_like(two_steps).index_copy(0, rows, path.flow().to(two_steps.dtype))
         return torch.where(expand(equal, velocity) > 0, velocity, two_steps)
+
+    def contract(self) -> dict[str, object]:
+        return {"guidance_range": list(self.config.guidance_range)}
 
     def alpha(self) -> float:
         """Return the present share of the path's own velocity: from 1 to its end along a sigmoid; 0 is none."""
         if self.config.target != "alpha":
             return 0.0
-        begin, end = self.config.alpha_begin, self.config.alpha_end
+        begin, end, least = self.config.alpha_begin, self.config.alpha_end, self.config.alpha_least
         progress = (self.step_in_stage / max(self.stage.steps, 1) - begin) / (end - begin)
-        least, rest = self.config.alpha_least, 1 / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
-        alpha = least + (1 - least) * rest
+        alpha = least + (1 - least) * average_velocity.falling(progress)
         return alpha if alpha >= SMALLEST_ALPHA else 0.0

@@ -131,8 +131,8 @@ class ImagineFlash(Distiller):
     def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's clean images (B, ...), and its inputs (B, ...) at times (B,), from its own sampling."""
         start = self.schedule.initial_noise(draws.normal_like(batch.x0))
-        x_t, t, (x0, _) = simulation(self.student, self.sampler(), start, batch.cond, draws)[-1]
-        return x0, x_t, t
+        visit = simulation(self.student, self.sampler(), start, batch.cond, draws)[-1]
+        return visit.prediction.x0, visit.x_t, visit.t
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, x_t, t = self.generate(batch, draws)

@@ -20,8 +20,7 @@ from stepdistill.diffusion.ode import solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
-from stepdistill.losses import regression
-from stepdistill.losses.consistency import consistency, consistency_sampler
+from stepdistill.losses import consistency, guidance_input, regression
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -48,16 +47,11 @@ class LCM(Distiller):
         """Decay of the target's average; at 0 the target is the student itself, as in LCM-LoRA."""
 
         def __post_init__(self) -> None:
-            if not self.guidance_range:
-                return
-            if len(self.guidance_range) != 2 or not 1 <= self.guidance_range[0] < self.guidance_range[1]:
-                raise ValueError(f"guidance_range: expected [low, high], 1 <= low < high, got {self.guidance_range}")
-            if not self.guidance_range[0] <= self.guidance_scale <= self.guidance_range[1]:
-                raise ValueError(f"guidance_scale: expected one in {self.guidance_range}, got {self.guidance_scale}")
+            guidance_input.check_range(self.guidance_range, self.guidance_scale)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return consistency_sampler(family.schedule, config.steps, config.solver_steps, "solver_steps")
+        return consistency.consistency_sampler(family.schedule, config.steps, config.solver_steps, "solver_steps")
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
@@ -66,10 +60,7 @@ class LCM(Distiller):
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:
-        if not config.guidance_range:
-            return Inputs()
-        low, high = config.guidance_range
-        return Inputs(w=(low - 1, high - 1))
+        return Inputs(w=guidance_input.weights(config.guidance_range))
 
     def build(self) -> None:
         self.student.w = self.config.guidance_scale - 1 if self.config.guidance_range else None
@@ -85,8 +76,9 @@ class LCM(Distiller):
         teacher = self.guided_teacher(batch.cond) if w is None else self.teacher.guided(batch.cond, w)
         with self.computing_target(self.target):
             x_s = solver_step(teacher, x_t, t, s, self.schedule)
-            target = consistency(self.target, x_s, s, batch.cond, w)
-        error = regression.distance(consistency(self.student, x_t, t, batch.cond, w), target, self.config.distance)
+            target = consistency.consistency(self.target, x_s, s, batch.cond, w)
+        student = consistency.consistency(self.student, x_t, t, batch.cond, w)
+        error = regression.distance(student, target, self.config.distance)
         return Losses({"loss": error.mean()})
 
     def contract(self) -> dict[str, object]:

@@ -16,13 +16,15 @@ passes with gradient, the derivative of one of them and the rollout, the teacher
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+import math
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
+from stepdistill.diffusion.schedule import Karras
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from stepdistill.losses import levels
@@ -31,12 +33,16 @@ from stepdistill.losses.self_consistency import (
     ConsistencyOptions,
     SelfConsistency,
     TimeWeight,
+    angle_grid,
     angle_sampler,
     check_derivative,
 )
 from stepdistill.losses.student_inputs import diversity_ratio, simulation
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
+
+ANGLES = (math.atan(80), 1.5, 1.4, 1.0)
+"""TrigFlow's angles at which the paper's steps begin; the first input is pure noise nevertheless."""
 
 
 class RCM(Distiller):
@@ -47,7 +53,7 @@ class RCM(Distiller):
         "student": {"lr": 2e-6, "betas": (0.0, 0.999), "weight_decay": 0.01},
         "fake": {"lr": 4e-7, "betas": (0.0, 0.999), "weight_decay": 0.01},
     }
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "grid"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(ConsistencyOptions):
@@ -55,6 +61,8 @@ class RCM(Distiller):
 
         steps: PositiveInt = 4
         """Sampling steps; one training serves all numbers."""
+        grid: Literal["even", "paper"] = "even"
+        """Where sampling steps begin: even on the schedule, or up to 4 at the paper's angles, all near noise."""
         sigma_data: PositiveFloat = 1.0
         """The data's standard deviation; schedules that define one of their own keep it."""
         log_sigma_mean: FiniteFloat = 0.7
@@ -77,12 +85,19 @@ class RCM(Distiller):
         def __post_init__(self) -> None:
             if self.student_update_interval == 1:
                 raise ValueError("student_update_interval: expected at least 2, or the fake score has no step, got 1")
+            if self.grid == "paper" and self.steps > len(ANGLES):
+                raise ValueError(f"steps: expected at most {len(ANGLES)} with grid 'paper', got {self.steps}")
             if not self.consistency_weight and not self.matching_weight:
                 raise ValueError("matching_weight: expected above 0 where consistency_weight is 0, got 0")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return angle_sampler(config.steps, family.schedule)
+        if config.grid == "even":
+            return angle_sampler(config.steps, family.schedule)
+        times = angle_grid(family.schedule, ANGLES[: config.steps], config.sigma_data)
+        if isinstance(family.schedule, Karras) or not (times.diff() < 0).all():
+            raise ValueError("method.grid: expected 'even' for a teacher that is not told these angles, got 'paper'")
+        return ConsistencySampler(family.schedule, times)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
@@ -102,7 +117,7 @@ class RCM(Distiller):
         return step < self.config.warmup or last_of(self.config.student_update_interval, self.config.warmup)(step)
 
     def updates_fake(self, step: int) -> bool:
-        """Return True on all steps but the student's, and on the warm-up's: the fake score has to know the student."""
+        """Return True on all steps but the student's, and on the warm-up's: the fake score then knows the student."""
         return step < self.config.warmup or not self.updates_student(step)
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:

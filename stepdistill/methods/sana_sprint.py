@@ -27,8 +27,9 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.discriminators.critics import RenoisedCritic
 from stepdistill.discriminators.feature_sources import MAX_BLOCKS
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
+from stepdistill.losses import guidance_input
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.levels import sample_times
 from stepdistill.losses.regression import mean_square
@@ -63,6 +64,9 @@ class SanaSprint(Distiller):
         """Its standard deviation."""
         warmup: ranges.NonNegativeInt = 4000
         """Training steps until the tangent has its full weight (r = 1)."""
+        guidance_range: tuple[ranges.GuidanceScale, ...] = ()
+        """Lowest and highest scale of a student that takes it as an input, whose default is ``guidance_scale``; by
+        default the scale is fixed."""
         adversarial_weight: ranges.NonNegativeFloat = 0.5
         """Weight of the adversarial loss, relative to the consistency loss."""
         largest_share: ranges.Share = 0.5
@@ -81,6 +85,7 @@ class SanaSprint(Distiller):
         """Share of training in which the student of a flow teacher learns to be told times on unit scale; 0: none."""
 
         def __post_init__(self) -> None:
+            guidance_input.check_range(self.guidance_range, self.guidance_scale)
             if self.student_update_interval == 1:
                 raise ValueError("student_update_interval: expected at least 2, or the critic has no step, got 1")
 
@@ -95,10 +100,16 @@ class SanaSprint(Distiller):
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
         super().check(config, family)
+        family.check_guidance(max(config.guidance_range, default=1.0))
         check_derivative(config, cls.student_family(config, family))
+
+    @classmethod
+    def extra_inputs(cls, config: Config) -> Inputs:
+        return Inputs(w=guidance_input.weights(config.guidance_range))
 
     def build(self) -> None:
         config = self.config
+        self.student.w = config.guidance_scale - 1 if self.inputs.w else None
         self.time_weight = TimeWeight()
         self.consistency = SelfConsistency(self.teacher, self.student, config, self.time_weight)
         self.critic = RenoisedCritic(
@@ -124,30 +135,38 @@ class SanaSprint(Distiller):
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         if self.stage.name == RETIME:
             return Losses({"retiming": self.retiming(batch, draws)})
-        judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
+        w = self.weights(draws)
+        judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage, w)
         x0, t = judged.student.x0, judged.t
         if self.config.largest_share:
-            x0, t = self.generate(batch, draws)
+            x0, t = self.generate(batch, draws, w)
         adversarial = self.critic.student_loss(self.critic.see(x0), batch, t, draws)
         terms = {"consistency": judged.loss, "adversarial": self.config.adversarial_weight * adversarial}
         return Losses(terms, judged.metrics | {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0, t = self.generate(batch, draws)
+            x0, t = self.generate(batch, draws, self.weights(draws))
         return Losses(*self.critic.critic_loss(x0, batch, t, draws))
 
-    def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def weights(self, draws: Draws) -> Tensor | None:
+        """Return random guidance weights (B,) for a student that is told them."""
+        return draws.uniform(*self.inputs.w) if self.inputs.w else None
+
+    def generate(self, batch: Batch, draws: Draws, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the student's clean images (B, ...), and the times (B,) of its inputs, a share of them pure noise."""
         is_largest = draws.uniform() < self.config.largest_share
         t = torch.where(is_largest, 1.0, self.consistency.draw_point(draws, batch.x0).t)
         x_t = student_input(self.schedule, batch.x0, draws.normal_like(batch.x0), t)
-        return self.student(x_t, t, batch.cond).x0, t
+        return self.student(x_t, t, batch.cond, w=w).x0, t
 
     def retiming(self, batch: Batch, draws: Draws) -> Tensor:
         """Return the squared error of the re-timed student's output, which is to be its teacher's."""
-        t = sample_times(self.schedule, draws)
+        t, w = sample_times(self.schedule, draws), self.weights(draws)
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
         with torch.no_grad():
             target = self.teacher.raw(x_t, t, batch.cond)
-        return mean_square(self.student.raw(x_t, t, batch.cond), target).mean()
+        return mean_square(self.student.raw(x_t, t, batch.cond, w=w), target).mean()
+
+    def contract(self) -> dict[str, object]:
+        return {"guidance_range": list(self.config.guidance_range)}

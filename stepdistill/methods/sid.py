@@ -10,6 +10,9 @@ each. No image is needed. Here it is in the form for large teachers:
 
 - *Several steps* (SiD-DiT, arXiv 2509.25127): the student's input is its own output after the steps before, from pure
   noise and without gradient. Noise levels are logit-normal, the same for both turns, and w is ``1 - t`` of a flow.
+  There is one fake score for the images of all steps, so what is matched is their mean distribution: the last step
+  would make up for the blur of the first. An image is therefore only looked at above the noise that its next step adds
+  (``levels``, not in the paper): there the fake score knows of the first steps no more than the next one sees.
 - *Long and short guidance* (SiD-LSG, arXiv 2406.01561): the teacher is guided, and the fake score may be too; it is
   then trained through its guided output.
 - *A critic* (SiDA, arXiv 2410.14919): a head on the fake score's bottleneck tells real images from the student's. It
@@ -31,7 +34,7 @@ from stepdistill.families.base import Family
 from stepdistill.files import ranges
 from stepdistill.losses import score_identity as identity
 from stepdistill.losses.distribution_matching import diagnostics
-from stepdistill.losses.levels import MATCHED, log_normal_times
+from stepdistill.losses.levels import MATCHED, log_normal_times_above
 from stepdistill.losses.student_inputs import diversity_ratio, simulation
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
@@ -63,6 +66,9 @@ class SiD(Distiller):
         """Mean of the logit of a flow's time at which the networks look at images; larger is noisier."""
         scale: ranges.PositiveFloat = 1.6
         """Its standard deviation."""
+        levels: Literal["above", "full"] = "above"
+        """Where a step's image is looked at: above the noise level that the next step begins at, or at all (the paper);
+        the same for one step."""
         noise: Literal["fresh", "ddim"] = "fresh"
         """Whether a step noises the student's image afresh, or keeps the noise that it found."""
         first_time: ranges.PositiveShare = 1.0
@@ -105,19 +111,20 @@ class SiD(Distiller):
         self.add_turn("fake", self.fake_loss, head=head)
         self.add_turn("student", self.student_loss, when=last_of(config.student_update_interval, config.fake_warmup))
 
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return the student's clean images (B, ...) at a random step of its own way from noise."""
-        start = self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
-        return simulation(self.student, self.sampler(), start, batch.cond, draws)[-1].prediction.x0
+    def generate(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return the student's clean images (B, ...) at a random step of its way from noise, and times (B,) to look at.
 
-    def level(self, draws: Draws) -> Tensor:
-        """Return the times (B,) at which the networks look at images, logit-normal in a flow's time."""
-        t = log_normal_times(self.schedule, draws, self.config.location, self.config.scale)
-        return t.clamp(self.schedule.lowest_time, MATCHED[1])
+        The times are logit-normal, those of a flow.
+        """
+        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        visited = simulation(self.student, sampler, start, batch.cond, draws)
+        end = sampler.times[len(visited)].item() if self.config.levels == "above" else 0.0
+        t = log_normal_times_above(self.schedule, draws, self.config.location, self.config.scale, end)
+        return visited[-1].prediction.x0, t.clamp(max=MATCHED[1])
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        config, x0 = self.config, self.generate(batch, draws)
-        x, t = identity.shielded(x0), self.level(draws)
+        config, (x0, t) = self.config, self.generate(batch, draws)
+        x = identity.shielded(x0)
         x_t = self.schedule.add_noise(x, draws.normal_like(x), t)
         real = self.guided_teacher(batch.cond)(x_t, t).x0
         seen = self.fake.guided(batch.cond, config.fake_guidance_scale - 1)(x_t, t).x0
@@ -133,8 +140,8 @@ class SiD(Distiller):
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0 = self.generate(batch, draws)
-        w, t = self.config.fake_guidance_scale - 1, self.level(draws)
+            x0, t = self.generate(batch, draws)
+        w = self.config.fake_guidance_scale - 1
         error = identity.guided_denoising_loss(self.fake, w, x0, draws.normal_like(x0), t, batch.cond)
         terms = {"denoising": error.mean()}
         if not self.config.gan_weight:

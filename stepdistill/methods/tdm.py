@@ -17,8 +17,8 @@ The fake score learns to find ``x_0`` in such ``x_tau``, with the weight ``min(S
 the student's with fresh noise, so that it is not Gaussian given ``x_0``; an importance weight, the ratio of both
 Gaussian densities to the power of one over the number of pixels, corrects for that.
 
-A step trains all segments, each image in one of them. No image is needed; with adapters it is the cheapest of the
-recipes of distribution matching. Under one segment it is DMD without a regression.
+A step trains all segments, each image in one of them, or with ``all_segments`` in all. No image is needed; with
+adapters it is the cheapest of the recipes of distribution matching. Under one segment it is DMD without a regression.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import noise_up, ode_step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.samplers import DDIM, Sampler, states
+from stepdistill.diffusion.samplers import DDIM, Sampler, states, visits
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt, PositiveShare
 from stepdistill.losses.distribution_matching import SMALLEST_DIVISOR, diagnostics, divisor
@@ -50,7 +50,7 @@ class Landing(NamedTuple):
     """The student's step through a segment, noised again."""
 
     student: Prediction
-    """What it predicts at the segment's upper edge."""
+    """What it predicts at the segment's upper edge, (B, ...)."""
     x: Tensor
     """The state (B, ...) that its step lands at, noised up; without gradient."""
     t: Tensor
@@ -82,6 +82,9 @@ class TDM(Distiller):
         """Time of the first step, whose input is pure noise; the authors have 0.8 for Stable Diffusion and PixArt."""
         interval: Literal["within", "above"] = "within"
         """Where a landed state is noised to: its own segment, or all noise levels above it."""
+        all_segments: bool = False
+        """Whether a step of the student trains every segment of its rollout, by as many calls with gradient, or one an
+        image."""
         distance: Literal["l2", "huber"] = "l2"
         """``l2`` is divided by the mean error of the teacher's denoising; ``huber`` has c = 0.001."""
         snr_clamp: PositiveFloat = 5.0
@@ -114,8 +117,26 @@ class TDM(Distiller):
             way = torch.stack([*states(student, sampler, start, sampler.steps - 1, draws.normal_like)])
         times = sampler.times.to(draws.device)
         t, m = times[i], times[i + 1]
-        prediction = student(way[i, rows], t)
-        tau, noise = self.level(m, t, draws), draws.normal_like(start)
+        return self.noised_up(student(way[i, rows], t), m, t, draws)
+
+    def land_everywhere(self, batch: Batch, draws: Draws) -> Landing:
+        """Return the student's steps through all segments of one rollout, a batch (B, ...) after another, noised again.
+
+        Every call of the rollout has a gradient, so that none is made twice.
+        """
+        sampler = self.sampler()
+        start = self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        student, every = self.student.conditioned(batch.cond), range(sampler.steps)
+        visited = visits(student, sampler, start, sampler.steps, draws.normal_like, learns_at=every)
+        landed = []
+        for visit, m in zip(visited, sampler.times[1:].to(start.device), strict=True):
+            landed.append(self.noised_up(visit.prediction, m.expand(batch.size), visit.t, draws))
+        x0, eps = map(torch.cat, zip(*(one.student for one in landed), strict=True))
+        return Landing(Prediction(x0, eps), *map(torch.cat, zip(*(one[1:] for one in landed), strict=True)))
+
+    def noised_up(self, prediction: Prediction, m: Tensor, t: Tensor, draws: Draws) -> Landing:
+        """Return a step from times ``t`` to ``m``, each (B,), noised again."""
+        tau, noise = self.level(m, t, draws), draws.normal_like(prediction.x0)
         with torch.no_grad():
             x_tau = noise_up(ode_step(prediction, self.schedule, m), m, tau, self.schedule, lambda x: noise)
         return Landing(prediction, x_tau, tau, noise)
@@ -128,10 +149,11 @@ class TDM(Distiller):
         return low + (high - low).clamp(min=0) * draws.uniform()
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        (x0, _), x_tau, tau, _ = self.land(batch, draws)
+        (x0, _), x_tau, tau, _ = (self.land_everywhere if self.config.all_segments else self.land)(batch, draws)
+        cond = {name: torch.cat([part] * (len(tau) // batch.size)) for name, part in batch.cond.items()}
         with torch.no_grad():
-            seen = self.fake(x_tau, tau, batch.cond).x0
-            real = self.guided_teacher(batch.cond)(x_tau, tau).x0
+            seen = self.fake(x_tau, tau, cond).x0
+            real = self.guided_teacher(cond)(x_tau, tau).x0
         target = x0.detach() + (real - seen)
         if self.config.distance == "huber":
             loss = distance(x0, target, "huber")

@@ -52,6 +52,11 @@ class AdapterBank(NetworkBank):
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
+    def scale(self, role: str, factor: float) -> None:
+        self.scales[role] = factor
+        for layer in self._layers:
+            layer.scaling[role] = factor  # 1 by itself: alpha is the rank
+
     def quantize(self, form: str) -> None:
         """Hold the frozen layers under the adapters in few bits, see :mod:`stepdistill.networks.quantization`.
 

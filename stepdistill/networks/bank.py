@@ -12,7 +12,7 @@ import abc
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,8 @@ class NetworkBank(nn.Module, abc.ABC):
         self.trainable: dict[str, bool] = {TEACHER: False}
         self.blueprints: dict[nn.Module, nn.Module] = {}
         """For each sharded network, a copy from before without its weights."""
+        self.scales: dict[str, float] = {}
+        """How often the adapter of a role counts, where it is not once."""
         self.originals: dict[int, nn.Module] = {}
         """Layers of before their quantisation, by the ``id`` of the present one; copies of a network have them."""
 
@@ -106,6 +108,25 @@ class NetworkBank(nn.Module, abc.ABC):
     @abc.abstractmethod
     def using(self, role: str) -> contextlib.AbstractContextManager[nn.Module]:
         """Yield the network in ``role``; inside the context it plays that role, and contexts may be nested."""
+
+    def scale(self, role: str, factor: float) -> None:
+        """Let the adapter of ``role`` count ``factor`` times from now on.
+
+        Raises:
+            ValueError: if the roles are no adapters.
+        """
+        del factor
+        raise ValueError(f"bank.name: expected 'adapter', because the {role} is an adapter that is scaled, got 'copy'")
+
+    @contextlib.contextmanager
+    def scaled(self, role: str, factor: float) -> Iterator[None]:
+        """Let the adapter of ``role`` count ``factor`` times inside the context; see :meth:`scale`."""
+        before = self.scales.get(role, 1.0)
+        self.scale(role, factor)
+        try:
+            yield
+        finally:
+            self.scale(role, before)
 
     @abc.abstractmethod
     def extract(self, role: str) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -95,13 +96,18 @@ class Denoiser:
             rule = dataclasses.replace(rule, rescale=rescale, amount=1.0)
         return guide(conditional, null, w, x_t, t, self.schedule, rule), conditional
 
+    def leaning(self, share: Callable[[], float]) -> LeaningTeacher:
+        """Return the teacher with a share of this role's adapter, as it is at every call."""
+        return LeaningTeacher(self.family, self.bank, self.role, share)
+
     @torch.no_grad()
     def jvp(
-        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, s: Tensor | None = None
-    ) -> tuple[Prediction, Prediction]:
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
+        w: Tensor | None = None, s: Tensor | None = None,
+    ) -> tuple[Prediction, Prediction]:  # fmt: skip
         """Return the prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
 
-        The derivative is at fixed ``s``, also for a network that is told the difference of both times.
+        The derivative is at fixed ``w`` and ``s``, also for a network that is told the difference of both times.
 
         Args:
             x_t: noisy images (B, ...).
@@ -109,6 +115,7 @@ class Denoiser:
             cond: conditioning of the batch.
             dx: direction of the images, (B, ...).
             dt: direction of the times, (B,).
+            w: guidance weights (B,), for networks that take them as an input.
             s: target times (B,), for networks that take a second time.
 
         Raises:
@@ -116,8 +123,30 @@ class Denoiser:
                 derivative, such as a fused attention kernel.
         """
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
-            prediction, derivative, *_ = torch.func.jvp(lambda x_t, t: self(x_t, t, cond, s=s), (x_t, t), (dx, dt))
+            told = functools.partial(self, cond=cond, w=w, s=s)
+            prediction, derivative, *_ = torch.func.jvp(told, (x_t, t), (dx, dt))
             return prediction, derivative
+
+
+class LeaningTeacher(Denoiser):
+    """The teacher with a share of another role's adapter; its calls are that role's, and have no gradient.
+
+    Args:
+        family: the family of the networks.
+        bank: the networks, as adapters.
+        role: whose adapter it has a share of.
+        share: returns the share; at 0 it is the teacher, bit for bit.
+    """
+
+    def __init__(self, family: Family, bank: NetworkBank, role: str, share: Callable[[], float]) -> None:
+        super().__init__(family, bank, role)
+        self.share = share
+
+    def raw(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, w: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        with torch.no_grad(), self.bank.scaled(self.role, self.share()):
+            return super().raw(x_t, t, cond, w=w, s=s)
 
 
 @contextlib.contextmanager

@@ -73,10 +73,19 @@ CASES = {
     "add": Case({"steps": 2, "critic_warmup": 0}, overfits="critic", overfit_lr=2e-2),
     "ladd": Case({"warmup": 2, "critic_warmup": 1, "student_update_interval": 1}, overfits="critic", overfit_lr=2e-2),
     "imagine_flash": Case({"steps": 2, "teacher_steps": 2, "critic_warmup": 0}, overfits="critic", overfit_lr=2e-2),
+    "judged_tcd": Case({"adversarial_weight": 0.1}, falls="loss"),
 }
+
+VARIANTS = {"judged_tcd": "tcd"}
+"""Cases that an option makes another algorithm, and their methods. The name of every other case is its method's."""
+
+
+def method_of(case: str) -> str:
+    return VARIANTS.get(case, case)
 
 
 def case(method: str) -> Case:
+    """The case of a method, or of one of the :data:`VARIANTS`."""
     return CASES.get(method, Case())
 
 
@@ -105,7 +114,7 @@ PIXELS: dict[str, Callable[[], Pixel]] = {
 
 def refusal(method: str, family: Family) -> str | None:
     """Why a method refuses a teacher, None if it takes it."""
-    distiller = find_method(method)
+    distiller = find_method(method_of(method))
     try:
         distiller.check(build(distiller.Config, case(method).options, "method"), family)
     except ValueError as reason:
@@ -174,7 +183,7 @@ def data_of(family: Family, method: str, folder: Path) -> dict[str, str]:
     """The source in ``folder`` that a method needs."""
     if family.encodes_images:
         return {"name": "images", "path": str(folder / "images.npz")}
-    if find_method(method).needs_images:
+    if find_method(method_of(method)).needs_images:
         return {"name": "pairs", "path": str(folder / "pairs")}
     return {"name": "prompts", "path": str(folder / "prompts.txt")}
 
@@ -186,10 +195,10 @@ def sections(folder: Path, family: Family, method: str, bank: str = "copy", **tr
         save_teacher(family, folder / "teacher")
         save_data(family, folder)
     # an eps above the rounding of gradients: Adam would make steps of it where the true gradient is zero
-    optim = {turn: {"lr": 5e-3, "eps": 1e-4} for turn in find_method(method).turn_names}
+    optim = {turn: {"lr": 5e-3, "eps": 1e-4} for turn in find_method(method_of(method)).turn_names}
     return {
         "teacher": teacher_section(family, folder / "teacher"),
-        "method": {"name": method, **case(method).options},
+        "method": {"name": method_of(method), **case(method).options},
         "bank": {"name": bank, "rank": 4},
         "data": {**data_of(family, method, folder), "batch_size": 4},
         "optim": optim,

@@ -15,6 +15,7 @@ import torch
 from contracts.cases import (
     BANKS,
     STEPS,
+    VARIANTS,
     case,
     checkpoint_bytes,
     make_run,
@@ -37,7 +38,7 @@ from stepdistill.training.config import resolve
 from stepdistill.training.optimizers import OptimConfig
 from stepdistill.training.run import Run
 
-EVERY = [(method, bank) for method in method_names() for bank in BANKS]
+EVERY = [(method, bank) for method in (*method_names(), *VARIANTS) for bank in BANKS]
 every_method = pytest.mark.parametrize(("method", "bank"), EVERY)
 every_copy = pytest.mark.parametrize(  # with adapters it is a product test
     ("method", "bank"),
@@ -124,13 +125,13 @@ def part_of(batch, rank):
 @every_copy
 def test_one_batch_can_be_overfitted(tmp_path, method, bank):
     """From weights that noise has led away from the teacher's, with the same noise in every step."""
-    first, last = fall(make_run(tmp_path, method, bank))
+    first, last = fall(make_run(tmp_path, method, bank), case(method))
     assert 0 < last < 0.7 * first
 
 
-def fall(run, steps=12):
-    """What a turn's training must lower on one batch, before and after ``steps`` steps."""
-    trainer, wanted = make_trainer(run), case(run.config.method_name)
+def fall(run, wanted, steps=12):
+    """What a turn's training must lower on one batch, by its case, before and after ``steps`` steps."""
+    trainer = make_trainer(run)
     name = wanted.overfits or run.distiller.turn_names[0]
     turn, batch = run.distiller.turns[name], first_batch(trainer)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from stepdistill.losses.student_inputs import landing_loss, off_trajectory
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 COSINE, FLOW = SCHEDULES["cosine"], SCHEDULES["flow"]
@@ -226,7 +227,7 @@ def test_a_first_step_that_lands_where_the_teacher_does_costs_nothing_and_only_t
     s = ddim.times[steps].expand(8)
     (alpha_1, sigma_1), (alpha_s, sigma_s) = schedule.coefficients(one, x), schedule.coefficients(s, x)
     x0 = (landed - sigma_s / sigma_1 * x) / (alpha_s - sigma_s / sigma_1 * alpha_1)
-    first = Visit(x, one, Prediction(x0, (x - alpha_1 * x0) / sigma_1))
+    first = Visit(x, one, Prediction(x0, (x - alpha_1 * x0) / sigma_1), s)
     assert landing_loss(teacher, schedule, first, steps, of).item() < 1e-12
     torch.testing.assert_close(ode_step(first.prediction, schedule, s), landed)
     assert landing_loss(teacher, schedule, first, steps + 2, of).item() > 1e-3
@@ -246,7 +247,7 @@ def test_a_point_off_the_trajectory_leaves_the_path_by_the_square_of_the_distanc
     schedule = SCHEDULES[name]
     gaussian = Gaussian(torch.tensor([0.3, -0.2]).double(), 0.7, schedule, kind)
     x, t = torch.randn(4, 2, 1, 1, dtype=torch.float64), torch.full((4,), 0.6, dtype=torch.float64)
-    visit = Visit(x, t, teacher_denoiser(gaussian)(x, t, {}))
+    visit = Visit(x, t, teacher_denoiser(gaussian)(x, t, {}), torch.zeros_like(t))
     errors = []
     for distance in (0.08, 0.04, 0.02):
         s = t - distance
@@ -294,6 +295,67 @@ def test_alignment_moves_the_fake_score_when_the_student_has_moved(bank):
                 assert torch.equal(found, {"fake": fake, "student": student}[expected])
             else:
                 torch.testing.assert_close(found, 0.75 * fake + 0.25 * student)
+
+
+@pytest.mark.parametrize("levels", ["full", "above"])
+def test_scores_look_at_a_steps_image_above_the_noise_of_the_next_step(levels, monkeypatch):
+    distiller, seen = tiny(levels=levels, gan_weight=0.0), []
+    batch, raw = Batch(torch.randn(64, 1, 8, 8), {"class_labels": torch.arange(64) % 3}, 64), Denoiser.raw
+
+    def watched(self, x_t, t, *given, **told):
+        seen.extend([t] if self.role == "fake" else [])
+        return raw(self, x_t, t, *given, **told)
+
+    monkeypatch.setattr(Denoiser, "raw", watched)
+    for turn, floor in (("fake", distiller.schedule.lowest_time), ("student", MATCHED[0])):
+        for seed in range(6):
+            calls = Draws(seed, 64).shared_integer(0, 4) + 1 if levels == "above" else 4
+            low = max(distiller.sampler().times[calls], floor)
+            distiller(turn, batch, Draws(seed, 64))
+            t = seen.pop()
+            assert low <= t.min() < low + 0.3 * (1 - low) and t.max() - t.min() > 0.7 * (1 - low)
+
+
+# ------------------------------------------------------------------------------------------- scaled adapters
+
+
+def test_a_teacher_that_leans_has_a_falling_share_of_the_fake_scores_adapter_and_at_last_none():
+    """METHODS_2026, 19.2 and 19.9: at scale 0 it is the teacher, bit for bit; the fake score's own scale stays."""
+    distiller = tiny("adapter", teacher_adapter=0.75, fake_scale=2.0, dynamic_renoise=10, gan_weight=0.0)
+    x, t, real = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), distiller.matching.teacher
+    fake = distiller.fake.raw(x, t, LABELS)
+    shares = []
+    for step in (0, 5, 10, 20):
+        distiller.step_in_stage = step
+        shares.append(distiller.leaning())
+        with distiller.bank.scaled("fake", shares[-1]):
+            expected = distiller.fake.raw(x, t, LABELS)
+        assert torch.equal(real.raw(x, t, LABELS), expected)
+        assert torch.equal(distiller.fake.raw(x, t, LABELS), fake)
+    assert shares == pytest.approx([0.75, 0.375, 0, 0])
+    assert torch.equal(expected, distiller.teacher.raw(x, t, LABELS)) and not torch.equal(fake, expected)
+
+
+def test_an_adapter_that_counts_twice_is_one_of_twice_the_weights():
+    once, twice = (tiny("adapter", fake_scale=scale, gan_weight=0.0, apart=False) for scale in (1.0, 2.0))
+    random = torch.Generator().manual_seed(0)
+    for one, two in zip(once.bank.params("fake"), twice.bank.params("fake"), strict=True):
+        one.data = 0.1 * torch.randn(one.shape, generator=random)
+        two.data = one.data.clone()
+    for name, tensor in once.bank.state("fake").items():
+        if ".lora_B." in name:
+            tensor.mul_(2)
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
+    torch.testing.assert_close(*(one.fake.raw(x, t, LABELS) for one in (once, twice)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(*(one.student.raw(x, t, LABELS) for one in (once, twice)))
+
+
+def test_copies_cannot_be_scaled():
+    for options in ({"fake_scale": 2.0}, {"teacher_adapter": 0.5, "dynamic_renoise": 5}):
+        with pytest.raises(ValueError, match=r"bank\.name: expected 'adapter'"):
+            tiny("copy", **options)
+    with pytest.raises(ValueError, match="dynamic_renoise: expected above 0 with teacher_adapter"):
+        build(DMD2.Config, {"teacher_adapter": 0.5})
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -344,6 +406,7 @@ def test_the_first_step_learns_from_diversity_alone(bank):
         ({"diversity": 0.1, "steps": 1}, "diversity: expected steps >= 2"),
         ({"diversity": 0.1, "first_time": 0.4}, "first_time: expected 1"),
         ({"random_steps": 3, "first_time": 0.4}, "first_time: expected 1"),
+        ({"levels": "above", "split": True}, "levels: expected 'full' with split"),
         ({"anchor": 31}, "anchor: expected at most anchor_steps = 30, got 31"),
         ({"alignment": 1.5}, "alignment: expected at least 0"),
     ],

@@ -175,11 +175,11 @@ def test_the_students_input_is_its_own_rollout_and_carries_no_gradient_and_no_da
     seen = {}
     for seed in range(16):
         batch = batch_of_four()
-        x_t, t, _ = distiller.simulate(batch, Draws(seed, 4))[-1]
+        x_t, t, *_ = distiller.simulate(batch, Draws(seed, 4))[-1]
         shifted = Batch(batch.x0 + 9, LABELS, 4)
-        other, _, _ = distiller.simulate(shifted, Draws(seed, 4))[-1]
-        assert torch.equal(distiller.generate(shifted, Draws(seed, 4)), distiller.student(x_t, t, LABELS).x0)
-        assert not x_t.requires_grad and torch.equal(x_t, other) and len(t.unique()) == 1
+        other = distiller.simulate(shifted, Draws(seed, 4))[-1]
+        assert torch.equal(other.prediction.x0, distiller.student(x_t, t, LABELS).x0)
+        assert not x_t.requires_grad and torch.equal(x_t, other.x_t) and len(t.unique()) == 1
         draws = Draws(seed, 4)
         start, done = draws.normal_like(batch.x0), draws.shared_integer(0, 4)
         with torch.no_grad():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from adversarial_students import check_landings, train_adversarially
+from contracts.cases import PIXELS, train_student
+from contracts.test_latent import check_export
 from mixtures import batch_of, make
 from network_calls import calls_of
 from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
@@ -91,6 +93,31 @@ def test_the_turns_alternate_after_a_warm_up_of_consistency_alone():
     assert set(distiller("student", BATCH, Draws(0, 4)).terms) == {"consistency"}
     distiller.step_in_stage = 3
     assert set(distiller("student", BATCH, Draws(0, 4)).terms) == {"consistency", "matching"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("flow", "flow"), ("trig", "trigflow"), ("cosine", "v_prediction")])
+def test_the_papers_steps_begin_at_its_angles(name, kind):
+    """METHODS_2026, 18.3 (d): the first at atan(80), told to pure noise."""
+    schedule = SCHEDULES[name]
+    family = make(RCM, three_clusters(schedule, kind), three_clusters(schedule, kind)).family
+    times = RCM.make_sampler(RCM.Config(grid="paper", tangent="difference"), family).times
+    alpha, sigma = schedule(times[:-1])
+    sigma_data = schedule.sigma_data if name == "trig" else 1.0
+    angles = torch.atan2(sigma / sigma_data, alpha)
+    expected = torch.tensor([1.5583, 1.5, 1.4, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(angles, expected, atol=2e-3 if name == "cosine" else 1e-4, rtol=0)
+    assert times[-1] == 0
+
+
+def test_a_student_with_the_papers_grid_is_exported_with_it(tmp_path):
+    check_export(train_student(tmp_path, PIXELS["pixel-flow"](), "rcm", "copy", options={"grid": "paper", "steps": 2}))
+
+
+def test_the_papers_grid_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match=r"method\.grid: expected 'even'"):
+        RCM.make_sampler(RCM.Config(grid="paper"), PIXELS["pixel-edm"]())
+    with pytest.raises(ValueError, match="steps: expected at most 4 with grid 'paper', got 5"):
+        build(RCM.Config, {"grid": "paper", "steps": 5})
 
 
 def test_a_configuration_that_cannot_be_meant_is_refused():

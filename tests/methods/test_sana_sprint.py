@@ -9,6 +9,7 @@ from oracles import SCHEDULES, three_clusters
 
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
+from stepdistill.diffusion.prediction import Prediction
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.methods.base import Stage
@@ -94,6 +95,30 @@ def test_a_share_of_the_judged_images_is_made_of_pure_noise_and_knows_no_data():
     assert 0.1 < largest.float().mean() < 0.4
     torch.testing.assert_close(x0[largest], other[largest])
     assert (x0[~largest] != other[~largest]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("tangent", ["jvp", "difference"])
+@pytest.mark.parametrize("family", [Pixel.tiny, flow])
+def test_a_student_that_is_told_the_scale_follows_the_teacher_of_that_scale(monkeypatch, tangent, family):
+    options = {"guidance_range": (1.0, 5.0), "guidance_scale": 2.0, "tangent": tangent}
+    family = family()
+    family.add_inputs(SanaSprint.extra_inputs(SanaSprint.Config(**options)))
+    distiller, told = tiny(family=family, **options), []
+    call = Pixel.call
+    monkeypatch.setattr(
+        Pixel, "call",
+        lambda self, network, *given, w=None, s=None: told.append(w) or call(self, network, *given, w=w, s=s),
+    )  # fmt: skip
+    for turn, calls in (("student", 3), ("critic", 1)):
+        told.clear()
+        distiller(turn, BATCH, Draws(0, 4))
+        w = [one for one in told if one is not None]
+        assert len(told) > len(w) == calls and all(torch.equal(part, w[0][:4]) for one in w for part in one.split(4))
+        assert ((w[0] >= 0) & (w[0] <= 4)).all() and len(w[0].unique()) == 4
+    t = torch.full((4,), 0.4, dtype=torch.float64)
+    found = distiller.consistency.path(BATCH.x0, t, Prediction(BATCH.x0, BATCH.x0), BATCH.cond, w[0])
+    torch.testing.assert_close(found.x0, distiller.teacher.guided(BATCH.cond, w[0])(BATCH.x0, t).x0)
+    assert distiller.contract() == {"guidance_range": [1.0, 5.0]} and distiller.result.w == 1.0
 
 
 # --------------------------------------------------------------------------------------------------- re-timing

@@ -171,11 +171,23 @@ def test_a_sample_that_is_not_finite_counts_nothing():
 # ----------------------------------------------------------------------------------------------------- turns
 
 
-def test_noise_levels_are_logit_normal_in_a_flows_time():
-    distiller = taught_by(SiD, three_clusters(SCHEDULES["flow"], "flow"), location=math.log(2), scale=0.5)
-    logit = torch.logit(distiller.level(Draws(0, 20_000)))
-    assert logit.mean().item() == pytest.approx(math.log(2), abs=0.02)
-    assert logit.std().item() == pytest.approx(0.5, abs=0.02)
+@pytest.mark.parametrize("levels", ["above", "full"])
+def test_noise_levels_are_logit_normal_in_a_flows_time_above_where_the_next_step_begins(levels):
+    """Of four steps on a flow the next begins at 0.75, 0.5, 0.25 or, after the last, nowhere."""
+    oracle, ends, size = three_clusters(SCHEDULES["flow"], "flow"), set(), 3000
+    distiller = taught_by(SiD, oracle, location=math.log(2), scale=0.5, levels=levels)
+    wanted = torch.sigmoid(math.log(2) + 0.5 * torch.randn(400_000, dtype=torch.float64))
+    for seed in (0, 2, 5, 14):  # one for each of the steps
+        calls = Draws(seed, size).shared_integer(0, 4) + 1
+        end = distiller.sampler().times[calls].item() if levels == "above" else 0.0
+        with torch.no_grad():
+            _, t = distiller.generate(Batch(None, {}, size), Draws(seed, size))
+        expected = wanted[wanted > end].clamp(max=0.98)
+        assert t.min() >= end
+        assert t.mean().item() == pytest.approx(expected.mean().item(), abs=0.01)
+        assert t.std().item() == pytest.approx(expected.std().item(), abs=0.01)
+        ends.add(end)
+    assert len(ends) == (4 if levels == "above" else 1)
 
 
 def test_a_fake_score_that_is_read_under_guidance_is_trained_under_it():
@@ -248,7 +260,7 @@ def test_guidance_of_either_needs_a_null_condition():
 def test_students_land_on_the_distribution_and_cover_all_modes(steps):
     """Within 0.25 of the data by sliced Wasserstein; the perfect teacher has 1.1, 0.45 and 0.16 in as many calls.
 
-    More steps bring this student no nearer to the mixture, so at four it is not held against its teacher.
+    Under ``levels: full`` the last of four steps, matched together with the first ones' blur, ends at 0.18 to 0.21.
     """
     torch.manual_seed(0)
     oracle = three_clusters(COSINE, "v_prediction")
@@ -257,4 +269,4 @@ def test_students_land_on_the_distribution_and_cover_all_modes(steps):
     shares, stray = mode_shares(distiller, 4000)
     student, teacher = landing(distiller, oracle, steps, size=6000)
     assert mode_test(shares, 1) < 0.02 and stray < 0.2, (shares, stray)
-    assert student < 0.25 and (steps == 4 or student < 0.5 * teacher)
+    assert student < 0.25 and student < (0.9 if steps == 4 else 0.5) * teacher

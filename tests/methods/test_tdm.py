@@ -83,14 +83,6 @@ def test_states_are_noised_up_and_never_below_where_they_landed(interval):
     assert tau.max() > 0.97 and (tau <= (t if interval == "within" else 0.98)).all()
 
 
-def test_the_gradient_is_that_of_the_clean_image_alone():
-    """A fake score or a teacher that passed gradients on would change nothing: they see a state without one."""
-    distiller = tiny()
-    landed = distiller.land(BATCH, Draws(0, 4))
-    assert landed.student.x0.requires_grad and not landed.x.requires_grad
-    assert {t.item() for seed in range(6) for t in tiny().land(BATCH, Draws(seed, 4)).t} != set()
-
-
 # ------------------------------------------------------------------------------------------------- the losses
 
 
@@ -120,6 +112,23 @@ def test_of_one_segment_it_is_dmd_with_twice_the_gradient(guidance_scale):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-9)
 
 
+def test_the_gradient_is_that_of_the_clean_image_alone():
+    """METHODS_2026, 17.6, 7: written out with scores of fixed states; what they would pass on changes nothing."""
+    oracle = three_clusters(COSINE, "v_prediction", conditional=True)
+    distiller = taught_by(TDM, oracle, 3, steps=4)
+    with torch.no_grad():
+        distiller.bank.networks["fake"].fc3.bias += 0.1
+    params = list(distiller.bank.params("student"))
+    found = torch.autograd.grad(distiller("student", BATCH, Draws(0, 4)).terms["matching"], params)
+    (x0, _), x_tau, tau, _ = distiller.land(BATCH, Draws(0, 4))
+    assert len(tau.unique()) == 4 and not x_tau.requires_grad
+    with torch.no_grad():
+        real, seen = (one(x_tau, tau, LABELS).x0 for one in (distiller.teacher, distiller.fake))
+    pull = 2 * matching_gradient(x0.detach(), real, seen) / x0.numel()
+    for gradient, expected in zip(found, torch.autograd.grad(x0, params, pull), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
 @both_banks
 @pytest.mark.parametrize(("guidance_scale", "teacher"), [(1.0, 1), (2.0, 2)])
 def test_a_step_costs_what_the_paper_states(bank, guidance_scale, teacher):
@@ -128,6 +137,30 @@ def test_a_step_costs_what_the_paper_states(bank, guidance_scale, teacher):
     calls = calls_of(distiller, "student", BATCH, Draws(0, 4))
     assert calls == {"student": 3, "student with gradient": 1, "teacher": teacher, "fake": 1}
     assert calls_of(distiller, "fake", BATCH, Draws(0, 4)) == {"student": 4, "fake with gradient": 1}
+
+
+@both_banks
+def test_all_segments_of_one_rollout_cost_no_call_twice(bank):
+    """METHODS_2026, 17.2: K of the student, all with gradient, and the scores of as many batches."""
+    distiller = tiny(bank, all_segments=True, guidance_scale=2.0)
+    calls = calls_of(distiller, "student", BATCH, Draws(0, 4))
+    assert calls == {"student with gradient": 4, "teacher": 2 * 4, "fake": 4}
+
+
+def test_all_segments_are_those_that_images_have_one_by_one():
+    distiller = tiny(all_segments=True)
+    (x0, _), x_tau, tau, _ = distiller.land_everywhere(BATCH, Draws(0, 4))
+    times, segments = distiller.sampler().times, tau.reshape(4, 4)
+    for i, segment in enumerate(segments):
+        assert ((segment >= times[i + 1]) & (segment <= times[i])).all()
+    assert x0.requires_grad and not x_tau.requires_grad and x0.shape == x_tau.shape == (16, 1, 8, 8)
+    start = distiller.schedule.initial_noise(Draws(0, 4).normal(1, 8, 8))
+    x = start
+    for i in range(4):
+        t, m = (times[k].expand(4) for k in (i, i + 1))
+        prediction = distiller.student(x, t, LABELS)
+        torch.testing.assert_close(x0.reshape(4, 4, 1, 8, 8)[i], prediction.x0)
+        x = ode_step(prediction, distiller.schedule, m)
 
 
 def test_the_fake_scores_weight_is_the_clamped_ratio_of_signal_to_noise():
@@ -171,17 +204,20 @@ def test_from_pure_noise_it_is_sampled_by_ddim():
 
 
 @pytest.mark.parametrize(
-    ("steps", "interval"),
+    ("steps", "options"),
     [
-        (1, "within"),
-        *(pytest.param(*case, marks=pytest.mark.product) for case in ((2, "within"), (4, "within"), (2, "above"))),
+        (1, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.product)
+            for case in ((2, {}), (4, {}), (2, {"interval": "above"}), (2, {"all_segments": True}))
+        ),
     ],
 )
-def test_students_land_on_the_distribution_and_cover_all_modes(steps, interval):
+def test_students_land_on_the_distribution_and_cover_all_modes(steps, options):
     """Within 0.25 of the data by sliced Wasserstein; DDIM of the perfect teacher has 1.1, 0.45 and 0.14."""
     torch.manual_seed(0)
     oracle = three_clusters(COSINE, "v_prediction")
-    options = {"steps": steps, "student_update_interval": 3, "interval": interval}
+    options = {"steps": steps, "student_update_interval": 3} | options
     distiller = train_adversarially(TDM, oracle, 900, lr=5e-3, size=256, **options)
     shares, stray = mode_shares(distiller, 4000)
     student, teacher = landing(distiller, oracle, steps, size=6000)
