@@ -60,7 +60,7 @@ def test_all_problems_of_a_configuration_are_said_at_once():
     with pytest.raises(ConfigError) as error:
         resolve(
             configured(
-                train={"stepz": 1, "steps": -4, "precision": "fp16", "mixed_precision": "no"},
+                train={"stepz": 1, "steps": -4, "precision": "bf61", "mixed_precision": "no"},
                 method={"gan_weight": float("nan")}, optim={"student": {"lr": 0}}, data={"flip": "no"},
             )
         )  # fmt: skip
@@ -68,7 +68,7 @@ def test_all_problems_of_a_configuration_are_said_at_once():
     for problem in (
         "train.stepz: unknown key; did you mean 'steps'?",
         "train.steps: expected at least 1, got -4",
-        "train.precision: expected 'fp32' or 'bf16', got 'fp16'; did you mean 'bf16'?",
+        "train.precision: expected 'fp32' or 'bf16' or 'fp16', got 'bf61'; did you mean 'bf16'?",
         "train.mixed_precision: unknown key; did you mean 'precision'?",
         "method.gan_weight: expected number, got nan",
         "optim.student.lr: expected above 0, got 0",
