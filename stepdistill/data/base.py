@@ -157,6 +157,16 @@ class Dataset(abc.ABC):
             ValueError: if a sample cannot be read and may not be skipped; it names the sample.
         """
 
+    def read_encoded(self, raw: RawBatch) -> Batch | None:
+        """Return what is stored of a loaded batch, as the networks see it; None if samples are not stored so.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        del raw
+        return None
+
     def encode(self, family: Family, raw: RawBatch) -> Batch:
         """Return a loaded batch as the networks of ``family`` see it."""
-        return family.encode(raw)
+        found = self.read_encoded(raw) if raw.encoded is None else raw.encoded
+        return family.encode(raw) if found is None else found

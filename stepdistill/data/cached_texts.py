@@ -21,13 +21,11 @@ from stepdistill.batch import Cond, RawBatch
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import Dataset
 from stepdistill.data.columns import Texts, other_texts, read_texts
+from stepdistill.data.shard_writing import write_once, write_or_check_manifest, write_shards
 from stepdistill.data.shards import (
     ShardFormat,
     Shards,
     concatenate,
-    hashed_write,
-    write_or_check_manifest,
-    write_shards,
 )
 from stepdistill.data.text import json_lines
 from stepdistill.families.base import Family
@@ -54,10 +52,14 @@ def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
 
 def write_captions(manifest: Path, dataset: Dataset) -> None:
     """Write names and captions of all samples beside the manifest of a cache."""
-    with hashed_write(manifest.parent / CAPTIONS, manifest) as partial, partial.open("w", encoding="utf-8") as file:
-        for index in range(len(dataset)):
-            row = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
-            file.write(json.dumps(row) + "\n")
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for index in range(len(dataset)):
+                row = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
+                file.write(json.dumps(row) + "\n")
+
+    write_once(manifest.parent / CAPTIONS, manifest, write)
 
 
 def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts]]:

@@ -34,7 +34,8 @@ from stepdistill.data.cached_texts import (
     write_texts,
 )
 from stepdistill.data.columns import Texts, first_texts, several
-from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
 from stepdistill.families.vaes import latent_statistics
@@ -214,13 +215,12 @@ class LatentCacheDataset(Dataset):
         return self._names[index]
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Return captions only; :meth:`encode` reads the rest."""
+        """Return captions only; :meth:`read_encoded` reads the rest."""
         captions = None if self.captions is None else tuple(map(self.captions.__getitem__, indices))
         return RawBatch(None, None, captions, tuple(indices))
 
-    def encode(self, family: Family, raw: RawBatch) -> Batch:
+    def read_encoded(self, raw: RawBatch) -> Batch:
         """Return what the family would have made of the batch; a dropped caption has the empty one's row."""
-        del family
         rows = list(raw.indices)
         for place, caption in enumerate(raw.captions or ()):
             if not caption:

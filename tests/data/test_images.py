@@ -17,7 +17,7 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.decoding import FORMATS, UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.image_files import IMAGE_SUFFIXES
-from stepdistill.data.webdataset import TarMember
+from stepdistill.data.tars import TarMember
 from stepdistill.evaluation.image_set import ImageSet
 
 
