@@ -152,16 +152,15 @@ class ImageDataset(Dataset):
     def load(self, indices: Sequence[int]) -> RawBatch:
         """Decode the samples at ``indices``."""
         unreadable: list[str] = []
-        readable, pixels = [], []
+        readable, images = [], []
         size = self.size[1:] if self.buckets is None else self.buckets.size_of[indices[0]]
         fetched = self._fetch(indices)
         for index in indices:
             found, image = self._next_readable(index, size, fetched, unreadable)
             readable.append(found)
-            pixels.append(image)
-        images = torch.from_numpy(np.stack(pixels)).float().div(127.5).sub(1)
+            images.append(image)
         labels, captions = self._labels(readable), self._captions(readable)
-        return RawBatch(images, labels, captions, tuple(readable), unreadable=tuple(unreadable))
+        return RawBatch(_scaled(images), labels, captions, tuple(readable), unreadable=tuple(unreadable))
 
     def _sorted(self, sizes: Sequence[tuple[int, int]]) -> Buckets:
         """Sort all samples by the headers of their files; one without is in the first bucket until it is read."""
@@ -217,6 +216,14 @@ class ImageDataset(Dataset):
                 f"{first}: label: expected 0 to {num_classes - 1}, the teacher's classes, got "
                 f"{labels[wrong[0]]} ({len(wrong)} of {len(labels)} samples are out of range)"
             )
+
+
+def _scaled(images: Sequence[np.ndarray]) -> Tensor:
+    """Return pixels uint8 as (B, C, ...) in [-1, 1]; image by image, because one stays in the processor's cache."""
+    scaled = torch.empty(len(images), *images[0].shape)
+    for row, image in zip(scaled, images, strict=True):
+        row.copy_(torch.from_numpy(np.array(image))).div_(127.5).sub_(1)
+    return scaled
 
 
 def _subset(length: int, max_samples: int | None) -> np.ndarray:

@@ -51,7 +51,7 @@ from stepdistill.data.metadata import (
     read_metadata,
     split_folder,
 )
-from stepdistill.data.remote import addresses_of, is_address, shown, version_of
+from stepdistill.data.remote import addresses_of, downloaded, in_parallel, is_address, shown, version_of
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.tars import MAX_FILE_BYTES, TarMember, fetch
 from stepdistill.data.text import one_line, read_text
@@ -103,6 +103,8 @@ def list_samples(config: DataConfig) -> Listing:
     if is_address(str(config.path)):
         return _at_address(str(config.path), config)
     path = Path(str(config.path))
+    if config.download:
+        raise ValueError(f"data.download: expected an address as data.path, got {path}")
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
     if path.is_dir() and not any(path.glob("*.tar")) and (split := split_folder(path, config.split)):
@@ -301,8 +303,11 @@ def _at_address(address: str, config: DataConfig) -> Listing:
     if not tars:
         return _remote_table(address, config)
     refuse_keys(config, TABLE_KEYS, f"{shown(address)} holds tars")
+    version = version_of(tars)
+    if config.download:
+        return dataclasses.replace(_tars(in_parallel(downloaded, tars), config), version=version)
     found = _tars(tars, config)
-    return dataclasses.replace(found, version=version_of(tars), fetch=functools.partial(_fetch, found.images))
+    return dataclasses.replace(found, version=version, fetch=functools.partial(_fetch, found.images))
 
 
 def _fetch(images: Any, rows: Sequence[int]) -> dict[int, TarMember]:
@@ -312,7 +317,7 @@ def _fetch(images: Any, rows: Sequence[int]) -> dict[int, TarMember]:
 def _remote_table(address: str, config: DataConfig) -> Listing:
     from stepdistill.data.remote_tables import RemoteTable
 
-    table = RemoteTable(address, config.split)
+    table = RemoteTable(address, config.split, download=config.download)
     image, label, caption = _columns(config, table.column_names, table.name)
     columns = table.columns([name for name in (label, caption) if name is not None])
     labels, no_labels = label_cells(columns, label, table.name)

@@ -1,22 +1,28 @@
 """Files at an address, ``https://``, ``s3://``, ``hf://`` or any other that fsspec knows, of which ranges are read.
 
-Nothing is downloaded whole, unless the user asks for it by an address that begins with ``simplecache::`` or
-``filecache::``. A read that fails is tried again for some 15 seconds. What fails for good is a :class:`RemoteError` of
-one sentence, and never a sample to skip: a run that is resumed would then see other samples.
+Nothing is downloaded whole unless the user asks for it (``data.download``). A read that fails is tried again for some
+15 seconds. What fails for good is a :class:`RemoteError` of one sentence, and never a sample to skip: a run that is
+resumed would then see other samples.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
 from stepdistill.config import fingerprint_json
+from stepdistill.files.locks import locked
+from stepdistill.files.writing import atomic_write
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -28,7 +34,7 @@ PARALLEL = 16
 MAX_FILES = 1_000_000
 """Most that one range ``{000..999}`` names."""
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*(://|::)")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _FINAL = (
     FileNotFoundError, IsADirectoryError, LookupError, NotADirectoryError, NotImplementedError, PermissionError,
@@ -73,6 +79,13 @@ def open_system(address: str) -> tuple[Any, str]:
     Raises:
         RemoteError: if fsspec has none, or a package for it is missing.
     """
+    return _open_system(os.getpid(), address)
+
+
+@functools.lru_cache(maxsize=MAX_FILES)
+def _open_system(process: int, address: str) -> tuple[Any, str]:
+    """Open a file system once in every process; fsspec would do so in every thread, with connections of its own."""
+    del process
     try:
         return fsspec.core.url_to_fs(address)
     except ImportError as error:
@@ -143,7 +156,10 @@ def content_key(address: str) -> list[Any]:
 
 def version_of(addresses: Sequence[str]) -> str:
     """Return a hash of the names and contents of files."""
-    names = [shown(address) for address in addresses]
+    names = []
+    for address in addresses:
+        open_system(address)  # here, so that all share what this thread has
+        names.append(shown(address))
     return fingerprint_json([names, in_parallel(content_key, addresses)])
 
 
@@ -156,6 +172,8 @@ def read_ranges(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
     if not places:
         return []
     system, _ = open_system(places[0][0])
+    if not system.async_impl:
+        return in_parallel(lambda place: read_range(*place), places)
     paths = [open_system(address)[1] for address, _, _ in places]
     starts = [start for _, start, _ in places]
     ends = [start + size for _, start, size in places]
@@ -182,9 +200,35 @@ def read_range(address: str, start: int, size: int) -> bytes:
 def no_ranges(address: str) -> str:
     """Return what to do about a server that sends whole files only."""
     return (
-        f"{shown(address)}: the server sends whole files only, and no ranges; to download every file once, write "
-        "simplecache:: before the address"
+        f"{shown(address)}: the server sends whole files only, and no ranges; data.download=true keeps a copy of every "
+        "file"
     )
+
+
+def cache_folder() -> Path:
+    """Return where copies and indices are kept: ``$XDG_CACHE_HOME/stepdistill``, by default in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepdistill"
+
+
+def noted_at(address: str, folder: str) -> Path:
+    """Return where what this machine keeps of a file lies; elsewhere once its content is another."""
+    key = json.dumps([address, content_key(address)])
+    return cache_folder() / folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def downloaded(address: str) -> str:
+    """Return the path of a copy of a file on this machine, which one process makes if it is not there.
+
+    Raises:
+        RemoteError: if it cannot be read.
+    """
+    system, path = open_system(address)
+    copy = noted_at(address, "files") / ending(address)
+    with locked(copy.with_suffix(".lock")):
+        if not copy.is_file():
+            with atomic_write(copy) as partial:
+                persistently(address, lambda: system.get_file(path, str(partial)))
+    return str(copy)
 
 
 # ------------------------------------------------------------------------------------------------- which files
@@ -211,9 +255,4 @@ def addresses_of(address: str, suffix: str) -> list[str]:
     system, path = open_system(address)
     pattern = path if "*" in address else f"{path.rstrip('/')}/*{suffix}"
     names = [name for name in persistently(address, lambda: system.glob(pattern)) if name.endswith(suffix)]
-    return sorted(chain_of(address) + system.unstrip_protocol(name) for name in names)
-
-
-def chain_of(address: str) -> str:
-    """Return what stands before the last address of a chain, such as ``simplecache::``; empty if it is none."""
-    return "".join(address.rpartition("::")[:2])
+    return sorted(map(system.unstrip_protocol, names))

@@ -21,7 +21,7 @@ from stepdistill.data.hf_datasets import SPLIT
 from stepdistill.data.remote import (
     RemoteError,
     addresses_of,
-    chain_of,
+    downloaded,
     in_parallel,
     open_system,
     persistently,
@@ -42,15 +42,17 @@ class RemoteTable:
     Args:
         address: of a file, a pattern or range of files, or a folder.
         split: of a folder of several splits; ``train`` by default.
+        download: whether copies of the files are kept on this machine, and read.
 
     Raises:
         RemoteError: if there are no such files, they differ in their columns, or one cannot be read.
     """
 
-    def __init__(self, address: str, split: str | None) -> None:
+    def __init__(self, address: str, split: str | None, *, download: bool = False) -> None:
         self.name = shown(address)
-        self._files = _files_of(address, split)
-        self.version = version_of(self._files)
+        files = _files_of(address, split)
+        self.version = version_of(files)
+        self._files = in_parallel(downloaded, files) if download else files
         self._footers = in_parallel(_footer, self._files)
         self._schema = self._footers[0].schema.to_arrow_schema()
         for file, footer in zip(self._files, self._footers, strict=True):
@@ -145,7 +147,7 @@ def _files_of(address: str, split: str | None) -> list[str]:
 
 
 def _split_files(address: str, split: str) -> list[str]:
-    chain, base = chain_of(address), address.removeprefix(chain_of(address)).rstrip("/")
+    base = address.rstrip("/")
     open_system(base)  # whose errors tell more
 
     def look() -> Mapping[Any, Sequence[Any]]:
@@ -160,7 +162,7 @@ def _split_files(address: str, split: str) -> list[str]:
         raise RemoteError(
             f"data.split: {shown(address)} has no {split!r}{nearest(split, splits)}; expected one of {sorted(splits)}"
         )
-    return [f"{chain}{file}" for file in splits.get(split, [])]
+    return splits.get(split, [])
 
 
 def _row_groups(footers: Sequence[Any]) -> Any:

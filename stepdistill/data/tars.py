@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -23,10 +22,10 @@ from typing import Any
 
 from stepdistill.data.remote import (
     RemoteError,
-    content_key,
     in_parallel,
     is_address,
     no_ranges,
+    noted_at,
     open_system,
     persistently,
     read_range,
@@ -186,15 +185,9 @@ class _Line:
     text: str | None
 
 
-def index_folder() -> Path:
-    """Return where indices are kept: ``$XDG_CACHE_HOME/stepdistill/tars``, by default in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepdistill" / "tars"
-
-
 def _indexed(tar: str) -> list[TarMember]:
     """Return the files of a tar at an address, from its index, which is made by one process if it is not there."""
-    key = json.dumps([tar, content_key(tar)])
-    index = index_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
+    index = noted_at(tar, "tars").with_suffix(".jsonl")
     with locked(index.with_suffix(".lock")):
         if not index.is_file():
             _write_index(tar, index)

@@ -22,8 +22,7 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.inventory import take_inventory
 from stepdistill.data.loader import loader
-from stepdistill.data.remote import RemoteError
-from stepdistill.data.tars import index_folder
+from stepdistill.data.remote import RemoteError, cache_folder
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -114,6 +113,20 @@ def test_batches_are_those_of_the_files_on_this_machine(tmp_path, memory, files)
     assert_same_batches(here, there)
 
 
+@pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
+def test_copies_are_kept_if_that_is_asked_for(memory, files, monkeypatch):
+    folder = memory(files)
+    there, copied = opened(folder), opened(folder, download=True)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "get_file", None)
+        again = opened(folder, download=True)
+    assert copied.version == there.version and len(list(cache_folder().glob("files/*/*"))) == 2
+    assert_same_batches(copied, again, micro_batches=2)
+    with pytest.raises(ValueError, match=r"data\.download: expected an address"):
+        opened("pictures", download=True)
+
+
 def test_an_address_names_a_file_a_range_or_a_pattern(memory):
     folder = memory({**TARS, "b.parquet": table(range(2)), "c.parquet": table(range(3))})
     assert [len(opened(f"{folder}/{name}")) for name in ("a-001.tar", "a-{000..001}.tar", "a*.tar", "b.parquet")] == [
@@ -132,7 +145,7 @@ def test_a_split_is_chosen_as_on_this_machine(memory):
 def test_headers_are_read_once_and_other_content_is_another_version(memory, monkeypatch):
     folder = memory(TARS)
     first = opened(folder)
-    assert len(list(index_folder().glob("*.jsonl"))) == 2
+    assert len(list(cache_folder().glob("tars/*.jsonl"))) == 2
     with monkeypatch.context() as without:
         without.setattr(tarfile, "open", None)  # a second look at a header would fail
         again = opened(folder)
@@ -245,9 +258,8 @@ def test_a_server_of_whole_files_asks_for_a_download(tmp_path):
     pytest.importorskip("aiohttp")
     folder = on_disk(tmp_path / "d", {"a.tar": tar(range(400))})
     with serving(folder, _WholeFiles) as address:
-        with pytest.raises(RemoteError, match="sends whole files only, and no ranges; to download every file once"):
+        with pytest.raises(RemoteError, match="sends whole files only, and no ranges; data.download=true keeps a copy"):
             opened(f"{address}/a.tar")
-        there = opened(f"simplecache::{address}/a.tar")
-        assert_same_batches(opened(folder), there)
+        assert_same_batches(opened(folder), opened(f"{address}/a.tar", download=True))
         with pytest.raises(RemoteError, match=r"127\.0\.0\.1:\d+/b\.tar: no such file"):
             opened(f"{address}/b.tar")
