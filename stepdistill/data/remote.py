@@ -29,6 +29,8 @@ Item = TypeVar("Item")
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between two tries."""
+SILENCE = 60.0
+"""Seconds after which a server is taken to be gone."""
 PARALLEL = 16
 """Files or ranges that are asked for at a time."""
 MAX_FILES = 1_000_000
@@ -87,13 +89,22 @@ def _open_system(process: int, address: str) -> tuple[Any, str]:
     """Open a file system once in every process; fsspec would do so in every thread, with connections of its own."""
     del process
     try:
-        return fsspec.core.url_to_fs(address)
+        return fsspec.core.url_to_fs(address, **_options(address))
     except ImportError as error:
         raise RemoteError(
             f"{shown(address)}: {error}; pip install 'stepdistill[streaming]' brings https:// and s3://"
         ) from error
     except ValueError as error:
         raise RemoteError(f"{shown(address)}: {error}") from error
+
+
+def _options(address: str) -> dict[str, Any]:
+    """Return options of a file system: over HTTP a silent server is given up soon, and a long file is not."""
+    if not address.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}}
 
 
 def persistently(address: str, read: Callable[[], T]) -> T:
