@@ -297,8 +297,10 @@ def _columns(config: DataConfig, known: Sequence[str], where: str) -> tuple[str,
 
 def _at_address(address: str, config: DataConfig) -> Listing:
     refuse_keys(config, TABLE_KEYS[1:], f"{shown(address)} is an address")
-    if config.buckets:
-        raise ValueError(f"data.buckets: expected none: all images at {shown(address)} would have to be read for them")
+    if config.buckets and not config.download:
+        raise ValueError(
+            f"data.buckets: expected none, or data.download: all images at {shown(address)} have to be read for them"
+        )
     tars = [] if shown(address).endswith(".parquet") else addresses_of(address, ".tar")
     if not tars:
         return _remote_table(address, config)
