@@ -127,13 +127,17 @@ def persistently(address: str, read: Callable[[], T]) -> T:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """Return what went wrong; of HTTP fsspec says that there is no such file whatever it was."""
-    return error.__cause__ if type(error) is FileNotFoundError and error.__cause__ else error
+    """Return what went wrong; over HTTP fsspec says that there is no such file, whatever it was."""
+    cause = error.__cause__
+    if type(error) is not FileNotFoundError or cause is None:
+        return error
+    is_of_network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return cause if is_of_network else error
 
 
 def _status(error: BaseException) -> int:
-    """Return HTTP's code of an error; 0 if it has none."""
-    status = getattr(error, "status", 0)
+    """Return HTTP's code of an error of aiohttp or of the hub; 0 if it has none."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
     return status if type(status) is int else 0
 
 

@@ -73,7 +73,7 @@ class TarMember:
     content: bytes | None = None
 
     def __str__(self) -> str:
-        return f"{shown(self.tar) if is_address(self.tar) else self.tar}!{self.name}"
+        return f"{_name(self.tar)}!{self.name}"
 
     def read(self, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         """Return the content; raise ``OSError`` if the tar ends too early, ``ValueError`` if there is too much."""
@@ -92,6 +92,10 @@ class TarMember:
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
+
+
+def _name(tar: str) -> str:
+    return shown(tar) if is_address(tar) else tar
 
 
 def fetch(members: Sequence[TarMember], max_bytes: int) -> list[TarMember]:
@@ -140,7 +144,7 @@ def _members(tar: str, file: Any) -> Iterator[TarMember]:
             others.append(str(member))
     if others:
         first = f"the first is {others[0]}"
-        warnings.warn(f"{tar}: left out {len(others)} links, devices or sparse files; {first}", stacklevel=2)
+        warnings.warn(f"{_name(tar)}: left out {len(others)} links, devices or sparse files; {first}", stacklevel=2)
 
 
 def _entries(tar: str, file: Any) -> Iterator[tarfile.TarInfo]:
@@ -150,8 +154,9 @@ def _entries(tar: str, file: Any) -> Iterator[tarfile.TarInfo]:
     except RemoteError:
         raise
     except _TAR_ERRORS as error:
-        name = shown(tar) if is_address(tar) else tar
-        raise ValueError(f"{name}: cannot be read as an uncompressed tar ({error}); unpack .tar.gz first") from error
+        raise ValueError(
+            f"{_name(tar)}: cannot be read as an uncompressed tar ({error}); unpack .tar.gz first"
+        ) from error
 
 
 class _Headers(io.RawIOBase):

@@ -199,6 +199,47 @@ def test_a_missing_package_is_named(monkeypatch):
         opened("s3://b/a.tar")
 
 
+class _Refused(Exception):
+    """An error of HTTP, as aiohttp and the hub have them."""
+
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+def _missing_because_of(cause):
+    error = FileNotFoundError("x")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "sentence"),
+    [
+        (FileNotFoundError("x"), 1, "no such file"),
+        (_missing_because_of(KeyError("s3's own")), 1, "no such file"),
+        (_missing_because_of(ConnectionRefusedError("refused")), 3, "cannot be read, 3 tries failed: refused"),
+        (TimeoutError(), 3, "cannot be read, 3 tries failed: TimeoutError"),
+        (PermissionError("denied"), 1, "no permission to read it: denied"),
+        (_Refused(404), 1, "no such file"),
+        (_Refused(403), 1, "no permission to read it: status 403"),
+        (_Refused(429), 3, "cannot be read, 3 tries failed: status 429"),
+        (_Refused(503), 3, "cannot be read, 3 tries failed: status 503"),
+        (NotImplementedError("ls"), 1, "cannot be read: ls"),
+    ],
+)
+def test_what_may_pass_is_tried_again(error, tries, sentence):
+    tried = []
+
+    def read():
+        tried.append(1)
+        raise error
+
+    with pytest.raises(RemoteError, match=f"^s3://b/a: {sentence}$"):
+        remote.persistently("s3://b/a", read)
+    assert len(tried) == tries
+
+
 def test_signed_addresses_keep_their_secret():
     assert remote.shown("https://me:key@host/a.tar?signature=1") == "https://host/a.tar"
 
