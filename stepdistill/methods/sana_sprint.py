@@ -97,6 +97,11 @@ class SanaSprint(Distiller):
         super().check(config, family)
         check_derivative(config, cls.student_family(config, family))
 
+    @classmethod
+    def follows_sizes(cls, config: Config) -> bool:
+        del config  # the critic's heads see maps of any size
+        return True
+
     def build(self) -> None:
         config = self.config
         self.time_weight = TimeWeight()

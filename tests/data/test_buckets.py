@@ -16,6 +16,7 @@ from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, make_
 from stepdistill.data.loader import loader
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -132,6 +133,7 @@ def test_a_cache_gives_the_latents_of_the_files_in_every_bucket(folder, tmp_path
             LatentCacheDataset(dataclasses.replace(section, buckets=buckets), family)
 
 
+@pytest.mark.product
 def test_a_run_from_a_cache_of_buckets_is_that_from_the_files(folder, tmp_path):
     wanted = section(folder, tmp_path / "plain", steps=4)
     plain = Run(resolve(wanted))
@@ -143,3 +145,17 @@ def test_a_run_from_a_cache_of_buckets_is_that_from_the_files(folder, tmp_path):
     cached.train()
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(cached)[name]), name
+
+
+@pytest.mark.parametrize("family", [SD, SD3], ids=["maps", "tokens"])
+def test_a_critic_of_the_teachers_features_sees_every_size(folder, tmp_path, family):
+    wanted = sections(tmp_path, family.tiny(), "ladd")
+    wanted["data"] = {"name": "images", "path": str(folder), "batch_size": 2, "buckets": BUCKETS}
+    wanted["train"]["steps"] = 4
+    run = Run(resolve(wanted))
+    critic = run.distiller.critic
+    for height, width in ((8, 8), (8, 16), (16, 8)):
+        x0 = torch.zeros(1, *run.family.sample_shape[:1], height, width)
+        features = critic.blocks.clean(x0, run.family.example_cond([0]))
+        assert all(feature.shape[-2] * width == feature.shape[-1] * height for feature in features)
+    run.train()
