@@ -219,10 +219,14 @@ class ImageDataset(Dataset):
 
 
 def _scaled(images: Sequence[np.ndarray]) -> Tensor:
-    """Return pixels uint8 as (B, C, ...) in [-1, 1]; image by image, because one stays in the processor's cache."""
-    scaled = torch.empty(len(images), *images[0].shape)
-    for row, image in zip(scaled, images, strict=True):
-        row.copy_(torch.from_numpy(np.array(image))).div_(127.5).sub_(1)
+    """Return pixels uint8 as (B, C, ...) in [-1, 1]; image by image, because one stays in the processor's cache.
+
+    They lie in memory as the pixels do: that decides which kernels an encoder runs, and with them the last bits.
+    """
+    pixels = torch.from_numpy(np.stack(images))
+    scaled = torch.empty_like(pixels, dtype=torch.float32)
+    for row, image in zip(scaled, pixels, strict=True):
+        row.copy_(image).div_(127.5).sub_(1)
     return scaled
 
 
