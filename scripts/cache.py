@@ -6,7 +6,6 @@ which teacher; others belong to the training. Run the same command again to resu
 
 import argparse
 
-import torch
 from tqdm.auto import tqdm
 
 from stepdistill.cli.failures import failures_as_sentences
@@ -17,6 +16,7 @@ from stepdistill.data.latent_cache import CacheConfig, make_cache
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.schema import build
+from stepdistill.networks.launcher import own_device
 
 
 @failures_as_sentences("cache.py")
@@ -34,7 +34,7 @@ def main() -> None:
     dataset = open_data(
         data, channels=channels, size=tuple(size), num_classes=family.num_classes, takes_text=family.takes_text
     )
-    family.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    family.to(own_device())
     with tqdm(total=len(dataset) + 1, desc="cache") as bar:
         print(make_cache(family, dataset, data, config, lambda done: bar.update(done - bar.n)))
 

@@ -5,7 +5,6 @@ Run the same command again to resume: existing pairs are kept.
 
 import argparse
 
-import torch
 from tqdm.auto import tqdm
 
 from stepdistill.cli.failures import failures_as_sentences
@@ -14,6 +13,7 @@ from stepdistill.data.ode_pairs import PairsConfig, make_pairs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.schema import ConfigError, build
+from stepdistill.networks.launcher import own_device
 
 
 @failures_as_sentences("make_pairs.py")
@@ -28,7 +28,7 @@ def main() -> None:
     teacher = build(TeacherConfig, sections.get("teacher"), "teacher")
     config = build(PairsConfig, sections.get("pairs"), "pairs")
     family = load_teacher(teacher)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     family.network.to(device).requires_grad_(False).eval()
     family.to(device)
     with tqdm(total=config.count, desc="pairs") as bar:

@@ -19,6 +19,7 @@ class RawBatch:
         indices: B sample indices; ``dataset.name(index)`` names a sample in an error.
         mirrored: (B,) bool, which samples a cache must mirror; only if ``images`` is None.
         unreadable: ``"name: reason"`` of every file that was skipped before these B samples.
+        encoded: what the networks see of the samples, if it was stored.
     """
 
     images: Tensor | None
@@ -27,6 +28,7 @@ class RawBatch:
     indices: tuple[int, ...]
     mirrored: Tensor | None = None
     unreadable: tuple[str, ...] = ()
+    encoded: Batch | None = None
 
 
 Cond = dict[str, Tensor]

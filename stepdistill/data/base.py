@@ -21,7 +21,7 @@ TABLE_KEYS = ("split", "subset", "revision")
 """Keys that choose among the tables of a Hugging Face dataset."""
 
 PATHS = {
-    "images": "a folder of images, an .npz or a Hugging Face dataset",
+    "images": "a folder of images, an .npz, a Hugging Face dataset or an address of tars",
     "prompts": "a .txt with a prompt a line, a .csv, .tsv, .json or .jsonl",
     "cache": "a folder that scripts/cache.py wrote",
     "pairs": "a folder that scripts/make_pairs.py wrote",
@@ -39,16 +39,19 @@ class DataConfig:
             the teacher's own samples, which ``scripts/make_pairs.py`` wrote.
         path: a folder of images, an ``.npz``, WebDataset tars or a Hugging Face dataset: saved on disk, a folder of
             parquet files or one file, or its id on the hub, ``owner/name``, where there is no folder ``owner``;
+            an address of tars or parquet files (``https://``, ``s3://``, ``hf://``, ...);
             ``embedded`` (fashion) or ``faces`` (captioned), which are part of the package; for ``prompts`` a file of
             any form in :mod:`stepdistill.data.prompts`.
         split: of a Hugging Face dataset, or of a folder of splits; ``train`` by default, where there are splits.
         subset: of a Hugging Face dataset that has several; the ``name`` argument of ``load_dataset``.
         revision: commit of a dataset on the hub, 40 hex digits; the newest by default. A resumed run needs the one that
             it started with.
+        download: whether copies of the files at an address are kept on this machine, and read.
         resolution: the teacher's short side in pixels; if given, an ``.npz`` of another size is resized.
         channels: the teacher's channels; if given, an ``.npz`` with other channels (1 or 3) is converted.
         buckets: sizes ``[height, width]`` of images, for latent teachers; a sample goes into the one with the nearest
-            proportions, and a batch holds samples of one. By default all have the teacher's size.
+            proportions, and a batch holds samples of one. By default all have the teacher's size. From a cache those
+            that it was made with.
         fit: how an image of other proportions becomes square: ``crop`` resizes its short side and crops the centre,
             ``pad`` resizes its long side and pads with white, ``stretch`` distorts it.
         batch_size: samples per micro-batch and process.
@@ -69,6 +72,7 @@ class DataConfig:
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
+    download: bool = False
     resolution: PositiveInt | None = None
     channels: PositiveInt | None = None
     buckets: tuple[tuple[PositiveInt, ...], ...] = ()
@@ -89,7 +93,7 @@ class DataConfig:
         self._check_buckets()
 
     def _check_buckets(self) -> None:
-        if self.buckets and self.name != "images":
+        if self.buckets and self.name not in ("images", "cache"):
             raise ValueError(f"buckets: expected none with {self.name!r}, whose samples have one size")
         for place, bucket in enumerate(self.buckets):
             if len(bucket) != 2:
@@ -157,6 +161,16 @@ class Dataset(abc.ABC):
             ValueError: if a sample cannot be read and may not be skipped; it names the sample.
         """
 
+    def read_encoded(self, raw: RawBatch) -> Batch | None:
+        """Return what is stored of a loaded batch, as the networks see it; None if samples are not stored so.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        del raw
+        return None
+
     def encode(self, family: Family, raw: RawBatch) -> Batch:
         """Return a loaded batch as the networks of ``family`` see it."""
-        return family.encode(raw)
+        found = self.read_encoded(raw) if raw.encoded is None else raw.encoded
+        return family.encode(raw) if found is None else found

@@ -21,13 +21,11 @@ from stepdistill.batch import Cond, RawBatch
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import Dataset
 from stepdistill.data.columns import Texts, other_texts, read_texts
+from stepdistill.data.shard_writing import write_once, write_or_check_manifest, write_shards
 from stepdistill.data.shards import (
     ShardFormat,
     Shards,
     concatenate,
-    hashed_write,
-    write_or_check_manifest,
-    write_shards,
 )
 from stepdistill.data.text import json_lines
 from stepdistill.families.base import Family
@@ -43,6 +41,8 @@ class _Line:
 
     name: str
     text: Any
+    size: tuple[int, ...] = ()
+    """(height, width) in pixels, if the samples have several."""
 
 
 def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
@@ -54,27 +54,34 @@ def stored_texts(dataset: Dataset, index: int) -> str | list[str] | None:
 
 def write_captions(manifest: Path, dataset: Dataset) -> None:
     """Write names and captions of all samples beside the manifest of a cache."""
-    with hashed_write(manifest.parent / CAPTIONS, manifest) as partial, partial.open("w", encoding="utf-8") as file:
-        for index in range(len(dataset)):
-            row = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
-            file.write(json.dumps(row) + "\n")
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for index in range(len(dataset)):
+                row: dict[str, Any] = {"name": dataset.name(index), "text": stored_texts(dataset, index)}
+                if dataset.buckets is not None:
+                    row["size"] = dataset.buckets.size_of[index]
+                file.write(json.dumps(row) + "\n")
+
+    write_once(manifest.parent / CAPTIONS, manifest, write)
 
 
-def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts]]:
-    """Return names and captions of all samples of a cache.
+def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts], list[tuple[int, ...]]]:
+    """Return names, captions and sizes of all samples of a cache.
 
     Raises:
         ValueError: naming the file and line, if it is damaged or does not have ``count`` lines.
     """
     file = shards.folder / CAPTIONS
     shards.verify(file)
-    names, captions = [], []
+    names, captions, sizes = [], [], []
     for where, row in json_lines(file, _Line).items():
         names.append(row.name)
         captions.append(read_texts(row.text, f"{where}: 'text'"))
+        sizes.append(row.size)
     if len(names) != count:
         raise ValueError(f"{file}: expected {count} lines, one a sample, got {len(names)}; make the cache anew")
-    return names, captions
+    return names, captions, sizes
 
 
 @torch.no_grad()
@@ -119,7 +126,7 @@ def _encode(family: Family, texts: Sequence[str]) -> dict[str, Tensor]:
     return {f"cond.{name}": value.cpu() for name, value in cond.items()}
 
 
-def batches(rows: range, size: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yield rows in batches of ``size``, the last one filled up, so that the same kernels encode all of them."""
     for start in range(0, len(rows), size):
         batch = list(rows[start : start + size])

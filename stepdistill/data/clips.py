@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from stepdistill.data.base import Fit
-from stepdistill.data.decoding import MAX_BYTES, UnreadableImageError, fit_image
-from stepdistill.data.webdataset import TarMember
+from stepdistill.data.decoding import UnreadableImageError, fit_image
+from stepdistill.data.remote import RemoteError
+from stepdistill.data.tars import MAX_FILE_BYTES, TarMember
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 """Endings of the files that are listed as clips."""
@@ -47,9 +48,11 @@ def read_clip(source: str | TarMember, size: Sequence[int], fps: float, fit: Fit
     av, (count, height, width) = open_reader(), size
     frames = []
     try:
-        with av.open(io.BytesIO(source.read(MAX_BYTES)) if isinstance(source, TarMember) else source) as container:
+        with av.open(io.BytesIO(source.read(MAX_FILE_BYTES)) if isinstance(source, TarMember) else source) as container:
             for frame in nearest_frames(timed(container), count, fps):
                 frames.append(fit_image(frame, 3, (height, width), fit))
+    except RemoteError:  # of the network, and not of this video
+        raise
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if len(frames) < count:

@@ -33,17 +33,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from stepdistill.data.base import Fit
-from stepdistill.data.webdataset import TarMember
+from stepdistill.data.remote import RemoteError
+from stepdistill.data.tars import MAX_FILE_BYTES, TarMember
 
 Source: TypeAlias = str | Mapping | TarMember | np.ndarray | None
 
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are read. It knows many more, whose decoders are seldom used and looked at."""
-
-
-MAX_BYTES = 2**30
-"""Size of the largest file that is opened."""
 
 
 # What Pillow raises on damaged files, found by cutting short and altering files of every format.
@@ -133,6 +130,8 @@ def _unreadable() -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only raises at twice its limit
             yield
+    except RemoteError:  # of the network, and not of this image
+        raise
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
@@ -160,7 +159,7 @@ def _(source: Mapping) -> Image.Image:
 
 @_open.register
 def _(source: TarMember) -> Image.Image:
-    return _open_bytes(source.read(MAX_BYTES))
+    return _open_bytes(source.read(MAX_FILE_BYTES))
 
 
 @_open.register
@@ -172,8 +171,8 @@ def _open_path(path: str) -> Image.Image:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever fills it
         raise ValueError("it is not a plain file")
-    if status.st_size > MAX_BYTES:
-        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {status.st_size:,}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"expected at most {MAX_FILE_BYTES:,} bytes, got {status.st_size:,}")
     return Image.open(path, formats=FORMATS)
 
 

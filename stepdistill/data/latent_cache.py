@@ -13,6 +13,7 @@ them the last bits. Make a cache therefore with the ``data`` section of the trai
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ from torch import Tensor
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.buckets import sort_into
+from stepdistill.data.cached_sizes import CachedSizes, by_size
 from stepdistill.data.cached_texts import (
     CachedTexts,
     batches,
@@ -34,7 +37,8 @@ from stepdistill.data.cached_texts import (
     write_texts,
 )
 from stepdistill.data.columns import Texts, first_texts, several
-from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
 from stepdistill.families.vaes import latent_statistics
@@ -108,6 +112,10 @@ def make_cache(
         "encoders": encoders(family), "sample_shape": list(family.sample_shape), "dtype": "float32",
         "files": files(dataset, str(data.path)), "fit": data.fit, "mirrored": data.flip,
     }  # fmt: skip
+    for place, bucket in enumerate(data.buckets):
+        family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
+    if data.buckets:
+        manifest["buckets"] = [list(bucket) for bucket in data.buckets]
     write_or_check_manifest(folder / FORMAT.manifest, manifest, FORMAT.rows)
     write_captions(folder / FORMAT.manifest, dataset)
     if family.takes_text and dataset.choices is not None:
@@ -116,25 +124,38 @@ def make_cache(
             shard_size=config.shard_size,
         )  # fmt: skip
 
-    def make(rows: range) -> dict[str, Tensor]:
-        parts = [_encode(family, dataset, batch, data) for batch in batches(rows, data.batch_size)]
-        return {name: tensor[: len(rows)] for name, tensor in concatenate(parts).items()}
-
+    make = functools.partial(_encode_rows, family, dataset, data)
     write_shards(folder / FORMAT.manifest, FORMAT.rows, make, progress)
     return folder
+
+
+def _encode_rows(family: Family, dataset: Dataset, data: DataConfig, rows: range) -> dict[str, Tensor]:
+    """Return the tensors of the samples at ``rows``, of which those of one size are encoded together."""
+    parts, order = [], []
+    for group in by_size(rows, functools.partial(_size_of, dataset)):
+        found = [_encode(family, dataset, batch, data) for batch in batches(group, data.batch_size)]
+        parts.append({name: tensor[: len(group)] for name, tensor in concatenate(found).items()})
+        order += group
+    places = torch.tensor(order).argsort()
+    return {name: tensor[places] for name, tensor in concatenate(parts).items()}
+
+
+def _size_of(dataset: Dataset, row: int) -> tuple[int, ...]:
+    """Return the size of a row's image; the row after the last sample has that one's."""
+    return () if dataset.buckets is None else dataset.buckets.size_of[min(row, len(dataset) - 1)]
 
 
 @torch.no_grad()
 def _encode(family: Family, dataset: Dataset, rows: Sequence[int], data: DataConfig) -> dict[str, Tensor]:
     """Return the tensors of the samples at ``rows``; the row after the last sample is the empty caption's."""
     raw = _load_with_empty_caption(dataset, rows)
-    batch = family.encode(raw)
+    batch, sizes = family.encode(raw), CachedSizes.of(family, data.buckets)
     tensors = {f"cond.{name}": value.cpu() for name, value in batch.cond.items()}
     if batch.images is not None:
-        tensors["images"] = batch.images.cpu()
+        tensors["images"] = sizes.stored(batch.images.cpu())
     if data.flip and raw.images is not None:
         mirrored = family.encode(dataclasses.replace(raw, images=raw.images.flip(-1)))
-        tensors["mirrored"] = mirrored.x0.cpu()
+        tensors["mirrored"] = sizes.stored(mirrored.x0.cpu())
     return tensors
 
 
@@ -169,9 +190,12 @@ class LatentCacheDataset(Dataset):
 
     def __init__(self, config: DataConfig, family: Family, *, needs_images: bool = True) -> None:
         self.shards = Shards(str(config.path), FORMAT)
+        self._sizes = CachedSizes.of(family, config.buckets)
         self._check_made_for(config, family)
         self._check_content(config, needs_images)
-        self._names, texts = read_captions(self.shards, len(self))
+        self._names, texts, sizes = read_captions(self.shards, len(self))
+        if config.buckets:
+            self.buckets = sort_into(self._sizes.sizes, [(height, width) for height, width in sizes])
         if family.takes_text:
             self._use_texts(texts)
         self.size, self.flip, self.caption_dropout = family.image_shape, config.flip, config.caption_dropout
@@ -194,9 +218,12 @@ class LatentCacheDataset(Dataset):
         expected = list(family.sample_shape)
         if (shape := self.shards.entry("sample_shape", list[int])) != expected:
             raise ValueError(f"data.path: {config.path}: expected samples {expected}, got {shape}")
+        if (made_with := self.shards.manifest.get("buckets", [])) != [list(bucket) for bucket in config.buckets]:
+            raise ValueError(f"data.buckets: expected {made_with}, with which {config.path} was made")
+        row = self._sizes.row
         for name, (dtype, shape) in self.shards.layout().items():
-            if name in ("images", "mirrored") and (dtype, shape) != ("F32", expected):
-                raise ValueError(f"data.path: {config.path}: {name}: expected F32 {expected}, got {dtype} {shape}")
+            if name in ("images", "mirrored") and (dtype, shape) != ("F32", row):
+                raise ValueError(f"data.path: {config.path}: {name}: expected F32 {row}, got {dtype} {shape}")
 
     def _check_content(self, config: DataConfig, needs_images: bool) -> None:
         if needs_images and "images" not in self.shards.names:
@@ -214,13 +241,12 @@ class LatentCacheDataset(Dataset):
         return self._names[index]
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Return captions only; :meth:`encode` reads the rest."""
+        """Return captions only; :meth:`read_encoded` reads the rest."""
         captions = None if self.captions is None else tuple(map(self.captions.__getitem__, indices))
         return RawBatch(None, None, captions, tuple(indices))
 
-    def encode(self, family: Family, raw: RawBatch) -> Batch:
+    def read_encoded(self, raw: RawBatch) -> Batch:
         """Return what the family would have made of the batch; a dropped caption has the empty one's row."""
-        del family
         rows = list(raw.indices)
         for place, caption in enumerate(raw.captions or ()):
             if not caption:
@@ -228,8 +254,12 @@ class LatentCacheDataset(Dataset):
         cond = {name: self.shards.rows(f"cond.{name}", rows) for name in self.shards.cond_names}
         if self.choices is not None and raw.captions is not None:
             cond = self._others.replace(cond, raw.indices, raw.captions)
-        images = self.shards.rows("images", raw.indices) if "images" in self.shards.names else None
+        images = self._latents("images", raw) if "images" in self.shards.names else None
         if images is not None and raw.mirrored is not None:
             mirrored = expand(raw.mirrored, images) > 0
-            images = torch.where(mirrored, self.shards.rows("mirrored", raw.indices), images)
+            images = torch.where(mirrored, self._latents("mirrored", raw), images)
         return Batch(images, cond, len(raw.indices))
+
+    def _latents(self, name: str, raw: RawBatch) -> Tensor:
+        rows = self.shards.rows(name, raw.indices)
+        return self._sizes.restored(rows, _size_of(self, raw.indices[0]))

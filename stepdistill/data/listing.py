@@ -13,6 +13,7 @@ folder with ``metadata.jsonl``,      a row an image: ``file_name``, and optional
 ``.tar``, or a folder of them         WebDataset samples, see :mod:`stepdistill.data.webdataset`
 folder of folders                    one class per sub-folder, numbered by name as text ("10" < "9")
 folder                               images without labels; captions, if a ``.txt`` lies beside every image
+address (``https://...``)             a ``.tar`` or ``.parquet``, several, or a folder of them, read in ranges
 folder of ``train`` and other splits  any of these in it, see :func:`~stepdistill.data.metadata.split_folder`
 ===================================  ===============================================================================
 
@@ -27,9 +28,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,11 @@ from stepdistill.data.metadata import (
     read_metadata,
     split_folder,
 )
+from stepdistill.data.remote import addresses_of, downloaded, in_parallel, is_address, shown, version_of
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
+from stepdistill.data.tars import MAX_FILE_BYTES, TarMember, fetch
 from stepdistill.data.text import one_line, read_text
-from stepdistill.data.webdataset import TarMember, read_tars
+from stepdistill.data.webdataset import read_tars
 from stepdistill.files.words import nearest
 
 STRAY = -1  # label of an image that lies beside the class folders
@@ -79,6 +83,8 @@ class Listing:
     """Which content the path had, if the path alone does not tell."""
     array_shape: tuple[int, ...] | None = None
     """(H, W, C) of all images, if they are one array."""
+    fetch: Callable[[Sequence[int]], Mapping[int, Any]] | None = None
+    """Returns the images of some rows with their content, which is asked for together; None for files here."""
     left_out: str = ""
     """How many other files of which endings the path holds."""
 
@@ -94,7 +100,11 @@ def list_samples(config: DataConfig) -> Listing:
     Raises:
         ValueError: if it has none of these forms, or breaks the rules of its form; it names the file.
     """
+    if is_address(str(config.path)):
+        return _at_address(str(config.path), config)
     path = Path(str(config.path))
+    if config.download:
+        raise ValueError(f"data.download: expected an address as data.path, got {path}")
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
     if path.is_dir() and not any(path.glob("*.tar")) and (split := split_folder(path, config.split)):
@@ -104,7 +114,7 @@ def list_samples(config: DataConfig) -> Listing:
     if path.is_file() and path.suffix == ".npz":
         return _npz(path)
     if path.is_file() and path.suffix == ".tar":
-        return _tars([path], config)
+        return _tars([str(path)], config)
     if not path.is_dir():
         raise ValueError(f"data.path: {path}: {_why_not(path)}")
     return _folder(path, config)
@@ -145,7 +155,7 @@ def _split(folder: Path, config: DataConfig) -> Listing:
 
 def _folder(folder: Path, config: DataConfig) -> Listing:
     table = metadata_file(folder)
-    tars = sorted(folder.glob("*.tar"))
+    tars = [str(tar) for tar in sorted(folder.glob("*.tar"))]
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
     if not tars:
@@ -234,7 +244,7 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
     return asked or (usual if usual in known else None)
 
 
-def _tars(tars: Sequence[Path], config: DataConfig) -> Listing:
+def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
     found = read_tars(tars, suffixes_of(config), config.caption_column, config.label_column)
     if found.left_out:
         warnings.warn(f"{config.path}: left out, because no such files are read: {found.left_out}", stacklevel=2)
@@ -267,11 +277,54 @@ def _holds_parquet(path: Path) -> bool:
 
 def _table(path: Path, config: DataConfig) -> Listing:
     table, version = open_table(path, config)
-    image = _column(config.image_column, "image", table.column_names, str(path))
-    label = _column(config.label_column, "label", table.column_names, str(path))
-    caption = _column(config.caption_column, "text", table.column_names, str(path))
+    image, label, caption = _columns(config, table.column_names, str(path))
     labels, no_labels = label_cells(table, label, str(path))
     captions = caption_cells(table, caption, str(path))
     return Listing(
-        image_cells(table, str(image), str(path)), labels, version=version, no_labels=no_labels, **_captions(captions)
+        image_cells(table, image, str(path)), labels, version=version, no_labels=no_labels, **_captions(captions)
+    )
+
+
+def _columns(config: DataConfig, known: Sequence[str], where: str) -> tuple[str, str | None, str | None]:
+    """Return the names of the columns of images, labels and captions."""
+    image = _column(config.image_column, "image", known, where)
+    label = _column(config.label_column, "label", known, where)
+    return str(image), label, _column(config.caption_column, "text", known, where)
+
+
+# ------------------------------------------------------------------------------------------ at an address
+
+
+def _at_address(address: str, config: DataConfig) -> Listing:
+    refuse_keys(config, TABLE_KEYS[1:], f"{shown(address)} is an address")
+    if config.buckets and not config.download:
+        raise ValueError(
+            f"data.buckets: expected none, or data.download: all images at {shown(address)} have to be read for them"
+        )
+    tars = [] if shown(address).endswith(".parquet") else addresses_of(address, ".tar")
+    if not tars:
+        return _remote_table(address, config)
+    refuse_keys(config, TABLE_KEYS, f"{shown(address)} holds tars")
+    version = version_of(tars)
+    if config.download:
+        return dataclasses.replace(_tars(in_parallel(downloaded, tars), config), version=version)
+    found = _tars(tars, config)
+    return dataclasses.replace(found, version=version, fetch=functools.partial(_fetch, found.images))
+
+
+def _fetch(images: Any, rows: Sequence[int]) -> dict[int, TarMember]:
+    return dict(zip(rows, fetch([images[row] for row in rows], MAX_FILE_BYTES), strict=True))
+
+
+def _remote_table(address: str, config: DataConfig) -> Listing:
+    from stepdistill.data.remote_tables import RemoteTable
+
+    table = RemoteTable(address, config.split, download=config.download)
+    image, label, caption = _columns(config, table.column_names, table.name)
+    columns = table.columns([name for name in (label, caption) if name is not None])
+    labels, no_labels = label_cells(columns, label, table.name)
+    captions = caption_cells(columns, caption, table.name)
+    images = table.images(image)
+    return Listing(
+        images, labels, version=table.version, no_labels=no_labels, fetch=images.fetch, **_captions(captions)
     )

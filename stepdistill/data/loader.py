@@ -12,6 +12,7 @@ number of processes that starts from the same position.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,10 @@ TOLERATED = 10
 
 TOLERATED_SHARE = 0.01
 """A larger share of the samples read is too many."""
+
+
+AHEAD = 2
+"""Micro-batches of stored samples that are read before they are asked for."""
 
 
 def sample_indices(position: int, count: int, length: int, seed: int) -> list[int]:
@@ -114,6 +120,8 @@ def loader(
             than 1% of those read are unreadable.
     """
     assert batch_size >= 1 and start >= 0 and 0 <= rank < world
+    if dataset.is_encoded:
+        num_workers = 0  # a thread reads stored samples, which need no decoding
     batches = DataLoader(
         _MicroBatches(dataset, batch_size, seed, rank, world),
         batch_size=None,
@@ -122,7 +130,25 @@ def loader(
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # otherwise starting the loader would draw from the global generator
     )
-    return _counted(batches, Unreadable(len(dataset)))
+    counted = _counted(batches, Unreadable(len(dataset)))
+    return _ahead(_encoded(dataset, counted)) if dataset.is_encoded else counted
+
+
+def _encoded(dataset: Dataset, batches: Iterable[RawBatch]) -> Iterator[RawBatch]:
+    for batch in batches:
+        yield dataclasses.replace(batch, encoded=dataset.read_encoded(batch))
+
+
+def _ahead(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
+    """Yield endless batches, of which a thread takes the next ones meanwhile."""
+    thread = ThreadPoolExecutor(1, "data")
+    try:
+        waiting = collections.deque(thread.submit(next, batches) for _ in range(AHEAD))
+        while True:
+            waiting.append(thread.submit(next, batches))
+            yield waiting.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def _leave_group(worker: int) -> None:

@@ -20,7 +20,8 @@ from stepdistill.batch import Batch, Cond, RawBatch
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.prompts import first_prompts
-from stepdistill.data.shards import ShardFormat, Shards, concatenate, write_or_check_manifest, write_shards
+from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.families.base import Family
 from stepdistill.files.precision import Precision
@@ -206,11 +207,10 @@ class PairDataset(Dataset):
         return f"{self.pairs.shards.folder}[{index}]"
 
     def load(self, indices: Sequence[int]) -> RawBatch:
-        """Return indices only; :meth:`encode` reads the rest."""
+        """Return indices only; :meth:`read_encoded` reads the rest."""
         return RawBatch(None, None, None, tuple(indices))
 
-    def encode(self, family: Family, raw: RawBatch) -> Batch:
+    def read_encoded(self, raw: RawBatch) -> Batch:
         """Return samples as the network sees them, and their conditions."""
-        del family
         _, images, cond = self.pairs.rows(raw.indices)
         return Batch(images, cond, len(raw.indices))

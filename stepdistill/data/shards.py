@@ -1,8 +1,7 @@
-"""Rows of tensors in numbered safetensors files beside a manifest: made once, resumable, read row by row.
+"""Rows of tensors in numbered safetensors files beside a manifest, read row by row.
 
 A folder is a manifest (JSON: what made the rows, how many there are, and the SHA-256 of every other file) and
-``shard-00000.safetensors``, ...; a shard is complete or absent. Running the same command again makes the missing
-shards, if the manifest agrees.
+``shard-00000.safetensors``, ..., see :mod:`stepdistill.data.shard_writing`; a shard is complete or absent.
 
 A reader compares a shard with its hash before it takes the first row from it, at about 2 GB/s a core. A folder that
 was made before there were hashes is read with a warning; running its command again adds them.
@@ -10,25 +9,20 @@ was made before there were hashes is read with a warning; running its command ag
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import json
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.config import differences, fingerprint_json
+from stepdistill.config import fingerprint_json
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import convert
-from stepdistill.files.writing import atomic_write
 
 HASHES = "sha256"
 """Key of the manifest: by file name, its hash."""
@@ -39,88 +33,16 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_or_check_manifest(path: Path, manifest: Mapping[str, Any], rows: str) -> None:
-    """Write a manifest, or check that the one already there is the same.
-
-    Args:
-        path: the manifest's file.
-        manifest: its content.
-        rows: name of the rows, for the error.
-
-    Raises:
-        ValueError: if it differs, naming every key that does.
-    """
-    if not path.is_file():
-        _write_json(path, manifest)
-        return
-    existing = read_json(path)
-    existing.pop(HASHES, None)
-    if changed := differences(existing, manifest):
-        raise ValueError(
-            f"{path} is of other {rows}; restore these or choose another output_dir:\n  - " + "\n  - ".join(changed)
-        )
-
-
-def write_shards(
-    manifest: Path, rows: str, make: Callable[[range], Mapping[str, Tensor]],
-    progress: Callable[[int], object] = lambda done: None,
-) -> None:  # fmt: skip
-    """Write the shards that are missing.
-
-    Args:
-        manifest: its file, which tells how many rows there are in all and in a shard.
-        rows: name of the rows, for errors.
-        make: returns the tensors, by name, of the rows at some indices.
-        progress: called after every shard with the number of rows so far.
-
-    Raises:
-        ValueError: if a row holds a number that is not finite.
-    """
-    content = read_json(manifest)
-    count, shard_size, hashes = content["count"], content["shard_size"], content.get(HASHES, {})
-    for number in range(math.ceil(count / shard_size)):
-        indices = range(number * shard_size, min(count, (number + 1) * shard_size))
-        path = shard_path(manifest.parent, number)
-        if not path.is_file():
-            tensors = {name: tensor.contiguous() for name, tensor in make(indices).items()}
-            for name, tensor in tensors.items():
-                if place := not_finite(tensor):
-                    raise ValueError(f"{path}: {name} of {rows}[{indices[place[0]]}] became NaN or infinite")
-            with hashed_write(path, manifest) as partial:
-                save_file(tensors, partial)
-        elif path.name not in hashes:
-            _record(manifest, path.name, sha256_of(path))
-        progress(indices.stop)
-
-
 def not_finite(rows: Tensor) -> list[int]:
     """Return the first of some rows that holds NaN or infinity, as a list of one, or of none."""
     finite = rows.isfinite().reshape(len(rows), -1).all(1)
     return [] if finite.all() else [int(finite.int().argmin())]
 
 
-@contextlib.contextmanager
-def hashed_write(path: Path, manifest: Path) -> Iterator[Path]:
-    """Yield a path as :func:`atomic_write` does, and note its hash in the manifest before it replaces ``path``."""
-    with atomic_write(path) as partial:
-        yield partial
-        _record(manifest, path.name, sha256_of(partial))
-
-
 def sha256_of(path: Path) -> str:
     """Return the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _record(manifest: Path, name: str, sha256: str) -> None:
-    content = read_json(manifest)
-    _write_json(manifest, content | {HASHES: content.get(HASHES, {}) | {name: sha256}})
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +66,7 @@ class Shards:
     """Rows of a folder; they need not fit into memory.
 
     Args:
-        folder: what :func:`write_or_check_manifest` and :func:`write_shards` wrote.
+        folder: what :mod:`stepdistill.data.shard_writing` wrote.
         format: what they hold.
 
     Raises:
@@ -167,6 +89,7 @@ class Shards:
         self._check_alike()
         self._hashes = self.entry(HASHES, dict[str, str]) if HASHES in self.manifest else {}
         self._verified: set[Path] = set()
+        self._tensors: dict[tuple[str, int], Tensor] = {}
         self._warn_without_hashes()
 
     def entry(self, key: str, hint: Any) -> Any:
@@ -208,19 +131,26 @@ class Shards:
         Raises:
             ValueError: if a shard is not what was written, or a row holds NaN or infinity; it names the file.
         """
-        rows = []
-        for index in indices:
+        first = self._tensor(name, indices[0] // self.shard_size)
+        dtype = torch.float32 if first.is_floating_point() else first.dtype
+        joined = torch.empty(len(indices), *first.shape[1:], dtype=dtype)
+        for place, index in enumerate(indices):
             shard, row = divmod(index, self.shard_size)
-            self.verify(shard_path(self.folder, shard))
-            rows.append(single(self.shards[shard].get_slice(name)[row : row + 1]))
-        joined = torch.cat(rows)
-        if place := not_finite(joined):
-            shard, row = divmod(indices[place[0]], self.shard_size)
+            joined[place].copy_(self._tensor(name, shard)[row])
+        if found := not_finite(joined):
+            shard, row = divmod(indices[found[0]], self.shard_size)
             raise ValueError(
                 f"{self.format.key}: {shard_path(self.folder, shard)}: {name}, row {row}: expected finite numbers, got "
                 f"NaN or infinity; remove the file and run {self.format.script} again"
             )
         return joined
+
+    def _tensor(self, name: str, shard: int) -> Tensor:
+        """Return a tensor of a shard, of which the system reads what is looked at; the file is checked first."""
+        if (name, shard) not in self._tensors:
+            self.verify(shard_path(self.folder, shard))
+            self._tensors[name, shard] = self.shards[shard].get_tensor(name)
+        return self._tensors[name, shard]
 
     def verify(self, path: Path) -> None:
         """Compare a file with its hash, the first time; raise ``ValueError`` if it is another."""
@@ -243,10 +173,10 @@ class Shards:
             )
 
     def _check_alike(self) -> None:
-        """Raise ``ValueError`` unless all shards hold the same tensors."""
+        """Raise ``ValueError`` unless all shards hold the same tensors; conditions may be narrowed."""
         expected = self.layout()
         for number in range(1, len(self.shards)):
-            if (found := self.layout(number)) != expected:
+            if _widened(found := self.layout(number)) != _widened(expected):
                 raise ValueError(
                     f"{self.format.key}: {shard_path(self.folder, number)}: expected {expected}, as in the first "
                     f"shard, got {found}; remove it and make it anew"
@@ -270,6 +200,15 @@ class Shards:
         return shard
 
 
+def _widened(layout: Mapping[str, tuple[str, list[int]]]) -> dict[str, tuple[str, list[int]]]:
+    """Return a layout with conditions in single precision, as they were before they were narrowed."""
+    found = dict(layout)
+    for name, (dtype, shape) in layout.items():
+        if name.startswith("cond.") and dtype == "BF16":
+            found[name] = ("F32", shape)
+    return found
+
+
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of consecutive parts joined by name."""
     joined = {}
@@ -278,6 +217,13 @@ def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return joined
 
 
-def single(rows: Tensor) -> Tensor:
-    """Return rows in single precision, because the CPU cannot concatenate half ones under autocast."""
-    return rows.float() if rows.is_floating_point() else rows
+def narrowed(values: Tensor) -> Tensor:
+    """Return single precision as bfloat16 if that loses nothing, as with what a teacher of bfloat16 computed.
+
+    >>> narrowed(torch.tensor([1.5])).dtype, narrowed(torch.tensor([0.1])).dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if values.dtype != torch.float32:
+        return values
+    half = values.bfloat16()
+    return half if torch.equal(half.float(), values) else values

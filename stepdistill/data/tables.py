@@ -32,6 +32,20 @@ def _of_struct(cell: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": cell.get("bytes"), "path": cell.get("path")}
 
 
+def cell_reader(kind: Any) -> Callable[[Any], dict[str, Any]] | None:
+    """Return what reads a cell of an arrow type as ``{"bytes": ..., "path": ...}``; None if it holds no images."""
+    from pyarrow import types
+
+    def holds_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+    if holds_bytes(kind):
+        return _of_bytes
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
+        return _of_struct
+    return None
+
+
 def image_cells(table: Any, name: str, where: str) -> Sequence[Any]:
     """Return the column of images, not decoded.
 
@@ -44,18 +58,12 @@ def image_cells(table: Any, name: str, where: str) -> Sequence[Any]:
         ValueError: if the column is of another type.
     """
     import datasets
-    from pyarrow import types
-
-    def holds_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
     if isinstance(table.features[name], datasets.Image):
         return table.cast_column(name, datasets.Image(decode=False))[name]
-    kind = table.data.schema.field(name).type
-    if holds_bytes(kind):
-        return ImageCells(table[name], _of_bytes)
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type):
-        return ImageCells(table[name], _of_struct)
+    read = cell_reader(table.data.schema.field(name).type)
+    if read is not None:
+        return ImageCells(table[name], read)
     expected = "a datasets.Image, bytes, or structs of bytes and path"
     raise ValueError(f"{where}: column {name!r}: expected {expected}, got {table.features[name]}")
 

@@ -99,15 +99,38 @@ class TeacherFeatureSource(FeatureSource):
         return self.blocks.clean(seen, cond)[-1].flatten(2).mean(2)
 
 
-def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[BlockFeatures, list[tuple[int, ...]]]:
-    """Return the features of at most so many of the teacher's blocks, evenly spaced, and their shapes.
+class MapFeatures:
+    """Features of a teacher's blocks, in which tokens that cover the image have the shape of a map of its proportions.
 
-    Tokens that cover the image have the shape of a map, so that heads see neighbours in both directions (LADD).
+    Heads so see neighbours in both directions (LADD), whatever size an image has.
     """
+
+    def __init__(self, blocks: BlockFeatures) -> None:
+        self.blocks = blocks
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Return the features of images (B, ...) at times (B,)."""
+        return laid_out(self.blocks(x_t, t, cond), x_t)
+
+    def clean(self, x0: Tensor, cond: Cond) -> list[Tensor]:
+        """Return the features of clean images (B, ...), at a time of almost no noise."""
+        return laid_out(self.blocks.clean(x0, cond), x0)
+
+
+def laid_out(features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+    """Return features (B, C, ...) of images (B, ..., H, W), with tokens that cover these as maps."""
+    aspect, maps = images.shape[-2] / images.shape[-1], []
+    for feature in features:
+        maps.append(feature.reshape(len(feature), *grid_shape(feature.shape[1:], aspect)))
+    return maps
+
+
+def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[MapFeatures, list[tuple[int, ...]]]:
+    """Return the features of at most so many of the teacher's blocks, evenly spaced, and their shapes at its size."""
     family = teacher.family
     blocks = BlockFeatures(teacher, spaced_blocks(family.network, family.feature_blocks, max_blocks))
     aspect = family.sample_shape[-2] / family.sample_shape[-1]
-    return blocks, [grid_shape(shape, aspect) for shape in blocks.shapes()]
+    return MapFeatures(blocks), [grid_shape(shape, aspect) for shape in blocks.shapes()]
 
 
 def open_feature_source(

@@ -22,12 +22,15 @@ def hub_id(path: str | None) -> str | None:
 
 
 def public_name(path: str) -> str:
-    """Return the id on the hub, or the last part of a path.
+    """Return the id on the hub, or the last part of a path; of a signed address without its signature.
 
     >>> public_name("/data/somebody/teachers/faces"), public_name("stabilityai/sdxl"), public_name("embedded")
     ('faces', 'stabilityai/sdxl', 'embedded')
+    >>> public_name("https://host/faces.tar?signature=1")
+    'faces.tar'
     """
-    return hub_id(path) or Path(path).name
+    plain = path.partition("?")[0] if "://" in path else path
+    return hub_id(plain) or Path(plain).name
 
 
 def without_paths(value: Any) -> Any:

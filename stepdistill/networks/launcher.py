@@ -81,6 +81,17 @@ def open_accelerator(
     return accelerator
 
 
+def own_device() -> torch.device:
+    """Return the device of a process that may have others beside it: the GPU of its number, or the CPU.
+
+    >>> own_device().type in ("cpu", "cuda")
+    True
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def remarks(environment: Mapping[str, str], agreed: Mapping[str, str]) -> list[str]:
     """Return a sentence for every variable of the environment that a run should not pass over in silence."""
     sentences = []

@@ -36,7 +36,7 @@ from stepdistill.inference.student import sample_sheet
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
-from stepdistill.networks.bank import STUDENT, NetworkBank
+from stepdistill.networks.bank import NetworkBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.launcher import check_environment
@@ -84,10 +84,10 @@ class Run:
                 f"data.name: expected 'images', 'cache' or 'pairs' ({config.method_name!r} trains on images), "
                 f"got {config.data.name!r}"
             )
-        if config.data.buckets and (self.method.turn_names != (STUDENT,) or not needs_images):
+        if config.data.buckets and not self.method.follows_sizes(config.method):
             raise ValueError(
                 f"data.buckets: {config.method_name!r} draws its noise, or judges images, at the teacher's one size; "
-                "expected a method that trains the student alone, on images (lcm, tcd, progressive, ...)"
+                "expected ladd, sana_sprint, or one that trains the student alone, on images (lcm, tcd, ...)"
             )
         self.dataset = open_dataset(config.data, self.family, needs_images=needs_images)
         if self.dataset.captions is not None:

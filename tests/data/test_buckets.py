@@ -1,6 +1,7 @@
 """Sizes in buckets: batches of one size, an order that is a function of seed and position, nothing left over."""
 
 import collections
+import dataclasses
 import itertools
 
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image
 from stepdistill.data.base import DataConfig
 from stepdistill.data.buckets import sort_into
 from stepdistill.data.datasets import open_data
+from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, make_cache
 from stepdistill.data.loader import loader
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -101,6 +104,58 @@ def test_what_has_one_size_only_is_refused(folder, tmp_path):
         Run(resolve(wrong))
     with pytest.raises(ValueError, match=r"data.buckets\[0\]: expected \[8, 8\], the teacher's only size"):
         Pixel.tiny().check_size((16, 16), "data.buckets[0]")
-    for keys, why in (({"name": "cache"}, "expected none with 'cache'"), ({"buckets": [[16]]}, r"\[height, width\]")):
+    for keys, why in (({"name": "pairs"}, "expected none with 'pairs'"), ({"buckets": [[16]]}, r"\[height, width\]")):
         with pytest.raises(ValueError, match=why):
             DataConfig(**{"name": "images", "path": "x", "buckets": BUCKETS, **keys})
+
+
+def cache_of(family, folder, path, flip=True, **keys):
+    config = DataConfig(name="images", path=str(folder), buckets=BUCKETS, batch_size=2, flip=flip, **keys)
+    dataset = open_data(config, channels=3, size=(16, 16), num_classes=None, takes_text=True)
+    made = make_cache(family, dataset, config, CacheConfig(output_dir=str(path), shard_size=4))
+    return dataclasses.replace(config, name="cache", path=str(made))
+
+
+def test_a_cache_gives_the_latents_of_the_files_in_every_bucket(folder, tmp_path):
+    family = SD.tiny()
+    section = cache_of(family, folder, tmp_path / "cache", caption_dropout=0.3)
+    plain, cache = opened(folder, flip=True, caption_dropout=0.3), LatentCacheDataset(section, family)
+    shapes = set()
+    for raw, row in zip(taken(plain, 15), taken(cache, 15), strict=True):
+        assert raw.indices == row.indices and raw.captions == row.captions
+        one, other = family.encode(raw), cache.encode(family, row)
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.cond["encoder_hidden_states"], other.cond["encoder_hidden_states"])
+        shapes.add(tuple(other.x0.shape[2:]))
+    assert shapes == {(8, 8), (8, 16), (16, 8)}
+    for buckets in ((), ((16, 16),)):
+        with pytest.raises(ValueError, match=r"data\.buckets: expected \[\[16, 16\], .* with which .* was made"):
+            LatentCacheDataset(dataclasses.replace(section, buckets=buckets), family)
+
+
+@pytest.mark.product
+def test_a_run_from_a_cache_of_buckets_is_that_from_the_files(folder, tmp_path):
+    wanted = section(folder, tmp_path / "plain", steps=4)
+    plain = Run(resolve(wanted))
+    plain.train()
+    config = cache_of(plain.family, folder, tmp_path / "cache", flip=False)
+    wanted["data"] |= {"name": "cache", "path": config.path}
+    wanted["train"]["output_dir"] = str(tmp_path / "cached")
+    cached = Run(resolve(wanted))
+    cached.train()
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(cached)[name]), name
+
+
+@pytest.mark.parametrize("family", [SD, SD3], ids=["maps", "tokens"])
+def test_a_critic_of_the_teachers_features_sees_every_size(folder, tmp_path, family):
+    wanted = sections(tmp_path, family.tiny(), "ladd")
+    wanted["data"] = {"name": "images", "path": str(folder), "batch_size": 2, "buckets": BUCKETS}
+    wanted["train"]["steps"] = 4
+    run = Run(resolve(wanted))
+    critic = run.distiller.critic
+    for height, width in ((8, 8), (8, 16), (16, 8)):
+        x0 = torch.zeros(1, *run.family.sample_shape[:1], height, width)
+        features = critic.blocks.clean(x0, run.family.example_cond([0]))
+        assert all(feature.shape[-2] * width == feature.shape[-1] * height for feature in features)
+    run.train()

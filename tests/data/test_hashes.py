@@ -20,7 +20,8 @@ from stepdistill.data.cached_texts import CAPTIONS
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, make_cache
 from stepdistill.data.ode_pairs import Pairs, PairsConfig, make_pairs
-from stepdistill.data.shards import ShardFormat, Shards, shard_path, write_or_check_manifest, write_shards
+from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
+from stepdistill.data.shards import ShardFormat, Shards, shard_path
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 

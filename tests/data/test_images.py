@@ -11,13 +11,14 @@ from typing import Any
 import damaged
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
 from stepdistill.data.base import DataConfig
-from stepdistill.data.datasets import open_data
+from stepdistill.data.datasets import _scaled, open_data
 from stepdistill.data.decoding import FORMATS, UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.image_files import IMAGE_SUFFIXES
-from stepdistill.data.webdataset import TarMember
+from stepdistill.data.tars import TarMember
 from stepdistill.evaluation.image_set import ImageSet
 
 
@@ -213,3 +214,12 @@ def test_files_of_gigabytes_are_not_read(tmp_path: Path) -> None:
     for source in (str(tmp_path / "a.png"), TarMember(str(tmp_path / "a.png"), "x.png", 0, 10 * 2**30)):
         with pytest.raises(UnreadableImageError, match=r"expected at most 1,073,741,824 bytes, got 1[0,]"):
             read_pixels(source, 3, (8, 8))
+
+
+def test_batches_lie_in_memory_as_their_pixels_do():
+    """Which decides the kernels of an encoder, and so the last bits of a training."""
+    pixels = list(np.moveaxis(np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8), -1, 1))
+    for images in (pixels, [np.ascontiguousarray(image) for image in pixels]):
+        expected = torch.from_numpy(np.stack(images)).float().div(127.5).sub(1)
+        found = _scaled(images)
+        assert torch.equal(found, expected) and found.stride() == expected.stride()

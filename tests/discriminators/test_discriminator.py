@@ -518,7 +518,7 @@ def test_heads_see_the_tokens_of_a_teacher_as_a_map_and_at_most_so_many_blocks()
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     critic = RenoisedCritic(teacher, 0.0, 1.0, max_blocks=1)
     count = len(family.network.transformer_blocks)
-    assert critic.blocks.names == (f"transformer_blocks.{count - 1}",)
+    assert critic.blocks.blocks.names == (f"transformer_blocks.{count - 1}",)
     (head,) = critic.heads.heads
     assert len(head.shape) == 3 and head.shape[1] * head.shape[2] == teacher_tokens(teacher)
     assert isinstance(head.last, nn.Conv2d)

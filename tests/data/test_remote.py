@@ -1,0 +1,306 @@
+"""Data at an address: the batches of the same files on this machine, whatever server holds them, and its failures."""
+
+import contextlib
+import functools
+import http.server
+import io
+import os
+import re
+import sys
+import tarfile
+import threading
+import uuid
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.data import remote
+from stepdistill.data.base import DataConfig
+from stepdistill.data.datasets import open_data
+from stepdistill.data.inventory import take_inventory
+from stepdistill.data.loader import loader
+from stepdistill.data.remote import RemoteError, cache_folder
+
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def png(shade):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(shade).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(names):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            for ending, content in (("png", png(name)), ("txt", f"text {name}".encode()), ("cls", b"1")):
+                entry = tarfile.TarInfo(f"{name:04d}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def table(names, group=2):
+    buffer = io.BytesIO()
+    import pyarrow
+
+    rows = [
+        {"image": {"bytes": png(name), "path": f"{name}.png"}, "text": f"text {name}", "label": 1} for name in names
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=group)
+    return buffer.getvalue()
+
+
+TARS = {"a-000.tar": tar(range(4)), "a-001.tar": tar(range(4, 7))}
+TABLES = {
+    "train-00000-of-00002.parquet": table(range(3)),
+    "train-00001-of-00002.parquet": table(range(3, 7)),
+    "test-00000-of-00001.parquet": table(range(9)),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+
+
+@pytest.fixture
+def memory():
+    """Files in memory, by fsspec; returns what puts some there, and tells their address."""
+    system, folder = fsspec.filesystem("memory"), uuid.uuid4().hex
+
+    def put(files):
+        for name, content in files.items():
+            system.pipe_file(f"/{folder}/{name}", content)
+        return f"memory://{folder}"
+
+    yield put
+    with contextlib.suppress(FileNotFoundError):
+        system.rm(f"/{folder}", recursive=True)
+
+
+def on_disk(folder, files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def opened(path, **options):
+    config = DataConfig(name="images", path=path, flip=True, **options)
+    return open_data(config, channels=3, size=(8, 8), num_classes=2, takes_text=True)
+
+
+def assert_same_batches(one, other, micro_batches=5):
+    """Both data sets give every rank the same batches, from the beginning and from the middle."""
+    for rank, world, start in ((0, 1, 0), (1, 2, 3)):
+        found = [loader(data, batch_size=3, seed=1, rank=rank, world=world, start=start) for data in (one, other)]
+        for _, (mine, yours) in zip(range(micro_batches), zip(*found, strict=False), strict=False):
+            assert mine.indices == yours.indices and mine.captions == yours.captions
+            assert torch.equal(mine.images, yours.images) and torch.equal(mine.labels, yours.labels)
+
+
+@pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
+def test_batches_are_those_of_the_files_on_this_machine(tmp_path, memory, files):
+    here, there = opened(on_disk(tmp_path / "d", files)), opened(memory(files))
+    assert len(there) == len(here) == 7 and list(there.captions) == list(here.captions)
+    assert_same_batches(here, there)
+
+
+@pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
+def test_copies_are_kept_if_that_is_asked_for(memory, files, monkeypatch):
+    folder = memory(files)
+    there, copied = opened(folder), opened(folder, download=True)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "get_file", None)
+        again = opened(folder, download=True)
+    assert copied.version == there.version and len(list(cache_folder().glob("files/*/*"))) == 2
+    assert_same_batches(copied, again, micro_batches=2)
+    with pytest.raises(ValueError, match=r"data\.download: expected an address"):
+        opened("pictures", download=True)
+
+
+def test_an_address_names_a_file_a_range_or_a_pattern(memory):
+    folder = memory({**TARS, "b.parquet": table(range(2)), "c.parquet": table(range(3))})
+    assert [len(opened(f"{folder}/{name}")) for name in ("a-001.tar", "a-{000..001}.tar", "a*.tar", "b.parquet")] == [
+        3, 7, 7, 2,
+    ]  # fmt: skip
+    assert len(opened(f"{folder}/*.parquet")) == 5
+
+
+def test_a_split_is_chosen_as_on_this_machine(memory):
+    folder = memory(TABLES)
+    assert len(opened(folder, split="test")) == 9
+    with pytest.raises(RemoteError, match=r"data\.split: memory:///?\w+ has no 'tset'; did you mean 'test'"):
+        opened(folder, split="tset")
+
+
+def test_headers_are_read_once_and_other_content_is_another_version(memory, monkeypatch):
+    folder = memory(TARS)
+    first = opened(folder)
+    assert len(list(cache_folder().glob("tars/*.jsonl"))) == 2
+    with monkeypatch.context() as without:
+        without.setattr(tarfile, "open", None)  # a second look at a header would fail
+        again = opened(folder)
+    assert first.load([3, 0]).captions == again.load([3, 0]).captions
+    assert first.version == again.version and not take_inventory(again, folder).parts
+    memory({"a-000.tar": tar(range(10, 15))})
+    changed = opened(folder)
+    assert changed.version != first.version and changed.captions[0] == "text 10"
+
+
+def test_a_lost_connection_is_tried_again_and_then_a_sentence(memory, monkeypatch):
+    folder, failures = memory(TARS), iter([True, False, True, False])
+    data = opened(folder)
+    system = type(fsspec.filesystem("memory"))
+    whole = system.cat_file
+
+    def flaky(self, path, **options):
+        if next(failures, False):
+            raise ConnectionResetError("reset by peer")
+        return whole(self, path, **options)
+
+    monkeypatch.setattr(system, "cat_file", flaky)
+    assert data.load([0, 1]).captions == ("text 0", "text 1")
+    failures = iter([True] * 50)
+    with pytest.raises(RemoteError, match=r"^memory:///?\w+/a-000\.tar: cannot be read, 3 tries failed: reset"):
+        data.load([0])
+    with pytest.raises(ValueError, match="3 tries failed"):  # the loader does not skip it as unreadable
+        next(loader(data, batch_size=2, seed=0))
+
+
+def test_what_cannot_be_read_is_one_sentence(memory, tmp_path):
+    folder = memory({"broken.tar": b"no tar at all" * 100, "broken.parquet": b"PAR1", "empty/README.md": b""})
+    for path, sentence in {
+        f"{folder}/none.tar": r"memory:///?\w+/none\.tar: no such file$",
+        f"{folder}/broken.tar": r"memory:///?\w+/broken\.tar: cannot be read as an uncompressed tar",
+        f"{folder}/broken.parquet": r"memory:///?\w+/broken\.parquet: cannot be read: ",
+        f"{folder}/nowhere": r"memory:///?\w+/nowhere: no \.tar and no \.parquet files are listed there",
+        f"{folder}/empty": r"memory:///?\w+/empty: no \.tar and no \.parquet files are listed there",
+        "nothing://x/y.tar": "nothing://x/y.tar: Protocol not known: nothing",
+    }.items():
+        with pytest.raises(RemoteError if "uncompressed" not in sentence else ValueError, match=sentence):
+            opened(path)
+    for options, key in (({"revision": "0" * 40}, "revision"), ({"buckets": [[8, 8]]}, "buckets")):
+        with pytest.raises(ValueError, match=rf"data\.{key}: "):
+            opened(folder, **options)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(RemoteError, match=r"s3://b/a\.tar: Install s3fs .*pip install 'stepdistill\[streaming\]'"):
+        opened("s3://b/a.tar")
+
+
+class _Refused(Exception):
+    """An error of HTTP, as aiohttp and the hub have them."""
+
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+def _missing_because_of(cause):
+    error = FileNotFoundError("x")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "sentence"),
+    [
+        (FileNotFoundError("x"), 1, "no such file"),
+        (_missing_because_of(KeyError("s3's own")), 1, "no such file"),
+        (_missing_because_of(ConnectionRefusedError("refused")), 3, "cannot be read, 3 tries failed: refused"),
+        (TimeoutError(), 3, "cannot be read, 3 tries failed: TimeoutError"),
+        (PermissionError("denied"), 1, "no permission to read it: denied"),
+        (_Refused(404), 1, "no such file"),
+        (_Refused(403), 1, "no permission to read it: status 403"),
+        (_Refused(429), 3, "cannot be read, 3 tries failed: status 429"),
+        (_Refused(503), 3, "cannot be read, 3 tries failed: status 503"),
+        (NotImplementedError("ls"), 1, "cannot be read: ls"),
+    ],
+)
+def test_what_may_pass_is_tried_again(error, tries, sentence):
+    tried = []
+
+    def read():
+        tried.append(1)
+        raise error
+
+    with pytest.raises(RemoteError, match=f"^s3://b/a: {sentence}$"):
+        remote.persistently("s3://b/a", read)
+    assert len(tried) == tries
+
+
+def test_signed_addresses_keep_their_secret():
+    assert remote.shown("https://me:key@host/a.tar?signature=1") == "https://host/a.tar"
+
+
+# ------------------------------------------------------------------------------------------------- over HTTP
+
+
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and the ranges of them that are asked for."""
+
+    asked: list = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        file = self.translate_path(self.path)
+        if found is None or not os.path.isfile(file):
+            super().do_GET()
+            return
+        with open(file, "rb") as content:
+            content.seek(int(found[1]))
+            part = content.read(int(found[2]) - int(found[1]) + 1)
+        self.asked.append(len(part))
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {found[1]}-{found[2]}/{os.path.getsize(file)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+class _WholeFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(folder, handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
+def test_a_server_of_ranges(tmp_path, files):
+    pytest.importorskip("aiohttp")
+    folder = on_disk(tmp_path / "d", files)
+    with serving(folder, _Ranges) as address:
+        assert_same_batches(opened(folder), opened(address))
+
+
+def test_a_server_of_whole_files_asks_for_a_download(tmp_path):
+    pytest.importorskip("aiohttp")
+    folder = on_disk(tmp_path / "d", {"a.tar": tar(range(400))})
+    with serving(folder, _WholeFiles) as address:
+        with pytest.raises(RemoteError, match="sends whole files only, and no ranges; data.download=true keeps a copy"):
+            opened(f"{address}/a.tar")
+        assert_same_batches(opened(folder), opened(f"{address}/a.tar", download=True))
+        with pytest.raises(RemoteError, match=r"127\.0\.0\.1:\d+/b\.tar: no such file"):
+            opened(f"{address}/b.tar")
