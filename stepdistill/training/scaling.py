@@ -1,9 +1,9 @@
 """Losses that are scaled, so that gradients of half precision do not vanish (Micikevicius et al. 2018, 1710.03740).
 
 Each turn has a scale of its own, torch's ``GradScaler``, which accelerate has too: it starts large, is halved when a
-gradient overflows, and grows again. A step with an overflow is left out whole, as under ``nan_policy: skip``: nothing
-moves, neither weights nor averages, and it counts as a step of the run, so that data and learning rates stay functions
-of its number. Other precisions need none of this, and their scales do nothing.
+gradient overflows, and grows again. A turn with an overflow, and what would follow it in its step, is left out as under
+``nan_policy: skip``, the averages too. The step counts nevertheless, so that data and learning rates stay functions of
+its number. Other precisions need none of this, and their scales do nothing.
 """
 
 from __future__ import annotations
@@ -96,5 +96,8 @@ class LossScaling:
 
 
 def all_finite(numbers: list[Tensor]) -> bool:
-    """Whether all of these scalars are finite."""
-    return bool(torch.stack([number.float() for number in numbers]).isfinite().all())
+    """Whether all of these scalars are finite in every process: losses differ among them, and all must do the same."""
+    finite = torch.stack([number.float() for number in numbers]).isfinite().all().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)

@@ -47,6 +47,14 @@ def test_a_loss_that_is_not_finite_is_the_guards():
     scaling.check("student", numbers | {"student/loss": torch.tensor(torch.nan)})
 
 
+def test_processes_agree_whose_loss_it_is(monkeypatch):
+    """The gradient is the processes' mean; if the loss of one is not finite, none may leave before the guard's sum."""
+    scaling, parameter = LossScaling("fp16", CPU), nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.zero_())
+    scaling.check("student", move(scaling, parameter, torch.tensor(torch.nan)))
+
+
 def test_a_gradient_that_overflows_unscaled_ends_the_run():
     scaling, parameter = LossScaling("fp16", CPU), nn.Parameter(torch.ones(3))
     for _ in range(17):
