@@ -92,10 +92,14 @@ def guide(
         schedule: the schedule of both.
         rule: what is done with it.
     """
-    weights = torch.as_tensor(w, dtype=torch.float64, device=t.device) * rule.guides(t)
+    weights = torch.as_tensor(w, dtype=torch.float64) * rule.guides(t)  # one weight is on the CPU: no copy, no sync
     factor = 1 + expand(weights, x_t)
-    x0, eps = (torch.lerp(free, given, factor) for free, given in zip(null, conditional, strict=True))
-    return rule.rescaled(Prediction(x0, eps), conditional, x_t, t, schedule)
+    guided = Prediction(*(torch.lerp(free, given, factor) for free, given in zip(null, conditional, strict=True)))
+    if rule.rescale == "none":
+        return guided
+    sized = rule.rescaled(guided, conditional, x_t, t, schedule)
+    x0, eps = (torch.where(factor == 1, given, found) for given, found in zip(conditional, sized, strict=True))
+    return Prediction(x0, eps)
 
 
 def rescaled(velocity: Tensor, like: Tensor, rescale: Literal["token", "global", "row"], amount: float = 1.0) -> Tensor:

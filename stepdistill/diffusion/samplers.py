@@ -312,8 +312,9 @@ def visits(
 
 def _interval(sampler: Sampler, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the times (B,) at which a step begins and ends."""
-    t, s = sampler.times[index : index + 2]
-    return t.expand(len(x)).to(x.device), s.expand(len(x)).to(x.device)
+    two = sampler.times[index : index + 2]
+    t, s = (x.new_full((len(x),), time.item(), dtype=two.dtype) for time in two)  # a copy would be a host sync
+    return t, s
 
 
 def _predict(denoise: Denoise, sampler: Sampler, x: Tensor, t: Tensor, s: Tensor) -> Prediction:

@@ -59,11 +59,12 @@ def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: fl
 
 def log_normal_times_above(schedule: NoiseSchedule, draws: Draws, mean: float, std: float, lowest: float) -> Tensor:
     """Return times (B,) as :func:`log_normal_times`, but of those levels only that are above the time ``lowest``."""
-    normal = torch.distributions.Normal(*torch.tensor([mean, std], dtype=torch.float64))
-    time = torch.tensor(max(lowest, schedule.lowest_time), dtype=torch.float64)
-    below = normal.cdf(-schedule.log_snr(time) / 2)
-    log_sigma = normal.icdf((below + (1 - below) * draws.uniform().cpu()).clamp(TINY, 1 - TINY))
-    return torch.maximum(schedule.inverse(-2 * log_sigma), time).to(draws.device)
+    time = max(lowest, schedule.lowest_time)
+    # numbers on the CPU, and no validation, so that the host need not wait for the device
+    normal = torch.distributions.Normal(*torch.tensor([mean, std], dtype=torch.float64), validate_args=False)
+    below = normal.cdf(-schedule.log_snr(torch.tensor(time, dtype=torch.float64)) / 2)
+    log_sigma = normal.icdf((below + (1 - below) * draws.uniform()).clamp(TINY, 1 - TINY))
+    return schedule.inverse(-2 * log_sigma).clamp(min=time)
 
 
 def cleaner_times(schedule: NoiseSchedule, draws: Draws, t: Tensor, shift: float = 1.0) -> Tensor:
