@@ -78,7 +78,7 @@ class Head(nn.Module):
 
     Args:
         shape: (C, N) of tokens, with a circular kernel of 9, or (C, H, W) of maps, with a kernel of 3, which tokens
-            fill row by row; maps of other sizes, too, in training on several.
+            fill row by row; features of other sizes, too, in training on several.
         cond_size: length of the condition; 0 is an unconditional head.
     """
 
@@ -93,8 +93,10 @@ class Head(nn.Module):
 
     def forward(self, feature: Tensor, cond: Tensor) -> Tensor:
         """Return logits (B, positions) of features of ``shape`` under conditions (B, cond_size)."""
-        is_map = feature.ndim == 4
-        x = self.narrow(feature.float() if is_map else feature.float().reshape(-1, *self.shape))
+        x = feature.float()
+        if x.ndim != 1 + len(self.shape):
+            x = x.reshape(len(x), *self.shape)
+        x = self.narrow(x)
         x = self.last((x + self.wide(x)) / math.sqrt(2)).flatten(2)
         if self.project is None:
             return x.squeeze(1)

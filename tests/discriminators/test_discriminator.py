@@ -126,6 +126,13 @@ def test_a_head_gives_a_logit_a_position_that_depends_on_its_sample_alone(shape)
     assert torch.equal(head(feature, cond), logits)
 
 
+def test_tokens_of_another_number_are_never_divided_among_samples():
+    """Of buckets: eight tokens of three samples would fill two samples of a head made for twelve."""
+    assert Head((6, 12))(torch.randn(3, 6, 8), torch.zeros(3, 0)).shape == (3, 8)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        Head((6, 3, 4))(torch.randn(3, 6, 8), torch.zeros(3, 0))
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_projection_of_no_condition_is_no_logit(shape):
     assert not Head(shape, 3)(torch.randn(2, *shape), torch.zeros(2, 3)).any()
