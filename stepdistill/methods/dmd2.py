@@ -121,6 +121,8 @@ class DMD2(Distiller):
                 )
             if self.levels == "above" and (self.split or self.dynamic_renoise):
                 raise ValueError("levels: expected 'full' with split or dynamic_renoise, which have their own")
+            if self.levels == "above" and self.off_trajectory:
+                raise ValueError("levels: expected 'full' with off_trajectory, whose states have no next step")
             if self.divergence != "reverse_kl" and not self.gan_weight:
                 raise ValueError(f"gan_weight: expected above 0 with divergence {self.divergence!r}, got 0")
             if self.first_time != 1 and (self.diversity or self.random_steps):
@@ -129,6 +131,10 @@ class DMD2(Distiller):
                 raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
             if self.teacher_adapter and not self.dynamic_renoise:
                 raise ValueError("dynamic_renoise: expected above 0 with teacher_adapter, which falls over it, got 0")
+            if self.alignment != 1 and self.fake_scale != 1:
+                raise ValueError(
+                    f"fake_scale: expected 1 with alignment, because the student's counts once, got {self.fake_scale}"
+                )
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
 
