@@ -29,6 +29,7 @@ from torch import Tensor
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
+from stepdistill.losses.regression import mean_square
 
 Average = Callable[[Tensor, Tensor, Tensor], Prediction]
 """A network's prediction at states (B, ...) and times (B,) for a step to times (B,)."""
@@ -122,7 +123,7 @@ def composed(average: Average, interval: Interval, s: Tensor, schedule: NoiseSch
     return torch.lerp(second.flow(), first.flow(), share_above(schedule, interval, s))
 
 
-def falling(progress: float) -> float:
+def sigmoid_fall(progress: float) -> float:
     """Return a share that falls from 1 to 0 along a sigmoid, as ``progress`` goes from 0 to 1."""
     return 1 / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
 
@@ -167,10 +168,32 @@ def normalised(error: Tensor, power: float, floor: float) -> Tensor:
     return error / (error.detach() + floor) ** power
 
 
+def flow_anchored(
+    velocity: Tensor, mean: Tensor, anchor: Tensor, path: Tensor, tau: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the losses of flow-anchored consistency models (FACM, Peng et al. 2025, arXiv 2507.03738), and an error.
+
+    Args:
+        velocity: the student's average velocity (B, ...) to clean data.
+        mean: its target before relaxation.
+        anchor: the student's velocity at the same time.
+        path: that of the path.
+        tau: flow times (B,).
+
+    Returns:
+        the losses, and the squared error (B,) of the average velocity.
+    """
+    error = mean_square(velocity, relaxed(velocity.detach(), mean, tau))
+    robust = normalised(error, 0.5, ROBUSTNESS)
+    anchored = mean_square(anchor, path) + turned(anchor, path)
+    weight = consistency_weight(tau).to(error.dtype)
+    return {"consistency": (weight * robust).mean(), "anchor": anchored.mean()}, error
+
+
 def relaxed(velocity: Tensor, mean: Tensor, tau: Tensor) -> Tensor:
     """Return a target between both velocities (B, ...): at high flow times (B,) ``mean``, at most 1 away per pixel.
 
-    It is the target of flow-anchored consistency models (FACM, Peng et al. 2025, arXiv 2507.03738).
+    It is FACM's target.
     """
     share = expand(1 - (1 - tau) ** RELAXATION, velocity)
     return velocity - share * (velocity - mean).clamp(-1, 1)

@@ -61,7 +61,8 @@ def log_normal_times_above(schedule: NoiseSchedule, draws: Draws, mean: float, s
     """Return times (B,) as :func:`log_normal_times`, but of those levels only that are above the time ``lowest``."""
     time = max(lowest, schedule.lowest_time)
     # numbers on the CPU, and no validation, so that the host need not wait for the device
-    normal = torch.distributions.Normal(*torch.tensor([mean, std], dtype=torch.float64), validate_args=False)
+    centre, spread = torch.tensor([mean, std], dtype=torch.float64)
+    normal = torch.distributions.Normal(centre, spread, validate_args=False)
     below = normal.cdf(-schedule.log_snr(torch.tensor(time, dtype=torch.float64)) / 2)
     log_sigma = normal.icdf((below + (1 - below) * draws.uniform()).clamp(TINY, 1 - TINY))
     return schedule.inverse(-2 * log_sigma).clamp(min=time)

@@ -208,14 +208,11 @@ class FlowMap(Distiller):
         cond, w = self.guidance(batch.cond, draws)
         path = self.path(interval, Prediction(batch.x0, noise), cond, w)
         mean = self.along_path(interval, path, cond, w)
-        velocity, tau = self.student(interval.x_t, t, cond, w=w).flow(), average_velocity.flow_time(self.schedule, t)
-        error = mean_square(velocity, average_velocity.relaxed(velocity.detach(), mean, tau))
-        robust = average_velocity.normalised(error, 0.5, average_velocity.ROBUSTNESS)
+        velocity = self.student(interval.x_t, t, cond, w=w).flow()
         output = self.student.raw(interval.x_t, -t, cond, w=w)
         anchor = to_prediction(output, interval.x_t, t, self.schedule, self.family.prediction_type).flow()
-        anchored = mean_square(anchor, path.flow()) + average_velocity.turned(anchor, path.flow())
-        weight = average_velocity.consistency_weight(tau).to(error.dtype)
-        terms = {"consistency": (weight * robust).mean(), "anchor": anchored.mean()}
+        tau = average_velocity.flow_time(self.schedule, t)
+        terms, error = average_velocity.flow_anchored(velocity, mean, anchor, path.flow(), tau)
         return Losses(terms, {"error": error.detach().mean()})
 
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,5 +339,5 @@ class FlowMap(Distiller):
             return 0.0
         begin, end, least = self.config.alpha_begin, self.config.alpha_end, self.config.alpha_least
         progress = (self.step_in_stage / max(self.stage.steps, 1) - begin) / (end - begin)
-        alpha = least + (1 - least) * average_velocity.falling(progress)
+        alpha = least + (1 - least) * average_velocity.sigmoid_fall(progress)
         return alpha if alpha >= SMALLEST_ALPHA else 0.0
