@@ -54,6 +54,10 @@ class TrainConfig:
     timeout: Annotated[float, Range(above=0, at_most=10**7)] = 1800.0
     """Seconds that a process waits for the others, and longer than anything the main process does alone."""
 
+    def __post_init__(self) -> None:
+        if self.offload_ema and not self.ema:
+            raise ValueError("ema: expected above 0 with offload_ema, which holds that average, got 0")
+
 
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",

@@ -90,7 +90,7 @@ def memory_plan(distiller: Distiller, config: RunConfig, *, encoded: bool = Fals
         use = "sample" if encoded else "encode and sample"
         lines.append(f"on the CPU, except to {use}, and not in the total: {names}")
         hosted += encoders
-    if config.train.offload_ema and config.train.ema:
+    if config.train.offload_ema:
         lines.append("on the CPU, except to sample, and not in the total: ema")
         hosted += [role for role in roles if role.name == EMA]
     total = sum(holding.total for holding in [*roles, *encoders] if holding not in hosted)

@@ -34,7 +34,7 @@ class Encoding:
         """Whether what encodes is on the device while it encodes only; of encoded data, while it samples only."""
         if config.offload_ema and world > 1:
             raise ValueError(f"train.offload_ema: expected false for {world} processes, got true")
-        if config.offload_ema and config.ema:
+        if config.offload_ema:
             distiller.bank.hold_on_host(EMA)
         if self.visits:
             hold_on_host(tensors_of(self.family.frozen_modules))

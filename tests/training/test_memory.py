@@ -152,5 +152,7 @@ def test_the_plan_tells_what_waits_on_the_host(mapping):
 
 def test_several_processes_hold_their_averages_themselves(mapping, monkeypatch):
     run = Run(resolve(mapping | {"train": mapping["train"] | {"ema": 0.9, "offload_ema": True}}))
+    with pytest.raises(ValueError, match=r"ema: expected above 0 with offload_ema"):
+        resolve(mapping | {"train": mapping["train"] | {"offload_ema": True}})
     with pytest.raises(ValueError, match=r"train\.offload_ema: expected false for 2 processes"):
         Encoding(run.dataset, run.distiller, run.config.train, torch.device("cpu"), 2)
