@@ -210,6 +210,12 @@ def test_copies_of_files_at_an_address_are_the_same_samples_for_a_cache(memory, 
     assert files_hash(opened(address, download=True), address) == here
 
 
+@pytest.mark.parametrize("name", ["noise", "prompts"])
+def test_a_download_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"^download: expected false, because '{name}' reads no files"):
+        DataConfig(name=name, path="p.txt" if name == "prompts" else None, download=True)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(RemoteError, match=r"s3://b/a\.tar: Install s3fs .*pip install 'stepdistill\[streaming\]'"):
