@@ -108,6 +108,8 @@ class DataConfig:
             for key in TABLE_KEYS:
                 if (value := getattr(self, key)) is not None:
                     raise ValueError(f"{key}: got {value!r}, but {self.name!r} reads no dataset")
+            if self.download:
+                raise ValueError(f"download: expected false, because {self.name!r} reads no files at an address")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"revision: expected a commit of 40 hex digits, got {self.revision!r}")
 

@@ -37,6 +37,7 @@ from stepdistill.data.cached_texts import (
     write_texts,
 )
 from stepdistill.data.columns import Texts, first_texts, several
+from stepdistill.data.remote import is_address
 from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.schedule import expand
@@ -65,8 +66,10 @@ def encoders(family: Family) -> dict[str, str]:
     """
     if not family.caches_latents:
         raise ValueError("cache: the teacher works on pixels and has no encoder; there is nothing to cache")
-    shift, scale = latent_statistics(family.pipe.vae, torch.zeros(1))
-    hashes = {"latent scale": fingerprint_json([shift.flatten().tolist(), scale.flatten().tolist()])}
+    hashes: dict[str, str] = {}
+    if (vae := family.pipe.components.get("vae")) is not None:  # observed pipelines of pixels have none
+        shift, scale = latent_statistics(vae, torch.zeros(1))
+        hashes["latent scale"] = fingerprint_json([shift.flatten().tolist(), scale.flatten().tolist()])
     for name, part in sorted(family.pipe.components.items()):
         if any(part is encoder for encoder in family.frozen_modules):
             hashes[name] = fingerprint_json([fingerprint_weights(part), str(next(part.parameters()).dtype)])
@@ -76,14 +79,18 @@ def encoders(family: Family) -> dict[str, str]:
 
 
 def files(dataset: Dataset, root: str) -> str:
-    """Return a hash of the samples: names below ``root``, file sizes, captions, labels; and of the version."""
+    """Return a hash of the samples: names below ``root``, file sizes, captions, labels; and of the version.
+
+    The version of files at an address has their names; where copies of them lie, and a signature, do not matter.
+    """
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         name = dataset.name(index)
         size = os.path.getsize(name) if os.path.isfile(name) else 0
+        place = index if is_address(root) else os.path.relpath(name, root)
         caption = stored_texts(dataset, index)
         label = None if dataset.labels is None else dataset.labels[index]
-        digest.update(json.dumps([os.path.relpath(name, root), size, caption, label]).encode())
+        digest.update(json.dumps([place, size, caption, label]).encode())
     archives = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
     digest.update(str([file.stat().st_size for file in sorted(archives)]).encode())
     digest.update((dataset.version or "").encode())

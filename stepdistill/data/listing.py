@@ -91,7 +91,9 @@ class Listing:
 
 def sample_name(images: Any, row: int, path: str | Path | None) -> str:
     """Return an image's name for messages: its file, or its row in ``path``."""
-    return str(images[row]) if isinstance(images[row], (str, TarMember)) else f"{path}[{row}]"
+    if type(images) is list:  # of files; a table would read the image, which may be far away, for its name
+        return str(images[row])
+    return f"{shown(str(path)) if is_address(str(path)) else path}[{row}]"
 
 
 def list_samples(config: DataConfig) -> Listing:

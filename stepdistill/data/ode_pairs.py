@@ -90,7 +90,15 @@ def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
         del manifest[ignored]
     if family.takes_text:
         manifest["prompts"] = fingerprint_json(list(family.prompts))
+    if config.guidance_scale != 1 and (rule := guidance_of(family)):
+        manifest["guidance"] = rule
     return manifest
+
+
+def guidance_of(family: Family) -> list[Any]:
+    """Return how a teacher guides if that is not as its family does by default, as a JSON value; else nothing."""
+    rule = family.guidance_rule
+    return [] if rule == type(family).guidance_rule else [rule.rescale, rule.amount, *rule.interval]
 
 
 def _shard(family: Family, config: PairsConfig, indices: range) -> dict[str, Tensor]:
@@ -167,6 +175,12 @@ class Pairs:
             raise ValueError(
                 f"{self.key}: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
+            )
+        rule = guidance_of(family) if self.shards.entry("guidance_scale", float) != 1 else []
+        if (made_with := self.shards.manifest.get("guidance", [])) != rule:
+            raise ValueError(
+                f"{self.key}: {self.shards.folder} was made by a teacher guided by {made_with or 'default'}, but "
+                f"teacher.guidance_rescale and teacher.guidance_interval ask for {rule or 'default'}; make pairs anew"
             )
         shape, found = list(family.sample_shape), self.shards.layout()["images"][1]
         if found != shape:

@@ -33,6 +33,19 @@ def public_name(path: str) -> str:
     return hub_id(plain) or Path(plain).name
 
 
+def with_names(value: Any) -> Any:
+    """Return a JSON value, all of whose texts are names or paths, with names alone; keys stay.
+
+    >>> with_names({"<cat>": "words/cat.safetensors", "weights": [0.5]})
+    {'<cat>': 'cat.safetensors', 'weights': [0.5]}
+    """
+    if type(value) is dict:
+        return {key: with_names(old) for key, old in value.items()}
+    if type(value) is list:
+        return list(map(with_names, value))
+    return public_name(value) if type(value) is str else value
+
+
 def without_paths(value: Any) -> Any:
     """Return a JSON value with names in place of paths: those of this machine, and whence a part was loaded.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stepdistill.export.contract import CONTRACT, read_contract
 from stepdistill.export.model_card import card_on_hub
-from stepdistill.export.provenance import public_name, without_paths
+from stepdistill.export.provenance import public_name, with_names, without_paths
 from stepdistill.export.replacing import is_export
 from stepdistill.families.hub import HUB_ID, unreachable
 from stepdistill.files.reading import read_json, read_text
@@ -159,11 +159,25 @@ def public_content(place: Path, name: str) -> Path | bytes:
     if place.name not in (CONTRACT, INDEX) and not place.name.endswith("config.json"):
         return place
     facts = read_json(place)
-    if place.name == CONTRACT and "teacher" in facts:
-        facts["teacher"] = public_name(facts["teacher"])
-    if place.name == CONTRACT and "path" in facts.get("start", {}):
-        facts["start"]["path"] = public_name(facts["start"]["path"])
+    if place.name == CONTRACT:
+        facts |= public_origin(facts)
     return (json.dumps(without_paths(facts), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def public_origin(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those keys of a contract that may hold paths, with names in place of them.
+
+    >>> public_origin({"teacher": "runs/teacher", "teacher_options": {"lora": ["~/a.safetensors"], "variant": "fp16"}})
+    {'teacher': 'teacher', 'teacher_options': {'lora': ['a.safetensors'], 'variant': 'fp16'}}
+    """
+    found: dict[str, Any] = {}
+    if "teacher" in facts:
+        found["teacher"] = public_name(facts["teacher"])
+    if "teacher_options" in facts:
+        found["teacher_options"] = with_names(facts["teacher_options"])
+    if "path" in facts.get("start", {}):
+        found["start"] = facts["start"] | {"path": public_name(facts["start"]["path"])}
+    return found
 
 
 def stale(there: Iterable[str], files: Iterable[str]) -> list[str]:

@@ -140,7 +140,7 @@ def only_file(path: str, key: str) -> Path:
     if not place.exists():
         if is_path(path):
             raise ValueError(f"{key}: no folder or file {str(place)!r}{nearest_place(place)}")
-        place = snapshot(path, None, ["*.safetensors"])
+        place = snapshot(path, None, ["*.safetensors"], key=key, top_only=True)
     if place.is_dir():
         files = sorted(place.glob("*.safetensors"))
         own = [file for file in files if file.name == DIFFUSERS_NAME]

@@ -75,7 +75,7 @@ class TeacherConfig:
 
     def options(self) -> dict[str, Any]:
         """Return the keys beside :attr:`path` that say which weights the teacher has, where they are set."""
-        return {name: getattr(self, name) for name in OPTIONS if getattr(self, name)}
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) not in (None, (), {})}
 
 
 def sides_of(resolution: Resolution) -> tuple[int, ...]:

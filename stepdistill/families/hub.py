@@ -16,6 +16,7 @@ from stepdistill.loading import parts
 if TYPE_CHECKING:
     from stepdistill.families.config import TeacherConfig
 
+KEY = "teacher.path"
 SETTINGS = (".json", ".txt", ".model")
 """Endings of configurations and tokenizers."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf")
@@ -76,12 +77,13 @@ def nearest_place(place: Path) -> str:
 # --------------------------------------------------------------------------------------------- fetching
 
 
-def fetch(config: TeacherConfig, *, without: Collection[str] = ()) -> Path:
+def fetch(config: TeacherConfig, *, without: Collection[str] = (), key: str = KEY) -> Path:
     """Return the snapshot of a repository with all that opening the teacher needs, or what is cached of it.
 
     Args:
         config: names the repository.
         without: parts whose weights are not needed.
+        key: of the configuration that names it, for errors.
 
     Raises:
         ValueError: if the hub cannot be reached and nothing is cached, or refuses.
@@ -91,17 +93,17 @@ def fetch(config: TeacherConfig, *, without: Collection[str] = ()) -> Path:
     try:
         names = HfApi().list_repo_files(config.path, revision=config.revision)
     except unreachable():
-        return snapshot(config.path, config.revision, ["model_index.json"], cached_only=True)
+        return snapshot(config.path, config.revision, ["model_index.json"], key=key, cached_only=True)
     except OSError as error:
-        raise refused(config.path, error) from error
+        raise refused(config.path, error, key) from error
     asked = BARE_PARTS
     if "model_index.json" in names:
-        asked = parts(snapshot(config.path, config.revision, ["model_index.json"]))
+        asked = parts(snapshot(config.path, config.revision, ["model_index.json"], key=key))
     wanted = wanted_files(
         names, asked, pickles=config.trust_pickles, code=config.trust_remote_code, variant=config.variant
     )
     wanted = [name for name in wanted if name.endswith(SETTINGS) or name.partition("/")[0] not in without]
-    return snapshot(config.path, config.revision, wanted)
+    return snapshot(config.path, config.revision, wanted, key=key)
 
 
 def wanted_files(
@@ -130,8 +132,19 @@ def wanted_files(
     return wanted
 
 
-def snapshot(name: str, revision: str | None, patterns: list[str], *, cached_only: bool = False) -> Path:
+def snapshot(
+    name: str, revision: str | None, patterns: list[str], *, key: str = KEY, cached_only: bool = False,
+    top_only: bool = False,
+) -> Path:  # fmt: skip
     """Return the folder into which the files of a repository that fit a pattern were downloaded.
+
+    Args:
+        name: of the repository.
+        revision: commit or tag; None is the newest.
+        patterns: in which ``*`` stands for slashes, too.
+        key: of the configuration that names the repository, for errors.
+        cached_only: whether the hub is not asked.
+        top_only: whether files in folders are left out.
 
     Raises:
         ValueError: if the hub refuses, or they are not cached and it cannot be reached.
@@ -139,10 +152,12 @@ def snapshot(name: str, revision: str | None, patterns: list[str], *, cached_onl
     from huggingface_hub import snapshot_download
 
     options: dict[str, Any] = {"local_files_only": True} if cached_only else {}
+    if top_only:
+        options["ignore_patterns"] = ["*/*"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except (OSError, *unreachable()) as error:  # type: ignore[misc]  # mypy does not unpack a tuple of classes
-        raise refused(name, error) from error
+        raise refused(name, error, key) from error
 
 
 def unreachable() -> tuple[type[Exception], ...]:
@@ -153,8 +168,8 @@ def unreachable() -> tuple[type[Exception], ...]:
     return (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, http.TransportError)
 
 
-def refused(name: str, error: Exception) -> ValueError:
-    """Return the error to raise if the hub does not give a repository: what to do about it, in one sentence."""
+def refused(name: str, error: Exception, key: str) -> ValueError:
+    """Return the error to raise if the hub does not give the repository that ``key`` names: what to do about it."""
     reasons = {
         "GatedRepoError": "its owner gives access on request: ask on its page, then log in with 'hf auth login'",
         "RepositoryNotFoundError": "the hub has none of this name, or it is private: log in with 'hf auth login'",
@@ -163,4 +178,4 @@ def refused(name: str, error: Exception) -> ValueError:
     }
     text = " ".join(str(error).split())[:200]
     reason = next((reasons[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in reasons), text)
-    return ValueError(f"teacher.path: there is no local folder {name!r}, so it is taken for a hub id, and {reason}")
+    return ValueError(f"{key}: there is no local folder {name!r}, so it is taken for a hub id, and {reason}")

@@ -44,7 +44,8 @@ def companion(file: Path, config: TeacherConfig) -> Path:
         )
     folder = expand_home(config.config)
     if not folder.exists() and not is_path(config.config):
-        folder = fetch(dataclasses.replace(config, path=config.config, revision=None), without=NETWORKS)
+        named = dataclasses.replace(config, path=config.config, revision=None)
+        folder = fetch(named, without=NETWORKS, key="teacher.config")
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"teacher.config: {folder}: expected the folder of a complete pipeline, with its model_index.json, got "

@@ -83,7 +83,7 @@ def settings_folder(config: TeacherConfig) -> str | None:
         return None
     folder = expand_home(config.config)
     if not folder.exists() and not is_path(config.config):
-        folder = snapshot(config.config, None, [f"*{ending}" for ending in SETTINGS])
+        folder = snapshot(config.config, None, [f"*{ending}" for ending in SETTINGS], key="teacher.config")
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"teacher.config: {folder}: expected the folder of a diffusers pipeline of the same kind, with its "

@@ -74,6 +74,7 @@ class Run:
             check_quantization(config.teacher.quantization, config.bank.name)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
+        self.triggers = triggers(config.teacher)  # now, while the files are there
         copied = config.export.frozen == "copy"
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
         self.method = find_method(config.method_name)
@@ -215,7 +216,7 @@ class Run:
             method=self.config.method_name,
             teacher=self.config.teacher.path,
             teacher_options=self.config.teacher.options(),
-            triggers=triggers(self.config.teacher),
+            triggers=self.triggers,
             teacher_sha256=self.teacher_fingerprint,
             license=teacher_license(locate(self.config.teacher)),
             data=None if self.config.data.path is None else public_name(self.config.data.path),

@@ -17,10 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.data import remote
+from stepdistill.data import remote, remote_tables
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.inventory import take_inventory
+from stepdistill.data.latent_cache import files as files_hash
+from stepdistill.data.listing import sample_name
 from stepdistill.data.loader import loader
 from stepdistill.data.remote import RemoteError, cache_folder
 
@@ -191,6 +193,27 @@ def test_what_cannot_be_read_is_one_sentence(memory, tmp_path):
     for options, key in (({"revision": "0" * 40}, "revision"), ({"buckets": [[8, 8]]}, "buckets")):
         with pytest.raises(ValueError, match=rf"data\.{key}: "):
             opened(folder, **options)
+
+
+def test_a_name_is_told_without_reading_the_image_and_without_a_signature(memory, monkeypatch):
+    address = memory(TABLES)
+    data = opened(address)
+    monkeypatch.setattr(remote_tables, "_read", None)
+    assert data.name(5) == f"{address}[5]"
+    assert sample_name((), 5, "https://host/a.parquet?signature=1") == "https://host/a.parquet[5]"
+
+
+def test_copies_of_files_at_an_address_are_the_same_samples_for_a_cache(memory, monkeypatch, tmp_path):
+    address = memory(TARS)
+    here = files_hash(opened(address), address)
+    monkeypatch.chdir(tmp_path)
+    assert files_hash(opened(address, download=True), address) == here
+
+
+@pytest.mark.parametrize("name", ["noise", "prompts"])
+def test_a_download_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"^download: expected false, because '{name}' reads no files"):
+        DataConfig(name=name, path="p.txt" if name == "prompts" else None, download=True)
 
 
 def test_a_missing_package_is_named(monkeypatch):

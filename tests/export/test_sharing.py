@@ -83,6 +83,18 @@ def test_what_is_uploaded_is_a_pipeline_whose_card_opens_it_from_the_hub(hub, ex
     )
 
 
+def test_what_was_added_to_the_teacher_is_named_without_its_path(hub, export):
+    contract = json.loads((export / "stepdistill.json").read_text())
+    options = {"config": "../secret/base", "lora": ["~/secret/ink.safetensors", "lab/ink"], "lora_weights": [0.5, 0]}
+    contract["teacher_options"] = options | {"embeddings": {"<cat>": "secret/words/cat.safetensors"}}
+    (export / "stepdistill.json").write_text(json.dumps(contract))
+    upload(export, NAME, private=False)
+    assert json.loads(hub.repositories[NAME]["stepdistill.json"])["teacher_options"] == {
+        "config": "base", "lora": ["ink.safetensors", "lab/ink"], "lora_weights": [0.5, 0],
+        "embeddings": {"<cat>": "cat.safetensors"},
+    }  # fmt: skip
+
+
 def test_a_second_upload_removes_what_the_new_export_lacks_and_nothing_else(hub, export):
     upload(export, NAME, private=False)
     ours = hub.repositories[NAME]

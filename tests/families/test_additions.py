@@ -106,6 +106,11 @@ def test_sdxl_takes_a_word_in_both_encoders(tmp_path):
         load_teacher(TeacherConfig(path=str(folder), embeddings={"<cat>": one}))
 
 
+def test_the_options_of_a_teacher_are_those_that_were_set():
+    config = TeacherConfig(path="x", lora="a.safetensors", lora_weights=0.0, embeddings={})
+    assert config.options() == {"lora": "a.safetensors", "lora_weights": 0.0}
+
+
 def test_a_student_of_such_a_teacher_is_exported_with_what_it_needs(folder, tmp_path):
     added = lora(SD.tiny(), tmp_path / "a.safetensors", "unet", "text_encoder")
     cat = word(SD.tiny(), tmp_path / "cat.safetensors", anything=1)

@@ -13,9 +13,11 @@ from huggingface_hub.errors import (
 )
 
 from stepdistill import load_pipeline
+from stepdistill.families.additions import only_file
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import fetch, locate, unreachable, wanted_files
 from stepdistill.families.loading import load_teacher
+from stepdistill.families.network_file import companion
 from stepdistill.families.pixel import Pixel
 
 SDXL = {
@@ -92,6 +94,22 @@ def hub(monkeypatch, tmp_path):
 def test_the_weights_of_a_network_that_a_file_has_are_not_fetched(hub):
     fetch(TeacherConfig(path="someone/teacher"), without=("unet",))
     assert "unet/config.json" in hub[-1][1] and not any(name.endswith(".safetensors") for name in hub[-1][1])
+
+
+def test_what_the_hub_refuses_is_said_of_the_key_that_names_it(monkeypatch):
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append(options)
+        return missing()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, *args, **kwargs: missing())
+    with pytest.raises(ValueError, match=r"^teacher\.lora: there is no local folder 'someone/ink'"):
+        only_file("someone/ink", "teacher.lora")
+    assert asked == [{"revision": None, "allow_patterns": ["*.safetensors"], "ignore_patterns": ["*/*"]}]
+    with pytest.raises(ValueError, match=r"^teacher\.config: there is no local folder 'someone/base'"):
+        companion(Path("x.safetensors"), TeacherConfig(path="x.safetensors", config="someone/base"))
 
 
 def test_a_hub_id_is_opened_from_what_was_fetched(hub):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from stepdistill.batch import Batch
 from stepdistill.data.ode_pairs import Pairs, PairsConfig, make_pairs
 from stepdistill.data.shards import shard_path
+from stepdistill.diffusion.guidance import GuidanceRule
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
@@ -268,6 +269,17 @@ def test_a_pair_is_the_noise_and_where_the_teacher_leads_from_it(tmp_path, kind,
         with torch.no_grad():
             expected = sample(denoiser.conditioned(cond), DDIM(family.schedule, family.schedule.grid(3)), noise)
         torch.testing.assert_close(y, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_pairs_of_a_teacher_that_is_guided_otherwise_are_others(tmp_path):
+    family = Pixel.tiny()
+    made = Pairs(make_pairs(family, pairs_config(tmp_path / "p", guidance_scale=2.0)))
+    made.check_teacher(family)
+    family.guidance_rule = GuidanceRule(interval=(0.2, 1.0))
+    with pytest.raises(ValueError, match=r"guided by default, but teacher\.guidance_rescale and .*ask for .*0\.2"):
+        made.check_teacher(family)
+    with pytest.raises(ValueError, match=r"is of other pairs(.|\n)*guidance: was None"):
+        make_pairs(family, pairs_config(tmp_path / "p", guidance_scale=2.0))
 
 
 def test_pairs_are_read_under_autocast_as_without(tmp_path):
