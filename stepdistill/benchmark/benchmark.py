@@ -308,7 +308,8 @@ class Benchmark:
 
     def real_images(self, count: int) -> Tensor:
         """Return real images (N, C, H, W) in [0, 1], of the same classes or captions as the samples if known."""
-        real, number = self.suite.reference.images, self.family.num_classes
+        number = self.family.num_classes
+        real = self._real(len(self.held_out)) if self.held_out is not None else self.suite.reference.images
         assert real is not None
         if self.captions is not None and real.captions is not None:
             chosen = _first_places(real.captions, self.captions[:count])

@@ -175,12 +175,12 @@ def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):
         np.savez(file, images=rng.integers(0, brightest, (20, 28, 28), dtype=np.uint8))
     monkeypatch.setattr(Benchmark, "teacher", lambda self, name, scale: {"name": name, "kind": "teacher"})
     shared = {"reference": str(reference), "metrics": ["fd"], "solvers": {}}
-    floors = [
-        Benchmark(config_of(folder, **shared, **named)).run()[0]
-        for folder, named in ((tmp_path / "own", {}), (tmp_path / "others", {"held_out": str(held_out)}))
-    ]
+    own = Benchmark(config_of(tmp_path / "own", **shared))
+    others = Benchmark(config_of(tmp_path / "others", **shared, held_out=str(held_out)))
+    floors = [own.run()[0], others.run()[0]]
     assert [row["name"] for row in floors] == ["real images", "20 held-out images"]
     assert floors[0]["fd"] < 1e-6 < 1 < floors[1]["fd"]
+    assert others.real_images(20).max() < 0.5 < own.real_images(20).max()  # the picture's, too
 
 
 def test_an_unconditional_teacher_has_no_guided_rows():
