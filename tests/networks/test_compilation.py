@@ -77,6 +77,7 @@ def distiller_of(method: str, bank: str, family: Family, **options: Any) -> Any:
     cls = find_method(method)
     config = build(cls.Config, case(method).options | options, "method")
     torch.manual_seed(0)
+    family.add_inputs(cls.extra_inputs(config))
     distiller = cls(family, bank_of(family, bank), config, ema=True)
     distiller.stage = distiller.stages(12)[-1]
     return distiller
