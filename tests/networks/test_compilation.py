@@ -78,6 +78,7 @@ def distiller_of(method: str, bank: str, family: Family, **options: Any) -> Any:
     config = build(cls.Config, case(method).options | options, "method")
     torch.manual_seed(0)
     family.add_inputs(cls.extra_inputs(config))
+    family.widen(cls.head_points(config))
     distiller = cls(family, bank_of(family, bank), config, ema=True)
     distiller.stage = distiller.stages(12)[-1]
     return distiller
