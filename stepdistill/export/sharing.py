@@ -167,7 +167,7 @@ def public_content(place: Path, name: str) -> Path | bytes:
 def public_origin(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return those keys of a contract that may hold paths, with names in place of them.
 
-    >>> public_origin({"teacher": "runs/teacher", "teacher_options": {"lora": ["~/a.safetensors"], "variant": "fp16"}})
+    >>> public_origin({"teacher": "/runs/teacher", "teacher_options": {"lora": ["~/a.safetensors"], "variant": "fp16"}})
     {'teacher': 'teacher', 'teacher_options': {'lora': ['a.safetensors'], 'variant': 'fp16'}}
     """
     found: dict[str, Any] = {}
