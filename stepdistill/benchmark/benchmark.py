@@ -93,7 +93,7 @@ class Benchmark:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
         for student in student_rows(self.config.students, self.config.student_calls):
             self.add_student(student)
-        for command, group in seed_students(self.config.seeds).items():
+        for command, group in seed_students(self.config.seed_runs).items():
             for name, folder in group.items():
                 self.add_student(StudentRow(name, folder, None), seeds_of=command)
         for row in solver_rows(self.config.solvers, guided=self.can_be_guided):

@@ -10,8 +10,8 @@ from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
 FREE_KEYS = (
-    "students", "student_calls", "train", "seeds", "solvers", "teacher_guidance_scales", "output", "document", "mark",
-    "batch_size",
+    "students", "student_calls", "train", "train_with", "seeds", "solvers", "teacher_guidance_scales", "output",
+    "document", "mark", "batch_size",
 )  # fmt: skip
 """Keys that decide which rows there are, and not what is in them."""
 
@@ -33,6 +33,8 @@ class BenchmarkConfig:
     train: tuple[str, ...] = ()
     """Runs that are trained first, if they have not exported their student yet: the path of a configuration,
     followed by ``key=value`` for the keys that are changed."""
+    train_with: tuple[str, ...] = ()
+    """``key=value`` for every run, under what its own line changes: the same recipes on another teacher."""
     seeds: dict[str, tuple[Seed, ...]] = dataclasses.field(default_factory=dict)
     """Training seeds of some runs, by their line as in ``train``: a row for each, and the spread between them."""
     solvers: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
@@ -63,3 +65,17 @@ class BenchmarkConfig:
     batch_size: PositiveInt = 100
     precision: Precision = "fp32"
     seed: Seed = 0
+
+    @property
+    def runs(self) -> list[str]:
+        """The lines of ``train`` with what ``train_with`` adds."""
+        return list(map(self._completed, self.train))
+
+    @property
+    def seed_runs(self) -> dict[str, tuple[Seed, ...]]:
+        """The seeds by such lines."""
+        return {self._completed(line): seeds for line, seeds in self.seeds.items()}
+
+    def _completed(self, line: str) -> str:
+        path, *own = line.split()
+        return " ".join([path, *self.train_with, *own])

@@ -30,8 +30,8 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     Returns:
         The file of the table.
     """
-    train_missing(config.train)
-    for lines in seed_lines(config.seeds).values():
+    train_missing(config.runs)
+    for lines in seed_lines(config.seed_runs).values():
         train_missing(lines)
     export_missing(config.students)
     bench = Benchmark(config)

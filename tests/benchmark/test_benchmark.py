@@ -258,7 +258,7 @@ def test_a_flow_teacher_has_no_such_solvers():
         make_solver("UniPC", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
-@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_faces"])
+@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_digits", "benchmark_faces"])
 def test_shipped_configurations_are_valid(name):
     config = build(BenchmarkConfig, read_config(f"configs/{name}.yaml"))
     assert set(config.solvers) <= set(SOLVERS)
