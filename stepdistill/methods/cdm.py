@@ -16,12 +16,16 @@ With ``c`` and ``u`` the conditional and the unconditional denoising of the teac
 
 Without DMD's half, gradients are twice as long. The fake score is updated in every step, and then moves a little
 towards the student (IDA, SenseFlow, arXiv 2506.00523). No image is needed.
+
+Under ``levels: above`` (not in the paper) the images of a step are looked at only above the noise at which the next one
+begins, as in :mod:`stepdistill.methods.dmd2`: one fake score sees the images of all steps, and the last step would make
+up for the blur of the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ from stepdistill.diffusion.samplers import DDIM, Sampler, Visit
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
-from stepdistill.losses.levels import MATCHED, cleaner_times, random_grid, sample_times
+from stepdistill.losses.levels import MATCHED, cleaner_times, random_grid, sample_times, times_above
 from stepdistill.losses.student_inputs import diversity_ratio, off_trajectory, simulation
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
@@ -73,6 +77,8 @@ class CDM(Distiller):
         """How much of itself the fake score keeps after a step, the rest being the student's; 1 is all."""
         divisor_floor: PositiveFloat = 0.1
         """Least value of the gradients' divisor m."""
+        levels: Literal["full", "above"] = "full"
+        """Where scores look at the image of a step: at all levels, or above the one that the next step begins at."""
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -98,21 +104,26 @@ class CDM(Distiller):
         level = cleaner_times(self.schedule, draws, visit.t)
         terms = self.matching.augmentation(x0, batch.cond, draws, level)
         terms = {name: 2 * config.augmentation_weight * term for name, term in terms.items()}
-        matching, metrics = self.matching.unguided(x0, batch.cond, draws, self.level(draws))
+        matching, metrics = self.matching.unguided(x0, batch.cond, draws, self.level(draws, visit.end))
         terms["matching"] = 2 * config.matching_weight * matching
-        s = self.level(draws)
+        s = sample_times(self.schedule, draws, *MATCHED)
         x0_off = self.student(off_trajectory(visit, self.schedule, s), s, batch.cond).x0
-        matching_off, _ = self.matching.unguided(x0_off, batch.cond, draws, self.level(draws))
+        level = self.level(draws, torch.minimum(s, visit.end))
+        matching_off, _ = self.matching.unguided(x0_off, batch.cond, draws, level)
         terms["off_trajectory"] = 2 * config.off_trajectory_weight * matching_off
         if batch.images is not None:
             metrics["diversity_ratio"] = diversity_ratio(x0, batch.images)
         return Losses(terms, metrics)
 
-    def level(self, draws: Draws) -> Tensor:
-        """Return uniform times (B,)."""
-        return sample_times(self.schedule, draws, *MATCHED)
+    def level(self, draws: Draws, end: Tensor) -> Tensor:
+        """Return uniform times (B,), of steps that end at times ``end`` (B,)."""
+        low, high = MATCHED
+        if self.config.levels == "full":
+            return sample_times(self.schedule, draws, low, high)
+        return times_above(self.schedule, draws, end.clamp(min=low), high)
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0 = self.visit(batch, draws).prediction.x0
-        return Losses({"denoising": fake_score_loss(self.fake, x0, batch.cond, draws)})
+            visit = self.visit(batch, draws)
+        t = times_above(self.schedule, draws, visit.end) if self.config.levels == "above" else None
+        return Losses({"denoising": fake_score_loss(self.fake, visit.prediction.x0, batch.cond, draws, t)})

@@ -9,6 +9,7 @@ from oracles import SCHEDULES, three_clusters
 
 from stepdistill.batch import Batch
 from stepdistill.families.pixel import Pixel
+from stepdistill.losses.levels import MATCHED
 from stepdistill.methods.cdm import CDM
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -64,9 +65,18 @@ def test_gradients_are_twice_dmds():
         distiller.bank.networks["fake"].fc3.bias += 0.1
     visit = distiller.visit(BATCH, draws := Draws(0, 4))
     draws.uniform()  # the level of the first term, which is not there without guidance
-    expected, _ = distiller.matching.unguided(visit.prediction.x0, LABELS, draws, distiller.level(draws))
+    expected, _ = distiller.matching.unguided(visit.prediction.x0, LABELS, draws, distiller.level(draws, visit.end))
     found = distiller("student", BATCH, Draws(0, 4)).terms["matching"]
     torch.testing.assert_close(found, 2 * expected)
+
+
+def test_levels_are_above_the_end_of_a_step():
+    distiller = tiny(levels="above")
+    end = torch.tensor([0.0, 0.3, 0.6, 0.9])
+    for seed in range(20):
+        times = distiller.level(Draws(seed, 4), end)
+        assert torch.all((times >= end.clamp(min=MATCHED[0])) & (times <= MATCHED[1]))
+    assert torch.any(tiny().level(Draws(0, 4), end) < end)
 
 
 @both_banks
