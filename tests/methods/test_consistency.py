@@ -365,7 +365,7 @@ def product(*values):
     [
         (CD, {"intervals": 20, "target_ema": 0.9}, 1200, NEARER),
         # Not with the default distance: huber's best answer is nearly the geometric median of the targets. In many
-        # dimensions that is nearly their mean, the consistency function; in two it is not (0.43, 0.76, 1.78 for it here).
+        # dimensions that is nearly their mean, the consistency function; in two it is not (0.43, 0.76, 1.78 here).
         product(CT, {"first_points": 5, "last_points": 20, "distance": "l2"}, 800, NEARER_FROM_DATA),
         product(ICT, {"first_intervals": 5, "last_intervals": 40, **WIDE_DATA}, 800, NEARER_FROM_DATA),
         (ECT, {"num_stages": 5, **WIDE_DATA}, 800, NEARER_FROM_DATA),
