@@ -1,9 +1,9 @@
 """Pairs of noise and the image that a teacher's ODE makes of it: DMD's regression, and a teacher's samples as data.
 
-A folder of pairs is ``pairs.json`` (which teacher, which sampler, how many) and ``shard-00000.safetensors``, ...: each
-holds ``noise`` (N, ...) of unit variance, ``images`` (N, ...) as the network sees images, both in half precision, and
-one tensor ``cond.<name>`` per condition. A pair is a function of (seed, index), so a run that was stopped and started
-again makes the same pairs; a shard is complete or absent.
+A folder of pairs is ``pairs.json`` (which teacher and encoders, which sampler, how many) and
+``shard-00000.safetensors``, ...: each holds ``noise`` (N, ...) of unit variance, ``images`` (N, ...) as the network
+sees images, both in half precision, and one tensor ``cond.<name>`` per condition. A pair is a function of (seed,
+index), so a run that was stopped and started again makes the same pairs; a shard is complete or absent.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch, Cond, RawBatch
-from stepdistill.config import fingerprint_json
+from stepdistill.config import changed_keys, fingerprint_json
 from stepdistill.data.base import DataConfig, Dataset
+from stepdistill.data.latent_cache import encoders
 from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, concatenate
@@ -88,6 +89,8 @@ def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
     manifest |= dataclasses.asdict(config)
     for ignored in ("output_dir", "batch_size", "prompts"):
         del manifest[ignored]
+    if family.caches_latents:
+        manifest["encoders"] = encoders(family)
     if family.takes_text:
         manifest["prompts"] = fingerprint_json(list(family.prompts))
     if config.guidance_scale != 1 and (rule := guidance_of(family)):
@@ -176,6 +179,7 @@ class Pairs:
                 f"{self.key}: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
                 "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
             )
+        self._check_encoders(family)
         rule = guidance_of(family) if self.shards.entry("guidance_scale", float) != 1 else []
         if (made_with := self.shards.manifest.get("guidance", [])) != rule:
             raise ValueError(
@@ -185,6 +189,19 @@ class Pairs:
         shape, found = list(family.sample_shape), self.shards.layout()["images"][1]
         if found != shape:
             raise ValueError(f"{self.key}: {self.shards.folder}: expected samples {shape}, got {found}")
+
+    def _check_encoders(self, family: Family) -> None:
+        """Raise ``ValueError`` unless conditions and latents are this teacher's too."""
+        if not family.caches_latents:
+            return
+        known = "encoders" in self.shards.manifest
+        made = self.shards.entry("encoders", dict[str, str]) if known else {}
+        if changed := changed_keys(made, encoders(family)):
+            raise ValueError(
+                f"{self.key}: {self.shards.folder}: expected pairs of this teacher's {', '.join(changed)}, got "
+                f"{'those of another' if known else 'an older folder, which does not tell'}; make pairs anew with "
+                f"{FORMAT.script}"
+            )
 
 
 class PairDataset(Dataset):

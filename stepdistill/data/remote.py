@@ -7,6 +7,7 @@ resumed would then see other samples.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import json
@@ -269,5 +270,28 @@ def addresses_of(address: str, suffix: str) -> list[str]:
         return [address]
     system, path = open_system(address)
     pattern = path if "*" in address else f"{path.rstrip('/')}/*{suffix}"
-    names = [name for name in persistently(address, lambda: system.glob(pattern)) if name.endswith(suffix)]
-    return sorted(map(system.unstrip_protocol, names))
+    rows = persistently(address, functools.partial(_matching, system, pattern))
+    return sorted(system.unstrip_protocol(row["name"]) for row in rows if row["name"].endswith(suffix))
+
+
+def _matching(system: Any, pattern: str) -> list[dict[str, Any]]:
+    """Return fsspec's descriptions of what matches a pattern with ``*``.
+
+    fsspec's own ``glob`` passes over a folder that cannot be listed, and some of the files would be missing.
+    """
+    folder, _, name = pattern.rpartition("/")
+    folders = [folder]
+    if "*" in folder:
+        folders = [row["name"].rstrip("/") for row in _matching(system, folder) if row["type"] == "directory"]
+    rows = [row for place in folders for row in _rows_in(system, place)]
+    return [row for row in rows if fnmatch.fnmatchcase(row["name"].rstrip("/").rpartition("/")[2], name)]
+
+
+def _rows_in(system: Any, folder: str) -> list[dict[str, Any]]:
+    """Return fsspec's descriptions of what lies right in a folder; none if it does not exist."""
+    try:
+        return system.ls(folder, detail=True)
+    except FileNotFoundError as error:
+        if _reason(error) is not error:
+            raise
+        return []

@@ -13,6 +13,7 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.columns import first_texts
 from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.listing import list_samples, sample_name
+from stepdistill.data.remote import is_address, shown
 from stepdistill.inference.sampling import Images
 
 
@@ -20,7 +21,8 @@ class ImageSet:
     """The images of a folder, an ``.npz`` or a saved dataset, shuffled by a fixed permutation.
 
     Args:
-        path: as ``data.path``, see :mod:`stepdistill.data.listing`; labels and captions are read where there are some
+        path: as ``data.path``, see :mod:`stepdistill.data.listing`; of files at an address this machine keeps copies,
+            since all of them are read; labels and captions are read where there are some
             that can be used; of several captions an image has the first.
         size: if given, images are resized (short side, bicubic, antialiased) and cropped to a square of this side.
         limit: number of images in a fixed random subset; None takes all.
@@ -31,11 +33,12 @@ class ImageSet:
     """
 
     def __init__(self, path: str | Path, *, size: int | None = None, limit: int | None = None) -> None:
-        self.path = Path(path)
-        listing = list_samples(DataConfig(name="images", path=str(path), bad_files="error"))
+        self.path = shown(str(path))
+        remote = is_address(str(path))
+        listing = list_samples(DataConfig(name="images", path=str(path), bad_files="error", download=remote))
         found = len(listing.images)
         if found < max(limit or 0, 2):
-            raise ValueError(f"{path}: expected at least {max(limit or 0, 2)} images, got {found}")
+            raise ValueError(f"{self.path}: expected at least {max(limit or 0, 2)} images, got {found}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self._sources = [listing.images[row] for row in order]
         self._names = [sample_name(listing.images, row, path) for row in order]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.assets import EMBEDDED, FASHION
+from stepdistill.data.remote import downloaded, ending, is_address
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
@@ -166,7 +167,7 @@ class Reference:
         Args:
             features: embeds its images, or made its statistics.
             spec: ``"embedded"``, a ``.npz`` of statistics (ours, ADM's, clean-fid's), or images as ``data.path`` takes
-                them (``"faces"``, too).
+                them (``"faces"``, too). What lies at an address is copied to this machine, once.
             max_images: images whose features are kept, at most.
             size: images are resized and cropped to a square of this side.
 
@@ -175,6 +176,10 @@ class Reference:
         """
         if spec == "embedded":
             return cls.of_embedded(features, max_images)
+        if is_address(spec) and ending(spec).endswith(".npz"):
+            spec = downloaded(spec)
+        elif is_address(spec):
+            return cls.of_images(features, ImageSet(spec, size=size), max_images)
         path = EMBEDDED.get(spec, Path(spec))
         if not path.exists():
             siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

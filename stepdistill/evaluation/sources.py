@@ -22,6 +22,7 @@ from stepdistill.data.columns import Texts
 from stepdistill.data.decoding import read_pixels
 from stepdistill.data.listing import list_samples
 from stepdistill.data.prompts import prompt_rows
+from stepdistill.data.remote import is_address, shown
 from stepdistill.data.text import one_line
 from stepdistill.evaluation.cost import parameter_count, peak_memory
 from stepdistill.evaluation.image_set import ImageSet
@@ -149,7 +150,7 @@ class FileSource(Source):
         return {"num_samples": self.count, "size": self.size, **unknown}
 
     def subject(self) -> dict[str, Any]:
-        return {"kind": "images", "path": str(self.images.path)}
+        return {"kind": "images", "path": self.images.path}
 
     def timing(self) -> dict[str, Any]:
         return machine(torch.device("cpu"))
@@ -199,8 +200,10 @@ def read_captions(path: str, count: int) -> Sequence[str]:
         ValueError: if there is no such file, a caption is missing or blank, or there are fewer than ``count``.
     """
     file = EMBEDDED.get(path, Path(path))
-    if file.is_dir() or file.suffix in (".npz", ".tar", ".parquet"):
-        found = _image_captions(file)
+    if is_address(path):
+        found = _image_captions(path)
+    elif file.is_dir() or file.suffix in (".npz", ".tar", ".parquet"):
+        found = _image_captions(str(file))
     elif file.is_file():
         found = prompt_rows(file)
     else:
@@ -215,13 +218,13 @@ def read_captions(path: str, count: int) -> Sequence[str]:
     return captions[:count]
 
 
-def _image_captions(file: Path) -> dict[str, Texts]:
+def _image_captions(path: str) -> dict[str, Texts]:
     """Return the captions of images by the images' names."""
-    listing = list_samples(DataConfig(name="images", path=str(file), bad_files="error"))
+    listing = list_samples(DataConfig(name="images", path=path, bad_files="error"))
     if listing.captions is None:
         reason = listing.no_captions or "expected a metadata.jsonl with 'text', got images without texts"
-        raise ValueError(f"captions: {file}: {reason}")
+        raise ValueError(f"captions: {shown(path)}: {reason}")
     captions = {}
     for row, texts in enumerate(listing.captions):
-        captions[f"{file}[{row}]"] = texts
+        captions[f"{shown(path)}[{row}]"] = texts
     return captions

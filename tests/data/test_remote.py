@@ -1,25 +1,16 @@
 """Data at an address: the batches of the same files on this machine, whatever server holds them, and its failures."""
 
 import contextlib
-import functools
-import http.server
-import io
-import os
-import re
 import sys
 import tarfile
-import threading
 import uuid
 
 import fsspec
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from data.remote_files import TABLES, TARS, assert_same_batches, on_disk, opened, table, tar
 
 from stepdistill.data import remote, remote_tables
 from stepdistill.data.base import DataConfig
-from stepdistill.data.datasets import open_data
 from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import files as files_hash
 from stepdistill.data.listing import sample_name
@@ -27,42 +18,6 @@ from stepdistill.data.loader import loader
 from stepdistill.data.remote import RemoteError, cache_folder
 
 parquet = pytest.importorskip("pyarrow.parquet")
-
-
-def png(shade):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(shade).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tar(names):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in names:
-            for ending, content in (("png", png(name)), ("txt", f"text {name}".encode()), ("cls", b"1")):
-                entry = tarfile.TarInfo(f"{name:04d}.{ending}")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def table(names, group=2):
-    buffer = io.BytesIO()
-    import pyarrow
-
-    rows = [
-        {"image": {"bytes": png(name), "path": f"{name}.png"}, "text": f"text {name}", "label": 1} for name in names
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=group)
-    return buffer.getvalue()
-
-
-TARS = {"a-000.tar": tar(range(4)), "a-001.tar": tar(range(4, 7))}
-TABLES = {
-    "train-00000-of-00002.parquet": table(range(3)),
-    "train-00001-of-00002.parquet": table(range(3, 7)),
-    "test-00000-of-00001.parquet": table(range(9)),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -85,27 +40,6 @@ def memory():
     yield put
     with contextlib.suppress(FileNotFoundError):
         system.rm(f"/{folder}", recursive=True)
-
-
-def on_disk(folder, files):
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return str(folder)
-
-
-def opened(path, **options):
-    config = DataConfig(name="images", path=path, flip=True, **options)
-    return open_data(config, channels=3, size=(8, 8), num_classes=2, takes_text=True)
-
-
-def assert_same_batches(one, other, micro_batches=5):
-    """Both data sets give every rank the same batches, from the beginning and from the middle."""
-    for rank, world, start in ((0, 1, 0), (1, 2, 3)):
-        found = [loader(data, batch_size=3, seed=1, rank=rank, world=world, start=start) for data in (one, other)]
-        for _, (mine, yours) in zip(range(micro_batches), zip(*found, strict=False), strict=False):
-            assert mine.indices == yours.indices and mine.captions == yours.captions
-            assert torch.equal(mine.images, yours.images) and torch.equal(mine.labels, yours.labels)
 
 
 @pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
@@ -218,6 +152,8 @@ def test_a_download_of_nothing_is_refused(name):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    known = sys.modules["fsspec.registry"]._registry
+    monkeypatch.delitem(known, "s3", raising=False)  # another test has read from there
     with pytest.raises(RemoteError, match=r"s3://b/a\.tar: Install s3fs .*pip install 'stepdistill\[streaming\]'"):
         opened("s3://b/a.tar")
 
@@ -265,65 +201,3 @@ def test_what_may_pass_is_tried_again(error, tries, sentence):
 
 def test_signed_addresses_keep_their_secret():
     assert remote.shown("https://me:key@host/a.tar?signature=1") == "https://host/a.tar"
-
-
-# ------------------------------------------------------------------------------------------------- over HTTP
-
-
-class _Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and the ranges of them that are asked for."""
-
-    asked: list = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        file = self.translate_path(self.path)
-        if found is None or not os.path.isfile(file):
-            super().do_GET()
-            return
-        with open(file, "rb") as content:
-            content.seek(int(found[1]))
-            part = content.read(int(found[2]) - int(found[1]) + 1)
-        self.asked.append(len(part))
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {found[1]}-{found[2]}/{os.path.getsize(file)}")
-        self.end_headers()
-        self.wfile.write(part)
-
-
-class _WholeFiles(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def serving(folder, handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("files", [TARS, TABLES], ids=["tars", "parquet"])
-def test_a_server_of_ranges(tmp_path, files):
-    pytest.importorskip("aiohttp")
-    folder = on_disk(tmp_path / "d", files)
-    with serving(folder, _Ranges) as address:
-        assert_same_batches(opened(folder), opened(address))
-
-
-def test_a_server_of_whole_files_asks_for_a_download(tmp_path):
-    pytest.importorskip("aiohttp")
-    folder = on_disk(tmp_path / "d", {"a.tar": tar(range(400))})
-    with serving(folder, _WholeFiles) as address:
-        with pytest.raises(RemoteError, match="sends whole files only, and no ranges; data.download=true keeps a copy"):
-            opened(f"{address}/a.tar")
-        assert_same_batches(opened(folder), opened(f"{address}/a.tar", download=True))
-        with pytest.raises(RemoteError, match=r"127\.0\.0\.1:\d+/b\.tar: no such file"):
-            opened(f"{address}/b.tar")

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import tarfile
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -379,6 +381,24 @@ def test_adms_file_brings_images_for_recall(tmp_path, network):
     read = Reference.of_statistics(suite.features, tmp_path / "adm.npz", 100)
     assert read.rows.shape == (100, 8)
     assert torch.equal(read.moments.mean, suite.reference.moments.mean)
+
+
+def test_a_reference_at_an_address_is_that_of_its_files(tmp_path, network, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    system, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}"
+    images, packed = archive(tmp_path / "real.npz"), tmp_path / "real.tar"
+    with tarfile.open(packed, "w") as tar:
+        for file in sorted(pngs(tmp_path / "pngs").iterdir()):
+            tar.add(file, file.name)
+    suite = MetricSuite.open(str(network), str(images))
+    suite.statistics().write(tmp_path / "statistics.npz")
+    for file in (images, packed, tmp_path / "statistics.npz"):
+        system.pipe_file(f"{folder}/{file.name}", file.read_bytes())
+        here, there = (Reference.open(suite.features, spec) for spec in (str(file), f"memory://{folder}/{file.name}"))
+        assert torch.equal(there.moments.cov, here.moments.cov) and there.about == here.about
+    assert len(ImageSet(f"memory://{folder}/real.tar", limit=4)) == 4
+    with pytest.raises(ValueError, match=r"^memory://.*/none\.npz: no such file$"):
+        Reference.open(suite.features, f"memory://{folder}/none.npz")
 
 
 def test_reference_images_are_fingerprinted(tmp_path, network):

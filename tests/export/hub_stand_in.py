@@ -1,4 +1,4 @@
-"""A stand-in of the hub's HTTP API on this machine: as much of it as ``huggingface_hub`` asks of it when uploading.
+"""A stand-in of the hub's HTTP API: as much of it as ``huggingface_hub`` asks for to upload, and to read data sets.
 
 Repositories are dictionaries from paths to bytes. Weights and pictures go through the LFS batch API, other files inside
 the commit, as on the hub.
@@ -7,13 +7,16 @@ the commit, as on the hub.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 TOKEN = "hf_canary7f3a9d51"
 
@@ -22,7 +25,7 @@ class Hub:
     """What the stand-in holds and was asked.
 
     Attributes:
-        repositories: files by path, by the repository's name.
+        repositories: files by path, by the repository's name; a data set's is ``datasets/owner/name``.
         private: names of those that are hidden.
         commits: number of commits, of all repositories.
         asked: method and path of every request.
@@ -137,6 +140,34 @@ class Handler(BaseHTTPRequestHandler):
             {"commitUrl": self.url(f"{name}/commit/{oid}"), "commitOid": oid, "hookOutput": "", "success": True}
         )
 
+    def tree(self, body: bytes, name: str, folder: str = "") -> None:
+        """List a folder of a data set, whose slashes are quoted."""
+        below = f"{unquote(folder)}/" if folder else ""
+        contents = {
+            path: found for path, found in self.hub.repositories.get(name, {}).items() if path.startswith(below)
+        }
+        if folder and not contents:
+            return self.answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+        rows = {}
+        for path, content in contents.items():
+            oid = hashlib.sha1(content).hexdigest()
+            rows[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+            for above in map(str, PurePosixPath(path).parents):
+                if above != "." and above.startswith(below):
+                    rows[above] = {"type": "directory", "path": above, "oid": "0" * 40}
+        is_whole = "recursive=true" in self.path.lower()
+        return self.answer([row for path, row in rows.items() if is_whole or "/" not in path.removeprefix(below)])
+
+    def resolve(self, body: bytes, name: str, path: str) -> None:
+        """Send a file of a data set, or the range of it that is asked for."""
+        content = self.hub.repositories[name].get(path, b"")
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        part = content[int(found[1]) : int(found[2]) + 1] if found else content
+        self.send_response(206 if found else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}/{path}"
 
@@ -151,6 +182,9 @@ ROUTES = {
     r"PUT /storage/(\w+)": Handler.store,
     r"POST /verify": Handler.verify,
     r"POST /api/models/(\w+/[\w.-]+)/commit/main": Handler.commit,
+    r"GET /api/(datasets/\w+/[\w.-]+)(?:/revision/main)?": Handler.info,
+    r"GET /api/(datasets/\w+/[\w.-]+)/tree/main(?:/([\w%.-]+))?": Handler.tree,
+    r"GET /(datasets/\w+/[\w.-]+)/resolve/main/(.+)": Handler.resolve,
 }
 
 

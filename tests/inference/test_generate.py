@@ -98,6 +98,27 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
 
 
+def test_the_teacher_beside_a_student_is_guided_by_the_rule_of_the_distillation(tmp_path, teacher):
+    """The picture is that of the teacher's own pipeline, asked for the rescaling."""
+    family = SD.tiny()
+    sampler = DDIM(family.schedule, family.schedule.grid(1))
+    options = TeacherConfig(path=teacher, guidance_rescale=0.7).options()
+    origin = Origin(teacher=teacher, guidance_distilled=9.0, teacher_options=options)
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student", origin=origin)
+    compare = ("--prompt", "a cat", "--num_images", 1, "--compare", "teacher", "--compare_steps", 2)
+    generate("--pipeline", student, *compare, "--output", tmp_path / "out")
+    both = Image.open(tmp_path / "out/000000.png")
+    found = np.asarray(both.crop((both.height, 0, *both.size))).astype(int)
+    pipeline = teacher_pipeline(TeacherConfig(path=teacher), "DDIM")
+
+    def drawn(**call):
+        generator = torch.Generator().manual_seed(int(both.text["generator_seed"]))
+        image = pipeline("a cat", num_inference_steps=2, guidance_scale=9.0, generator=generator, **call).images[0]
+        return np.asarray(image).astype(int)
+
+    assert abs(found - drawn(guidance_rescale=0.7)).max() <= 1 < abs(found - drawn()).max()
+
+
 def test_a_teacher_under_a_solver_paints_at_its_sections_size_whatever_its_precision(teacher):
     config = TeacherConfig(path=teacher, resolution=32, dtype="bfloat16")
     images = teacher_pipeline(config, "UniPC")("a cat", num_inference_steps=1, output_type="np").images

@@ -360,6 +360,25 @@ def test_pairs_of_a_text_teacher_are_of_prompts_in_turn(tmp_path):
         make_pairs(SD.tiny(), pairs_config(tmp_path / "q"))
 
 
+def test_pairs_are_of_the_teachers_encoders_too(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    config = pairs_config(tmp_path / "p", count=1, shard_size=1, steps=1, prompts=str(tmp_path / "prompts.txt"))
+    family = SD.tiny()
+    folder = make_pairs(family, config)
+    Pairs(folder).check_teacher(family)
+    with torch.no_grad():
+        next(family.pipe.text_encoder.parameters()).add_(1)
+    with pytest.raises(ValueError, match="expected pairs of this teacher's text_encoder, got those of another; make"):
+        Pairs(folder).check_teacher(family)
+    with pytest.raises(ValueError, match="encoders: was"):
+        make_pairs(family, config)
+    older = json.loads((folder / "pairs.json").read_text())
+    del older["encoders"]
+    (folder / "pairs.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="vae, got an older folder, which does not tell"):
+        Pairs(folder).check_teacher(family)
+
+
 @pytest.mark.parametrize("distance", ["pixels", "features"])
 @pytest.mark.parametrize("bank", ["copy", "adapter"])
 def test_regression_vanishes_at_the_teachers_own_images_and_trains_the_student_alone(tmp_path, bank, distance):
