@@ -25,6 +25,7 @@ from stepdistill.benchmark.curves import ON_SEARCH
 from stepdistill.benchmark.judge import Judge
 from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.samples import Samples, conditions_of
+from stepdistill.benchmark.shapes import check_shapes, side_to_crop_to, size_arguments
 from stepdistill.benchmark.solvers import SolverRow, solver_rows
 from stepdistill.benchmark.students import (
     StudentRow,
@@ -75,6 +76,8 @@ class Benchmark:
         self.held_out = ImageSet(EMBEDDED.get(config.held_out, config.held_out)) if config.held_out else None
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
+        check_shapes(config, self.family)
+        self.size = size_arguments(config, self.family)
         self.metric = self.suite.distance
         self.path = Path(config.output)
         self.judge = self._open_judge()
@@ -248,8 +251,9 @@ class Benchmark:
 
     def _source(self, name: str, pipeline: Any, call: Mapping[str, Any], **sampling: int) -> PipelineSource:
         return PipelineSource(
-            pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision, call=call,
-            captions=self.captions, name=name, **sampling,
+            pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision,
+            call={**self.size, **call}, captions=self.captions, name=name,
+            size=side_to_crop_to(self.size, self.suite.reference.about), **sampling,
         )  # fmt: skip
 
     def _row(self, source: PipelineSource, metrics: Sequence[str]) -> Row:

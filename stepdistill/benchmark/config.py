@@ -11,7 +11,7 @@ from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
 FREE_KEYS = (
     "students", "student_calls", "train", "train_with", "seeds", "solvers", "teacher_guidance_scales", "output",
-    "document", "mark", "batch_size",
+    "document", "mark", "batch_size", "shapes",
 )  # fmt: skip
 """Keys that decide which rows there are, and not what is in them."""
 
@@ -43,6 +43,8 @@ class BenchmarkConfig:
     """The grid from which a guided solver's scale is chosen at each number of calls."""
     search_samples: Annotated[int, Range(at_least=2)] = 1000
     """Samples on which the scale is chosen; their seeds are not those of the table."""
+    shapes: tuple[tuple[PositiveInt, ...], ...] = ()
+    """Other sizes ``[height, width]`` at which a text teacher and its students are measured too, in tables below."""
     teacher_steps: PositiveInt = 50
     teacher_guidance_scales: tuple[NonNegativeFloat, ...] = (1.0,)
     """Guidance scales of the teacher at its many steps, a row each."""

@@ -11,6 +11,7 @@ from stepdistill.benchmark.curves import curve_table, read_curves
 from stepdistill.benchmark.judge import disagreements
 from stepdistill.benchmark.pictures import labelled, pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
+from stepdistill.benchmark.shapes import at_shapes
 from stepdistill.benchmark.students import export_missing, seed_lines, train_missing
 from stepdistill.benchmark.tables import caption, compared, insert, markdown
 from stepdistill.files.writing import atomic_write
@@ -21,7 +22,7 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     """Run a benchmark; write its table (``.md``) and its pictures beside ``<output>.json``.
 
     The pictures are ``-calls.png``, ``-pareto.png``, ``-grid.png`` and, if runs were measured while they trained,
-    ``-curves.png`` and ``-curves-each.png``.
+    ``-curves.png`` and ``-curves-each.png``. Every other shape has a result of its own, ``-<height>x<width>.json``.
 
     Args:
         config: what is compared.
@@ -51,7 +52,7 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     if curves:
         plot_curves(curves, bench.metric, beside(bench.path, "curves"))
         plot_multiples(curves, bench.metric, beside(bench.path, "curves-each"))
-    said = filter(None, [disagreements(rows, bench.metric), curve_table(curves, bench.metric)])
+    said = filter(None, [disagreements(rows, bench.metric), curve_table(curves, bench.metric), *shape_tables(config)])
     shown = "\n\n".join([caption(bench.setting), markdown(rows, bench.metric), *said]) + "\n"
     table = bench.path.with_suffix(".md")
     with atomic_write(table) as partial:
@@ -59,6 +60,17 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     if config.document is not None:
         insert(shown, Path(config.document), config.mark)
     return table
+
+
+def shape_tables(config: BenchmarkConfig) -> list[str]:
+    """Return a Markdown table for every other shape of a benchmark; rows that are missing are measured."""
+    tables = []
+    for other in at_shapes(config):
+        bench = Benchmark(other)
+        rows = compared(bench.run(), bench.metric)
+        height, width = bench.size.values()
+        tables.append(f"{height} by {width} pixels, cropped:\n\n{markdown(rows, bench.metric)}")
+    return tables
 
 
 def beside(path: Path, what: str) -> Path:

@@ -7,6 +7,8 @@ on the features of a network scores well with them, but no better with people (K
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,13 @@ class Backbone:
         """Return one vector (B, num_features) per image in [0, 1], without gradient."""
         self.network.to(images.device)
         return self.network(images.float().mul(255).round().to(torch.uint8)).float()
+
+
+def check_sizes(networks: Mapping[str, FeatureExtractor], channels: int, sizes: Sequence[Sequence[int]]) -> None:
+    """Raise ``ValueError`` unless a critic's feature networks can process images of all (height, width) in pixels."""
+    for network in networks.values():
+        for height, width in sizes:
+            Backbone(network, channels, (height, width))
 
 
 def open_backbone(spec: str, channels: int, size: tuple[int, int]) -> Backbone:

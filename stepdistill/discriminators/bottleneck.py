@@ -1,7 +1,8 @@
 """The critic of DMD2: a head on the fake score's bottleneck (Yin et al. 2024, arXiv 2405.14867, Appendix F.1).
 
 The bottleneck of a transformer is its middle block. Its tokens are laid out as a map of the image, so that the head is
-the same for all networks.
+the same for all networks. Of an image of another size than the teacher's, what the strided convolutions leave is
+averaged to what they leave of the teacher's.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from stepdistill.batch import Cond
+from stepdistill.discriminators.feature_sources import MapFeatures
 from stepdistill.discriminators.heads import grid_shape
 from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.levels import sample_times
@@ -22,13 +25,21 @@ from stepdistill.networks.hooks import middle_block
 from stepdistill.randomness import Draws
 
 
+class Covering(nn.Conv2d):
+    """A convolution over all pixels of a map; a map of another size is averaged to its kernel's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, 1, 1) of a map (B, C, H, W)."""
+        return super().forward(adaptive_avg_pool2d(x, self.kernel_size))
+
+
 class BottleneckHead(nn.Module):
     """Convolutions of stride 2 down to four pixels, one over the remaining pixels, and a linear layer.
 
     The features already contain the image's condition and its noise level.
 
     Args:
-        shape: (C, H, W) of the feature map, or (C, N) of tokens.
+        shape: (C, H, W) of the feature map, or (C, N) of tokens, at the teacher's size.
         aspect: height over width of the image that tokens cover row by row.
     """
 
@@ -41,12 +52,12 @@ class BottleneckHead(nn.Module):
         while min(size) > 4:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
             size = [n // 2 for n in size]
-        layers += [nn.Conv2d(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
+        layers += [Covering(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Return logits (B, 1) of a feature (B, *shape)."""
-        return self.body(feature.reshape(-1, *self.map_shape))
+        """Return logits (B, 1) of a feature (B, *shape), or of a map (B, C, H, W) of another size."""
+        return self.body(feature if feature.ndim == 4 else feature.reshape(len(feature), *self.map_shape))
 
 
 def _norm_silu(channels: int) -> list[nn.Module]:
@@ -63,8 +74,9 @@ class BottleneckCritic:
 
     def __init__(self, fake: Denoiser) -> None:
         family = fake.family
-        self.blocks = BlockFeatures(fake, [middle_block(family.network, family.feature_blocks)])
-        self.head = BottleneckHead(self.blocks.shapes()[-1], family.sample_shape[-2] / family.sample_shape[-1])
+        blocks = BlockFeatures(fake, [middle_block(family.network, family.feature_blocks)])
+        self.blocks = MapFeatures(blocks)
+        self.head = BottleneckHead(blocks.shapes()[-1], family.sample_shape[-2] / family.sample_shape[-1])
         self.schedule = fake.schedule
 
     def __call__(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:

@@ -38,7 +38,7 @@ class Judged:
     """What a step of the teacher and one of the student have in common when they are judged."""
 
     begin: list[Tensor]
-    """Features of the states where the steps begin, or zeros, one (B, C, ...) per head."""
+    """Features of the states where the steps begin, one (B, C, ...) per head; empty if these are not judged."""
     t: Tensor
     """Times (B,) of these states; 0 where there are none."""
     s: Tensor
@@ -60,12 +60,12 @@ class PairCritic(nn.Module):
 
     def __init__(self, teacher: Denoiser, *, loss: AdversarialLoss = "softplus", max_blocks: int = MAX_BLOCKS) -> None:
         super().__init__()
-        self.blocks, self.shapes = spaced_features(teacher, max_blocks)
+        self.features, shapes = spaced_features(teacher, max_blocks)
         self.schedule = teacher.schedule
         self.num_classes = teacher.family.num_classes
         self.loss = loss
         example = condition_vector(teacher.family.example_cond([0]), 1, self.num_classes)
-        beside = [(2 * channels, *places) for channels, *places in self.shapes]
+        beside = [(2 * channels, *places) for channels, *places in shapes]
         self.heads = Heads(beside, example.shape[1] + 2 * TIME_WAVES)
 
     def pair(self, x_t: Tensor, t: Tensor, s: Tensor, level: Tensor, cond: Cond) -> Judged:
@@ -75,13 +75,7 @@ class PairCritic(nn.Module):
 
     def alone(self, s: Tensor, level: Tensor, cond: Cond) -> Judged:
         """Return that steps to ``s`` (B,) are judged by where they land alone."""
-        nothing = [torch.zeros(len(s), *shape, device=s.device) for shape in self.shapes]
-        return Judged(nothing, torch.zeros_like(s), s, level, cond)
-
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """Return the teacher's features (B, C, ...) of states at times (B,), one per head."""
-        maps = self.blocks(x_t, t, cond)
-        return [feature.reshape(-1, *shape) for feature, shape in zip(maps, self.shapes, strict=True)]
+        return Judged([], torch.zeros_like(s), s, level, cond)
 
     def forward(self, landed: Tensor, judged: Judged, draws: Draws) -> Logits:
         """Return logits (B, positions) per head of landed states (B, ...)."""
@@ -98,7 +92,8 @@ class PairCritic(nn.Module):
 
     def logits(self, seen: list[Tensor], judged: Judged) -> Logits:
         """Return logits (B, positions) of the features of landed states, per head."""
-        both = [torch.cat(maps, 1) for maps in zip(seen, judged.begin, strict=True)]
+        begin = judged.begin or [torch.zeros_like(feature) for feature in seen]
+        both = [torch.cat(maps, 1) for maps in zip(seen, begin, strict=True)]
         return self.heads(both, self.condition(judged, self.level(judged)))
 
     def condition(self, judged: Judged, level: Tensor) -> Tensor:

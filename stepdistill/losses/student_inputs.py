@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from stepdistill.batch import Cond
+from stepdistill.batch import Batch, Cond
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler, Visit, rollout, visits
@@ -16,6 +16,11 @@ from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.losses.regression import mean_square
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
+
+
+def unit_noise(batch: Batch, family: Family, draws: Draws) -> Tensor:
+    """Return unit noise (B, ...) of the size of a batch's images; of the teacher's, if it has none."""
+    return draws.normal(*family.sample_shape) if batch.images is None else draws.normal_like(batch.images)
 
 
 def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -215,11 +215,6 @@ class Distiller(nn.Module, abc.ABC):
         return cls.needs_images
 
     @classmethod
-    def follows_sizes(cls, config: Any) -> bool:
-        """Return whether batches may have other sizes than the teacher's (``data.buckets``)."""
-        return cls.turn_names == (STUDENT,) and cls.trains_on_images(config)
-
-    @classmethod
     def head_points(cls, config: Any) -> int:
         """Return how many predictions a call of the student gives; the head is widened before any role is forked."""
         del config

@@ -36,7 +36,7 @@ from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
 from stepdistill.losses.levels import MATCHED, cleaner_times, random_grid, sample_times, times_above
-from stepdistill.losses.student_inputs import diversity_ratio, off_trajectory, simulation
+from stepdistill.losses.student_inputs import diversity_ratio, off_trajectory, simulation, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -95,7 +95,7 @@ class CDM(Distiller):
     def visit(self, batch: Batch, draws: Draws) -> Visit:
         """Return a random step of the student's deterministic way from noise along a random schedule."""
         grid = random_grid(self.schedule, draws, 1, self.config.most_steps)
-        start = self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        start = self.schedule.initial_noise(unit_noise(batch, self.family, draws))
         return simulation(self.student, DDIM(self.schedule, grid), start, batch.cond, draws)[-1]
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:

@@ -26,7 +26,7 @@ from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveInt
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
-from stepdistill.losses.student_inputs import diversity_ratio
+from stepdistill.losses.student_inputs import diversity_ratio, unit_noise
 from stepdistill.methods.base import Distiller, Losses
 from stepdistill.randomness import Draws
 
@@ -88,7 +88,7 @@ class DMD(Distiller):
         return self.student(self.schedule.initial_noise(noise), torch.ones(len(noise), device=noise.device), cond).x0
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        x0 = self.generate(draws.normal(*self.family.sample_shape), batch.cond)
+        x0 = self.generate(unit_noise(batch, self.family, draws), batch.cond)
         matching, metrics = distribution_matching(self.guided_teacher(batch.cond), self.fake, x0, batch.cond, draws)
         terms = {"matching": matching}
         if self.pairs is not None:
@@ -104,5 +104,5 @@ class DMD(Distiller):
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
-            x0 = self.generate(draws.normal(*self.family.sample_shape), batch.cond)
+            x0 = self.generate(unit_noise(batch, self.family, draws), batch.cond)
         return Losses({"denoising": fake_score_loss(self.fake, x0, batch.cond, draws)})

@@ -75,11 +75,6 @@ class LADD(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         return ConsistencySampler(family.schedule, family.schedule.renoising_grid(config.steps))
 
-    @classmethod
-    def follows_sizes(cls, config: Config) -> bool:
-        del config  # the critic's heads see maps of any size
-        return True
-
     def build(self) -> None:
         config = self.config
         critic = RenoisedCritic(

@@ -107,11 +107,6 @@ class SanaSprint(Distiller):
     def extra_inputs(cls, config: Config) -> Inputs:
         return Inputs(w=guidance_input.weights(config.guidance_range))
 
-    @classmethod
-    def follows_sizes(cls, config: Config) -> bool:
-        del config  # the critic's heads see maps of any size
-        return True
-
     def build(self) -> None:
         config = self.config
         self.student.w = config.guidance_scale - 1 if self.inputs.w else None

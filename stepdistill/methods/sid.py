@@ -35,7 +35,7 @@ from stepdistill.files import ranges
 from stepdistill.losses import score_identity as identity
 from stepdistill.losses.distribution_matching import diagnostics
 from stepdistill.losses.levels import MATCHED, log_normal_times_above
-from stepdistill.losses.student_inputs import diversity_ratio, simulation
+from stepdistill.losses.student_inputs import diversity_ratio, simulation, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -116,7 +116,7 @@ class SiD(Distiller):
 
         The times are logit-normal, those of a flow.
         """
-        sampler, start = self.sampler(), self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        sampler, start = self.sampler(), self.schedule.initial_noise(unit_noise(batch, self.family, draws))
         visited = simulation(self.student, sampler, start, batch.cond, draws)
         end = sampler.times[len(visited)].item() if self.config.levels == "above" else 0.0
         t = log_normal_times_above(self.schedule, draws, self.config.location, self.config.scale, end)

@@ -38,7 +38,7 @@ from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt, 
 from stepdistill.losses.distribution_matching import SMALLEST_DIVISOR, diagnostics, divisor
 from stepdistill.losses.levels import MATCHED
 from stepdistill.losses.regression import distance, mean_square, weighted
-from stepdistill.losses.student_inputs import diversity_ratio
+from stepdistill.losses.student_inputs import diversity_ratio, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -110,7 +110,7 @@ class TDM(Distiller):
     def land(self, batch: Batch, draws: Draws) -> Landing:
         """Return the student's steps through one segment an image, from its own rollout, noised again."""
         sampler = self.sampler()
-        start = self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        start = self.schedule.initial_noise(unit_noise(batch, self.family, draws))
         i, rows = draws.integers(0, sampler.steps), torch.arange(batch.size, device=draws.device)
         student = self.student.conditioned(batch.cond)
         with torch.no_grad():
@@ -125,7 +125,7 @@ class TDM(Distiller):
         Every call of the rollout has a gradient, so that none is made twice.
         """
         sampler = self.sampler()
-        start = self.schedule.initial_noise(draws.normal(*self.family.sample_shape))
+        start = self.schedule.initial_noise(unit_noise(batch, self.family, draws))
         student, every = self.student.conditioned(batch.cond), range(sampler.steps)
         visited = visits(student, sampler, start, sampler.steps, draws.normal_like, learns_at=every)
         landed = []

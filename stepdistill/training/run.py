@@ -19,6 +19,7 @@ from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import encoders
 from stepdistill.data.opening import open_dataset
 from stepdistill.diffusion.samplers import Sampler
+from stepdistill.discriminators.backbones import check_sizes
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import ExportConfig, export_pipeline
@@ -85,11 +86,6 @@ class Run:
                 f"data.name: expected 'images', 'cache' or 'pairs' ({config.method_name!r} trains on images), "
                 f"got {config.data.name!r}"
             )
-        if config.data.buckets and not self.method.follows_sizes(config.method):
-            raise ValueError(
-                f"data.buckets: {config.method_name!r} draws its noise, or judges images, at the teacher's one size; "
-                "expected ladd, sana_sprint, or one that trains the student alone, on images (lcm, tcd, ...)"
-            )
         self.dataset = open_dataset(config.data, self.family, needs_images=needs_images)
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
@@ -103,6 +99,7 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
+        check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
         self.selected: dict[str, Any] | None = None

@@ -15,14 +15,18 @@ from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
-from stepdistill.benchmark.publish import benchmark
+from stepdistill.benchmark.publish import benchmark, shape_tables
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.samples import COLUMNS
+from stepdistill.benchmark.shapes import at_shapes
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, train_missing
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
 from stepdistill.config import read_config, to_yaml
+from stepdistill.diffusion.samplers import DDIM
 from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.export.contract import Origin
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
@@ -165,6 +169,31 @@ def test_a_teacher_that_takes_text_is_asked_with_captions(tmp_path, clip_folder)
     real = np.load(images)["images"]  # the picture's real images are those of the captions, in their order
     shown = (bench.images(rows["real images"], 5) * 255).round().permute(0, 2, 3, 1)
     assert np.array_equal(shown.numpy(), real[:5])
+
+
+def test_students_are_measured_at_shapes_they_were_not_trained_at_beside_the_teacher(tmp_path, clip_folder):
+    family = SD.tiny()
+    teacher, images = save_teacher(family, tmp_path / "teacher"), save_images(family, tmp_path / "images.npz", 20)
+    sampler = DDIM(family.schedule, family.schedule.grid(1))
+    origin = Origin(method="lcm", teacher=str(teacher))
+    student = export_pipeline(family, family.network, sampler, tmp_path / "student", origin=origin)
+    side = family.image_shape[-1]
+    config = build(BenchmarkConfig, {
+        **SETTING, "teacher": {"path": str(teacher)}, "output": str(tmp_path / "result/bench.json"), "solvers": {},
+        "features": clip_folder, "reference": str(images), "captions": str(images), "metrics": ["fd"],
+        "num_samples": 4, "teacher_steps": 2, "students": {"mine": str(student)}, "shapes": [[side, 2 * side]],
+    })  # fmt: skip
+    (table,) = shape_tables(config)
+    assert f"{side} by {2 * side} pixels" in table and "**mine**" in table and "teacher, 2 steps" in table
+    (other,) = at_shapes(config)
+    bench = Benchmark(other)  # of finished rows
+    seen = bench._source("mine", bench.open_student(str(student)), {}, count=4).take(range(2)).pixels
+    whole = bench.open_student(str(student))("x", height=side, width=2 * side, output_type="np").images
+    assert whole.shape == (1, side, 2 * side, 3) and seen.shape == (2, 3, side, side)
+    assert [row["name"] for row in bench.rows] == ["real images", "teacher, 2 steps", "mine"]
+    for wrong, why in (([side, side + 1], "multiples of 2"), ([side], r"\[height, width\]")):
+        with pytest.raises(ValueError, match=rf"shapes\[0\]: expected {why}, got"):
+            Benchmark(dataclasses.replace(config, shapes=(tuple(wrong),)))
 
 
 def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):

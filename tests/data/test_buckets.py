@@ -1,13 +1,16 @@
 """Sizes in buckets: batches of one size, an order that is a function of seed and position, nothing left over."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 
 import pytest
 import torch
 from contracts.cases import sections, train_until, weights
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stepdistill.data.base import DataConfig
 from stepdistill.data.buckets import sort_into
@@ -17,6 +20,8 @@ from stepdistill.data.loader import loader
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.features.classifier import SmallConvNet
+from stepdistill.randomness import Draws
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -96,8 +101,6 @@ def test_a_run_over_buckets_is_resumed_to_the_bit(folder, tmp_path):
 
 
 def test_what_has_one_size_only_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"data.buckets: 'dmd' draws its noise"):
-        Run(resolve(section(folder, tmp_path, "dmd")))
     wrong = section(folder, tmp_path)
     wrong["data"]["buckets"] = [[16, 16], [16, 17]]
     with pytest.raises(ValueError, match=r"data.buckets\[1\]: expected multiples of 2, got \[16, 17\]"):
@@ -159,3 +162,69 @@ def test_a_critic_of_the_teachers_features_sees_every_size(folder, tmp_path, fam
         features = critic.blocks.clean(x0, run.family.example_cond([0]))
         assert all(feature.shape[-2] * width == feature.shape[-1] * height for feature in features)
     run.train()
+
+
+def critics(method, options):
+    return pytest.param(method, options, id="-".join([method, *options]))
+
+
+QUICK = [
+    critics("dmd", {}),
+    critics("dmd2", {"gan_weight": 1e-3}),
+    critics("sid", {"gan_weight": 1e-3}),
+    critics("tcd", {"adversarial_weight": 0.1}),
+    critics("add", {"features": "teacher"}),
+]
+SLOW = [
+    critics(name, {})
+    for name in ("cdm", "tdm", "rcm", "imagine_flash", "lightning", "ladd", "sana_sprint", "flowmap", "pi_flow", "lcm")
+]
+
+
+@contextlib.contextmanager
+def states_seen():
+    """Yields the sizes of the states that networks are called with."""
+    sizes = set()
+
+    def note(module, args):
+        if isinstance(module, UNet2DConditionModel):
+            sizes.add(tuple(args[0].shape[-2:]))
+
+    handle = register_module_forward_pre_hook(note)
+    yield sizes
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [*QUICK, *(pytest.param(*one.values, id=one.id, marks=pytest.mark.product) for one in SLOW)]
+)
+def test_all_roles_of_a_method_see_the_size_of_the_batch(folder, tmp_path, method, options):
+    wanted = section(folder, tmp_path, method, steps=2)
+    wanted["method"] |= options
+    run = Run(resolve(wanted))
+    run.distiller.stage = run.distiller.stages(100)[-1]
+    batches = {}
+    for batch in taken(run.dataset, 12):
+        batches.setdefault(batch.images.shape[-2:], batch)
+    for (height, width), raw in batches.items():
+        for turn in run.distiller.turn_names:
+            with states_seen() as sizes:
+                losses = run.distiller(turn, run.dataset.encode(run.family, raw), Draws(0, 2))
+            assert sizes == {(height // 2, width // 2)}
+            assert all(term.isfinite() for term in losses.terms.values())
+
+
+def test_a_critics_network_that_cannot_see_a_bucket_is_refused_before_training(folder, tmp_path, monkeypatch):
+    class OfOneSize(SmallConvNet):
+        def maps(self, images):
+            if images.shape[-2:] != (16, 16):
+                raise ValueError("16 x 16 only")
+            return super().maps(images)
+
+    network = OfOneSize(in_channels=3, num_classes=3, width=4, num_features=8)
+    monkeypatch.setattr("stepdistill.discriminators.backbones.load_features", lambda spec: network)
+    monkeypatch.setattr("stepdistill.discriminators.backbones.refuse_same_weights", lambda *args: None)
+    wanted = section(folder, tmp_path, "add")
+    wanted["method"]["features"] = "mine"
+    with pytest.raises(ValueError, match=r"method.features: .* cannot process images of 3 x 16 x 32: 16 x 16 only"):
+        Run(resolve(wanted))
