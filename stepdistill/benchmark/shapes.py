@@ -13,13 +13,12 @@ from typing import Any
 
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.families.base import Family
-from stepdistill.families.config import sides_of
 
 
 def at_shapes(config: BenchmarkConfig) -> list[BenchmarkConfig]:
     """Return the benchmark of the teacher and its students at every shape, each with a result file of its own."""
     output, benchmarks = Path(config.output), []
-    for height, width in map(sides_of, config.shapes):
+    for height, width in config.shapes:
         name = f"{output.stem}-{height}x{width}{output.suffix}"
         teacher = dataclasses.replace(config.teacher, resolution=(height, width))
         benchmarks.append(dataclasses.replace(

@@ -85,8 +85,8 @@ def _prompts(config: PairsConfig) -> list[str]:
 
 
 def _manifest(family: Family, config: PairsConfig) -> dict[str, Any]:
-    manifest = {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)}
-    manifest |= dataclasses.asdict(config)
+    teacher = {"teacher_sha256": fingerprint_weights(family.network), "sample_shape": list(family.sample_shape)}
+    manifest: dict[str, Any] = teacher | dataclasses.asdict(config)
     for ignored in ("output_dir", "batch_size", "prompts"):
         del manifest[ignored]
     if family.caches_latents:

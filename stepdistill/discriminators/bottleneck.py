@@ -30,7 +30,8 @@ class Covering(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, 1, 1) of a map (B, C, H, W)."""
-        return super().forward(adaptive_avg_pool2d(x, self.kernel_size))
+        height, width = self.kernel_size
+        return super().forward(adaptive_avg_pool2d(x, (height, width)))
 
 
 class BottleneckHead(nn.Module):
