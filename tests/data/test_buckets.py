@@ -4,14 +4,20 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from contracts.cases import sections, train_until, weights
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from stepdistill.config import to_yaml
 from stepdistill.data.base import DataConfig
 from stepdistill.data.buckets import sort_into
 from stepdistill.data.datasets import open_data
@@ -25,6 +31,7 @@ from stepdistill.randomness import Draws
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [(16, 16)] * 4 + [(12, 20), (16, 40), (10, 30), (40, 18), (30, 14), (17, 16)]
 BUCKETS = [[16, 16], [16, 32], [32, 16]]
 
@@ -98,6 +105,33 @@ def test_a_run_over_buckets_is_resumed_to_the_bit(folder, tmp_path):
     again.train()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(again)[name]), name
+
+
+@pytest.mark.product
+def test_two_processes_train_over_buckets_to_the_weights_of_one(folder, tmp_path):
+    """Two of half a batch each take, of the same bucket at every step, what one takes of the whole.
+
+    Latents of two images at a time differ from those of four in their last bits: Adam's eps is large, so that it does
+    not make steps of them.
+    """
+    whole = section(folder, tmp_path / "whole")
+    whole["data"]["batch_size"] = 4
+    whole["optim"]["student"]["eps"] = 0.1
+    teacher = load_file(tmp_path / "whole/teacher/unet/diffusion_pytorch_model.safetensors")
+    one = Run(resolve(whole))
+    one.train()
+    shared = section(folder, tmp_path / "shared")
+    shared["optim"]["student"]["eps"] = 0.1
+    (tmp_path / "shared.yaml").write_text(to_yaml(shared))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    train = [str(ROOT / "scripts/train.py"), "--config", str(tmp_path / "shared.yaml")]
+    done = subprocess.run([*command, *train], env=os.environ | fixed, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    exported = load_file(tmp_path / "shared/run/pipeline/unet/diffusion_pytorch_model.safetensors")
+    wanted = load_file(one.folder / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    moved = max((wanted[name] - teacher[name]).abs().max() for name in wanted)
+    assert max((exported[name] - wanted[name]).abs().max() for name in wanted) < 1e-4 * moved
 
 
 def test_what_has_one_size_only_is_refused(folder, tmp_path):

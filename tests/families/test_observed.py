@@ -180,6 +180,7 @@ def test_an_unknown_pipeline_is_guided(unknown):
         ("lcm", {"guidance_scale": 3.0}), ("progressive", {}),
         pytest.param("tdm", {}, marks=pytest.mark.product),
         pytest.param("dmd2", {"gan_weight": 0.0}, marks=pytest.mark.product),
+        pytest.param("sid", {}, marks=pytest.mark.product),
     ],
 )  # fmt: skip
 def test_methods_train_and_export_without_images(tmp_path, method, options):
