@@ -6,6 +6,7 @@ The file of captions tells the size in pixels of every sample.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class CachedSizes:
 
     Attributes:
         sizes: (height, width) of every bucket in pixels; empty if all samples have the teacher's size.
-        native: (C, H, W) of that size's latents.
+        native: (C, H, W) of that size's latents, of clips (C, F, H, W).
         factor: side in pixels of the square that one latent covers.
     """
 
@@ -34,34 +35,30 @@ class CachedSizes:
         factor = family.image_shape[-1] // family.sample_shape[-1]
         return cls(tuple((height, width) for height, width in buckets), tuple(family.sample_shape), factor)
 
-    def shape(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Return (C, H, W) of the latents of images of a size."""
-        return self.native[0], size[0] // self.factor, size[1] // self.factor
+    def shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return (C, ..., H, W) of the latents of images or clips of a size."""
+        return *self.native[:-2], size[0] // self.factor, size[1] // self.factor
 
     @property
     def row(self) -> list[int]:
         """The shape of a row."""
         if not self.sizes:
             return list(self.native)
-        lengths = []
-        for size in self.sizes:
-            channels, height, width = self.shape(size)
-            lengths.append(channels * height * width)
-        return [max(lengths)]
+        return [max(math.prod(self.shape(size)) for size in self.sizes)]
 
     def stored(self, latents: Tensor) -> Tensor:
-        """Return latents (B, C, H, W) of one size as rows."""
+        """Return latents (B, C, ..., H, W) of one size as rows."""
         if not self.sizes:
             return latents
         flat = latents.flatten(1)
         return pad(flat, (0, self.row[0] - flat.shape[1]))
 
     def restored(self, rows: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the latents (B, C, H, W) that are stored as rows, of images of one size."""
+        """Return the latents (B, C, ..., H, W) that are stored as rows, of images of one size."""
         if not self.sizes:
             return rows
-        channels, height, width = self.shape(size)
-        return rows[:, : channels * height * width].reshape(len(rows), channels, height, width)
+        shape = self.shape(size)
+        return rows[:, : math.prod(shape)].reshape(len(rows), *shape)
 
 
 def by_size(rows: Iterable[int], size_of: Callable[[int], tuple[int, ...]]) -> list[list[int]]:

@@ -6,6 +6,7 @@ file that is too short is unreadable; frames are not repeated. Each frame is mad
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,19 +46,37 @@ def read_clip(source: str | TarMember, size: Sequence[int], fps: float, fit: Fit
     Raises:
         UnreadableImageError: saying why, but not which video.
     """
-    av, (count, height, width) = open_reader(), size
-    frames = []
+    frames, (count, height, width) = [], size
+    with opened(source) as container:
+        for frame in nearest_frames(timed(container), count, fps):
+            frames.append(fit_image(frame, 3, (height, width), fit))
+    if len(frames) < count:
+        raise UnreadableImageError(f"expected {count} frames at {fps:g} a second, got {len(frames)}")
+    return np.stack(frames, 1)
+
+
+def read_frame_size(source: str | TarMember) -> tuple[int, int]:
+    """Return the (height, width) of a video, as its header tells it.
+
+    Raises:
+        UnreadableImageError: saying why, but not which video.
+    """
+    with opened(source) as container:
+        stream = container.streams.video[0]
+        return stream.height, stream.width
+
+
+@contextlib.contextmanager
+def opened(source: str | TarMember) -> Iterator[Any]:
+    """Yield a video as PyAV's container; what goes wrong inside the context is said as ``UnreadableImageError``."""
+    av = open_reader()
     try:
         with av.open(io.BytesIO(source.read(MAX_FILE_BYTES)) if isinstance(source, TarMember) else source) as container:
-            for frame in nearest_frames(timed(container), count, fps):
-                frames.append(fit_image(frame, 3, (height, width), fit))
+            yield container
     except RemoteError:  # of the network, and not of this video
         raise
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UnreadableImageError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    if len(frames) < count:
-        raise UnreadableImageError(f"expected {count} frames at {fps:g} a second, got {len(frames)}")
-    return np.stack(frames, 1)
 
 
 def timed(container: Any) -> Iterator[tuple[float, Image.Image]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.batch import RawBatch
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.buckets import Buckets, sort_into
-from stepdistill.data.clips import open_reader, read_clip
+from stepdistill.data.clips import open_reader, read_clip, read_frame_size
 from stepdistill.data.columns import first_texts, several
 from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name, suffixes_of
@@ -153,7 +153,7 @@ class ImageDataset(Dataset):
         """Decode the samples at ``indices``."""
         unreadable: list[str] = []
         readable, images = [], []
-        size = self.size[1:] if self.buckets is None else self.buckets.size_of[indices[0]]
+        size = self.size[1:] if self.buckets is None else (*self.size[1:-2], *self.buckets.size_of[indices[0]])
         fetched = self._fetch(indices)
         for index in indices:
             found, image = self._next_readable(index, size, fetched, unreadable)
@@ -167,10 +167,17 @@ class ImageDataset(Dataset):
         shapes = []
         for row in self._rows:
             try:
-                shapes.append(read_shape(self._listing.images[int(row)])[1:])
+                shapes.append(self._size_in_header(self._listing.images[int(row)]))
             except UnreadableImageError:
                 shapes.append(sizes[0])
         return sort_into(sizes, shapes)
+
+    def _size_in_header(self, source: Any) -> tuple[int, int]:
+        """Return the (height, width) of a sample before it is resized."""
+        if self._fps is not None:
+            return read_frame_size(source)
+        _, height, width = read_shape(source)
+        return height, width
 
     def _fetch(self, indices: Sequence[int]) -> Mapping[int, Any]:
         """Return the images of these samples by their row, where several at a time are had sooner than one by one."""
@@ -244,8 +251,8 @@ def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> N
             raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
     if config.resolution not in (None, min(height, width)):
         raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
-    if config.buckets and len(size) == 3:
-        raise ValueError("data.buckets: expected none: the teacher makes clips, of one size")
+    if config.buckets and len(size) == 3 and config.fps is None:
+        raise ValueError("data.buckets: expected none, or data.fps: clips in an .npz have one size")
     if config.channels not in (None, channels):
         raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 

@@ -131,7 +131,7 @@ def test_two_processes_train_over_buckets_to_the_weights_of_one(folder, tmp_path
     exported = load_file(tmp_path / "shared/run/pipeline/unet/diffusion_pytorch_model.safetensors")
     wanted = load_file(one.folder / "pipeline/unet/diffusion_pytorch_model.safetensors")
     moved = max((wanted[name] - teacher[name]).abs().max() for name in wanted)
-    assert max((exported[name] - wanted[name]).abs().max() for name in wanted) < 1e-4 * moved
+    assert max((exported[name] - wanted[name]).abs().max() for name in wanted) < 1e-3 * moved
 
 
 def test_what_has_one_size_only_is_refused(folder, tmp_path):

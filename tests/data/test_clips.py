@@ -1,6 +1,8 @@
 """Clips from videos: written by us, read again; frames nearest in time; what cannot be read."""
 
+import dataclasses
 import io
+import itertools
 import tarfile
 
 import numpy as np
@@ -11,6 +13,9 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.clips import nearest_frames, read_clip
 from stepdistill.data.datasets import open_data
 from stepdistill.data.decoding import UnreadableImageError
+from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, make_cache
+from stepdistill.data.loader import loader
+from stepdistill.families.wan import Wan
 from stepdistill.inference.clips import write_clip
 
 pytest.importorskip("av")
@@ -56,6 +61,23 @@ def test_folders_and_tars_of_videos_are_data(video):
             tar.addfile(about, io.BytesIO(content))
     from_tar = data(video.parent.parent / "b.tar", fps=16).load([0])
     assert torch.equal(from_tar.images, from_folder.images)
+
+
+def test_clips_of_several_sizes_are_sorted_into_buckets_and_cached(tmp_path, video):
+    upright = (torch.arange(24) * 10).to(torch.uint8).view(1, 24, 1, 1).expand(3, 24, 48, 32)
+    write_clip(upright, video.with_name("b.mp4"), fps=16)
+    video.with_name("b.txt").write_text("upright")
+    family = Wan.tiny()
+    section = DataConfig(name="images", path=str(video.parent), batch_size=2, fps=16, buckets=((16, 32), (32, 16)))
+    dataset = open_data(section, channels=3, size=family.image_shape[1:], num_classes=None, takes_text=True)
+    make_cache(family, dataset, section, CacheConfig(output_dir=str(tmp_path / "cache")))
+    cached = LatentCacheDataset(dataclasses.replace(section, name="cache", path=str(tmp_path / "cache")), family)
+    found, batches = set(), [loader(one, batch_size=2, seed=0) for one in (dataset, cached)]
+    for raw, row in itertools.islice(zip(*batches, strict=True), 4):
+        latents = family.encode(raw).x0
+        assert raw.indices == row.indices and torch.equal(latents, cached.encode(family, row).x0)
+        found.add((raw.captions[0], tuple(raw.images.shape[2:]), tuple(latents.shape[2:])))
+    assert found == {("it gets lighter", (5, 16, 32), (2, 4, 8)), ("upright", (5, 32, 16), (2, 8, 4))}
 
 
 def test_images_are_no_clips(tmp_path, video):
