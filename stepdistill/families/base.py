@@ -194,9 +194,9 @@ class Family(abc.ABC):
         """Invert :meth:`pack`, for states of :attr:`sample_shape`."""
         return packed
 
-    def image_tokens(self, feature: Tensor, x_t: Tensor) -> Tensor:
+    def image_tokens(self, feature: Tensor, x_t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Return the places of a block's output (B, C, N) that belong to the image, not to its prompt."""
-        del x_t
+        del x_t, cond
         return feature
 
     def guidance_arguments(self, scale: float) -> dict[str, Any]:

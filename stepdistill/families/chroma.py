@@ -74,7 +74,8 @@ class Chroma(PlainLatentFamily, TextToImageFamily):
     def unpack(self, packed: Tensor) -> Tensor:
         return unpack(packed, *self.sample_shape[1:])
 
-    def image_tokens(self, feature: Tensor, x_t: Tensor) -> Tensor:
+    def image_tokens(self, feature: Tensor, x_t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        del cond
         _, _, height, width = x_t.shape
         return feature[..., -(height * width // 4) :]  # single blocks have the prompt first
 

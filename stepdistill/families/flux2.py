@@ -132,7 +132,8 @@ class Flux2(PlainLatentFamily, TextToImageFamily):
     def unpack(self, packed: Tensor) -> Tensor:
         return packed.transpose(1, 2).unflatten(2, self.sample_shape[1:])
 
-    def image_tokens(self, feature: Tensor, x_t: Tensor) -> Tensor:
+    def image_tokens(self, feature: Tensor, x_t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        del cond
         return feature[..., -x_t[0, 0].numel() :]  # single blocks have the prompt first
 
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -67,6 +67,13 @@ class Lumina2(PlainLatentFamily, TextToImageFamily):
         )
         return masked(embedded, null)
 
+    def image_tokens(self, feature: Tensor, x_t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return those behind the prompt's, which has another length in every row."""
+        _, _, height, width = x_t.shape
+        first = cond["encoder_attention_mask"].sum(1, keepdim=True).long()
+        places = first + torch.arange(height * width // 4, device=feature.device)
+        return feature.gather(2, places.unsqueeze(1).expand(-1, feature.shape[1], -1))
+
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return -network(
             hidden_states=x_t,

@@ -81,7 +81,8 @@ class ZImage(PlainLatentFamily, TextToImageFamily):
         )
         return padded(rows, self.sequence_length)
 
-    def image_tokens(self, feature: Tensor, x_t: Tensor) -> Tensor:
+    def image_tokens(self, feature: Tensor, x_t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        del cond
         _, _, height, width = x_t.shape
         return feature[..., : height * width // 4]
 

@@ -37,7 +37,7 @@ class BlockFeatures:
         """
         with self.denoiser.bank.using(self.denoiser.role) as network:
             features = capture_outputs(network, self.names, lambda: self.denoiser.family.call(network, x_t, t, cond))
-        return [self.denoiser.family.image_tokens(feature, x_t).float() for feature in features]
+        return [self.denoiser.family.image_tokens(feature, x_t, cond).float() for feature in features]
 
     def clean(self, x0: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
         """Return features of clean images (B, ...), at a time of almost no noise."""

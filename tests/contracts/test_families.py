@@ -13,6 +13,7 @@ from stepdistill.batch import RawBatch
 from stepdistill.diffusion.reading import noise_process
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
+from stepdistill.discriminators.heads import grid_shape
 from stepdistill.export.contract import call_arguments
 from stepdistill.families.chroma import Chroma
 from stepdistill.families.config import TeacherConfig
@@ -25,6 +26,8 @@ from stepdistill.families.sd3 import SD3
 from stepdistill.networks.activation_checkpointing import enable_checkpointing
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
+from stepdistill.networks.features import BlockFeatures
+from stepdistill.networks.hooks import middle_block
 
 MINIATURES = {name: cls.tiny for name, cls in families().items()} | PIXELS
 MINIATURES |= {
@@ -194,6 +197,21 @@ def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
     taken = inspect.signature(pipeline.__call__).parameters
     size = {name: value for name, value in family.pipeline_kwargs.items() if name in taken}
     assert pipeline_images(pipeline, family, 2, seed=1, num_inference_steps=2, **size).shape[0] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["chroma", "flux2", "lumina2", "zimage"])
+def test_features_of_blocks_that_see_the_prompt_are_those_of_the_image(name):
+    """They cover it as a map, and a longer prompt in another row moves nothing."""
+    family = MINIATURES[name]()
+    blocks = BlockFeatures(denoiser_of(family), [middle_block(family.network, family.feature_blocks)])
+    cond, (x, _), t = family.embed(["a cat", "two dogs on a sofa"]), states(family, 2), torch.tensor([0.3, 0.6])
+    (both,) = blocks(x, t, cond)
+    assert len(grid_shape(both.shape[1:], x.shape[-2] / x.shape[-1])) == 3
+    for row in range(2):
+        one = slice(row, row + 1)
+        (alone,) = blocks(x[one], t[one], {key: value[one] for key, value in cond.items()})
+        torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- encode and decode

@@ -145,7 +145,12 @@ def test_it_may_not_where_no_pipeline_is_asked_for_timesteps_nor_between_them():
 def test_every_family_with_every_method(tmp_path, name, method, bank):
     if (reason := refused(method, LATENT[name].tiny())) is not None:
         pytest.skip(reason)
-    run = train_student(tmp_path, LATENT[name].tiny(), method, bank)
+    try:
+        run = train_student(tmp_path, LATENT[name].tiny(), method, bank)
+    except ValueError as reason:
+        if name != "observed" or "no blocks of" not in str(reason):
+            raise
+        pytest.skip(str(reason))  # a critic of blocks, none of which is known
     images = check_export(run)
     if (run.folder / "pipeline/lora").exists():
         check_lora(run, images)
