@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from stepdistill.batch import Cond
 from stepdistill.discriminators.feature_sources import MapFeatures
-from stepdistill.discriminators.heads import grid_shape
+from stepdistill.discriminators.heads import aspect_of, grid_shape
 from stepdistill.losses.adversarial import Logits, critic_loss, critic_metrics, generator_loss
 from stepdistill.losses.levels import sample_times
 from stepdistill.networks.denoiser import Denoiser
@@ -77,7 +77,7 @@ class BottleneckCritic:
         family = fake.family
         blocks = BlockFeatures(fake, [middle_block(family.network, family.feature_blocks)])
         self.blocks = MapFeatures(blocks)
-        self.head = BottleneckHead(blocks.shapes()[-1], family.sample_shape[-2] / family.sample_shape[-1])
+        self.head = BottleneckHead(blocks.shapes()[-1], aspect_of(family.sample_shape))
         self.schedule = fake.schedule
 
     def __call__(self, images: Sequence[Tensor], cond: Cond, draws: Draws) -> list[Logits]:

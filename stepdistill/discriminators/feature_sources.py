@@ -11,7 +11,7 @@ from torch import Tensor
 from stepdistill.batch import Cond
 from stepdistill.discriminators.augmentation import diff_augment
 from stepdistill.discriminators.backbones import Backbone, open_backbone
-from stepdistill.discriminators.heads import grid_shape
+from stepdistill.discriminators.heads import aspect_of, grid_shape
 from stepdistill.families.base import Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.networks.denoiser import Denoiser
@@ -118,8 +118,8 @@ class MapFeatures:
 
 
 def laid_out(features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
-    """Return features (B, C, ...) of images (B, ..., H, W), with tokens that cover these as maps."""
-    aspect, maps = images.shape[-2] / images.shape[-1], []
+    """Return features (B, C, ...) of images (B, C, ..., H, W), with tokens that cover these as maps."""
+    aspect, maps = aspect_of(images.shape[1:]), []
     for feature in features:
         maps.append(feature.reshape(len(feature), *grid_shape(feature.shape[1:], aspect)))
     return maps
@@ -129,7 +129,7 @@ def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[MapFeatures, li
     """Return the features of at most so many of the teacher's blocks, evenly spaced, and their shapes at its size."""
     family = teacher.family
     blocks = BlockFeatures(teacher, spaced_blocks(family.network, family.feature_blocks, max_blocks))
-    aspect = family.sample_shape[-2] / family.sample_shape[-1]
+    aspect = aspect_of(family.sample_shape)
     return MapFeatures(blocks), [grid_shape(shape, aspect) for shape in blocks.shapes()]
 
 

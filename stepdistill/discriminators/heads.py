@@ -71,6 +71,15 @@ def grid_shape(shape: Sequence[int], aspect: float) -> tuple[int, ...]:
     return (shape[0], rows, columns) if rows * columns == shape[1] else tuple(shape)
 
 
+def aspect_of(shape: Sequence[int]) -> float:
+    """Return height over width of a state (C, H, W); of a clip's (C, F, H, W) with its frames one above the other.
+
+    >>> aspect_of((4, 8, 16)), aspect_of((4, 3, 8, 16))
+    (0.5, 1.5)
+    """
+    return math.prod(shape[1:-1]) / shape[-1]
+
+
 class Head(nn.Module):
     """One head: a 1x1 and a residual wider convolution, each with spectral norm, then a logit per position.
 

@@ -13,7 +13,7 @@ from stepdistill.batch import RawBatch
 from stepdistill.diffusion.reading import noise_process
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
-from stepdistill.discriminators.heads import grid_shape
+from stepdistill.discriminators.heads import aspect_of, grid_shape
 from stepdistill.export.contract import call_arguments
 from stepdistill.families.chroma import Chroma
 from stepdistill.families.config import TeacherConfig
@@ -200,14 +200,14 @@ def test_load_pipeline_opens_a_saved_teacher(family, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["chroma", "flux2", "lumina2", "zimage"])
+@pytest.mark.parametrize("name", ["chroma", "flux2", "lumina2", "wan", "zimage"])
 def test_features_of_blocks_that_see_the_prompt_are_those_of_the_image(name):
     """They cover it as a map, and a longer prompt in another row moves nothing."""
     family = MINIATURES[name]()
     blocks = BlockFeatures(denoiser_of(family), [middle_block(family.network, family.feature_blocks)])
     cond, (x, _), t = family.embed(["a cat", "two dogs on a sofa"]), states(family, 2), torch.tensor([0.3, 0.6])
     (both,) = blocks(x, t, cond)
-    assert len(grid_shape(both.shape[1:], x.shape[-2] / x.shape[-1])) == 3
+    assert len(grid_shape(both.shape[1:], aspect_of(x.shape[1:]))) == 3
     for row in range(2):
         one = slice(row, row + 1)
         (alone,) = blocks(x[one], t[one], {key: value[one] for key, value in cond.items()})
