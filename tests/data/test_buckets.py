@@ -205,11 +205,11 @@ def critics(method, options):
 QUICK = [
     critics("dmd", {}),
     critics("dmd2", {"gan_weight": 1e-3}),
-    critics("sid", {"gan_weight": 1e-3}),
     critics("tcd", {"adversarial_weight": 0.1}),
-    critics("add", {"features": "teacher"}),
 ]
 SLOW = [
+    critics("sid", {"gan_weight": 1e-3}),
+    critics("add", {"features": "teacher"}),
     critics(name, {})
     for name in ("cdm", "tdm", "rcm", "imagine_flash", "lightning", "ladd", "sana_sprint", "flowmap", "pi_flow", "lcm")
 ]

@@ -182,8 +182,7 @@ def hub(monkeypatch):
         yield hub
 
 
-@BOTH
-@pytest.mark.parametrize("folder", ["", "/data"])
+@pytest.mark.parametrize(("files", "folder"), [(TARS, "/data"), (TABLES, "")], ids=["tars", "parquet"])
 def test_a_data_set_of_the_hub_gives_the_batches_of_its_files(tmp_path, hub, files, folder):
     name = f"datasets/lab/d{uuid.uuid4().hex}"
     hub.repositories[name] = {f"{folder}/{file}".lstrip("/"): content for file, content in files.items()}
