@@ -207,11 +207,11 @@ QUICK = [
     critics("dmd2", {"gan_weight": 1e-3}),
     critics("tcd", {"adversarial_weight": 0.1}),
 ]
+OTHERS = ("cdm", "tdm", "rcm", "imagine_flash", "lightning", "ladd", "sana_sprint", "flowmap", "pi_flow", "lcm")
 SLOW = [
     critics("sid", {"gan_weight": 1e-3}),
     critics("add", {"features": "teacher"}),
-    critics(name, {})
-    for name in ("cdm", "tdm", "rcm", "imagine_flash", "lightning", "ladd", "sana_sprint", "flowmap", "pi_flow", "lcm")
+    *(critics(name, {}) for name in OTHERS),
 ]
 
 
