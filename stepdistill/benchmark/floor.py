@@ -40,8 +40,6 @@ class Floor:
     method: Mapping[str, Any]
     """The ``method`` section."""
     turns: Mapping[str, float]
-    first_order: bool = True
-    """Whether no derivative is taken in forward mode, where torch multiplies by the zero tangents of the weights."""
 
 
 FLOORS: dict[str, Floor] = {
@@ -64,7 +62,7 @@ FLOORS: dict[str, Floor] = {
         turns={"student": 6, "fake": 4},
     ),
     "scm, difference": Floor(method={"name": "scm", "tangent": "difference"}, turns={"student": 5}),
-    "scm, jvp": Floor(method={"name": "scm", "tangent": "jvp"}, turns={"student": 5}, first_order=False),
+    "scm, jvp": Floor(method={"name": "scm", "tangent": "jvp"}, turns={"student": 5}),
 }
 """Methods without an adversarial term, whose cost depends on how deep the critic's features lie."""
 

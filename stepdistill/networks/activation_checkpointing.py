@@ -33,6 +33,11 @@ def without_checkpointing(network: nn.Module) -> nn.Module:
     return network
 
 
+def is_checkpointed(network: nn.Module) -> bool:
+    """Return whether a network recomputes activations in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
 @contextlib.contextmanager
 def in_training(network: nn.Module, mode: bool) -> Iterator[None]:
     """Put a network into training (True) or evaluation mode, and back afterwards."""
