@@ -63,6 +63,7 @@ FLOORS: dict[str, Floor] = {
     ),
     "scm, difference": Floor(method={"name": "scm", "tangent": "difference"}, turns={"student": 5}),
     "scm, jvp": Floor(method={"name": "scm", "tangent": "jvp"}, turns={"student": 5}),
+    "flowmap, jvp": Floor(method={"name": "flowmap", "target": "jvp"}, turns={"student": 5}),
 }
 """Methods without an adversarial term, whose cost depends on how deep the critic's features lie."""
 
