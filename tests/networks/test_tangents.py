@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.benchmark.floor import count_flops
+from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.self_consistency import check_forward_mode
 from stepdistill.networks.copy_bank import CopyBank
@@ -152,6 +153,15 @@ def test_where_the_networks_own_pass_is_another_there_are_two(reason):
     assert calls == [Dual, torch.Tensor]
     torch.testing.assert_close(found[2].x0, expected[2].x0)
     torch.testing.assert_close(found[0].x0, expected[0].x0, atol=1e-1 if reason == "autocast" else 1e-5, rtol=1e-4)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("name", families())
+def test_every_familys_derivative_is_torchs(name):
+    family = families()[name].tiny()
+    for parameter in family.network.parameters():  # many begin with zeros
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    check_forward_mode(family)
 
 
 class Foreign(torch.autograd.Function):
