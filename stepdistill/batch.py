@@ -51,6 +51,13 @@ class Batch:
             images, {name: tensor.to(device, non_blocking=True) for name, tensor in self.cond.items()}, self.size
         )
 
+    def widened(self) -> Batch:
+        """Return the batch with conditions of bfloat16 in single precision, of the same numbers."""
+        cond = {
+            name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in self.cond.items()
+        }
+        return dataclasses.replace(self, cond=cond)
+
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the batch."""

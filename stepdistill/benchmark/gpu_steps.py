@@ -24,7 +24,7 @@ from stepdistill.benchmark.floor import (
     example_batch,
     floor_config,
     forward_of,
-    step_over_forward,
+    step_over_floor,
     turn_flops,
 )
 from stepdistill.benchmark.reference_step import REFERENCES
@@ -107,7 +107,7 @@ def measure_case(case: Case, *, tiny: bool, repeats: int, compiled: bool) -> dic
             "floor_F": floor_of(case),
         }
     forget_peak()
-    seconds, forward = step_over_forward(trainer, batch, repeats)
+    seconds, forward = step_over_floor(trainer, batch, 1, repeats)
     trainer.guard.raise_if_tripped()
     return {**found, "seconds": seconds, "forward_seconds": forward, "images_per_second": case.batch_size / seconds,
             **peak_memory(trainer.device)}  # fmt: skip

@@ -166,6 +166,7 @@ class CachedTexts:
             return cond
         replaced: Cond = {}
         for name, values in cond.items():
-            replaced[name] = values.clone()
-            replaced[name][places] = self.shards.rows(f"cond.{name}", rows)
+            others = self.shards.rows(f"cond.{name}", rows)
+            replaced[name] = values.to(torch.promote_types(values.dtype, others.dtype), copy=True)
+            replaced[name][places] = others.to(replaced[name].dtype)
         return replaced

@@ -159,10 +159,10 @@ class Pairs:
         return len(self.shards)
 
     def rows(self, indices: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Cond]:
-        """Return unit noise (B, ...), images (B, ...), both float32, and conditions of the pairs at ``indices``."""
-        noise, images = self.shards.rows("noise", indices), self.shards.rows("images", indices)
-        cond = {name: self.shards.rows(f"cond.{name}", indices).to(device) for name in self.shards.cond_names}
-        return noise.to(device), images.to(device), cond
+        """Return unit noise (B, ...), images (B, ...) and conditions of pairs, in single precision."""
+        noise, images = (self.shards.rows(name, indices).to(device).float() for name in ("noise", "images"))
+        cond = {name: self.shards.rows(f"cond.{name}", indices) for name in self.shards.cond_names}
+        return noise, images, Batch(None, cond, len(noise)).to(torch.device(device)).widened().cond
 
     @property
     def forwards(self) -> int:

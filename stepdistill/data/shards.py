@@ -126,13 +126,15 @@ class Shards:
         return found
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Return the rows of tensor ``name`` at ``indices``, (B, ...), in that order; half becomes single precision.
+        """Return the rows of tensor ``name`` at ``indices``, (B, ...), in that order, in half precision if all are.
 
         Raises:
             ValueError: if a shard is not what was written, or a row holds NaN or infinity; it names the file.
         """
         first = self._tensor(name, indices[0] // self.shard_size)
-        dtype = torch.float32 if first.is_floating_point() else first.dtype
+        dtype = first.dtype
+        for index in indices:
+            dtype = torch.promote_types(dtype, self._tensor(name, index // self.shard_size).dtype)
         joined = torch.empty(len(indices), *first.shape[1:], dtype=dtype)
         for place, index in enumerate(indices):
             shard, row = divmod(index, self.shard_size)

@@ -75,17 +75,18 @@ def gap(schedule: NoiseSchedule, interval: Interval) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- targets
 
 
-def direction(schedule: NoiseSchedule, path: Prediction, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives by flow time of a path's states (B, ...) and of the schedule's times (B,).
+def direction(schedule: NoiseSchedule, path: Prediction, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return times (B,) below 1, and the derivatives by flow time of a path's states (B, ...) and of these times.
 
     Args:
         schedule: the schedule of both.
         path: clean image and noise of the path's velocity.
-        t: times (B,) below 1.
+        t: times (B,).
     """
+    t = t.clamp(max=LATEST)
     (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))[:2]
     dt = (alpha + sigma) ** 2 / (d_sigma * alpha - d_alpha * sigma)
-    return path.to_state(expand(d_alpha * dt, path.x0), expand(d_sigma * dt, path.x0)), dt
+    return t, path.to_state(expand(d_alpha * dt, path.x0), expand(d_sigma * dt, path.x0)), dt
 
 
 def central_difference(
@@ -111,6 +112,11 @@ def interpolated(average: Average, path: Prediction, interval: Interval, s: Tens
     """
     rest = average(ode_step(path, schedule, s), s, interval.r)
     return torch.lerp(rest.flow(), path.flow(), share_above(schedule, interval, s))
+
+
+def where_empty(interval: Interval, path: Prediction, target: Tensor) -> Tensor:
+    """Return a target (B, ...) that is the path's velocity where the interval is empty."""
+    return torch.where(expand(interval.t == interval.r, target) > 0, path.flow(), target)
 
 
 def composed(average: Average, interval: Interval, s: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -139,12 +139,9 @@ class SelfConsistency:
         point = self.draw_point(draws, x0)
         noise = draws.normal_like(x0)
         x_t = self.schedule.add_noise(x0, noise, point.t)
-        # without gradient, and with the dropout masks that the student draws next
-        with torch.no_grad(), shared_dropout(self.student.bank, self.student.role):
+        with torch.no_grad():
             path = self.path(x_t, point.t, Prediction(x0, noise), cond, w)
-            tangent_of = self.tangent_rule(x_t, point, path, cond, self.share(step), w)
-        student = self.student(x_t, point.t, cond, w=w)
-        tangent = tangent_of(Prediction(student.x0.detach(), student.eps.detach()))
+        student, tangent = self.student_and_tangent(x_t, point, path, cond, self.share(step), w)
         size = tangent.square().flatten(1).mean(1).sqrt()
         move = tangent / expand(size + self.options.norm_floor, tangent)
         velocity = self.velocity(student, point).float()
@@ -179,33 +176,34 @@ class SelfConsistency:
         """Return TrigFlow's F."""
         return prediction.velocity(point.cos, point.sin / self.sigma_data)
 
-    def tangent_rule(
+    def student_and_tangent(
         self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None = None
-    ) -> Callable[[Prediction], Tensor]:
-        """Return the tangent g of Algorithm 1, before its normalisation, as a function of the student's prediction.
+    ) -> tuple[Prediction, Tensor]:
+        """Return the student's prediction with its gradient, and the tangent g of Algorithm 1 before normalisation.
 
         ``share`` is r, and ``w`` the guidance weights (B,) that the student is told.
         """
         if not self.is_exact:
-            return self.tangent_by_difference(x_t, point, path, cond, share, w)
-        student, (d_x_0, d_eps) = self.derive(x_t, point, path, cond, w)
+            # without gradient, and with the dropout masks that the student draws next
+            with torch.no_grad(), shared_dropout(self.student.bank, self.student.role):
+                tangent_of = self.tangent_by_difference(x_t, point, path, cond, share, w)
+            student = self.student(x_t, point.t, cond, w=w)
+            return student, tangent_of(Prediction(student.x0.detach(), student.eps.detach()))
+        dx, dt = self.direction(point, path)
+        student, here, (d_x_0, d_eps) = self.student.with_derivative(x_t, point.t, cond, dx, dt, w=w)
         turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
-        tangent = -(point.cos**2) * self.residual(student, path, point) - share * turn
-        return lambda _: tangent
+        return student, -(point.cos**2) * self.residual(here, path, point) - share * turn
 
     def residual(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
         """Return ``sigma_d F - dx/dtheta``."""
         return self.sigma_data * (self.velocity(student, point) - self.velocity(path, point))
 
-    def derive(
-        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, w: Tensor | None = None
-    ) -> tuple[Prediction, Prediction]:
-        """Return the student's prediction, and its derivative by the log noise level along the path."""
+    def direction(self, point: Point, path: Prediction) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of a path's states (B, ...) and of the times (B,) by the log noise level."""
         one = torch.ones_like(point.t)
         (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(self.schedule, (point.t,), (one,))[:2]
         dt = alpha * sigma / (d_sigma * alpha - d_alpha * sigma)  # dt / d log(sigma / alpha)
-        dx = path.to_state(expand(d_alpha * dt, x_t), expand(d_sigma * dt, x_t))
-        return self.student.jvp(x_t, point.t, cond, dx, dt, w=w)
+        return path.to_state(expand(d_alpha * dt, path.x0), expand(d_sigma * dt, path.x0)), dt
 
     def tangent_by_difference(
         self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None = None
@@ -294,7 +292,7 @@ def check_derivative(options: ConsistencyOptions, family: Family) -> None:
 
 
 def check_forward_mode(family: Family, key: str = "tangent") -> None:
-    """Differentiate the teacher forward once, on one image.
+    """Differentiate the teacher forward once, on one image, also by torch alone.
 
     Args:
         family: the family of the teacher.
@@ -303,13 +301,21 @@ def check_forward_mode(family: Family, key: str = "tangent") -> None:
     Raises:
         ValueError: if one of its operations has no forward derivative, such as a fused attention kernel.
     """
-    x, t = torch.zeros(1, *family.sample_shape), torch.full((1,), 0.5, dtype=torch.float64)
+    count = math.prod(family.sample_shape)
+    x, t = torch.linspace(-1, 1, count).view(1, *family.sample_shape), torch.full((1,), 0.5, dtype=torch.float64)
+    place = (x, t, family.example_cond([0]), torch.ones_like(x), t)
     teacher = Denoiser(family, CopyBank(family.network), "teacher")
     try:
-        teacher.jvp(x, t, family.example_cond([0]), x, t)
+        expected, found = teacher.jvp_by_torch(*place)[1].x0, teacher.jvp(*place)[1].x0
     except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"method.{key}: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, got: "
-            f"{reason} Set {key}: difference, or give the network its default attention processor."
-        ) from error
+        raise ValueError(_no_forward_mode(family, key, str(error).splitlines()[0])) from error
+    rounding = 4 * torch.finfo(next(family.network.parameters()).dtype).eps ** 0.5
+    if (found - expected).norm() > rounding * expected.norm():
+        raise ValueError(_no_forward_mode(family, key, "an operation whose derivative is lost."))
+
+
+def _no_forward_mode(family: Family, key: str, reason: str) -> str:
+    return (
+        f"method.{key}: 'jvp' needs a {type(family.network).__name__} that can be differentiated forward, got: "
+        f"{reason} Set {key}: difference, or give the network its default attention processor."
+    )

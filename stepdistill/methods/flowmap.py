@@ -47,17 +47,7 @@ from stepdistill.diffusion.prediction import Prediction, to_prediction
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler, TwoTimeDDIM
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
-from stepdistill.files.ranges import (
-    Decay,
-    FiniteFloat,
-    GuidanceScale,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PositiveShare,
-    Share,
-)
+from stepdistill.files import ranges
 from stepdistill.losses import average_velocity, guidance_input, intervals
 from stepdistill.losses.average_velocity import Average, Interval
 from stepdistill.losses.regression import mean_square
@@ -84,7 +74,7 @@ class FlowMap(Distiller):
     class Config:
         """Options of flow maps."""
 
-        steps: PositiveInt = 4
+        steps: ranges.PositiveInt = 4
         """Sampling steps; one training serves all values."""
         target: Literal["difference", "jvp", "alpha", "shortcut", "split"] = "difference"
         """What the average velocity regresses, see above."""
@@ -92,41 +82,41 @@ class FlowMap(Distiller):
         """Source of the path's velocity: distillation, or training on data alone."""
         slices: Literal["free", "two"] = "free"
         """Any two times, or clean data and the present one, without a second input; for ``difference`` and ``jvp``."""
-        guidance_scale: GuidanceScale = 1.0
+        guidance_scale: ranges.GuidanceScale = 1.0
         """Guidance baked into the student, or its default where the scale is an input; 1 is none."""
-        guidance_range: tuple[GuidanceScale, ...] = ()
+        guidance_range: tuple[ranges.GuidanceScale, ...] = ()
         """Lowest and highest scale of a student that takes it as an input; by default the scale is fixed."""
-        guidance_until: PositiveShare = 1.0
+        guidance_until: ranges.PositiveShare = 1.0
         """Flow time above which the velocity is not guided; 0.75 to 0.8 for MeanFlow's largest networks."""
-        guidance_mix: Decay = 0.0
+        guidance_mix: ranges.Decay = 0.0
         """Share of the student's own guided velocity in that of data (kappa); 0.5 and 0.92 in MeanFlow."""
-        condition_dropout: Share = 0.1
+        condition_dropout: ranges.Share = 0.1
         """Share of the batch without its condition, where data and the student itself make the guidance."""
-        step: PositiveFloat = 0.005
+        step: ranges.PositiveFloat = 0.005
         """Distance of the calls of ``difference``, in flow time; 0.005 to 0.02."""
-        warmup: NonNegativeInt = 0
+        warmup: ranges.NonNegativeInt = 0
         """Training steps until the derivative counts in full, of ``difference`` and ``jvp``."""
-        alpha_least: Share = 0.0
+        alpha_least: ranges.Share = 0.0
         """Where ``alpha`` ends; below 0.005 the target is that of ``jvp``."""
-        alpha_begin: Share = 0.0
+        alpha_begin: ranges.Share = 0.0
         """Share of the training at which ``alpha`` begins to fall from 1."""
-        alpha_end: PositiveShare = 0.4
+        alpha_end: ranges.PositiveShare = 0.4
         """Share of the training at which it has fallen."""
-        log_sigma_mean: FiniteFloat = -0.4
+        log_sigma_mean: ranges.FiniteFloat = -0.4
         """Mean of the log noise level ``log(sigma / alpha)`` of both times; a flow's shift is added."""
-        log_sigma_std: PositiveFloat = 1.0
+        log_sigma_std: ranges.PositiveFloat = 1.0
         """Its standard deviation."""
-        equal: Share = 0.5
+        equal: ranges.Share = 0.5
         """Share of pairs with r = t; shortcut models have 0.875."""
-        to_clean: Share = 0.2
+        to_clean: ranges.Share = 0.2
         """Share of the other pairs that end at clean data."""
-        from_noise: Share = 0.1
+        from_noise: ranges.Share = 0.1
         """Share of the other pairs that begin at pure noise, as samplers do."""
-        power: NonNegativeFloat = 0.5
+        power: ranges.NonNegativeFloat = 0.5
         """Exponent p of the error that divides the loss; at 0.5 all errors make gradients of one length."""
-        floor: PositiveFloat = 1e-3
+        floor: ranges.PositiveFloat = 1e-3
         """What is added to that error, a mean over pixels (c)."""
-        target_ema: Decay | None = None
+        target_ema: ranges.Decay | None = None
         """Decay of the average that makes the targets; 0 is the student itself, the default but for ``shortcut``."""
 
         def __post_init__(self) -> None:
@@ -193,9 +183,7 @@ class FlowMap(Distiller):
         t, s, r = self.draw_times(draws)
         interval = Interval(self.state(batch.x0, noise, t), t, r)
         cond, w = self.guidance(batch.cond, draws)
-        target = self.target_of(interval, s, Prediction(batch.x0, noise), cond, w)
-        student = self.student(interval.x_t, t, cond, w=self.told_weight(w), s=r)
-        error = mean_square(student.flow(), target)
+        error = mean_square(*self.student_and_target(interval, s, Prediction(batch.x0, noise), cond, w))
         weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
         loss = average_velocity.normalised(error, self.config.power, self.config.floor)
         return Losses({"loss": weight * loss.mean()}, {"error": error.detach().mean()})
@@ -207,8 +195,7 @@ class FlowMap(Distiller):
         interval = Interval(self.state(batch.x0, noise, t), t, torch.zeros_like(t))
         cond, w = self.guidance(batch.cond, draws)
         path = self.path(interval, Prediction(batch.x0, noise), cond, w)
-        mean = self.along_path(interval, path, cond, w)
-        velocity = self.student(interval.x_t, t, cond, w=w).flow()
+        velocity, mean = self.student_along_path(interval, path, cond, w)
         output = self.student.raw(interval.x_t, -t, cond, w=w)
         anchor = to_prediction(output, interval.x_t, t, self.schedule, self.family.prediction_type).flow()
         tau = average_velocity.flow_time(self.schedule, t)
@@ -270,39 +257,58 @@ class FlowMap(Distiller):
 
     # -------------------------------------------------------------------------------------------------- targets
 
-    def target_of(self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
-        """Return the target (B, ...) of the average velocity; two steps part at times ``s`` (B,)."""
-        if self.config.composes:
-            return self.composition(interval, s, data, cond, w)
-        return self.along_path(interval, self.path(interval, data, cond, w), cond, w)
+    def student_and_target(
+        self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the student's average velocity with its gradient, and its target; two steps part at times ``s``."""
+        if not self.config.composes:
+            return self.student_along_path(interval, self.path(interval, data, cond, w), cond, w)
+        target = self.composition(interval, s, data, cond, w)
+        return self.student_velocity(interval, cond, w), target
+
+    def student_along_path(
+        self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the student's average velocity, and the target by the path, whose derivative may be that student's."""
+        if self.target is not self.student or self.config.target == "difference" or self.alpha():
+            target = self.along_path(interval, path, cond, w)
+            return self.student_velocity(interval, cond, w), target
+        x_t, t, r = interval
+        t, dx, dt = average_velocity.direction(self.schedule, path, t)
+        student, _, derivative = self.student.with_derivative(x_t, t, cond, dx, dt, **self.told(w, r))
+        return student.flow(), self.corrected(interval, path, derivative.flow())
+
+    def student_velocity(self, interval: Interval, cond: Cond, w: Tensor | None = None) -> Tensor:
+        """Return the student's average velocity (B, ...)."""
+        x_t, t, r = interval
+        return self.student(x_t, t, cond, **self.told(w, r)).flow()
 
     def average(self, cond: Cond, w: Tensor | None = None) -> Average:
         """Return the target network without gradient, each call with the dropout that the student draws next."""
 
         def call(x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
             with self.computing_target(self.target):
-                return self.target(x_t, t, cond, w=self.told_weight(w), s=self.told(r))
+                return self.target(x_t, t, cond, **self.told(w, r))
 
         return call
 
-    def told_weight(self, w: Tensor | None) -> Tensor | None:
-        """Return the guidance weights as the network is told them."""
-        return w if self.inputs.w else None
-
-    def told(self, r: Tensor) -> Tensor | None:
-        """Return the second time as the network is told it."""
-        return r if self.config.slices == "free" else None
+    def told(self, w: Tensor | None, r: Tensor) -> dict[str, Tensor | None]:
+        """Return the guidance weights and the second time as the network is told them."""
+        return {"w": w if self.inputs.w else None, "s": r if self.config.slices == "free" else None}
 
     def along_path(self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the target (B, ...) that follows the path from ``x_t``; v where r = t."""
-        if alpha := self.alpha():
-            s = average_velocity.time_within(self.schedule, interval.t, interval.r, alpha)
-            target = average_velocity.interpolated(self.average(cond, w), path, interval, s, self.schedule)
-        else:
-            grown = min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
-            turn = grown * average_velocity.gap(self.schedule, interval) * self.derivative(interval, path, cond, w)
-            target = path.flow() - turn
-        return torch.where(expand(interval.t == interval.r, target) > 0, path.flow(), target)
+        if not (alpha := self.alpha()):
+            return self.corrected(interval, path, self.derivative(interval, path, cond, w))
+        s = average_velocity.time_within(self.schedule, interval.t, interval.r, alpha)
+        target = average_velocity.interpolated(self.average(cond, w), path, interval, s, self.schedule)
+        return average_velocity.where_empty(interval, path, target)
+
+    def corrected(self, interval: Interval, path: Prediction, derivative: Tensor) -> Tensor:
+        """Return the target that a derivative (B, ...) by flow time makes."""
+        grown = min(1.0, self.step_in_stage / self.config.warmup) if self.config.warmup else 1.0
+        target = path.flow() - grown * average_velocity.gap(self.schedule, interval) * derivative
+        return average_velocity.where_empty(interval, path, target)
 
     def derivative(self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the derivative (B, ...) of the average velocity by flow time along the path, at fixed r."""
@@ -312,10 +318,9 @@ class FlowMap(Distiller):
                 return average_velocity.central_difference(
                     self.average(cond, w), path, interval, self.config.step, self.schedule
                 )
-        t = t.clamp(max=average_velocity.LATEST)
-        dx, dt = average_velocity.direction(self.schedule, path, t)
+        t, dx, dt = average_velocity.direction(self.schedule, path, t)
         with self.computing_target(self.target):
-            return self.target.jvp(x_t, t, cond, dx, dt, w=self.told_weight(w), s=self.told(r))[1].flow()
+            return self.target.jvp(x_t, t, cond, dx, dt, **self.told(w, r))[1].flow()
 
     def composition(
         self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None

@@ -33,15 +33,26 @@ def without_checkpointing(network: nn.Module) -> nn.Module:
     return network
 
 
+def is_checkpointed(network: nn.Module) -> bool:
+    """Return whether a network recomputes activations in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
 @contextlib.contextmanager
 def in_training(network: nn.Module, mode: bool) -> Iterator[None]:
     """Put a network into training (True) or evaluation mode, and back afterwards."""
     before = network.training
-    network.train(mode)
+    set_training(network, mode)
     try:
         yield
     finally:
-        network.train(before)
+        set_training(network, before)
+
+
+def set_training(network: nn.Module, mode: bool) -> None:
+    """Put a network into training or evaluation mode; where it is in that mode, without asking its many modules."""
+    if network.training != mode:
+        network.train(mode)
 
 
 def _checkpoint(contexts: Contexts, function: nn.Module, *args: object) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -18,6 +17,8 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.networks.bank import TEACHER, NetworkBank
 from stepdistill.networks.compilation import uncompiled
+from stepdistill.networks.modes import in_one_pass, shared_dropout
+from stepdistill.networks.tangents import dual, tangent_of, value_of
 
 
 class Denoiser:
@@ -105,7 +106,7 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
         w: Tensor | None = None, s: Tensor | None = None,
     ) -> tuple[Prediction, Prediction]:  # fmt: skip
-        """Return the prediction, and its derivative along ``(dx, dt)``, by forward-mode differentiation in float32.
+        """Return the prediction, and its derivative along ``(dx, dt)``, in float32 and without a gradient.
 
         The derivative is at fixed ``w`` and ``s``, also for a network that is told the difference of both times.
 
@@ -119,13 +120,41 @@ class Denoiser:
             s: target times (B,), for networks that take a second time.
 
         Raises:
-            NotImplementedError, RuntimeError: from torch, for a network with an operation that has no forward
-                derivative, such as a fused attention kernel.
+            NotImplementedError, RuntimeError: from torch, for an operation that has no forward derivative.
         """
+        return self._carried(x_t, t, cond, dx, dt, w, s)
+
+    def with_derivative(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
+        w: Tensor | None = None, s: Tensor | None = None,
+    ) -> tuple[Prediction, Prediction, Prediction]:  # fmt: skip
+        """Return the prediction as a call does, and what :meth:`jvp` returns, with the same dropout masks.
+
+        It is one pass where the network computes in float32, its blocks are neither compiled nor recomputed, and its
+        weights are not divided; else two.
+        """
+        if in_one_pass(self.bank, self.role, x_t.device):
+            prediction, derivative = self._carried(x_t, t, cond, dx, dt, w, s)
+            return prediction, Prediction(prediction.x0.detach(), prediction.eps.detach()), derivative
+        with shared_dropout(self.bank, self.role):
+            exact, derivative = self.jvp(x_t, t, cond, dx, dt, w=w, s=s)
+        return self(x_t, t, cond, w=w, s=s), exact, derivative
+
+    @torch.no_grad()
+    def jvp_by_torch(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
+    ) -> tuple[Prediction, Prediction]:
+        """Return what :meth:`jvp` does, by ``torch.func.jvp`` at greater cost: it knows every operation or raises."""
+        with self.bank.using(self.role) as network, forward_mode(network, x_t.device), sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(self.conditioned(cond), (x_t, t), (dx, dt))[:2]
+
+    def _carried(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, w: Tensor | None,
+        s: Tensor | None,
+    ) -> tuple[Prediction, Prediction]:  # fmt: skip
         with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
-            told = functools.partial(self, cond=cond, w=w, s=s)
-            prediction, derivative, *_ = torch.func.jvp(told, (x_t, t), (dx, dt))
-            return prediction, derivative
+            found = self(dual(x_t, dx), dual(t, dt), cond, w=w, s=s)
+        return Prediction(*map(value_of, found)), Prediction(*map(tangent_of, found))
 
 
 class LeaningTeacher(Denoiser):
@@ -151,15 +180,14 @@ class LeaningTeacher(Denoiser):
 
 @contextlib.contextmanager
 def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Make ``network`` differentiable in forward mode: full precision, plain attention, contiguous norm inputs.
+    """Make ``network`` differentiable in forward mode: full precision, as it is written, contiguous norm inputs.
 
-    Torch's fused attention kernels have no forward derivative (pytorch#128971, #165530), and its group norm cannot
-    view the tangent of a transposed input, as in diffusers' attention blocks.
+    Torch's group norm cannot view the tangent of a transposed input, as in diffusers' attention blocks.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False), uncompiled():
+        with torch.autocast(device.type, enabled=False), uncompiled():
             yield
     finally:
         for hook in hooks:

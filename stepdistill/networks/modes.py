@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from stepdistill.networks.activation_checkpointing import in_training
+from stepdistill.networks.activation_checkpointing import in_training, is_checkpointed
 from stepdistill.networks.bank import STUDENT, NetworkBank
+from stepdistill.networks.compilation import is_compiled
 from stepdistill.networks.sharding import is_share
 
 
@@ -39,6 +40,13 @@ def shared_dropout(bank: NetworkBank, role: str) -> Iterator[None]:
 def is_single_precision(bank: NetworkBank, role: str, device: torch.device) -> bool:
     """Return whether ``role`` computes in float32 or better now: no autocast, and no frozen weights of bfloat16."""
     return not torch.is_autocast_enabled(device.type) and not _half_tensors(bank, role)
+
+
+def in_one_pass(bank: NetworkBank, role: str, device: torch.device) -> bool:
+    """Return whether ``role``'s own pass can carry tangents: in float32, of plain blocks, all weights at hand."""
+    with bank.using(role) as network:
+        is_plain = not is_compiled(network) and not is_checkpointed(network)
+    return is_plain and not bank.blueprints and is_single_precision(bank, role, device)
 
 
 @contextlib.contextmanager

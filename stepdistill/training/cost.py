@@ -1,7 +1,7 @@
 """The cost of a training, in a unit that compares across machines and methods: images that passed through a network.
 
-A hook on every network of the bank counts them: an image counts once for a forward alone, and three times if a
-derivative is taken too (a backward costs about two forwards). One unit is a *teacher forward*, because the networks of
+A hook on every network of the bank counts them: an image counts once for a forward, once more for a forward derivative
+in the same pass, and twice more for a backward. One unit is a *teacher forward*, because the networks of
 all roles have the teacher's size. Sampling, measuring and saving during the training are not counted.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.autograd.forward_ad import unpack_dual
 
 from stepdistill.networks.bank import NetworkBank
+from stepdistill.networks.tangents import Dual
 
 FORWARDS = "cost/teacher_forwards"
 """Where rows of a run's log hold the teacher forwards so far."""
@@ -33,7 +33,7 @@ class TrainingCost:
     images: int = 0
     """Images that were read, counted each time."""
     teacher_forwards: int = 0
-    """Images that passed through a network, counted 1 for a forward, 3 for a forward with its backward."""
+    """Images that passed through a network, counted 1 for a forward, 3 with its backward, 1 more with a derivative."""
     cpu_minutes: float = 0.0
     """CPU time of the training processes with all their threads, without data workers."""
     wall_minutes: float = 0.0
@@ -81,5 +81,4 @@ def _count(cost: TrainingCost, network: nn.Module, args: tuple[Any, ...], kwargs
     """Count before a forward, because one that computes inner features only ends early (and counts in full)."""
     images = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *network.parameters()))
-    forward_mode = unpack_dual(images).tangent is not None
-    cost.teacher_forwards += len(images) * (3 if backward or forward_mode else 1)
+    cost.teacher_forwards += len(images) * (1 + isinstance(images, Dual) + 2 * backward)

@@ -42,7 +42,9 @@ class Encoding:
             self.family.to(device)
 
     def __call__(self, raw: RawBatch) -> Batch:
-        """Return a batch on the device."""
+        """Return a batch on the device, where what was stored in half precision becomes single."""
+        if self.dataset.is_encoded:
+            return self.dataset.encode(self.family, raw).to(self.device).widened()
         if not self.visits:
             return self.dataset.encode(self.family, raw).to(self.device)
         with self.family.on_device(self.device):

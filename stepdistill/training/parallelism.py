@@ -23,6 +23,7 @@ from stepdistill.methods.base import Distiller
 from stepdistill.networks.launcher import ACCUMULATION, PRECISION, open_accelerator
 from stepdistill.networks.sharding import gathered
 from stepdistill.training import fsdp
+from stepdistill.training.allocator import keep_freed_memory
 from stepdistill.training.config import TrainConfig
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,13 +148,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     # a little longer than the heartbeat waits, which can name the process that is silent
     timeout = datetime.timedelta(seconds=config.timeout + GRACE)
-    return open_accelerator(
+    accelerator = open_accelerator(
         None if is_initialized() else "no",
         {PRECISION: config.precision, ACCUMULATION: str(config.accumulation)},
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def check_tracker(name: str) -> None:

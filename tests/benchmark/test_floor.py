@@ -9,10 +9,9 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 
 CPU = torch.device("cpu")
-FIRST_ORDER = [name for name, floor in FLOORS.items() if floor.first_order]
 
 
-@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("name", FLOORS)
 def test_a_step_costs_its_network_calls(name):
     floor, family = FLOORS[name], load_teacher(TeacherConfig(path="embedded"))
     distiller = make_distiller(floor_config(floor, 2), family, CPU)

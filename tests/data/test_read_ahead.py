@@ -62,6 +62,8 @@ def test_conditions_are_halved_only_where_that_loses_nothing(tmp_path):
     assert rows.layout(0)["cond.a"][0] == "F32"
     found = rows.rows("cond.a", [3, 0, 1])
     assert found.dtype == torch.float32 and torch.equal(found, torch.stack([exact[1], other[0], other[1]]))
+    found = Batch(None, {"a": rows.rows("cond.a", [3, 2])}, 2)  # it is single precision on the device at last
+    assert found.cond["a"].dtype == torch.bfloat16 and torch.equal(found.widened().cond["a"], exact.flip(0))
     assert torch.equal(rows.rows("cond.c", [1, 2]), torch.tensor([1, 0]))
 
 

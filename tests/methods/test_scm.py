@@ -55,9 +55,7 @@ def share(distiller):
 
 def tangent_of(distiller, x_t, point, path):
     """The tangent at the student's own prediction."""
-    return distiller.consistency.tangent_rule(x_t, point, path, {}, share(distiller))(
-        distiller.student(x_t, point.t, {})
-    )
+    return distiller.consistency.student_and_tangent(x_t, point, path, {}, share(distiller))[1]
 
 
 class Trigflow:
@@ -167,13 +165,17 @@ def test_the_network_moves_along_the_tangent_of_norm_one_under_the_weight_of_its
     distiller, _, _, _, _ = scene("trig", "trigflow")
     distiller.time_weight.double().linear.bias.data.fill_(0.7)
     batch, seen, given = batch_of(three_clusters(SCHEDULES["trig"], "trigflow"), 16), [], {}
-    velocity, rule = distiller.consistency.velocity, distiller.consistency.tangent_rule
+    velocity, both = distiller.consistency.velocity, distiller.consistency.student_and_tangent
 
     def watch(prediction, point):
         seen.append(velocity(prediction, point).requires_grad_())
         return seen[-1]
 
-    distiller.consistency.tangent_rule = lambda *args: lambda here: given.setdefault("g", rule(*args)(here))
+    def student_and_tangent(*args):
+        student, given["g"] = both(*args)
+        return student, given["g"]
+
+    distiller.consistency.student_and_tangent = student_and_tangent
     distiller.consistency.velocity = watch
     losses = distiller("student", batch, Draws(0, 16)).terms["loss"]
     (gradient,) = torch.autograd.grad(losses, seen[-1])
@@ -460,8 +462,7 @@ def test_adapters_on_a_base_of_bfloat16_have_the_tangent_of_float32():
         x_t = distiller.schedule.add_noise(BATCH.x0, noise, point.t)
         with torch.no_grad():
             path = distiller.consistency.path(x_t, point.t, Prediction(BATCH.x0, noise), BATCH.cond)
-            rule = distiller.consistency.tangent_rule(x_t, point, path, BATCH.cond, 1.0)
-            tangents[dtype] = rule(distiller.student(x_t, point.t, BATCH.cond))
+            tangents[dtype] = distiller.consistency.student_and_tangent(x_t, point, path, BATCH.cond, 1.0)[1]
         kept = {p.dtype for name, p in family.network.named_parameters() if "lora_" not in name}
         assert kept == {dtype}
     cosine = torch.nn.functional.cosine_similarity(*(tangent.flatten(1) for tangent in tangents.values()))

@@ -11,6 +11,7 @@ from torch import nn
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import DDIM
+from stepdistill.evaluation.sources import PipelineSource
 from stepdistill.families.base import Family
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
@@ -156,8 +157,10 @@ def test_a_compiled_pipeline_samples_what_an_uncompiled_one_does():
     assert not is_compiled(pipeline.unet)
     compile_blocks(pipeline.unet, "--compile", counter)
     assert is_compiled(pipeline.unet)
-    found = sample_images(pipeline, 2, **asked)
-    assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 1 and counter.graphs
+    source = PipelineSource(pipeline=pipeline, count=2, captions=asked["captions"], call=asked["call"])  # evaluation's
+    assert source.timing()["compiled"]
+    for found in (sample_images(pipeline, 2, **asked), source.take(range(2))):
+        assert (found.pixels.int() - expected.pixels.int()).abs().max() <= 1 and counter.graphs
 
 
 def test_forward_derivatives_do_not_see_the_compiler():

@@ -172,6 +172,31 @@ def test_integer_buffers_are_copied_not_averaged():
     assert bank.state("ema")["1.num_batches_tracked"].item() == 7
 
 
+def test_the_tensors_of_a_copy_are_those_of_its_network_also_when_they_were_replaced():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    network[2].weight = network[0].weight  # tied: one tensor, which an average moves once
+    bank = CopyBank(network)
+    bank.fork("student")
+    network = bank.networks["student"]
+    for _ in range(2):
+        found = bank.state("student")
+        expected = dict([*network.named_parameters(), *network.named_buffers()])
+        assert list(found) == list(expected) and len(found) == 8
+        assert all(found[name].data_ptr() == tensor.data_ptr() for name, tensor in expected.items())
+        network[0].weight = network[2].weight = nn.Parameter(torch.zeros(2, 2))
+        network.double()
+
+
+def test_a_mode_that_a_network_is_in_is_not_set_again(monkeypatch):
+    bank, asked = make_bank("copies"), []
+    bank.fork("student")
+    bank.train()
+    monkeypatch.setattr(nn.Module, "train", lambda self, mode=True: asked.append(mode))
+    bank.train()
+    with in_mode(bank, "student", training=True):
+        assert not asked
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_extracted_network_stands_alone(bank, x, checkpointing, tmp_path):
     for role in ("student", "fake"):

@@ -40,7 +40,7 @@ def test_shapes_alone_count_what_a_step_of_numbers_holds(bank, checkpointing):
     assert counted == pytest.approx(held, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name, floor in FLOORS.items() if floor.first_order])
+@pytest.mark.parametrize("name", FLOORS)
 def test_a_turn_keeps_the_activations_of_one_student_graph(name):
     floor, family = FLOORS[name], load_teacher(TeacherConfig(path="embedded"))
     distiller = make_distiller(floor_config(floor, 2), family, CPU)

@@ -69,10 +69,11 @@ def test_a_forward_is_one_and_a_derivative_two_more(adapters):
         assert not network._forward_pre_hooks
 
 
-def test_a_forward_mode_derivative_counts_as_a_backward(tmp_path):
+def test_a_forward_mode_derivative_counts_as_another_forward(tmp_path):
     run = make_run(tmp_path, "scm", steps=1)
     x, t, cond = torch.randn(5, *run.family.sample_shape), torch.full((5,), 0.5), run.family.example_cond(range(5))
-    cost = TrainingCost()
-    with counted(run.distiller.bank, cost):
-        run.distiller.student.jvp(x, t, cond, torch.ones_like(x), torch.ones_like(t))
-    assert cost.teacher_forwards == 3 * 5
+    for derive, forwards in ((run.distiller.student.jvp, 2), (run.distiller.student.with_derivative, 2 + 2)):
+        cost = TrainingCost()
+        with counted(run.distiller.bank, cost):
+            derive(x, t, cond, torch.ones_like(x), torch.ones_like(t))
+        assert cost.teacher_forwards == forwards * 5
