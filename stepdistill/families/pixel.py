@@ -20,6 +20,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UNet2DModel,
 )
@@ -237,7 +238,14 @@ class Pixel(Family):
     def teacher_pipeline(self, scheduler: Any | None) -> ClassConditionalPipeline:
         if scheduler is None:
             raise ValueError("solver: expected a teacher with betas; this one is a flow without a pipeline of its own")
-        return ClassConditionalPipeline(self.network, scheduler, null_class=self.null_class)
+        flow = self.prediction_type == "flow"
+        # diffusers' Euler of flows would spend its last step on the way from 0.001 to 0
+        even = (
+            torch.linspace(1, 1 / 50, 50).tolist() if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else None
+        )
+        return ClassConditionalPipeline(
+            self.network, scheduler, null_class=self.null_class, sigmas=even, noise_scale=1.0 if flow else None
+        )
 
 
 def split_embedding(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:
