@@ -238,13 +238,11 @@ class Pixel(Family):
     def teacher_pipeline(self, scheduler: Any | None) -> ClassConditionalPipeline:
         if scheduler is None:
             raise ValueError("solver: expected a teacher with betas; this one is a flow without a pipeline of its own")
-        flow = self.prediction_type == "flow"
-        # diffusers' Euler of flows would spend its last step on the way from 0.001 to 0
-        even = (
-            torch.linspace(1, 1 / 50, 50).tolist() if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else None
-        )
+        is_flow, sigmas = self.prediction_type == "flow", None
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which by itself ends with a step from 0.001 to 0
+            sigmas = torch.linspace(1, 1 / 50, 50).tolist()
         return ClassConditionalPipeline(
-            self.network, scheduler, null_class=self.null_class, sigmas=even, noise_scale=1.0 if flow else None
+            self.network, scheduler, null_class=self.null_class, sigmas=sigmas, noise_scale=1.0 if is_flow else None
         )
 
 
