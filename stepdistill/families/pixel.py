@@ -240,7 +240,7 @@ class Pixel(Family):
             raise ValueError("solver: expected a teacher with betas; this one is a flow without a pipeline of its own")
         is_flow, sigmas = self.prediction_type == "flow", None
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which by itself ends with a step from 0.001 to 0
-            sigmas = torch.linspace(1, 1 / 50, 50).tolist()
+            sigmas = torch.linspace(1, 1 / 50, 50, dtype=torch.float64).tolist()
         return ClassConditionalPipeline(
             self.network, scheduler, null_class=self.null_class, sigmas=sigmas, noise_scale=1.0 if is_flow else None
         )
