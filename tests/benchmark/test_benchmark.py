@@ -277,7 +277,7 @@ def test_no_solver_is_known_for_edm():
         make_solver("UniPC", {"_class_name": "EDMEulerScheduler"})
 
 
-@pytest.mark.parametrize("name", ["fashion", "fashion_flow", "cifar10", "faces"])
+@pytest.mark.parametrize("name", ["fashion", "fashion_flow", "cifar10", "digits", "faces"])
 def test_shipped_configurations_are_valid(name):
     config = build(BenchmarkConfig, read_config(f"configs/benchmark_{name}.yaml"))
     assert set(config.solvers) <= set(SOLVERS)
