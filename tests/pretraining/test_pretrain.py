@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
 
+from stepdistill.assets import TEACHERS
 from stepdistill.config import read_config
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
@@ -175,6 +176,12 @@ def test_a_flow_begins_from_the_weights_of_any_teacher(tmp_path):
     wider = dataclasses.replace(config, model={**options["model"], "block_out_channels": [8, 24]})
     with pytest.raises(ValueError, match=r"init_from: expected the weights of a network of 'model', got others in"):
         pixel.train_teacher(wider)
+
+
+def test_the_embedded_flow_is_small_and_knows_its_null_class():
+    family = load_teacher(TeacherConfig(path="embedded-flow"))
+    assert (family.prediction_type, family.schedule.shift, family.null_class) == ("flow", 1.0, 10)
+    assert sum(file.stat().st_size for file in TEACHERS["embedded-flow"].rglob("*")) < 1.6e6
 
 
 def grey_archive(path):
