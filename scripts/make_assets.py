@@ -19,8 +19,8 @@ from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import ReferenceStatistics
 from stepdistill.features.loading import load_features
 from stepdistill.files.ranges import PositiveInt, in_range
-from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretraining.classifier import read_labelled_images
+from stepdistill.pretraining.pixel import halved_pipeline
 
 
 def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
@@ -44,9 +44,9 @@ def main() -> None:
     np.savez_compressed(
         args.output_dir / "train_subset.npz", images=subset, labels=labels[index].numpy().astype(np.uint8)
     )
-    unet = UNet2DModel.from_pretrained(args.teacher / "unet", use_safetensors=True).half()
+    unet = UNet2DModel.from_pretrained(args.teacher / "unet", use_safetensors=True)
     scheduler = DDIMScheduler.from_pretrained(args.teacher / "scheduler")
-    pipeline = ClassConditionalPipeline(unet, scheduler, null_class=unet.config.num_class_embeds - 1)
+    pipeline = halved_pipeline(unet, scheduler.config)
     pipeline.save_pretrained(args.output_dir / "teacher")  # without its code, which the package has
 
     features = load_features(str(args.output_dir / "features"))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 FASHION = ASSETS / "fashion"
-"""Folder of the embedded teacher, its data and its classifier."""
+"""Folder of the embedded teachers, their data and their classifier."""
 FACES = ASSETS / "faces"
 """Folder of faces with captions, their text-to-image teacher, and the networks that measure them."""
 
-TEACHERS = {"embedded": FASHION / "teacher", "faces": FACES / "teacher"}
+TEACHERS = {"embedded": FASHION / "teacher", "embedded-flow": FASHION / "flow_teacher", "faces": FACES / "teacher"}
 """Embedded teachers, by their ``teacher.path``."""
 
 EMBEDDED = {

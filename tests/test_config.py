@@ -248,9 +248,12 @@ def test_every_pixel_configuration_states_two_budgets_whose_curves_are_measured(
         assert (run.eval.num_samples, run.eval.seed) == (1000, 1)  # those of the benchmark's search
 
 
-@pytest.mark.parametrize("budget", ["quick", "full"])
-def test_the_benchmark_trains_what_its_students_are(budget):
-    config = build(BenchmarkConfig, read_config(CONFIGS / "benchmark_fashion.yaml", [f"budget={budget}"]))
+@pytest.mark.parametrize(
+    ("file", "budget"),
+    [("benchmark_fashion", ["budget=quick"]), ("benchmark_fashion", ["budget=full"]), ("benchmark_fashion_flow", [])],
+)
+def test_the_benchmark_trains_what_its_students_are(file, budget):
+    config = build(BenchmarkConfig, read_config(CONFIGS / f"{file}.yaml", budget))
     trained = {resolved(CONFIGS.parent, line).train.output_dir for line in config.train}
     assert {str(Path(folder).parent) for folder in config.students.values()} == trained
     for line in config.train:  # a run starts from one that is trained before it

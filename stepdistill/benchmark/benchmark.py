@@ -49,7 +49,6 @@ from stepdistill.files.words import shown
 from stepdistill.inference.sampling import Images, sample_images
 from stepdistill.inference.solvers import make_solver, teacher_pipeline
 from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_weights
-from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
 SHOWN = 20
 """Images per row of the picture."""
@@ -239,9 +238,7 @@ class Benchmark:
         """Return the teacher's pipeline with a solver's scheduler."""
         if self.family.takes_text:
             return teacher_pipeline(self.config.teacher, solver)
-        scheduler = make_solver(solver, self.family.scheduler_config)
-        null_class = getattr(self.family, "null_class", None)
-        return ClassConditionalPipeline(self.family.network, scheduler, null_class=null_class)
+        return self.family.teacher_pipeline(make_solver(solver, self.family.scheduler_config))
 
     def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> Row:
         """Return a pipeline's row, by both judges."""

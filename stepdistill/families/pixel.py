@@ -20,6 +20,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UNet2DModel,
 )
@@ -237,7 +238,12 @@ class Pixel(Family):
     def teacher_pipeline(self, scheduler: Any | None) -> ClassConditionalPipeline:
         if scheduler is None:
             raise ValueError("solver: expected a teacher with betas; this one is a flow without a pipeline of its own")
-        return ClassConditionalPipeline(self.network, scheduler, null_class=self.null_class)
+        is_flow, sigmas = self.prediction_type == "flow", None
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # which by itself ends with a step from 0.001 to 0
+            sigmas = torch.linspace(1, 1 / 50, 50, dtype=torch.float64).tolist()
+        return ClassConditionalPipeline(
+            self.network, scheduler, null_class=self.null_class, sigmas=sigmas, noise_scale=1.0 if is_flow else None
+        )
 
 
 def split_embedding(network: nn.Module) -> tuple[nn.Module, ConditionEmbedding | None]:

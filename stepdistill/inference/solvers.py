@@ -1,7 +1,8 @@
 """Training-free solvers, the alternative to a student. All of them are diffusers' own.
 
 Each is set up as its authors recommend for few steps, on the teacher's own noise process: "trailing" spacing (the
-first step starts at pure noise) and a last step to clean data.
+first step starts at pure noise) and a last step to clean data. diffusers' Heun of flows ends otherwise: its last but
+one noise level is always 0.001, so that its last call is hardly used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.diffusion.reading import noise_process, read_schedule
+from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
 from stepdistill.families.config import TeacherConfig
@@ -24,14 +26,14 @@ SOLVERS = ("DDIM", "DPM-Solver++ 2M", "DPM-Solver++ SDE", "UniPC", "Euler", "Heu
 
 
 def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
-    """Return the diffusers scheduler of a solver on a VP teacher's noise process.
+    """Return the diffusers scheduler of a solver on the noise process of a VP teacher or a flow.
 
     Args:
         name: one of :data:`SOLVERS`.
         teacher: the teacher's scheduler config.
 
     Raises:
-        ValueError: if the name is unknown, or the teacher's process has no betas (a flow, EDM).
+        ValueError: if the name is unknown, or the teacher's process is EDM's.
     """
     from diffusers import (
         DDIMScheduler,
@@ -41,9 +43,11 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
         UniPCMultistepScheduler,
     )
 
-    _, prediction_type = read_schedule(teacher)
-    if prediction_type in ("flow", "edm", "edm_v"):
-        raise ValueError(f"solver: expected a teacher with betas, got {teacher.get('_class_name', 'none')!r}")
+    schedule, prediction_type = read_schedule(teacher)
+    if prediction_type in ("edm", "edm_v"):
+        raise ValueError(f"solver: expected a teacher with betas or a flow, got {teacher.get('_class_name', 'none')!r}")
+    if isinstance(schedule, RectifiedFlow):
+        return make_flow_solver(name, schedule)
     process = noise_process(teacher)
     match name:
         case "DDIM":
@@ -68,6 +72,34 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
             raise ValueError(f"solver: got {name!r}{nearest(name, SOLVERS)}")
 
 
+def make_flow_solver(name: str, flow: RectifiedFlow) -> Any:
+    """Return the diffusers scheduler of a solver on a flow, with the flow's shift; DDIM is Euler there."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    own: dict[str, Any] = {"num_train_timesteps": flow.num_timesteps, "shift": flow.shift}
+    multistep: dict[str, Any] = {
+        "num_train_timesteps": flow.num_timesteps, "flow_shift": flow.shift, "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction", "solver_order": 2, "final_sigmas_type": "zero",
+    }  # fmt: skip
+    match name:
+        case "DDIM" | "Euler":
+            return FlowMatchEulerDiscreteScheduler(**own)
+        case "Heun":
+            return FlowMatchHeunDiscreteScheduler(**own)
+        case "UniPC":
+            return UniPCMultistepScheduler(**multistep)
+        case "DPM-Solver++ 2M" | "DPM-Solver++ SDE":
+            algorithm = "dpmsolver++" if name.endswith("2M") else "sde-dpmsolver++"
+            return DPMSolverMultistepScheduler(algorithm_type=algorithm, lower_order_final=True, **multistep)
+        case _:
+            raise ValueError(f"solver: got {name!r}{nearest(name, SOLVERS)}")
+
+
 def steps_within(solver: str, calls: int, *, guided: bool = False) -> int:
     """Return the most steps that cost at most ``calls`` network calls an image; 0 if even one step costs more.
 
@@ -85,10 +117,16 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
 
     Args:
         config: the ``teacher`` section of a configuration.
-        solver: one of :data:`SOLVERS`; ``DDIM`` of a flow is its own scheduler.
+        solver: one of :data:`SOLVERS`; ``DDIM`` of a latent flow is its pipeline's own scheduler.
+
+    Raises:
+        ValueError: if another solver is asked for a latent flow, whose pipeline moves the grid by itself.
     """
     family = load_teacher(dataclasses.replace(config, dtype="float32"))  # a call needs all parts in one precision
-    own = solver == "DDIM" and family.prediction_type == "flow"
+    own = family.prediction_type == "flow" and not family.predicts_pixels
+    if own and solver != "DDIM":
+        name = family.scheduler_config.get("_class_name")
+        raise ValueError(f"solver: expected 'DDIM', which is {name!r} for this teacher, got {solver!r}")
     pipeline = family.teacher_pipeline(None if own else make_solver(solver, family.scheduler_config))
     accepted = inspect.signature(type(pipeline).__call__).parameters
     asked = {**family.pipeline_kwargs, **guiding_arguments(family)}

@@ -2,8 +2,8 @@
 
 It minimises a loss by AdamW with a warm-up and a cosine decay, and returns an exponential moving average. Teachers
 minimise the denoising loss of their prediction type, ``|| target(x0, eps, t) - network(x_t, t, label) ||^2`` with t
-uniform over the scheduler's timesteps, and drop labels to a null class for classifier-free guidance (Ho & Salimans,
-arXiv 2207.12598). The loop of distillation, with checkpoints and exact resume, is
+uniform over the scheduler's timesteps (of a flow: over [0, 1]), and drop labels to a null class for classifier-free
+guidance (Ho & Salimans, arXiv 2207.12598). The loop of distillation, with checkpoints and exact resume, is
 :mod:`stepdistill.training.trainer`.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -66,6 +66,24 @@ def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **c
     target = targets[scheduler.config.prediction_type]()
     prediction = network(x_t, timesteps, **cond).sample
     return nn.functional.mse_loss(prediction.float(), target.float())
+
+
+def flow_matching_loss(
+    network: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler, x0: Tensor, **cond: Tensor | None
+) -> Tensor:
+    """Return the mean squared error of the velocity ``eps - x0`` at ``x_t = (1 - t) x0 + t eps`` (arXiv 2210.02747).
+
+    Args:
+        network: predicts the velocity, told the timestep ``T t``.
+        scheduler: knows T, the number of its timesteps; its shift moves a sampler's grid only.
+        x0: clean images (B, C, H, W).
+        cond: further arguments of the network: ``class_labels``.
+    """
+    noise = torch.randn_like(x0)
+    t = torch.rand(len(x0), device=x0.device)
+    x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+    prediction = network(x_t, scheduler.config.num_train_timesteps * t, **cond).sample
+    return nn.functional.mse_loss(prediction.float(), noise - x0)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

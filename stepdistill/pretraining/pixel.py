@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from stepdistill.families.config import TeacherConfig
+from stepdistill.families.loading import load_teacher
+from stepdistill.families.pixel import Pixel
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Share
 from stepdistill.networks.launcher import PRECISION, open_accelerator
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretraining.classifier import read_labelled_images
-from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
+from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit, flow_matching_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,12 @@ class PretrainConfig(FitConfig):
     """Options of a teacher's training; ``model`` and ``scheduler`` are passed to the diffusers classes."""
 
     scheduler: dict[str, Any]
+    scheduler_class: Literal["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"] = "DDIMScheduler"
+    """The second makes a teacher that predicts the velocity of a flow."""
     data: str
     output_dir: str
+    init_from: str | None = None
+    """A teacher whose weights the network begins from, as ``teacher.path`` takes it; it may predict anything else."""
     label_dropout: Share = 0.1
     precision: Precision = "fp32"
 
@@ -33,7 +42,9 @@ class PretrainConfig(FitConfig):
 
 
 def train_teacher(config: PretrainConfig) -> Path:
-    """Train a teacher, save ``unet/`` and ``scheduler/`` under ``config.output_dir``, and return that folder.
+    """Train a teacher, save it under ``config.output_dir``, and return that folder.
+
+    ``unet/`` and ``scheduler/`` are what was trained; ``pipeline/`` is both in half precision, and the null class.
 
     Raises:
         ValueError: if the data is damaged, or a label is not one of the network's classes.
@@ -45,19 +56,48 @@ def train_teacher(config: PretrainConfig) -> Path:
     if null_class > 0 and not 0 <= int(labels.min()) <= int(labels.max()) < null_class:
         found = f"{int(labels.min())} to {int(labels.max())}"
         raise ValueError(f"{config.data}: labels: expected 0 to {null_class - 1}, the network's classes, got {found}")
-    scheduler = DDIMScheduler(**config.scheduler)
+    is_flow = config.scheduler_class == "FlowMatchEulerDiscreteScheduler"
+    denoising = flow_matching_loss if is_flow else denoising_loss
+    scheduler = (FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler)(**config.scheduler)
     folder = Path(config.output_dir)
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         x0 = images[index].float().div(127.5).sub(1).to(accelerator.device)
         dropped = torch.rand(len(index), generator=generator) < config.label_dropout
         label = labels[index].masked_fill(dropped, null_class).to(accelerator.device) if null_class > 0 else None
-        return denoising_loss(network, scheduler, x0, class_labels=label)
+        return denoising(network, scheduler, x0, class_labels=label)
 
-    fit(
-        UNet2DModel(**config.model), loss, count=len(images), config=config, accelerator=accelerator,
+    average = fit(
+        open_network(config), loss, count=len(images), config=config, accelerator=accelerator,
         log=folder / "metrics.jsonl", save=lambda average: average.save_pretrained(folder / "unet"),
     )  # fmt: skip
     if accelerator.is_main_process:
         scheduler.save_pretrained(folder / "scheduler")
+        halved_pipeline(average.cpu(), scheduler.config).save_pretrained(folder / "pipeline")
     return folder
+
+
+def halved_pipeline(network: UNet2DModel, scheduler: Mapping[str, Any]) -> ClassConditionalPipeline:
+    """Return a pipeline of a network, converted to half precision in place; its last class is the null class."""
+    labels = network.config.num_class_embeds
+    family = Pixel(network.half(), scheduler, None if labels is None else labels - 1)
+    is_flow = family.prediction_type == "flow"
+    kind = FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler
+    return family.teacher_pipeline(kind.from_config(scheduler))
+
+
+def open_network(config: PretrainConfig) -> UNet2DModel:
+    """Return the network that training begins from: a random one, or one with the weights of ``init_from``.
+
+    Raises:
+        ValueError: if ``init_from`` has other weights than a network of ``model``.
+    """
+    network = UNet2DModel(**config.model)
+    if config.init_from is None:
+        return network
+    weights = load_teacher(TeacherConfig(path=config.init_from)).network.state_dict()
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise ValueError(f"init_from: expected the weights of a network of 'model', got others in {config.init_from!r}")
+    network.load_state_dict(weights)
+    return network

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import pipeline_images, save_images, save_teacher, sections
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from transformers import CLIPModel
 
@@ -282,14 +283,32 @@ def test_a_missing_student_is_named_before_anything_is_measured(tmp_path):
         Benchmark(config_of(tmp_path, students={"ours": str(tmp_path / "run/pipeline-2-step")}))
 
 
-def test_a_flow_teacher_has_no_such_solvers():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
-        make_solver("UniPC", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_of_a_flow_takes_straight_lines_to_a_point(solver):
+    """Timesteps may be whole numbers (DPM-Solver, UniPC) and begin at 999, hence the width."""
+    family = Pixel.tiny(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    asked = []
+
+    def velocity(x_t, timestep, class_labels):
+        asked.append(timestep[0].item() / 1000)
+        return UNet2DOutput((x_t - 0.5) / (timestep / 1000).view(-1, 1, 1, 1))
+
+    family.network.forward = velocity
+    pipeline = family.teacher_pipeline(make_solver(solver, family.scheduler_config))
+    images = pipeline([0], num_inference_steps=3, output_type="pt").images
+    torch.testing.assert_close(images, torch.full_like(images, 0.75), atol=5e-3, rtol=0)
+    if solver != "Heun":  # whose diffusers grid ends in 0.001
+        assert asked == pytest.approx(family.schedule.grid(3)[:-1].tolist(), abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["benchmark_fashion", "benchmark_cifar10", "benchmark_digits", "benchmark_faces"])
+def test_no_solver_is_known_for_edm():
+    with pytest.raises(ValueError, match="expected a teacher with betas or a flow, got 'EDMEulerScheduler'"):
+        make_solver("UniPC", {"_class_name": "EDMEulerScheduler"})
+
+
+@pytest.mark.parametrize("name", ["fashion", "fashion_flow", "cifar10", "digits", "faces"])
 def test_shipped_configurations_are_valid(name):
-    config = build(BenchmarkConfig, read_config(f"configs/{name}.yaml"))
+    config = build(BenchmarkConfig, read_config(f"configs/benchmark_{name}.yaml"))
     assert set(config.solvers) <= set(SOLVERS)
 
 

@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from contracts.cases import save_teacher
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
 
+from stepdistill.assets import TEACHERS
 from stepdistill.config import read_config
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
+from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.features.clip import Clip
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.pretraining import pixel
 from stepdistill.pretraining.clip import shifted, train_tokenizer
-from stepdistill.pretraining.fit import FitConfig, fit
+from stepdistill.pretraining.fit import FitConfig, fit, flow_matching_loss
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
 from stepdistill.pretraining.vae import encode, whiten
 
@@ -141,6 +145,48 @@ def test_colours_stay_in_their_channels_and_labels_in_their_range(tmp_path, monk
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"b\.npz: expected an \.npz of plain arrays"):
         pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
+
+
+def test_the_loss_of_a_flow_is_zero_for_the_velocity_of_a_point():
+    x0, asked = torch.full((64, 1, 2, 2), 0.5), []
+
+    def network(x_t, timesteps, class_labels):
+        asked.append(timesteps)
+        return UNet2DOutput((x_t - 0.5) / (timesteps / 1000).view(-1, 1, 1, 1))
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert flow_matching_loss(network, scheduler, x0, class_labels=None) < 1e-6
+    assert 0 <= asked[0].min() < 100 and 900 < asked[0].max() < 1000  # evenly, whatever the shift
+
+
+def test_a_flow_begins_from_the_weights_of_any_teacher(tmp_path):
+    begun = save_teacher(Pixel.tiny(num_classes=2, size=8), tmp_path / "begun")
+    network = load_teacher(TeacherConfig(path=str(begun))).network
+    options = {"model": dict(network.config), "scheduler": {"shift": 2.0}, "steps": 1, "batch_size": 2, "lr": 1e-9}
+    config = pixel.PretrainConfig(
+        **options, scheduler_class="FlowMatchEulerDiscreteScheduler", init_from=str(begun),
+        data=str(grey_archive(tmp_path / "a.npz")), output_dir=str(tmp_path / "t"),
+    )  # fmt: skip
+    folder = pixel.train_teacher(config)
+    family, whole = (load_teacher(TeacherConfig(path=str(path))) for path in (folder, folder / "pipeline"))
+    assert family.prediction_type == whole.prediction_type == "flow" and whole.schedule.shift == 2
+    assert (family.null_class, whole.null_class) == (None, 2)  # a guided student needs the whole one
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(family.network.state_dict()[name], value, atol=1e-6, rtol=0)
+    wider = dataclasses.replace(config, model={**options["model"], "block_out_channels": [8, 24]})
+    with pytest.raises(ValueError, match=r"init_from: expected the weights of a network of 'model', got others in"):
+        pixel.train_teacher(wider)
+
+
+def test_the_embedded_flow_is_small_and_knows_its_null_class():
+    family = load_teacher(TeacherConfig(path="embedded-flow"))
+    assert (family.prediction_type, family.schedule.shift, family.null_class) == ("flow", 1.0, 10)
+    assert sum(file.stat().st_size for file in TEACHERS["embedded-flow"].rglob("*")) < 1.6e6
+
+
+def grey_archive(path):
+    np.savez(path, images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 0, 1]))
+    return path
 
 
 def test_the_judge_is_of_another_seed():
