@@ -145,14 +145,14 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor
     ) -> tuple[Prediction, Prediction]:
         """Return what :meth:`jvp` does, by ``torch.func.jvp`` at greater cost: it knows every operation or raises."""
-        with self.bank.using(self.role) as network, forward_mode(network, x_t.device), sdpa_kernel(SDPBackend.MATH):
+        with self.bank.using(self.role) as network, forward_mode(x_t.device), differentiable(network):
             return torch.func.jvp(self.conditioned(cond), (x_t, t), (dx, dt))[:2]
 
     def _carried(
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, w: Tensor | None,
         s: Tensor | None,
     ) -> tuple[Prediction, Prediction]:  # fmt: skip
-        with self.bank.using(self.role) as network, forward_mode(network, x_t.device):
+        with forward_mode(x_t.device):
             found = self(dual(x_t, dx), dual(t, dt), cond, w=w, s=s)
         return Prediction(*map(value_of, found)), Prediction(*map(tangent_of, found))
 
@@ -179,15 +179,23 @@ class LeaningTeacher(Denoiser):
 
 
 @contextlib.contextmanager
-def forward_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Make ``network`` differentiable in forward mode: full precision, as it is written, contiguous norm inputs.
+def forward_mode(device: torch.device) -> Iterator[None]:
+    """Make networks differentiable in forward mode: full precision, as they are written."""
+    with torch.autocast(device.type, enabled=False), uncompiled():
+        yield
 
-    Torch's group norm cannot view the tangent of a transposed input, as in diffusers' attention blocks.
+
+@contextlib.contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Let torch differentiate ``network`` forward: plain attention, contiguous norm inputs.
+
+    Torch's fused attention kernels have no forward derivative, and its group norm cannot view the tangent of a
+    transposed input, as in diffusers' attention blocks.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     hooks = [norm.register_forward_pre_hook(_contiguous) for norm in norms]
     try:
-        with torch.autocast(device.type, enabled=False), uncompiled():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         for hook in hooks:

@@ -44,8 +44,8 @@ class Dual(Tensor):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        first, *others = *args, *kwargs.values()
-        if isinstance(first, Dual) and not any(isinstance(other, Dual) for other in others):
+        others = *args[1:], *kwargs.values()
+        if args and isinstance(args[0], Dual) and not any(isinstance(other, Dual) for other in others):
             rule = OF_ONE.get(func.__name__, by_torch)
         else:
             rule = OF_SEVERAL.get(func.__name__, by_torch)
@@ -92,8 +92,8 @@ def linear(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 def additive(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Take the function of the tangents, if both operands or all parts of a list have one."""
-    parts = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
-    if not all(isinstance(part, Dual) for part in parts):
+    parts = args[0] if args and isinstance(args[0], (list, tuple)) else args[:2]
+    if len(parts) < 2 or not all(isinstance(part, Dual) for part in parts):
         return by_torch(func, args, kwargs)
     output = func(*tree_map_only(Dual, value_of, args), **kwargs)
     with torch.no_grad():
@@ -102,15 +102,21 @@ def additive(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def layer(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dual:
-    """Take the layer of the tangent without its bias, the third argument."""
-    output = func(value_of(args[0]), *args[1:], **kwargs)
-    with torch.no_grad():
-        moved = func(args[0].tangent, args[1], None, *args[3:], **{k: v for k, v in kwargs.items() if k != "bias"})
-    return dual(output, moved)
+    """Take the layer of the tangent without its bias."""
+
+    def call(input: Dual, weight: Tensor, bias: Tensor | None = None, *others: Any, **options: Any) -> Dual:
+        output = func(value_of(input), weight, bias, *others, **options)
+        with torch.no_grad():
+            moved = func(input.tangent, weight, None, *others, **options)
+        return dual(output, moved)
+
+    return call(*args, **kwargs)
 
 
 def symmetric(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dual:
-    """Take the backward derivative."""
+    """Take the backward derivative, but where the input is written over."""
+    if kwargs.get("inplace"):
+        return by_torch(func, args, kwargs)
     value = value_of(args[0])
     return dual(func(value, *args[1:], **kwargs), _pulled(func, value, args[0].tangent, *args[1:], **kwargs))
 
@@ -118,9 +124,12 @@ def symmetric(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def norm(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dual:
     """Take the backward derivative of a group or layer norm without its weights, and then these."""
 
-    def call(input: Dual, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, **eps: float) -> Dual:
+    def call(
+        input: Dual, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, *others: Any, **eps: float
+    ) -> Dual:
         value = value_of(input)
-        output, moved = func(value, shape, weight, bias, **eps), _pulled(func, value, input.tangent, shape, **eps)
+        output = func(value, shape, weight, bias, *others, **eps)
+        moved = _pulled(func, value, input.tangent, shape, None, None, *others, **eps)
         if weight is not None:
             after = value.ndim - 2 if func.__name__ == "group_norm" else 0
             moved.mul_(weight.detach()[(...,) + after * (None,)])
@@ -131,12 +140,17 @@ def norm(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dual
 
 def attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dual:
     """Take the tangent from plain attention, and both where it has dropout."""
-    with sdpa_kernel(SDPBackend.MATH):
-        if kwargs.get("dropout_p"):
-            return by_torch(func, args, kwargs)
-        with torch.no_grad():
-            moved = tangent_of(by_torch(func, args, kwargs))
+    if any(args[4:5]) or kwargs.get("dropout_p"):
+        return whole_attention(func, args, kwargs)
+    with torch.no_grad():
+        moved = tangent_of(whole_attention(func, args, kwargs))
     return dual(func(*tree_map_only(Dual, value_of, args), **tree_map_only(Dual, value_of, kwargs)), moved)
+
+
+def whole_attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Take the derivative from torch, of a function with attention in it."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return by_torch(func, args, kwargs)
 
 
 def attribute(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -165,7 +179,10 @@ def refuse(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     raise NotImplementedError(f"no forward derivative of {func.__name__}, which writes into a tensor.")
 
 
-ATTENTION: dict[str, Rule] = {"scaled_dot_product_attention": attention}
+ATTENTION: dict[str, Rule] = {
+    "scaled_dot_product_attention": attention,
+    "multi_head_attention_forward": whole_attention,
+}
 WRITERS: dict[str, Rule] = {"__imul__": refuse, "__itruediv__": refuse}
 WRITERS |= dict.fromkeys(("__setitem__", "__iadd__", "__isub__", "add_", "copy_", "sub_"), write)
 

@@ -20,7 +20,10 @@ KEPT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for its next allocations; return whether its C library can."""
+    """Let this process keep what it frees, for its next allocations; return whether its C library can.
+
+    It holds to the process's end, and whatever ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` say.
+    """
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -17,6 +17,7 @@ from stepdistill.networks.tangents import Dual, dual, tangent_of, value_of
 SHAPE = (2, 8, 4, 4)
 WEIGHT, NARROW = torch.randn(8, 8, 3, 3, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
 OTHER = torch.randn(SHAPE, dtype=torch.float64)
+HEADS = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
 
 
 def heads(x):
@@ -37,14 +38,23 @@ FUNCTIONS = {
     "convolution by a bias' name": lambda x: F.conv2d(x, WEIGHT, bias=NARROW),
     "transposed convolution": lambda x: F.conv_transpose2d(x, WEIGHT, NARROW),
     "linear": lambda x: F.linear(x.movedim(1, -1), WEIGHT[:, :, 0, 0], NARROW),
+    "linear by names": lambda x: F.linear(x.movedim(1, -1), weight=WEIGHT[:, :, 0, 0], bias=NARROW),
     "linear of its own": lambda x: F.linear(x, x[0, 0], x[0, 0, 0]),
     "group norm": lambda x: F.group_norm(x, 2, NARROW, NARROW, eps=1e-2),
     "group norm without weights": lambda x: F.group_norm(x, 4),
     "layer norm": lambda x: F.layer_norm(x, (4, 4), WEIGHT[:4, :4, 0, 0], eps=1e-2),
+    "norms by position": lambda x: torch.group_norm(
+        torch.layer_norm(x, (4, 4), None, None, 1e-2), 2, NARROW, None, 1e-2
+    ),
     "rms norm": lambda x: F.rms_norm(x, (4,), OTHER[0, 0, 0]),
     "activations": lambda x: F.silu(F.gelu(x, approximate="tanh")) + x.sigmoid().tanh(),
+    "activation in place": lambda x: F.silu(x + x, inplace=True) * x,
     "attention": lambda x: F.scaled_dot_product_attention(heads(x), heads(x).sin(), heads(x).cos()),
     "cross attention": lambda x: F.scaled_dot_product_attention(heads(x), heads(OTHER), heads(OTHER)),
+    "attention in a function": lambda x: HEADS(*3 * [x.flatten(2).mT], need_weights=False)[0],
+    "operands by names": lambda x: (
+        torch.add(x, other=x.sin(), alpha=2) + torch.cat(tensors=[x, torch.tanh(input=x)])[:2]
+    ),
     "sums": lambda x: (x + x * x) + OTHER - x.sum((2, 3), keepdim=True) + 1.0 - x,
     "products": lambda x: x * OTHER + OTHER * x + x / OTHER + 1 / (x * x + 1) + x @ x + x @ OTHER + 2 * x,
     "views": lambda x: torch.cat([x[:, :2].permute(0, 1, 3, 2), OTHER.chunk(4, 1)[0], x.chunk(4, 1)[1]], 1).mT,
@@ -127,6 +137,21 @@ def test_one_pass_has_the_prediction_its_gradient_and_torchs_derivative():
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_pass_for_the_derivative_alone_has_the_dropout_of_the_pass_it_belongs_to():
+    """The masks are drawn in the order of the memory, so it is the same in both."""
+    denoiser, place = a_denoiser(), states()
+    for module in denoiser.bank.networks["student"].modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    denoiser.bank.train()
+    found = []
+    for predict in (lambda: denoiser.jvp(*place)[0].x0, lambda: denoiser(*place[:3]).x0):
+        torch.manual_seed(0)
+        found.append(predict().detach())
+    torch.testing.assert_close(*found)
+    assert not torch.equal(found[1], denoiser(*place[:3]).x0)
+
+
 def test_a_pass_with_a_derivative_costs_one_forward_more():
     """And the plain attention of the tangent, here 3 %."""
     denoiser, place = a_denoiser(torch.float32), states(dtype=torch.float32)
@@ -185,9 +210,17 @@ class Foreigner(nn.Module):
         return Foreign.apply(x)
 
 
-def test_a_network_whose_tangents_are_lost_is_refused():
+class Undefined(nn.Module):
+    """A module whose derivative is no number."""
+
+    def forward(self, x):
+        return x + (0 * x).sqrt()
+
+
+@pytest.mark.parametrize("module", [Foreigner, Undefined])
+def test_a_network_whose_tangents_are_lost_is_refused(module):
     family = Pixel.tiny()
     check_forward_mode(family)
-    family.network.conv_act = Foreigner()
+    family.network.conv_act = module()
     with pytest.raises(ValueError, match="^method.tangent: 'jvp' needs a UNet2DModel"):
         check_forward_mode(family)
