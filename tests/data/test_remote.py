@@ -120,6 +120,7 @@ def test_what_cannot_be_read_is_one_sentence(memory, tmp_path):
         f"{folder}/broken.parquet": r"memory:///?\w+/broken\.parquet: cannot be read: ",
         f"{folder}/nowhere": r"memory:///?\w+/nowhere: no \.tar and no \.parquet files are listed there",
         f"{folder}/empty": r"memory:///?\w+/empty: no \.tar and no \.parquet files are listed there",
+        f"{folder}/**/*.tar": r"memory:///?\w+/\*\*/\*\.tar: expected '\*' for names in one folder, got '\*\*'",
         "nothing://x/y.tar": "nothing://x/y.tar: Protocol not known: nothing",
     }.items():
         with pytest.raises(RemoteError if "uncompressed" not in sentence else ValueError, match=sentence):
