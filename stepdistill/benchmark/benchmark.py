@@ -47,7 +47,7 @@ from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.words import shown
 from stepdistill.inference.sampling import Images, sample_images
-from stepdistill.inference.solvers import make_solver, teacher_pipeline
+from stepdistill.inference.solvers import solver_of, teacher_pipeline
 from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_weights
 
 SHOWN = 20
@@ -62,7 +62,8 @@ class Benchmark:
     """Makes rows, once each.
 
     Raises:
-        ValueError: if a student's folder is missing, or the result file holds rows of another setting.
+        ValueError: if a student's folder is missing, the teacher has no such solver or shape, or the result file holds
+            rows of another setting.
     """
 
     def __init__(self, config: BenchmarkConfig) -> None:
@@ -76,6 +77,8 @@ class Benchmark:
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         check_shapes(config, self.family)
+        for solver in config.solvers:  # now, and not after the other rows
+            solver_of(self.family, solver)
         self.size = size_arguments(config, self.family)
         self.metric = self.suite.distance
         self.path = Path(config.output)
@@ -238,7 +241,7 @@ class Benchmark:
         """Return the teacher's pipeline with a solver's scheduler."""
         if self.family.takes_text:
             return teacher_pipeline(self.config.teacher, solver)
-        return self.family.teacher_pipeline(make_solver(solver, self.family.scheduler_config))
+        return self.family.teacher_pipeline(solver_of(self.family, solver))
 
     def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> Row:
         """Return a pipeline's row, by both judges."""

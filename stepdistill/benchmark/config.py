@@ -68,6 +68,11 @@ class BenchmarkConfig:
     precision: Precision = "fp32"
     seed: Seed = 0
 
+    def __post_init__(self) -> None:
+        for place, shape in enumerate(self.shapes):
+            if len(shape) != 2:
+                raise ValueError(f"shapes[{place}]: expected [height, width], got {list(shape)}")
+
     @property
     def runs(self) -> list[str]:
         """The lines of ``train`` with what ``train_with`` adds."""

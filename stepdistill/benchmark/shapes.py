@@ -29,9 +29,9 @@ def at_shapes(config: BenchmarkConfig) -> list[BenchmarkConfig]:
 
 def check_shapes(config: BenchmarkConfig, family: Family) -> None:
     """Raise ``ValueError`` for a shape that the teacher does not sample."""
+    if config.shapes and not family.takes_text:
+        raise ValueError(f"shapes: expected none: {config.teacher.path} takes no text, and samples one size")
     for place, shape in enumerate(config.shapes):
-        if len(shape) != 2:
-            raise ValueError(f"shapes[{place}]: expected [height, width], got {list(shape)}")
         family.check_size((shape[0], shape[1]), f"shapes[{place}]")
 
 

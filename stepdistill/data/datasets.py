@@ -261,6 +261,8 @@ def _check_images(config: DataConfig, listing: Listing, channels: int, size: tup
     if not len(listing.images):
         others = f"; left out: {listing.left_out}" if listing.left_out else ""
         raise ValueError(f"data.path: {config.path}: no images (looked for {', '.join(suffixes_of(config))}){others}")
+    if config.fps is not None and listing.array_shape is not None:
+        raise ValueError(f"data.fps: expected none: {config.path} holds frames, and no videos to take them from")
     if len(size) == 3 and config.fps is None:
         _check_clips(config, listing.array_shape, (*size, channels))
     elif listing.array_shape is not None:

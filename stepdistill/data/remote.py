@@ -257,7 +257,12 @@ def addresses_of(address: str, suffix: str) -> list[str]:
         address: a file's if it ends in ``suffix``; one with ``*`` is a pattern; else a folder, of which files right in
             it are taken.
         suffix: of the files.
+
+    Raises:
+        RemoteError: if they cannot be listed, or the pattern has ``**``, of which one folder would be read.
     """
+    if "**" in address:
+        raise RemoteError(f"{shown(address)}: expected '*' for names in one folder, got '**'")
     if found := _RANGE.search(address):
         numbers = range(int(found[1]), int(found[2]) + 1)
         if len(numbers) > MAX_FILES:

@@ -2,7 +2,7 @@
 
 The bottleneck of a transformer is its middle block. Its tokens are laid out as a map of the image, so that the head is
 the same for all networks. Of an image of another size than the teacher's, what the strided convolutions leave is
-averaged to what they leave of the teacher's.
+averaged to what they leave of the teacher's; a map that is too small for them is enlarged before.
 """
 
 from __future__ import annotations
@@ -49,16 +49,22 @@ class BottleneckHead(nn.Module):
         self.map_shape = grid_shape(shape, aspect)
         assert len(self.map_shape) == 3, f"{shape[1]} tokens do not cover an image of aspect {aspect}"
         channels, *size = self.map_shape
+        self.least = 1
         layers: list[nn.Module] = []
         while min(size) > 4:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm_silu(channels)]
             size = [n // 2 for n in size]
+            self.least *= 2  # pixels a side, of which the strided convolutions leave one
         layers += [Covering(channels, channels, (size[0], size[1])), *_norm_silu(channels)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
 
     def forward(self, feature: Tensor) -> Tensor:
         """Return logits (B, 1) of a feature (B, *shape), or of a map (B, C, H, W) of another size."""
-        return self.body(feature if feature.ndim == 4 else feature.reshape(len(feature), *self.map_shape))
+        x = feature if feature.ndim == 4 else feature.reshape(len(feature), *self.map_shape)
+        height, width = x.shape[-2:]
+        if min(height, width) < self.least:
+            x = adaptive_avg_pool2d(x, (max(height, self.least), max(width, self.least)))
+        return self.body(x)
 
 
 def _norm_silu(channels: int) -> list[nn.Module]:

@@ -33,8 +33,8 @@ class ImageSet:
     """
 
     def __init__(self, path: str | Path, *, size: int | None = None, limit: int | None = None) -> None:
-        self.path = shown(str(path))
         remote = is_address(str(path))
+        self.path = shown(str(path)) if remote else str(Path(path))
         listing = list_samples(DataConfig(name="images", path=str(path), bad_files="error", download=remote))
         found = len(listing.images)
         if found < max(limit or 0, 2):

@@ -221,10 +221,11 @@ def read_captions(path: str, count: int) -> Sequence[str]:
 def _image_captions(path: str) -> dict[str, Texts]:
     """Return the captions of images by the images' names."""
     listing = list_samples(DataConfig(name="images", path=path, bad_files="error"))
+    named = shown(path) if is_address(path) else path
     if listing.captions is None:
         reason = listing.no_captions or "expected a metadata.jsonl with 'text', got images without texts"
-        raise ValueError(f"captions: {shown(path)}: {reason}")
+        raise ValueError(f"captions: {named}: {reason}")
     captions = {}
     for row, texts in enumerate(listing.captions):
-        captions[f"{shown(path)}[{row}]"] = texts
+        captions[f"{named}[{row}]"] = texts
     return captions

@@ -22,7 +22,7 @@ class TeacherConfig:
 
     path: str
     """A diffusers pipeline folder, a folder with ``unet/`` and ``scheduler/``, a single-file checkpoint, a hub id,
-    ``embedded`` or ``faces``."""
+    ``embedded``, ``embedded-flow`` or ``faces``."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     variant: str | None = None
@@ -63,8 +63,9 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.resolution is not None and len(sides_of(self.resolution)) != 2:
             raise ValueError(f"resolution: expected a side or [height, width], got {list(sides_of(self.resolution))}")
-        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval: expected [low, high], got {list(self.guidance_interval)}")
+        interval = self.guidance_interval
+        if interval is not None and (len(interval) != 2 or interval[0] >= interval[1]):
+            raise ValueError(f"guidance_interval: expected [low, high], got {list(interval)}")
         if len(weights := several(self.lora_weights)) not in (0, len(several(self.lora))):
             raise ValueError(f"lora_weights: expected one for each of teacher.lora, got {list(weights)}")
 

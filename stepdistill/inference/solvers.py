@@ -2,7 +2,7 @@
 
 Each is set up as its authors recommend for few steps, on the teacher's own noise process: "trailing" spacing (the
 first step starts at pure noise) and a last step to clean data. diffusers' Heun of flows ends otherwise: its last but
-one noise level is always 0.001, so that its last call is hardly used.
+one noise level is always the lowest (0.001 without a shift), so that its last call is hardly used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from stepdistill.diffusion.reading import noise_process, read_schedule
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
+from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.guiding import guiding_arguments
 from stepdistill.families.hub import locate
@@ -112,6 +113,21 @@ def steps_within(solver: str, calls: int, *, guided: bool = False) -> int:
     return (calls + 1) // 2 if solver == "Heun" else calls
 
 
+def solver_of(family: Family, name: str) -> Any | None:
+    """Return the diffusers scheduler of a solver for a teacher; None is the own one of a latent flow's pipeline.
+
+    Raises:
+        ValueError: if there is none, or another than ``DDIM`` is asked for a latent flow, whose pipeline moves the grid
+            by itself.
+    """
+    if family.prediction_type != "flow" or family.predicts_pixels:
+        return make_solver(name, family.scheduler_config)
+    if name != "DDIM":
+        own = family.scheduler_config.get("_class_name")
+        raise ValueError(f"solver: expected 'DDIM', which is {own!r} for this teacher, got {name!r}")
+    return None
+
+
 def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     """Return a teacher as a pipeline under a solver, in single precision; a bare call has its size and guidance.
 
@@ -120,14 +136,10 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
         solver: one of :data:`SOLVERS`; ``DDIM`` of a latent flow is its pipeline's own scheduler.
 
     Raises:
-        ValueError: if another solver is asked for a latent flow, whose pipeline moves the grid by itself.
+        ValueError: if the teacher has no such solver.
     """
     family = load_teacher(dataclasses.replace(config, dtype="float32"))  # a call needs all parts in one precision
-    own = family.prediction_type == "flow" and not family.predicts_pixels
-    if own and solver != "DDIM":
-        name = family.scheduler_config.get("_class_name")
-        raise ValueError(f"solver: expected 'DDIM', which is {name!r} for this teacher, got {solver!r}")
-    pipeline = family.teacher_pipeline(None if own else make_solver(solver, family.scheduler_config))
+    pipeline = family.teacher_pipeline(solver_of(family, solver))
     accepted = inspect.signature(type(pipeline).__call__).parameters
     asked = {**family.pipeline_kwargs, **guiding_arguments(family)}
     call = {name: value for name, value in asked.items() if name in accepted}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,13 @@ from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Share
+from stepdistill.files.words import nearest
 from stepdistill.networks.launcher import PRECISION, open_accelerator
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretraining.classifier import read_labelled_images
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit, flow_matching_loss
+
+SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,10 @@ class PretrainConfig(FitConfig):
     def __post_init__(self) -> None:
         if not Path(self.data).is_file():
             raise ValueError(f"data: expected an .npz with 'images' and 'labels', got {self.data!r}, which is no file")
+        known = inspect.signature(SCHEDULERS[self.scheduler_class]).parameters
+        for name in self.scheduler:
+            if name not in known:
+                raise ValueError(f"scheduler: {self.scheduler_class} takes no {name!r}{nearest(name, known)}")
 
 
 def train_teacher(config: PretrainConfig) -> Path:
@@ -47,7 +55,8 @@ def train_teacher(config: PretrainConfig) -> Path:
     ``unet/`` and ``scheduler/`` are what was trained; ``pipeline/`` is both in half precision, and the null class.
 
     Raises:
-        ValueError: if the data is damaged, or a label is not one of the network's classes.
+        ValueError: if the data is damaged, a label is not one of the network's classes, or ``init_from`` is no such
+            teacher.
     """
     accelerator = open_accelerator({"fp32": "no", "bf16": "bf16"}[config.precision], {PRECISION: config.precision})
     torch.manual_seed(config.seed)
@@ -58,7 +67,7 @@ def train_teacher(config: PretrainConfig) -> Path:
         raise ValueError(f"{config.data}: labels: expected 0 to {null_class - 1}, the network's classes, got {found}")
     is_flow = config.scheduler_class == "FlowMatchEulerDiscreteScheduler"
     denoising = flow_matching_loss if is_flow else denoising_loss
-    scheduler = (FlowMatchEulerDiscreteScheduler if is_flow else DDIMScheduler)(**config.scheduler)
+    scheduler = SCHEDULERS[config.scheduler_class](**config.scheduler)
     folder = Path(config.output_dir)
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -90,12 +99,15 @@ def open_network(config: PretrainConfig) -> UNet2DModel:
     """Return the network that training begins from: a random one, or one with the weights of ``init_from``.
 
     Raises:
-        ValueError: if ``init_from`` has other weights than a network of ``model``.
+        ValueError: if ``init_from`` is no teacher, or has other weights than a network of ``model``.
     """
     network = UNet2DModel(**config.model)
     if config.init_from is None:
         return network
-    weights = load_teacher(TeacherConfig(path=config.init_from)).network.state_dict()
+    try:
+        weights = load_teacher(TeacherConfig(path=config.init_from)).network.state_dict()
+    except ValueError as error:
+        raise ValueError(f"init_from: {str(error).removeprefix('teacher.path: ')}") from error
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     if shapes != {name: value.shape for name, value in weights.items()}:
         raise ValueError(f"init_from: expected the weights of a network of 'model', got others in {config.init_from!r}")

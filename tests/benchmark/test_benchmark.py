@@ -192,9 +192,19 @@ def test_students_are_measured_at_shapes_they_were_not_trained_at_beside_the_tea
     whole = bench.open_student(str(student))("x", height=side, width=2 * side, output_type="np").images
     assert whole.shape == (1, side, 2 * side, 3) and seen.shape == (2, 3, side, side)
     assert [row["name"] for row in bench.rows] == ["real images", "teacher, 2 steps", "mine"]
-    for wrong, why in (([side, side + 1], "multiples of 2"), ([side], r"\[height, width\]")):
-        with pytest.raises(ValueError, match=rf"shapes\[0\]: expected {why}, got"):
-            Benchmark(dataclasses.replace(config, shapes=(tuple(wrong),)))
+    with pytest.raises(ValueError, match=r"shapes\[0\]: expected multiples of 2, got"):
+        Benchmark(dataclasses.replace(config, shapes=((side, side + 1),)))
+
+
+def test_what_a_teacher_has_not_is_refused_before_anything_is_measured(tmp_path):
+    for changed, why in (
+        ({"shapes": ((28, 28),)}, "shapes: expected none: .* takes no text, and samples one size"),
+        ({"solvers": {"DDIM": (1,), "UniPCC": (4,)}}, "solver: got 'UniPCC'; did you mean 'UniPC'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Benchmark(config_of(tmp_path, **changed))
+    with pytest.raises(ValueError, match=r"shapes\[0\]: expected \[height, width\], got \[28\]"):
+        build(BenchmarkConfig, {"teacher": {"path": "embedded"}, "output": "bench.json", "shapes": [[28]]})
 
 
 def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):

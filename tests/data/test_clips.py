@@ -83,6 +83,9 @@ def test_clips_of_several_sizes_are_sorted_into_buckets_and_cached(tmp_path, vid
 def test_images_are_no_clips(tmp_path, video):
     with pytest.raises(ValueError, match=r"data.path: .*no images"):
         data(tmp_path)
+    np.savez(tmp_path / "clips.npz", images=np.zeros((2, 5, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"data.fps: expected none: .*clips\.npz holds frames, and no videos"):
+        data(tmp_path / "clips.npz", fps=16)
     with pytest.raises(ValueError, match=r"data.fps: got 16, but the teacher makes images"):
         open_data(DataConfig(name="images", path=str(tmp_path), fps=16), channels=3, size=(16, 16), num_classes=None)
 

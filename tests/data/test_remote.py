@@ -71,6 +71,22 @@ def test_an_address_names_a_file_a_range_or_a_pattern(memory):
     assert len(opened(f"{folder}/*.parquet")) == 5
 
 
+def test_a_pattern_of_folders_reads_all_of_them_or_says_why_not(memory, monkeypatch):
+    folder = memory({f"{name}/a.tar": content for name, content in zip("xy", TARS.values(), strict=True)})
+    assert len(opened(f"{folder}/*/a.tar")) == 7
+    system = type(fsspec.filesystem("memory"))
+    whole = system.ls
+
+    def closed(self, path, **options):
+        if path.endswith("/y"):
+            raise PermissionError("y is closed")
+        return whole(self, path, **options)
+
+    monkeypatch.setattr(system, "ls", closed)
+    with pytest.raises(RemoteError, match=r"\*/a\.tar: no permission to read it: y is closed"):
+        opened(f"{folder}/*/a.tar")
+
+
 def test_a_split_is_chosen_as_on_this_machine(memory):
     folder = memory(TABLES)
     assert len(opened(folder, split="test")) == 9
@@ -120,6 +136,7 @@ def test_what_cannot_be_read_is_one_sentence(memory, tmp_path):
         f"{folder}/broken.parquet": r"memory:///?\w+/broken\.parquet: cannot be read: ",
         f"{folder}/nowhere": r"memory:///?\w+/nowhere: no \.tar and no \.parquet files are listed there",
         f"{folder}/empty": r"memory:///?\w+/empty: no \.tar and no \.parquet files are listed there",
+        f"{folder}/**/*.tar": r"memory:///?\w+/\*\*/\*\.tar: expected '\*' for names in one folder, got '\*\*'",
         "nothing://x/y.tar": "nothing://x/y.tar: Protocol not known: nothing",
     }.items():
         with pytest.raises(RemoteError if "uncompressed" not in sentence else ValueError, match=sentence):

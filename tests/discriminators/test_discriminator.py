@@ -147,6 +147,11 @@ def test_a_bottleneck_head_gives_one_logit_and_a_gradient(shape):
     assert logits.shape == (3, 1) and feature.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("size", [(1, 16), (2, 3), (40, 8)])
+def test_a_bottleneck_head_sees_maps_of_any_size(size):
+    assert BottleneckHead((6, 16, 16))(torch.randn(3, 6, *size)).isfinite().all()
+
+
 def test_a_critic_of_a_fake_score_sees_its_middle_block():
     def blocks(count):
         return nn.ModuleList(nn.Identity() for _ in range(count))

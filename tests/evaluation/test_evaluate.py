@@ -397,6 +397,7 @@ def test_a_reference_at_an_address_is_that_of_its_files(tmp_path, network, monke
         here, there = (Reference.open(suite.features, spec) for spec in (str(file), f"memory://{folder}/{file.name}"))
         assert torch.equal(there.moments.cov, here.moments.cov) and there.about == here.about
     assert len(ImageSet(f"memory://{folder}/real.tar", limit=4)) == 4
+    assert ImageSet(images.rename(tmp_path / "real?.npz")).path == f"{tmp_path}/real?.npz"  # no signature
     with pytest.raises(ValueError, match=r"^memory://.*/none\.npz: no such file$"):
         Reference.open(suite.features, f"memory://{folder}/none.npz")
 

@@ -1,5 +1,7 @@
 """Guidance that a pipeline changes, and the times that it tells its network: as in the stock pipeline's own loop."""
 
+import re
+
 import pytest
 import torch
 from contracts.cases import pipeline_images, save_teacher
@@ -113,8 +115,10 @@ def test_what_a_pipeline_cannot_do_is_refused(make, options, why):
 
 
 def test_an_interval_has_two_ends_and_a_pipeline_that_knows_none_is_not_sampled(tmp_path):
-    with pytest.raises(ConfigError, match=r"teacher: guidance_interval: expected \[low, high\], got \[0.5, 0.5\]"):
-        build(TeacherConfig, {"path": "x", "guidance_interval": [0.5, 0.5]}, "teacher")
+    for wrong in ([0.5, 0.5], [0.5], [0.1, 0.2, 0.3]):
+        sentence = re.escape(f"teacher: guidance_interval: expected [low, high], got {wrong}")
+        with pytest.raises(ConfigError, match=sentence):
+            build(TeacherConfig, {"path": "x", "guidance_interval": wrong}, "teacher")
     config = TeacherConfig(path=str(save_teacher(Pixel.tiny(), tmp_path / "t")), null_class=0)
     for interval in ((0.2, 1.0), (0.0, 0.8)):
         family = guided_as_asked(ZImage.tiny() if interval[0] == 0 else SD.tiny(),

@@ -176,6 +176,10 @@ def test_a_flow_begins_from_the_weights_of_any_teacher(tmp_path):
     wider = dataclasses.replace(config, model={**options["model"], "block_out_channels": [8, 24]})
     with pytest.raises(ValueError, match=r"init_from: expected the weights of a network of 'model', got others in"):
         pixel.train_teacher(wider)
+    with pytest.raises(ValueError, match=r"^init_from: no folder or file 'nowhere'"):
+        pixel.train_teacher(dataclasses.replace(config, init_from="nowhere"))
+    with pytest.raises(ValueError, match=r"scheduler: FlowMatchEulerDiscreteScheduler takes no 'beta_start'"):
+        dataclasses.replace(config, scheduler={"beta_start": 1e-4})
 
 
 def test_the_embedded_flow_is_small_and_knows_its_null_class():
