@@ -114,6 +114,7 @@ def test_bad_options_and_teachers_are_refused():
         pixel_distiller()("critic", batch, Draws(0, 16))
 
 
+@pytest.mark.product
 def test_a_one_step_student_of_a_mixture_covers_all_modes():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
     distiller = train_adversarially(LADD, ORACLE, 400, steps=1, location=-1.0, student_update_interval=1)

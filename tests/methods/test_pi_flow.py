@@ -212,6 +212,7 @@ def test_flow_schedulers_keep_the_teachers_shift():
     assert scheduler.config.shift == 3 and scheduler.timesteps.tolist() == pytest.approx([1000, 750])
 
 
+@pytest.mark.product
 def test_a_student_of_a_mixture_is_nearer_to_the_data_than_its_teacher():
     oracle = three_clusters(COSINE, "v_prediction")
     network = PointNet(COSINE, oracle, waves=32)

@@ -282,6 +282,7 @@ def student_of(oracle, train_steps, **options):
     return train(TCD, oracle, train_steps, solver_steps=20, target_ema=0.9, distance="l2", **options)
 
 
+@pytest.mark.product
 def test_one_student_of_the_mixture_lands_on_it_in_two_and_four_calls():
     """Not in one: see below."""
     oracle = three_clusters(SCHEDULES["cosine"], "v_prediction")
