@@ -368,7 +368,7 @@ def product(*values):
         # dimensions that is nearly their mean, the consistency function; in two it is not (0.43, 0.76, 1.78 here).
         product(CT, {"first_points": 5, "last_points": 20, "distance": "l2"}, 800, NEARER_FROM_DATA),
         product(ICT, {"first_intervals": 5, "last_intervals": 40, **WIDE_DATA}, 800, NEARER_FROM_DATA),
-        (ECT, {"num_stages": 5, **WIDE_DATA}, 800, NEARER_FROM_DATA),
+        product(ECT, {"num_stages": 5, **WIDE_DATA}, 800, NEARER_FROM_DATA),
     ],
 )
 def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(method, options, train_steps, nearer):

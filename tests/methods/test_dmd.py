@@ -423,6 +423,7 @@ def test_lpips_is_called_with_colour_images_of_its_size_or_asked_for_by_name(mon
 # -------------------------------------------------------------------------------------------- the student
 
 
+@pytest.mark.product
 def test_a_student_of_one_step_covers_all_modes_by_their_weights():
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
     distiller = train_adversarially(DMD, three_clusters(COSINE, "v_prediction"), 600, lr=1e-2, size=128)

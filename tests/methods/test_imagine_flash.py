@@ -265,7 +265,8 @@ def test_bad_options_and_teachers_are_refused():
         ImagineFlash.check(ImagineFlash.Config(), Pixel.tiny(prediction_type="epsilon"))
 
 
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.product), 2])
+@pytest.mark.product
+@pytest.mark.parametrize("steps", [1, 2])
 def test_a_student_of_a_mixture_covers_all_modes(steps):
     """Bound: chi-square over the modes of at most 0.02 a sample, which is shares within 6 % or so of a third."""
     options = {"location": -1.0, "adversarial_weight": 1.0, "teacher_steps": 2}
