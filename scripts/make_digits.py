@@ -17,8 +17,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="where digits_{train,test}.npz go")
     args = parser.parse_args()
-    from sklearn.datasets import load_digits  # no dependency of ours: --help needs none
-
+    try:
+        from sklearn.datasets import load_digits  # no dependency of ours
+    except ImportError as error:
+        raise ValueError("expected the package scikit-learn, got none; run: pip install scikit-learn") from error
     args.output_dir.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)

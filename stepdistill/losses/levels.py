@@ -44,6 +44,12 @@ def times_above(schedule: NoiseSchedule, draws: Draws, lowest: Tensor, high: flo
     return low + (high - low).clamp(min=0) * draws.uniform()
 
 
+def matched_times_above(schedule: NoiseSchedule, draws: Draws, lowest: Tensor) -> Tensor:
+    """Return uniform times (B,) in :data:`MATCHED`, above ``lowest`` (B,)."""
+    low, high = MATCHED
+    return times_above(schedule, draws, lowest.clamp(min=low), high)
+
+
 def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
     """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED`."""
     return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)

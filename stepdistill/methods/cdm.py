@@ -35,7 +35,14 @@ from stepdistill.diffusion.samplers import DDIM, Sampler, Visit
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
-from stepdistill.losses.levels import MATCHED, cleaner_times, random_grid, sample_times, times_above
+from stepdistill.losses.levels import (
+    MATCHED,
+    cleaner_times,
+    matched_times_above,
+    random_grid,
+    sample_times,
+    times_above,
+)
 from stepdistill.losses.student_inputs import diversity_ratio, off_trajectory, simulation, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
@@ -117,10 +124,9 @@ class CDM(Distiller):
 
     def level(self, draws: Draws, end: Tensor) -> Tensor:
         """Return uniform times (B,), of steps that end at times ``end`` (B,)."""
-        low, high = MATCHED
-        if self.config.levels == "full":
-            return sample_times(self.schedule, draws, low, high)
-        return times_above(self.schedule, draws, end.clamp(min=low), high)
+        if self.config.levels == "above":
+            return matched_times_above(self.schedule, draws, end)
+        return sample_times(self.schedule, draws, *MATCHED)
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():

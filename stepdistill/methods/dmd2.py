@@ -232,8 +232,7 @@ class DMD2(Distiller):
     def level(self, visit: Visit, draws: Draws) -> Tensor:
         """Return the times (B,) at which the scores of a step's images are compared."""
         if self.config.levels == "above":
-            low, high = levels.MATCHED
-            return levels.times_above(self.schedule, draws, visit.end.clamp(min=low), high)
+            return levels.matched_times_above(self.schedule, draws, visit.end)
         if self.config.dynamic_renoise:
             return levels.dynamic_times(self.schedule, draws, self.step_in_stage / self.config.dynamic_renoise)
         if self.config.split:

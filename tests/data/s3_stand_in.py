@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import local_server
 
 
 class Store:
@@ -79,11 +80,5 @@ class Handler(BaseHTTPRequestHandler):
 def serving() -> Iterator[tuple[Store, str]]:
     """Yield the stand-in and its address."""
     store = Store()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneStore", (Handler,), {"store": store}))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield store, f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with local_server.serving(type("OneStore", (Handler,), {"store": store})) as address:
+        yield store, address

@@ -8,11 +8,11 @@ import functools
 import http.server
 import os
 import re
-import threading
 import uuid
 
 import datasets
 import huggingface_hub
+import local_server
 import pytest
 from data import s3_stand_in
 from data.remote_files import TABLES, TARS, assert_same_batches, on_disk, opened, tar
@@ -63,14 +63,8 @@ class _WholeFiles(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
 def serving(folder, handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    return local_server.serving(functools.partial(handler, directory=folder))
 
 
 @BOTH

@@ -9,10 +9,10 @@ from oracles import SCHEDULES, three_clusters
 
 from stepdistill.batch import Batch
 from stepdistill.families.pixel import Pixel
-from stepdistill.losses.levels import MATCHED
 from stepdistill.methods.cdm import CDM
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 
 COSINE = SCHEDULES["cosine"]
@@ -70,13 +70,23 @@ def test_gradients_are_twice_dmds():
     torch.testing.assert_close(found, 2 * expected)
 
 
-def test_levels_are_above_the_end_of_a_step():
-    distiller = tiny(levels="above")
-    end = torch.tensor([0.0, 0.3, 0.6, 0.9])
-    for seed in range(20):
-        times = distiller.level(Draws(seed, 4), end)
-        assert torch.all((times >= end.clamp(min=MATCHED[0])) & (times <= MATCHED[1]))
-    assert torch.any(tiny().level(Draws(0, 4), end) < end)
+@pytest.mark.parametrize("levels", ["full", "above"])
+@pytest.mark.parametrize("turn", ["student", "fake"])
+def test_scores_look_at_a_steps_image_above_the_noise_of_the_next_step(levels, turn, monkeypatch):
+    distiller, seen, raw = tiny(levels=levels), [], Denoiser.raw
+
+    def watched(self, x_t, t, *given, **told):
+        seen.extend([t] if self.role == "fake" else [])
+        return raw(self, x_t, t, *given, **told)
+
+    monkeypatch.setattr(Denoiser, "raw", watched)
+    below = 0
+    for seed in range(12):
+        end = distiller.visit(BATCH, Draws(seed, 4)).end
+        distiller(turn, BATCH, Draws(seed, 4))
+        below += (seen[0] < end).sum()  # of the images of the step; the student's second are off its trajectory
+        seen.clear()
+    assert below == 0 if levels == "above" else below > 10
 
 
 @both_banks
