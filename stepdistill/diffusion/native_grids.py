@@ -1,4 +1,4 @@
-"""Grids of flows as their own pipelines make them, where one shift does not state them."""
+"""Grids and times of flows as their own pipelines make them, where one shift does not state them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ class StepShiftedFlow(RectifiedFlow):
 
     def _make_grid(self, steps: int) -> Tensor:
         return RectifiedFlow(self.shift_of(steps)).grid(steps)
+
+
+class UnshiftedTimes(RectifiedFlow):
+    """A rectified flow whose networks are told the place on the even grid, before the shift (CogView 4)."""
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return ``1000 u`` for the times ``t = shift u / (1 + (shift - 1) u)``."""
+        t = t.double()
+        return self.num_timesteps * t / (self.shift - (self.shift - 1) * t)
+
+    def explicit_sigmas(self, t: Tensor) -> dict[str, list[float]]:
+        """Return the times and what the network is told: a call takes both, and drops the fractions of the second."""
+        return {"sigmas": t.tolist(), "timesteps": [round(told, 6) for told in self.timestep(t).tolist()]}

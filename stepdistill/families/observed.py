@@ -26,15 +26,9 @@ from stepdistill.families.config import Resolution, TeacherConfig, sides_of
 from stepdistill.families.latent import TextToImageFamily
 from stepdistill.families.loading import open_pipeline
 from stepdistill.families.network_file import network_class
-from stepdistill.families.observation.guidance import is_input, read_unguided, scale_argument
-from stepdistill.families.observation.replay import (
-    GUIDED,
-    ROWS,
-    check_decodes,
-    check_repeats,
-    find_null,
-    read_calls,
-)
+from stepdistill.families.observation.checking import GUIDED, check_decodes, check_repeats
+from stepdistill.families.observation.guidance import is_input, read_guidance, read_unguided, scale_argument
+from stepdistill.families.observation.replay import ROWS, read_calls
 from stepdistill.families.observation.watching import Record, Watched
 from stepdistill.families.prompts import EXAMPLE_PROMPTS
 from stepdistill.families.tiny import tiny_t5, tiny_vae
@@ -100,25 +94,29 @@ class Observed(TextToImageFamily):
         # the last is long: some pipelines fill up to the longest prompt of a batch
         prompts = ["", *EXAMPLE_PROMPTS[: sum(ROWS) - 2], ", ".join(EXAMPLE_PROMPTS[:4])]
         self._scale, self._none = scale_argument(watched.parameters), 1.0
+        self._guided: dict[str, Any] = {}
         options: dict[str, Any] = {}
         if self._scale is not None and is_input(watched, {"prompt": prompts[: ROWS[0]]}, self._scale):
             options[self._scale] = watched.parameters[self._scale].default if guidance_scale is None else guidance_scale
-            self.replay, record = read_calls(watched, "prompt", prompts, options)
+            self.replay, records = read_calls(watched, "prompt", prompts, options)
             self.guidance_convention = "an input of the network"
         elif guidance_scale is not None:
             raise ValueError(
                 f"teacher.guidance_scale: got {guidance_scale}, but its network takes no guidance as an input"
             )
         else:
-            self.replay, record, self._none = read_unguided(watched, "prompt", prompts, self._scale)
-        check_repeats(self.replay, record, self.replay.condition(prompts[: ROWS[0]]))
-        check_decodes(self.replay, record, "")
-        self._keep(watched, record, options)
+            self.replay, records, self._none = read_unguided(watched, "prompt", prompts, self._scale)
+        for record in records:
+            check_repeats(self.replay, record)
+        check_decodes(self.replay, records[0], "")
+        self._keep(watched, records[0], options)
         self.null: Cond = {}
         self._why_unguided = "its guidance is an input of its network, or it has none"
         if self._scale is not None and not options:
             try:
-                self.null = find_null(self.replay, prompts[: ROWS[0]], self.guidance_arguments(GUIDED))
+                self.null, self.guidance_rule, self._guided = read_guidance(
+                    self.replay, prompts, self.guidance_arguments(GUIDED)
+                )
             except ValueError as error:
                 self._why_unguided = str(error)
 
@@ -169,14 +167,17 @@ class Observed(TextToImageFamily):
         return cls(tiny_aura_flow(seed), resolution=16)
 
     def native_size(self) -> tuple[int, int]:
-        """Return the (height, width) in pixels that the pipeline samples by default."""
-        taken = inspect.signature(type(self.pipe).__call__).parameters
-        named = [taken[side].default for side in ("height", "width") if side in taken]
-        return (named[0], named[1]) if len(named) == 2 and None not in named else super().native_size()
+        """Return the (height, width) in pixels at which it was observed."""
+        return self.image_shape[-2], self.image_shape[-1]
+
+    def check_size(self, size: tuple[int, int], key: str) -> None:
+        Family.check_size(self, size, key)
 
     def guidance_arguments(self, scale: float) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for the guidance scale ``scale``, 1 being none."""
-        return {} if self._scale is None else {self._scale: scale - 1 + self._none}
+        if self._scale is None:
+            return {}
+        return {self._scale: scale - 1 + self._none} | (self._guided if scale > 1 else {})
 
     def pack(self, states: Tensor) -> Tensor:
         return self.replay.pack(states)

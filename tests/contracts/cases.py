@@ -26,6 +26,7 @@ from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.pipeline import save_pipeline
 from stepdistill.families.base import Family
 from stepdistill.families.latent import LatentFamily
+from stepdistill.families.observed import Observed
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.methods import find_method
@@ -148,10 +149,11 @@ def save_teacher(family: Family, folder: Path) -> Path:
 def teacher_section(family: Family, folder: Path) -> dict[str, Any]:
     """The ``teacher`` section that opens what :func:`save_teacher` wrote at the size of the miniature."""
     size = family.image_shape[-2:]
-    if not isinstance(family, LatentFamily) or size == family.native_size():
+    observed = {"family": "observed"} if isinstance(family, Observed) else {}
+    if not isinstance(family, LatentFamily) or (not observed and size == family.native_size()):
         return {"path": str(folder)}
     frames = {"frames": family.image_shape[1]} if family.makes_clips else {}
-    return {"path": str(folder), "resolution": size[0] if size[0] == size[1] else list(size), **frames}
+    return {"path": str(folder), "resolution": size[0] if size[0] == size[1] else list(size), **frames, **observed}
 
 
 def save_images(family: Family, path: Path, count: int = 16) -> Path:

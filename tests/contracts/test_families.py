@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from contracts.cases import PIXELS, pipeline_images, save_teacher, teacher_section
+from contracts.observed_teachers import OBSERVED
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
@@ -23,6 +24,7 @@ from stepdistill.families.loading import families, load_teacher
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.families.wan import Wan
 from stepdistill.networks.activation_checkpointing import enable_checkpointing
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
@@ -36,13 +38,17 @@ MINIATURES |= {
     "flux2-dev": lambda: Flux2.tiny(guidance_embeds=True),
     "sd-v": lambda: SD.tiny(prediction_type="v_prediction"),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True),
+    "wan-5b": lambda: Wan.tiny(residual=True),
 }
 LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images back
 
 
-@pytest.fixture(params=MINIATURES)
+EVERY = MINIATURES | OBSERVED
+
+
+@pytest.fixture(params=[*MINIATURES, *(pytest.param(name, marks=pytest.mark.product) for name in OBSERVED)])
 def family(request):
-    return MINIATURES[request.param]()
+    return EVERY[request.param]()
 
 
 def states(family, count):
@@ -176,6 +182,7 @@ def test_saved_and_loaded_it_makes_the_same_images(family, tmp_path):
     assert type(loaded) is type(family)
     assert (loaded.sample_shape, loaded.num_classes) == (family.sample_shape, family.num_classes)
     assert loaded.prediction_type == family.prediction_type
+    loaded.prompts = family.prompts  # no part of a teacher
     before, after = (
         pipeline_images(
             pipeline := one.pipeline(one.network, sampler, 1.0),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.families.tiny import tiny_t5, tiny_vae
+from stepdistill.families.tiny import tiny_clip, tiny_frames_vae, tiny_qwen, tiny_t5, tiny_vae
 
 
 def tiny_vae_of(blocks: int, **options: Any) -> Any:
@@ -143,10 +143,72 @@ def ltx() -> Any:
     return LTXPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, text_encoder, tokenizer, transformer)
 
 
+def krea2() -> Any:
+    """States of several layers of a text encoder; guidance that is added on top, whose 0 is none."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    tokenizer = tiny_qwen()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+    transformer = Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    return Krea2Pipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), tiny_frames_vae(), encoder, tokenizer, transformer,
+        text_encoder_select_layers=(1, 2),
+    )  # fmt: skip
+
+
+def hunyuan_video() -> Any:
+    """Clips; guidance is an input of the network; two text encoders."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import LlamaConfig, LlamaModel
+
+    tokenizer = tiny_qwen()
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    letters, clip = tiny_clip(width=8)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
+        pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(
+        in_channels=3, out_channels=3, latent_channels=4, down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4, block_out_channels=(8,) * 4, layers_per_block=1, act_fn="silu",
+        norm_num_groups=4, scaling_factor=0.476986, spatial_compression_ratio=8, temporal_compression_ratio=4,
+        mid_block_add_attention=True,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return HunyuanVideoPipeline(llama, tokenizer, transformer, vae, scheduler, clip, letters)
+
+
 UNKNOWN = {
     "cog_view3": (cog_view3, {"resolution": 32}), "hunyuan_dit": (hunyuan_dit, {"resolution": 16}),
     "cog_video_x": (cog_video_x, {"resolution": 16, "frames": 5}), "latte": (latte, {"resolution": 16, "frames": 4}),
-    "ltx": (ltx, {"resolution": 32, "frames": 9}),
+    "hunyuan_video": (hunyuan_video, {"resolution": 16, "frames": 5}), "krea2": (krea2, {"resolution": 16}),
+    "ltx": (ltx, {"resolution": 32, "frames": 9}), "cog_view4": (cog_view4, {"resolution": 32}),
 }  # fmt: skip
 """Pipeline, and the options of the family that observes it."""
 

@@ -34,6 +34,12 @@ class Arguments:
         """Return keyword arguments of the function, with other leaves."""
         return tree_unflatten([changed.get(name, leaf) for name, leaf in self.leaves.items()], self.structure)
 
+    def part(self, start: int, rows: int) -> Arguments:
+        """Return the arguments of ``rows`` samples of a call of twice as many; what has no row a sample stays."""
+        double = [name for name, leaf in self.leaves.items() if count_of(leaf) == 2 * rows]
+        cut = {name: self.leaves[name][start : start + rows] for name in double}
+        return Arguments({**self.leaves, **cut}, self.structure)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every leaf that is numbers: tensors, and lists of tensors of one shape, stacked."""
         found = {}
@@ -42,6 +48,13 @@ class Arguments:
             if tensor is not None:
                 found[name] = tensor
         return found
+
+
+def count_of(leaf: Any) -> int:
+    """Return the number of a leaf's rows; 0 of what has none."""
+    if torch.is_tensor(leaf):
+        return len(leaf) if leaf.ndim else 0
+    return len(leaf) if type(leaf) is list else 0
 
 
 def stacked(leaf: Any) -> Tensor | None:

@@ -6,7 +6,6 @@ Every finding is checked against all steps of the call; what does not hold is a 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,87 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.reading import read_schedule
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.observation.arguments import Arguments
+from stepdistill.families.observation.comparing import CLOSE, apart, proportion
+from stepdistill.families.observation.noise import time_of
 from stepdistill.families.observation.watching import Ask, Record, Step
 
-CLOSE = 1e-5
-"""Largest difference of two tensors that are called equal, as a share of the larger one's largest number."""
+
+class SeveralLengths(ValueError):
+    """The embeddings of prompts are as long as their prompts, or as the longest of a batch."""
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two tensors, as a share of the largest number in ``b``."""
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
-
-
-def proportion(a: Tensor, b: Tensor) -> float | None:
-    """Return r with ``a == r b``; None if there is no such number."""
-    a, b = a.double().flatten(), b.double().flatten()
-    if a.shape != b.shape:
-        return None
-    r = ((a @ b) / (b @ b)).item()
-    return r if r != 0 and apart(a, r * b) < CLOSE else None
-
-
-# ------------------------------------------------------------------------------------------ noise process
-
-
-def read_process(scheduler: Any) -> tuple[NoiseSchedule, str, dict[str, Any]]:
-    """Return a scheduler's noise process, what networks predict, and a config of a scheduler that is read so.
-
-    A scheduler with betas that is not known, or whose alphas are not those of its betas, is read by its alphas.
-    """
-    config = json.loads(scheduler.to_json_string())
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alphas, Tensor):
-        return *read_schedule(config), config
-    try:
-        schedule, prediction = read_schedule(config)
-    except ValueError as error:
-        if "cannot read the noise process" not in str(error):
-            raise
-    else:
-        # Euler's scheduler keeps 2^-24 of signal where DDIM's keeps none
-        if not isinstance(schedule, DiscreteVP) or (schedule.angles - DiscreteVP(alphas).angles).abs().max() < 1e-3:
-            return schedule, prediction, config
-    kept = torch.cat([torch.ones(1, dtype=torch.float64), alphas.double().cpu()])
-    betas, predicts = (1 - kept[1:] / kept[:-1]).tolist(), config.get("prediction_type", "epsilon")
-    config = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": len(alphas), "prediction_type": predicts,
-        "trained_betas": betas,
-    }  # fmt: skip
-    return *read_schedule(config), config
-
-
-def read_shift(scheduler: Any, shift: float) -> float:
-    """Return the shift of the grid that a call has just set, at its middle; ``shift`` if the scheduler's is fixed."""
-    if not scheduler.config.get("use_dynamic_shifting"):
-        return shift
-    steps = len(scheduler.timesteps)
-    u, sigma = 1 - (steps // 2) / steps, float(scheduler.sigmas[steps // 2])
-    return sigma * (1 - u) / (u * (1 - sigma))
-
-
-def makes_grid(scheduler: Any, schedule: NoiseSchedule) -> bool:
-    """Return whether the grid that a call has just set, without being told one, is the schedule's of so many steps."""
-    steps, sigmas = len(scheduler.timesteps), getattr(scheduler, "sigmas", None)
-    if sigmas is None or len(sigmas) != steps + 1:
-        return False
-    return apart(sigmas.double().cpu(), schedule.grid(steps)) < 1e-4
-
-
-def time_of(schedule: NoiseSchedule, timestep: float) -> float:
-    """Return the time in [0, 1] at which a schedule has this timestep."""
-    match schedule:
-        case DiscreteVP():
-            return (timestep + 1) / schedule.num_timesteps
-        case Karras():
-            sigma = torch.tensor(4 * timestep / schedule.noise_scale, dtype=torch.float64).exp()
-            return schedule.time_of(sigma).item()
-        case RectifiedFlow():
-            return timestep / schedule.num_timesteps
-    raise AssertionError("a teacher has one of these processes")
+class NoGuidance(ValueError):
+    """A call that is asked for guidance makes one prediction a step."""
 
 
 # ---------------------------------------------------------------------------------------- state and times
@@ -242,13 +173,25 @@ def find_conditions(few: Arguments, many: Arguments, rows: tuple[int, int], know
             check_constant(name, leaf, many.leaves[name], rows)
         elif a.ndim and (len(a), len(b)) == rows:
             if a.shape[1:] != b.shape[1:]:
-                raise ValueError(
+                raise SeveralLengths(
                     f"its argument {name} has another length with other prompts: {tuple(a.shape)}, {tuple(b.shape)}"
                 )
             found.append(name)
         elif a.shape != b.shape or not torch.equal(a, b):
             raise ValueError(f"its argument {name} depends on the batch, but has not one row a sample")
     return tuple(found)
+
+
+def find_lengths(few: Arguments, many: Arguments, rows: tuple[int, int], state: str, limit: int) -> dict[str, int]:
+    """Return arguments whose rows (L, ...) have another length in the call with other prompts, and the greatest.
+
+    That is ``limit`` for the shortest; another may have further places for the image's tokens.
+    """
+    numbers, more = few.tensors(), many.tensors()
+    alike = [name for name, a in numbers.items() if name in more and name != state and a.ndim == more[name].ndim > 1]
+    shapes = {name: (numbers[name].shape, more[name].shape) for name in alike}
+    found = {name: a[1] for name, (a, b) in shapes.items() if (a[0], b[0]) == rows and a[1] != b[1] and a[2:] == b[2:]}
+    return {name: limit + length - min(found.values()) for name, length in found.items()}
 
 
 def check_constant(name: str, one: Any, other: Any, rows: tuple[int, int]) -> None:
@@ -258,7 +201,7 @@ def check_constant(name: str, one: Any, other: Any, rows: tuple[int, int]) -> No
             raise ValueError(f"its argument {name} changes with the prompts")
         return
     if any(torch.is_tensor(entry) for entry in one):
-        raise ValueError(f"its argument {name} is a list of embeddings of several lengths")
+        raise SeveralLengths(f"its argument {name} is a list of embeddings of several lengths")
     if one != other and ((len(one), len(other)) != rows or any(entry != one[0] for entry in [*one, *other])):
         raise ValueError(f"its argument {name} changes with the prompts")
 
@@ -266,20 +209,18 @@ def check_constant(name: str, one: Any, other: Any, rows: tuple[int, int]) -> No
 # ------------------------------------------------------------------------------------------------ guidance
 
 
-def halves(step: Step, rows: int) -> tuple[list[Mapping[str, Tensor]], list[Tensor]]:
-    """Return the arguments and outputs of both of a guided step's predictions, of one call or of two.
+def halves(step: Step, rows: int) -> list[Mapping[str, Tensor]]:
+    """Return the arguments of both of a guided step's predictions, of one call or of two.
 
     Raises:
         ValueError: if there are not two.
     """
     asks: list[Ask] = step.asks
     if len(asks) == 2 and len(asks[0].output) == rows:
-        return [ask.arguments.tensors() for ask in asks], [ask.output for ask in asks]
-    if len(asks) != 1 or len(asks[0].output) != 2 * rows:
-        count = sum(len(ask.output) for ask in asks) / rows
+        return [ask.arguments.tensors() for ask in asks]
+    count = sum(len(ask.output) for ask in asks) / rows
+    if count == 1:
+        raise NoGuidance("a guided step makes one prediction a sample, expected a conditional and a null one")
+    if len(asks) != 1 or count != 2:
         raise ValueError(f"a guided step makes {count:g} predictions a sample, expected a conditional and a null one")
-    parts: list[dict[str, Tensor]] = [{}, {}]
-    for name, value in asks[0].arguments.tensors().items():
-        both = value.chunk(2) if value.ndim and len(value) == 2 * rows else (value, value)
-        parts[0][name], parts[1][name] = both
-    return [*parts], [*asks[0].output.chunk(2)]
+    return [asks[0].arguments.part(start, rows).tensors() for start in (0, rows)]

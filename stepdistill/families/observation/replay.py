@@ -1,53 +1,46 @@
 """A pipeline's calls of its network, repeated with other states, times and conditions; and its decoding.
 
-:func:`observe` makes the pipeline's own calls and reads them. What it returns is checked: it repeats the network's
-predictions of these calls, with and without guidance, and decodes their last states to their images.
+:func:`read_calls` makes the pipeline's own calls and reads them. :mod:`stepdistill.families.observation.checking`
+compares what it returns with these calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.guidance import guide
-from stepdistill.diffusion.prediction import to_prediction
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.diffusion.schedule import Karras, NoiseSchedule, RectifiedFlow, expand
+from stepdistill.diffusion.schedule import Karras, NoiseSchedule, RectifiedFlow
 from stepdistill.families.observation.arguments import Arguments, as_leaf, first_output, in_precision, repeated
+from stepdistill.families.observation.comparing import apart
+from stepdistill.families.observation.noise import makes_grid, read_process, read_shift, read_told
 from stepdistill.families.observation.reading import (
-    CLOSE,
     Line,
-    apart,
+    SeveralLengths,
     changing,
     find_conditions,
+    find_lengths,
     find_packing,
     find_sign,
     find_state,
     find_times,
-    halves,
-    makes_grid,
-    proportion,
     read_output,
-    read_process,
-    read_shift,
-    time_of,
 )
 from stepdistill.families.observation.watching import Record, Watched
 from stepdistill.families.vaes import dtype_of
 
+LENGTH = "length"
+"""Ending of the condition that says how long the rows of another are."""
+LONGEST = 1024
+"""The greatest length of a prompt's embedding, where the call has no ``max_sequence_length`` that says it."""
 ROWS = (3, 5)
 """Samples of the watched calls: two numbers that no argument has by chance."""
-GUIDED = 3.0
-"""The guidance scale at which a call is watched."""
-CHECKED = 1e-4
-"""Largest difference of a repeated prediction or a decoded image, as a share of the largest number."""
-ROUGHLY = 0.1
-"""The same for networks in half precision, which round otherwise in batches of another size."""
 
 
 class SeveralPredictions(ValueError):
@@ -71,6 +64,8 @@ class Replay:
     state: str
     times: Mapping[str, Line]
     conditions: tuple[str, ...]
+    lengths: Mapping[str, int]
+    """The greatest length of conditions whose rows (L, ...) have several; empty if none has."""
     per_sample: tuple[str, ...]
     """Lists of one equal entry a sample."""
     sign: float
@@ -96,7 +91,25 @@ class Replay:
         return flat.reshape(len(packed), *self.sample_shape)
 
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the prediction that the pipeline would give its scheduler, at states (B, C, ...) and times (B,)."""
+        """Return the prediction that the pipeline would give its scheduler, at states (B, C, ...) and times (B,).
+
+        Prompts of several lengths are asked for one by one, as what fills them up may be seen by the network. Not by
+        groups of one length: every process of a sharded network must ask it as often.
+        """
+        if not self.lengths:
+            return self._call(network, x_t, t, cond)
+        return torch.cat(
+            [self._call(network, x_t[i : i + 1], t[i : i + 1], row) for i, row in enumerate(self.rows_of(cond))]
+        )
+
+    def rows_of(self, cond: Mapping[str, Tensor]) -> Iterator[Cond]:
+        """Yield the condition of each sample as its prompt alone has it: cut to its length."""
+        counts = {name: cond[f"{name}.{LENGTH}"].tolist() for name in self.lengths}
+        for i in range(len(next(iter(cond.values())))):
+            row = {name: cond[name][i : i + 1] for name in self.conditions}
+            yield {name: row[name][:, : counts[name][i]] if name in counts else row[name] for name in row}
+
+    def _call(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         rows, like = len(x_t), self.template.leaves
         state = self.pack(self.schedule.network_input(x_t, t))
         shape = self.template.tensors()[self.state].shape[1:]
@@ -116,16 +129,32 @@ class Replay:
     def condition(self, asked: Sequence[Any]) -> Cond:
         """Return the condition of prompts or labels, as the pipeline's own call embeds them.
 
+        Prompts of several lengths are embedded one by one: some pipelines fill them up to the longest of a batch.
+
         Raises:
-            ValueError: if embeddings have another length than others had.
+            ValueError: if embeddings have another length than others had, or are too long.
         """
-        found = self.watched.first({self.asked: asked}, **self.unguided).arguments[0].tensors()
+        batches = [[one] for one in asked] if self.lengths else [asked]
+        found = [
+            self.cond_of(self.watched.first({self.asked: batch}, **self.unguided).arguments[0].tensors())
+            for batch in batches
+        ]
+        return {name: torch.cat([cond[name] for cond in found]) for name in found[0]}
+
+    def cond_of(self, tensors: Mapping[str, Tensor]) -> Cond:
+        """Return the condition among the numbers of a call's arguments, filled up with zeros to one length."""
         cond = {}
         for name in self.conditions:
-            value, expected = found[name], self.template.tensors()[name].shape[1:]
+            if name not in tensors:
+                raise ValueError(f"{name}: expected embeddings, got none")
+            value, expected = tensors[name], tuple(self.template.tensors()[name].shape[1:])
+            value = value.float() if value.is_floating_point() else value
+            if name in self.lengths:
+                cond[f"{name}.{LENGTH}"] = torch.full((len(value),), value.shape[1], device=value.device)
+                value, expected = filled(value, self.lengths[name]), (self.lengths[name], *expected[1:])
             if value.shape[1:] != expected:
-                raise ValueError(f"{name}: expected embeddings {tuple(expected)}, got {tuple(value.shape[1:])}")
-            cond[name] = value.float() if value.is_floating_point() else value
+                raise ValueError(f"{name}: expected embeddings {expected}, got {tuple(value.shape[1:])}")
+            cond[name] = value
         return cond
 
     def check_grid(self, asked: Sequence[Arguments], scheduler: Any, sampler: Sampler) -> None:
@@ -162,125 +191,79 @@ class Replay:
         return self.watched.decode(self.pack(x0), {self.asked: [asked] * len(x0)}, output, **self.unguided).float()
 
 
+def filled(value: Tensor, length: int) -> Tensor:
+    """Return rows (B, L, ...) filled up with zeros to ``length``; longer ones as they are."""
+    return pad(value, (0, 0) * (value.ndim - 2) + (0, max(length - value.shape[1], 0)))
+
+
 def read_calls(
     watched: Watched, asked: str, conditions: Sequence[Any], unguided: Mapping[str, Any]
-) -> tuple[Replay, Record]:
-    """Return what a call without guidance tells, and the call; ``conditions`` are at least ``sum(ROWS)``."""
+) -> tuple[Replay, list[Record]]:
+    """Return what calls without guidance tell, and those of ``ROWS[0]`` samples.
+
+    Args:
+        watched: the pipeline.
+        asked: see :class:`Replay`.
+        conditions: at least ``sum(ROWS)``, the last of which is long. If they are of several lengths, calls are watched
+            with the second alone and with the last alone.
+        unguided: arguments of a call without guidance.
+    """
+    few, many = conditions[: ROWS[0]], conditions[ROWS[0] : sum(ROWS)]
+    try:
+        replay, record = read_call(watched, asked, (few, many), unguided, None)
+    except SeveralLengths:
+        limit = watched.parameters.get("max_sequence_length")
+        few, long = [conditions[1]] * ROWS[0], [conditions[-1]] * ROWS[1]
+        replay, record = read_call(watched, asked, (few, long), unguided, LONGEST if limit is None else limit.default)
+        return replay, [record, watched.run({asked: long[: ROWS[0]]}, **unguided)]
+    return replay, [record]
+
+
+def read_call(
+    watched: Watched, asked: str, conditions: tuple[Sequence[Any], Sequence[Any]], unguided: Mapping[str, Any],
+    limit: int | None,
+) -> tuple[Replay, Record]:  # fmt: skip
+    """Return what a call with the first conditions tells, beside one with the others, and the call.
+
+    Args:
+        watched: the pipeline.
+        asked: see :class:`Replay`.
+        conditions: ``ROWS`` of them; each of one length, if ``limit`` is a number.
+        unguided: arguments of a call without guidance.
+        limit: the greatest length of a prompt's embedding, None if all are of one.
+
+    Raises:
+        SeveralLengths: if ``limit`` is None and they are not.
+    """
     schedule, prediction_type, config = read_process(watched.pipe.scheduler)
-    rows, others = ROWS[0], {asked: conditions[ROWS[0] : sum(ROWS)]}
-    many = watched.first(others, **unguided).arguments[0]
+    rows = ROWS[0]
+    many = watched.first({asked: conditions[1]}, **unguided).arguments[0]
     match schedule:
         case RectifiedFlow():
             schedule = RectifiedFlow(read_shift(watched.pipe.scheduler, schedule.shift), schedule.num_timesteps)
     own_grid = makes_grid(watched.pipe.scheduler, schedule)
-    record = watched.run({asked: conditions[:rows]}, **unguided)
+    record = watched.run({asked: conditions[0]}, **unguided)
     steps = record.steps
     if any(len(step.asks) != 1 or len(step.asks[0].output) != rows for step in steps):
         raise SeveralPredictions("without guidance it makes more than one prediction a step")
+    match schedule:
+        case RectifiedFlow():
+            schedule = read_told(watched.pipe.scheduler, schedule, steps)
     names = changing(steps)
     state = find_state(steps, names)
     times = find_times(steps, [name for name in names if name != state], rows, schedule)
     template = steps[0].asks[0].arguments
-    found = find_conditions(template, many, ROWS, (state, *times))
+    lengths = {} if limit is None else find_lengths(template, many, ROWS, state, limit)
+    found = find_conditions(template, many, ROWS, (state, *times, *lengths)) + (*lengths,)
     lists = [name for name, leaf in template.leaves.items() if type(leaf) is list and name not in (state, *found)]
     sample_shape, places = find_packing(record, rows)
     match schedule:
         case Karras():
             schedule.initial_sigma = steps[0].state.std().item() / record.draws[-1].std().item()
     replay = Replay(
-        watched, asked, unguided, schedule, prediction_type, config, template, state, times, found,
+        watched, asked, unguided, schedule, prediction_type, config, template, state, times, found, lengths,
         tuple(name for name in lists if len(template.leaves[name]) != len(many.leaves[name])),
         find_sign(steps, rows), sample_shape, tuple(steps[0].state.shape[1:]), places, own_grid,
         steps[0].asks[0].output[:1],
     )  # fmt: skip
     return replay, record
-
-
-def states_of(replay: Replay, record: Record) -> list[tuple[Tensor, Tensor]]:
-    """Return the states (B, C, ...) and times (B,) of a call's steps; check that the pipeline scales them as we do."""
-    found = []
-    scales = float(getattr(replay.watched.pipe.scheduler, "init_noise_sigma", 1.0)) != 1
-    for step in record.steps:
-        value = step.asks[0].arguments.tensors()[replay.state][: ROWS[0]].float()
-        t = torch.full((ROWS[0],), time_of(replay.schedule, step.timestep), dtype=torch.float64)
-        ones = torch.ones(ROWS[0], 1)
-        factor = replay.schedule.network_input(ones, t)
-        alpha, sigma = replay.schedule.coefficients(t, ones)
-        expected = (factor / (alpha**2 + sigma**2).sqrt() * alpha if factor.allclose(ones) else factor)[0].item()
-        ratio = proportion(value, step.state[: ROWS[0]])
-        wanted = expected if scales else 1.0
-        if ratio is None or abs(ratio - wanted) > 1e-3 * wanted:
-            raise ValueError(
-                f"{type(replay.watched.pipe.scheduler).__name__} expects states times {wanted:.4g} at timestep "
-                f"{step.timestep:g}, but its network sees them times {ratio}"
-            )
-        x_t = replay.unpack(value.reshape(ROWS[0], *replay.loop_shape))
-        found.append((x_t / expand(factor.flatten(), x_t), t))
-    return found
-
-
-@torch.no_grad()
-def check_repeats(replay: Replay, record: Record, cond: Cond) -> None:
-    """Raise ``ValueError`` unless the call's predictions are repeated."""
-    for (x_t, t), step in zip(states_of(replay, record), record.steps, strict=True):
-        ours = replay.call(replay.watched.network, x_t, t, cond).float()
-        off = apart(ours, replay.unpack(step.output[: ROWS[0]]))
-        if off > bound(replay):
-            raise ValueError(f"repeated at timestep {step.timestep:g}, its network's prediction is {off:.2g} apart")
-
-
-def bound(replay: Replay) -> float:
-    """Return how far predictions may be apart that are called equal."""
-    return CHECKED if dtype_of(replay.watched.network) is torch.float32 else ROUGHLY
-
-
-@torch.no_grad()
-def check_decodes(replay: Replay, record: Record, asked: Any) -> None:
-    """Raise ``ValueError`` unless the call's last states are decoded to its images."""
-    assert record.images is not None, "the call came to its end"
-    images = replay.decode(replay.unpack(record.steps[-1].stepped[: ROWS[0]]), asked)
-    if images.shape != record.images.shape or apart(images, record.images.float()) > CHECKED:
-        raise ValueError("its last states, decoded again, are not its images")
-
-
-@torch.no_grad()
-def find_null(replay: Replay, conditions: Sequence[Any], guided: Mapping[str, Any]) -> Cond:
-    """Return the null condition (1, ...) of a guided call, and check that guidance is as diffusers defines it.
-
-    Args:
-        replay: what an unguided call told.
-        conditions: ``ROWS[0]`` prompts or labels.
-        guided: arguments of a call with guidance scale :data:`GUIDED`.
-
-    Raises:
-        ValueError: if the call makes no null prediction, or guides in another way.
-    """
-    cond = replay.condition(conditions)
-    record = replay.watched.run({replay.asked: conditions}, **guided)
-    parts, _ = halves(record.steps[0], ROWS[0])
-    off = [sum(distance(part[name], cond[name]) for name in replay.conditions) for part in parts]
-    null = {name: value[:1].to(cond[name]) for name, value in parts[off.index(max(off))].items() if name in cond}
-    for name, value in parts[off.index(max(off))].items():
-        if name in cond and (value.shape != cond[name].shape or distance(value, null[name].expand_as(value)) > CLOSE):
-            raise ValueError(f"the null condition depends on the prompt ({name})")
-    both = {name: torch.cat([cond[name], null[name].expand_as(cond[name])]) for name in cond}
-    for (x_t, t), step in zip(states_of(replay, record), record.steps, strict=True):
-        output = replay.call(replay.watched.network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).float()
-        given, free = (read(replay, part, x_t, t) for part in output.chunk(2))
-        ours = guide(given, free, GUIDED - 1, x_t, t, replay.schedule)
-        theirs = read(replay, replay.unpack(step.output[: ROWS[0]]), x_t, t)
-        if (gap := apart(ours.flow(), theirs.flow())) > bound(replay):
-            raise ValueError(
-                f"its guidance is not unconditional + scale * (conditional - unconditional): {gap:.2g} apart"
-            )
-    return null
-
-
-def read(replay: Replay, output: Tensor, x_t: Tensor, t: Tensor) -> Any:
-    """Return a prediction."""
-    return to_prediction(output, x_t, t, replay.schedule, replay.prediction_type)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two conditions; infinity for other shapes."""
-    return (a.float() - b.float()).abs().max().item() if a.shape == b.shape else float("inf")

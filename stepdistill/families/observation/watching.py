@@ -57,6 +57,8 @@ class Step:
 class Record:
     """What was seen of one call."""
 
+    asked: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    """The prompts or labels of a whole call."""
     steps: list[Step] = dataclasses.field(default_factory=list)
     asks: list[Ask] = dataclasses.field(default_factory=list)
     """The network's calls after the last step."""
@@ -129,7 +131,7 @@ class Watched:
         """Make a whole call of ``steps`` steps and return all that was seen."""
         with self._watched(self._genuine) as record:
             result = self._ask(conditions, num_inference_steps=steps, output_type="pt", **options)
-            record.images = as_images(result[0])
+            record.asked, record.images = conditions, as_images(result[0])
         return record
 
     @torch.no_grad()
@@ -173,7 +175,8 @@ class Watched:
         network.forward = lambda *args, **kwargs: Predicted(sample=list(output) if self.lists else output)
         step, scheduler.step = scheduler.step, functools.wraps(scheduler.step)(lambda *args, **kwargs: given)
         try:
-            return as_images(self._ask(conditions, num_inference_steps=1, output_type="pt", **options)[0])
+            # two steps: a grid of one that is stretched to an end is 0 / 0
+            return as_images(self._ask(conditions, num_inference_steps=2, output_type="pt", **options)[0])
         finally:
             scheduler.step = step
 
