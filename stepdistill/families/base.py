@@ -57,6 +57,8 @@ class Family(abc.ABC):
     """Parts of the pipeline beside the network and the scheduler; a teacher with others is refused."""
     optional_parts: ClassVar[tuple[str, ...]] = ()
     """Parts that a teacher may have or lack."""
+    refused_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What other parts are, and why a teacher that has them is refused."""
     takes_text: ClassVar[bool] = False
     """Whether the condition is a prompt."""
     predicts_pixels: ClassVar[bool] = False

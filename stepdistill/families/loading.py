@@ -148,6 +148,8 @@ def check_parts(folder: Path, cls: type[Family]) -> None:
     found = part_entries(index)
     family, pipeline = cls.__module__.rpartition(".")[2], index.get("_class_name")
     taken, optional = cls.parts_of(pipeline if type(pipeline) is str else None)
+    for name in sorted({*found} & {*cls.refused_parts}):
+        raise ValueError(f"teacher.path: {folder}: {pipeline} has the part {name!r}, {cls.refused_parts[name]}")
     for name in sorted({*found} - taken - optional - {*HARMLESS}):
         raise ValueError(
             f"teacher.path: {folder}: {pipeline} has the part {name!r} ({found[name][-1]}), which the family "

@@ -192,3 +192,14 @@ def tiny_clip_vae() -> Any:
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0], scale_factor_temporal=4,
         scale_factor_spatial=4,
     )  # fmt: skip
+
+
+def tiny_residual_clip_vae() -> Any:
+    """Return a random VAE as that of Wan 2.2 TI2V-5B: a latent is a square of 8 pixels."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0], is_residual=True, in_channels=12,
+        out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=8,
+    )  # fmt: skip

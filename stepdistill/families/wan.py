@@ -2,12 +2,15 @@
 
 A clip has 4 k + 1 frames, of which the first and every four further ones are one latent frame; one frame is an image.
 The pipeline's call takes no times: the exported scheduler is fitted to the student's grid. The two experts of Wan 2.2
-A14B are refused: a student of one of them would be sampled in turn with the other.
+A14B are refused: a student of one of them would be sampled in turn with the other. Wan 2.2 TI2V-5B tells its network
+one time a token, which for clips from prompts are all equal: it is called with one a sample.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +23,13 @@ from stepdistill.families.prompts import default_of
 
 SIDE = 16
 """Pixels by which the pipeline wants the height and the width to be divisible, whatever its VAE."""
+
+
+EXPERTS = (
+    "one of two experts (Wan 2.2 A14B): a student of one would be sampled in turn with the other; expected a teacher "
+    "of one network, such as Wan 2.1 or Wan 2.2 TI2V-5B"
+)
+"""What a second network is, and why it is refused."""
 
 
 class Wan(PlainLatentFamily, TextToImageFamily):
@@ -38,8 +48,11 @@ class Wan(PlainLatentFamily, TextToImageFamily):
         "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2",
     )  # fmt: skip
     loads_lora = True
+    refused_parts = MappingProxyType({"transformer_2": EXPERTS})
 
     def __init__(self, pipe: Any, *, frames: int | None = None, **options: Any) -> None:
+        if pipe.config.boundary_ratio is not None:
+            raise ValueError(f"teacher.path: model_index.json: boundary_ratio: expected none, got {EXPERTS}")
         super().__init__(pipe, **options)
         frames, stride = frames or default_of(pipe, "num_frames"), pipe.vae_scale_factor_temporal
         if (frames - 1) % stride:
@@ -59,16 +72,18 @@ class Wan(PlainLatentFamily, TextToImageFamily):
         return self.pipe.vae_scale_factor_spatial
 
     def size_multiple(self) -> int:
-        return SIDE
+        _, side, _ = self.pipe.transformer.config.patch_size
+        return math.lcm(SIDE, side * self.spatial_factor())
 
     def native_size(self) -> tuple[int, int]:
         return default_of(self.pipe, "height"), default_of(self.pipe, "width")
 
     @classmethod
-    def tiny(cls, seed: int = 0) -> Wan:
+    def tiny(cls, seed: int = 0, *, residual: bool = False) -> Wan:
+        """Return a random miniature of Wan 2.1, or with the ``residual`` VAE of Wan 2.2 TI2V-5B."""
         from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-        from stepdistill.families.tiny import tiny_clip_vae, tiny_umt5
+        from stepdistill.families.tiny import tiny_clip_vae, tiny_residual_clip_vae, tiny_umt5
 
         torch.manual_seed(seed)
         tokenizer, text_encoder = tiny_umt5(width=16)
@@ -77,7 +92,8 @@ class Wan(PlainLatentFamily, TextToImageFamily):
             ffn_dim=16, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
         )  # fmt: skip
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        pipe = WanPipeline(tokenizer, text_encoder, tiny_clip_vae(), scheduler, transformer)
+        vae = tiny_residual_clip_vae() if residual else tiny_clip_vae()
+        pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer, expand_timesteps=residual)
         return cls(pipe, resolution=(16, 32), frames=5)
 
     def embed(self, prompts: Sequence[str], *, null: bool = False) -> Cond:

@@ -78,7 +78,10 @@ def test_the_two_experts_of_wan_are_refused(tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"has the part 'transformer_2' .* which the family 'wan' would drop"):
+    with pytest.raises(ValueError, match=r"has the part 'transformer_2', one of two experts .* of one network"):
+        load_teacher(TeacherConfig(path=str(folder)))
+    (folder / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
+    with pytest.raises(ValueError, match=r"boundary_ratio: expected none, got one of two experts"):
         load_teacher(TeacherConfig(path=str(folder)))
 
 
