@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from browser import SEEN, needs_browser, said_by
 from PIL import Image
 
 from stepdistill.benchmark.plots import DOCUMENT, PHONE, plot_calls, plot_pareto
@@ -94,6 +95,16 @@ def test_names_and_prompts_say_only_what_they_say(html):
     shown = NASTY.replace("\x1b", r"\x1b")
     assert shown in page.words and f"ours, 1 step: {shown}" in page.alternatives
     assert html.count("</style>") == 1 and not re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f]", html)
+
+
+@pytest.mark.product
+@needs_browser
+def test_a_browser_shows_every_picture_and_runs_nothing(html, tmp_path):
+    (tmp_path / "report.html").write_text(html)
+    seen = said_by(SEEN, tmp_path / "report.html")
+    assert not seen["errors"] and not seen["broken"] and seen["images"] == len(Page(html).alternatives)
+    assert "ours, 2 steps" in seen["words"] and "<script>alert(1)</script>" in seen["words"]  # as text
+    assert seen["wide"] <= 1200  # tables scroll beside their first column, and the page does not
 
 
 def test_every_row_is_shown_on_the_same_conditions_which_stand_below(html):
