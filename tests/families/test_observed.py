@@ -1,5 +1,6 @@
 """The observed family: equal to every hand-written one, and to the calls of pipelines that have none."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -17,7 +18,9 @@ from stepdistill.export.contract import call_arguments
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.loading import load_teacher
+from stepdistill.families.observation.arguments import Arguments
 from stepdistill.families.observation.checking import check_decodes, check_repeats, find_null
+from stepdistill.families.observation.reading import find_lengths
 from stepdistill.families.observation.replay import ROWS, read_calls
 from stepdistill.families.observation.watching import Watched
 from stepdistill.families.observed import Observed, tiny_aura_flow
@@ -106,6 +109,14 @@ def test_labels_and_guidance_within_one_batch_are_observed_too():
     x_t, t, cond = torch.randn(2, *known.sample_shape), torch.tensor([0.3, 0.9]), known.example_cond([3, 4])
     ours = replay.call(known.network, x_t, t, {name: cond["class_labels"]})
     close(ours, known.call(known.network, x_t, t, cond))
+
+
+def test_what_holds_places_for_the_image_too_gets_so_many_more():
+    def call(rows, length):
+        shapes = {"text": (rows, length, 4), "mask": (rows, length + 16), "size": (rows, 2), "x": (rows, 3, 4, 4)}
+        return Arguments.of(lambda **kwargs: None, (), {name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    assert find_lengths(call(3, 7), call(5, 9), (3, 5), "x", 100) == {"text": 100, "mask": 116}
 
 
 # --------------------------------------------------------------------------------- pipelines without a family
@@ -224,19 +235,18 @@ def test_a_scheduler_that_the_pipeline_does_not_scale_for_is_refused():
     refused(pipe, "EulerDiscreteScheduler expects states times|its first state")
 
 
-def test_noise_levels_that_are_not_those_of_the_timesteps_are_refused():
+def test_noise_levels_that_are_not_those_of_the_timesteps_are_refused(monkeypatch):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipe = tiny_aura_flow()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.5)
-    set_timesteps = pipe.scheduler.set_timesteps
+    set_timesteps = FlowMatchEulerDiscreteScheduler.set_timesteps
 
-    def late(self, *args, **kwargs):
-        set_timesteps(*args, **kwargs)
+    def quieter(self, *args, **kwargs):
+        set_timesteps(self, *args, **kwargs)
         self.sigmas = self.sigmas * 0.9
 
-    pipe.scheduler.set_timesteps = late.__get__(pipe.scheduler)
-    refused(pipe, "its scheduler steps from noise levels")
+    functools.update_wrapper(quieter, set_timesteps)  # whose signature pipelines ask for
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", quieter)
+    refused(tiny_aura_flow(), "its scheduler steps from noise levels")
 
 
 def test_a_guidance_input_of_a_network_that_has_none_is_refused():
