@@ -11,13 +11,12 @@ FAMILIES = families()
 METHODS = {"dit": "progressive"}  # by default lcm
 UNGUIDED = {"flux"}  # families whose unconditional prediction no method may ask for
 OPTIONS = {"wan": {"solver_steps": 48}}  # whose fourth parts are a grid of one shift, which its scheduler is fitted to
-COPIED = ("pixel", "sd", "flux")  # one of each kind; the others' copies: ``test_every_family_with_every_method``
-EVERY = [(name, bank) for name in FAMILIES for bank in BANKS if bank != "copy" or name in COPIED]
-QUICK = ("pixel", "sd", "flux", "wan")
-"""Families of ``make test``: a UNet of pixels and of latents, a transformer, clips. The others are product tests."""
+EVERY = [(name, bank) for name in FAMILIES for bank in BANKS]
+QUICK = ("pixel-copy", "pixel-adapter", "sd-copy", "sd-adapter", "flux-copy", "flux-adapter", "wan-adapter")
+"""Students of ``make test``: of a UNet of pixels and of latents, a transformer, clips. The others are product tests."""
 every_student = pytest.mark.parametrize(
     ("name", "bank"),
-    [pytest.param(*each, marks=() if each[0] in QUICK else pytest.mark.product) for each in EVERY],
+    [pytest.param(*each, marks=() if "-".join(each) in QUICK else pytest.mark.product) for each in EVERY],
 )
 
 
