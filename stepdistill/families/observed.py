@@ -31,7 +31,7 @@ from stepdistill.families.observation.guidance import is_input, read_guidance, r
 from stepdistill.families.observation.replay import ROWS, read_calls
 from stepdistill.families.observation.watching import Record, Watched
 from stepdistill.families.prompts import EXAMPLE_PROMPTS
-from stepdistill.families.tiny import tiny_t5, tiny_vae
+from stepdistill.families.tiny import tiny_aura_flow
 from stepdistill.loading import read_code
 
 PLAIN = {"use_resolution_binning": False, "clean_caption": False, "cfg_normalization": False, "guidance_rescale": 0.0}
@@ -83,6 +83,7 @@ class Observed(TextToImageFamily):
         watched = Watched(pipe, self.component, {**PLAIN, **size_arguments(resolution, frames)})
         try:
             self._observe(watched, guidance_scale)
+            self._check_made(resolution, frames)
         except ValueError as error:
             raise ValueError(f"teacher.family: {name} cannot be observed: {error}") from error
         except (AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
@@ -139,6 +140,13 @@ class Observed(TextToImageFamily):
         if not any(name.endswith(ATTENTION) for name in linear):
             self.lora_targets = tuple(name for name in linear if "." in name)  # type: ignore[misc]
 
+    def _check_made(self, resolution: Resolution | None, frames: int | None) -> None:
+        _, *made, height, width = self.image_shape
+        if resolution is not None and (height, width) != sides_of(resolution):
+            raise ValueError(f"its call makes {[height, width]} of {list(sides_of(resolution))} pixels asked for")
+        if frames is not None and made != [frames]:
+            raise ValueError(f"its call makes {made[0] if made else 'no'} frames of {frames} asked for")
+
     @classmethod
     def parts_of(cls, pipeline: str | None) -> tuple[set[str], set[str]]:
         """Return the parts that the pipeline's class takes."""
@@ -171,7 +179,14 @@ class Observed(TextToImageFamily):
         return self.image_shape[-2], self.image_shape[-1]
 
     def check_size(self, size: tuple[int, int], key: str) -> None:
-        Family.check_size(self, size, key)
+        """Raise ``ValueError``, which names ``key``, unless the pipeline can be observed at this (height, width)."""
+        if size == self.native_size():
+            return
+        _, *frames, _, _ = self.image_shape
+        try:
+            type(self)(self.pipe, resolution=size, frames=frames[0] if frames else None)
+        except ValueError as error:
+            raise ValueError(f"{key}: got {list(size)}: {error}") from error
 
     def guidance_arguments(self, scale: float) -> dict[str, Any]:
         """Return the arguments of the pipeline's call for the guidance scale ``scale``, 1 being none."""
@@ -278,20 +293,3 @@ def takes_lora(pipeline: type, component: str) -> bool:
     """Return whether a class of pipelines saves and loads adapters of its network."""
     save: Any = getattr(pipeline, "save_lora_weights", None)
     return save is not None and f"{component}_lora_layers" in inspect.signature(save).parameters
-
-
-def tiny_aura_flow(seed: int = 0) -> Any:
-    """Return a random miniature of ``AuraFlowPipeline``."""
-    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-
-    torch.manual_seed(seed)
-    tokenizer, text_encoder = tiny_t5(width=32)
-    transformer = AuraFlowTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=64,
-    )  # fmt: skip
-    with torch.no_grad():  # at random its gates are almost shut, and adapters of attention would do nothing
-        for name, parameter in transformer.named_parameters():
-            parameter.mul_(16.0 if "norm1" in name else 1.0)
-    vae = tiny_vae(scaling_factor=0.13025)
-    return AuraFlowPipeline(tokenizer, text_encoder, vae, transformer, FlowMatchEulerDiscreteScheduler(shift=1.73))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
+
 
 def tiny_gemma(width: int, layers: int = 1) -> tuple[Any, Any]:
     """Return a tokenizer of letters and their pairs, made in memory, and a random Gemma 2 for it."""
@@ -203,3 +205,20 @@ def tiny_residual_clip_vae() -> Any:
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0], is_residual=True, in_channels=12,
         out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=8,
     )  # fmt: skip
+
+
+def tiny_aura_flow(seed: int = 0) -> Any:
+    """Return a random miniature of ``AuraFlowPipeline``."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(seed)
+    tokenizer, text_encoder = tiny_t5(width=32)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=64,
+    )  # fmt: skip
+    with torch.no_grad():  # at random its gates are almost shut, and adapters of attention would do nothing
+        for name, parameter in transformer.named_parameters():
+            parameter.mul_(16.0 if "norm1" in name else 1.0)
+    vae = tiny_vae(scaling_factor=0.13025)
+    return AuraFlowPipeline(tokenizer, text_encoder, vae, transformer, FlowMatchEulerDiscreteScheduler(shift=1.73))

@@ -23,8 +23,9 @@ from stepdistill.families.observation.checking import check_decodes, check_repea
 from stepdistill.families.observation.reading import find_lengths
 from stepdistill.families.observation.replay import ROWS, read_calls
 from stepdistill.families.observation.watching import Watched
-from stepdistill.families.observed import Observed, tiny_aura_flow
+from stepdistill.families.observed import Observed
 from stepdistill.families.sd import SD
+from stepdistill.families.tiny import tiny_aura_flow
 from stepdistill.families.wan import Wan
 from stepdistill.methods import find_method
 from stepdistill.networks.copy_bank import CopyBank
@@ -199,6 +200,14 @@ def test_a_known_pipeline_is_observed_on_request(tmp_path):
     folder = save_teacher(SD.tiny(), tmp_path)
     assert type(load_teacher(TeacherConfig(path=str(folder), family="observed"))) is Observed
     assert type(load_teacher(TeacherConfig(path=str(folder)))) is SD
+
+
+def test_sizes_that_the_pipeline_does_not_make_are_refused():
+    family = Observed.tiny()
+    family.check_size((16, 32), "shapes[0]")
+    with pytest.raises(ValueError, match=r"shapes\[1\]: got \[16, 17\]: .* divisible by"):
+        family.check_size((16, 17), "shapes[1]")
+    refused(family.pipe, "its call makes no frames of 5 asked for", frames=5)
 
 
 def test_several_networks_are_refused():
