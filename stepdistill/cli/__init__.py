@@ -206,6 +206,7 @@ def generate(args: argparse.Namespace) -> None:
     from stepdistill.inference.generate import (
         Request,
         beside_teacher,
+        check_outputs,
         collect_prompts,
         decode_flag,
         generate_images,
@@ -231,6 +232,7 @@ def generate(args: argparse.Namespace) -> None:
         call=call,
     )  # fmt: skip
     pipeline = open_pipeline(args.pipeline, request, trust_of(args))
+    check_outputs(pipeline, args.output)
     if args.compile:
         compile_blocks(network_of(pipeline), "--compile")
     images = generate_images(pipeline, request)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 FPS = 16
 """Frames a second of a written clip, as Wan's are."""
+
+
+def open_writer() -> Any:
+    """Return PyAV; raise ``ValueError`` that names the package if it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(
+            "clips: expected the package av, which writes them: pip install 'stepdistill[video]'"
+        ) from error
+    return av
 
 
 def write_clip(clip: Tensor, path: Path, fps: int = FPS) -> None:
@@ -16,10 +28,7 @@ def write_clip(clip: Tensor, path: Path, fps: int = FPS) -> None:
     Raises:
         ValueError: if PyAV is not installed.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(f"{path}: expected the package av: pip install 'stepdistill[video]'") from error
+    av = open_writer()
     _, _, height, width = clip.shape
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps)

@@ -30,7 +30,7 @@ from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import OPTIONS, TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
-from stepdistill.inference.clips import write_clip
+from stepdistill.inference.clips import open_writer, write_clip
 from stepdistill.inference.grids import save_grid, to_pil
 from stepdistill.inference.processes import open_state, own_part, together
 from stepdistill.inference.rows import network_of
@@ -219,6 +219,12 @@ def beside_teacher(
         sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} generate images of different sizes: {sizes}")
     return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
+
+
+def check_outputs(pipeline: Any, outputs: Sequence[Path]) -> None:
+    """Raise ``ValueError`` if a pipeline makes clips, which are to be files, and nothing writes them."""
+    if "num_frames" in contract_of(pipeline).call and any(output.suffix != ".png" for output in outputs):
+        open_writer()
 
 
 def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:

@@ -1,0 +1,30 @@
+"""Clips where PyAV is not installed."""
+
+import sys
+import types
+
+import pytest
+
+from stepdistill.data.base import DataConfig
+from stepdistill.data.datasets import open_data
+from stepdistill.export.contract import Contract
+from stepdistill.inference.generate import check_outputs
+
+
+@pytest.fixture(autouse=True)
+def no_reader(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+
+
+def test_videos_as_data_are_refused_when_they_are_opened(tmp_path):
+    (tmp_path / "one.mp4").write_bytes(b"")
+    config = DataConfig(name="images", path=str(tmp_path), fps=8)
+    with pytest.raises(ValueError, match=r"data.fps: expected the package av, .* pip install 'stepdistill\[video\]'"):
+        open_data(config, channels=3, size=(5, 16, 16), num_classes=None, takes_text=True)
+
+
+def test_files_of_clips_are_refused_before_they_are_sampled(tmp_path):
+    pipeline = types.SimpleNamespace(contract=Contract(call={"num_frames": 5}))
+    check_outputs(pipeline, [tmp_path / "grid.png"])
+    with pytest.raises(ValueError, match=r"clips: expected the package av, .* pip install 'stepdistill\[video\]'"):
+        check_outputs(pipeline, [tmp_path / "grid.png", tmp_path / "folder"])
