@@ -12,7 +12,6 @@ from families.unknown_pipelines import UNKNOWN
 
 from stepdistill import load_pipeline
 from stepdistill.batch import RawBatch
-from stepdistill.diffusion.native_grids import StepShiftedFlow
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.export.contract import call_arguments
 from stepdistill.families.config import TeacherConfig
@@ -78,8 +77,9 @@ def test_it_decodes_noises_and_draws_as_the_hand_written_family_does(both):
     close(observed.decode(x0), known.decode(x0))
     for ours, theirs in zip(observed.schedule(t), known.schedule(t), strict=True):
         close(ours, theirs, 1e-6)
-    if type(known.schedule) is not StepShiftedFlow:  # what one call shows is the shift of its own number of steps
-        close(observed.schedule.grid(4), known.schedule.grid(4), 1e-6)
+    assert type(observed.schedule) is type(known.schedule)
+    for steps in (1, 2, 4):
+        close(observed.schedule.grid(steps), known.schedule.grid(steps), 1e-6)
     assert torch.equal(*(one.later_noise(generators(2, 0)) for one in both))
     assert observed.hands_generators_on == known.hands_generators_on
     assert observed.scales_states == known.scales_states and observed.loads_lora == known.loads_lora

@@ -7,6 +7,7 @@ compares what it returns with these calls.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
+from stepdistill.diffusion.native_grids import StepShiftedFlow
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, RectifiedFlow
 from stepdistill.families.observation.arguments import Arguments, as_leaf, first_output, in_precision, repeated
@@ -39,6 +41,8 @@ LENGTH = "length"
 """Ending of the condition that says how long the rows of another are."""
 LONGEST = 1024
 """The greatest length of a prompt's embedding, where the call has no ``max_sequence_length`` that says it."""
+FEW_STEPS = 4
+"""A number of steps far from a call's default."""
 ROWS = (3, 5)
 """Samples of the watched calls: two numbers that no argument has by chance."""
 
@@ -219,6 +223,23 @@ def read_calls(
     return replay, [record]
 
 
+def with_own_grids(
+    watched: Watched, condition: Mapping[str, Sequence[Any]], unguided: Mapping[str, Any], flow: RectifiedFlow
+) -> RectifiedFlow:
+    """Return a flow with the grids of its call, if their shift depends on the number of steps, as for FLUX.2."""
+
+    @functools.cache
+    def shift_of(steps: int) -> float:
+        if steps == 1:  # a grid of one step has none
+            return flow.shift
+        watched.first(condition, **unguided, num_inference_steps=steps)
+        return read_shift(watched.pipe.scheduler, flow.shift)
+
+    if type(flow) is not RectifiedFlow or abs(shift_of(FEW_STEPS) - flow.shift) < 1e-3 * flow.shift:
+        return flow
+    return StepShiftedFlow(shift_of, flow.num_timesteps)
+
+
 def read_call(
     watched: Watched, asked: str, conditions: tuple[Sequence[Any], Sequence[Any]], unguided: Mapping[str, Any],
     limit: int | None,
@@ -249,6 +270,7 @@ def read_call(
     match schedule:
         case RectifiedFlow():
             schedule = read_told(watched.pipe.scheduler, schedule, steps)
+            schedule = with_own_grids(watched, {asked: conditions[0][:1]}, unguided, schedule)
     names = changing(steps)
     state = find_state(steps, names)
     times = find_times(steps, [name for name in names if name != state], rows, schedule)
