@@ -26,12 +26,13 @@ class Schnell(Flux):
 KNOWN: dict[str, Callable[[], TextToImageFamily]] = {
     name: cls.tiny for name, cls in families().items() if issubclass(cls, TextToImageFamily) and cls is not Observed
 }
-KNOWN |= {
+VARIANTS: dict[str, Callable[[], TextToImageFamily]] = {
     "flux-schnell": lambda: Schnell.tiny(guidance_embeds=False), "flux2-dev": lambda: Flux2.tiny(guidance_embeds=True),
     "sd-v": lambda: SD.tiny(prediction_type="v_prediction"), "sd3.5": lambda: SD3.tiny(dual_attention=True),
     "pixart-sigma": lambda: PixArt.tiny(sigma=True), "wan-5b": lambda: Wan.tiny(residual=True),
 }  # fmt: skip
-"""Families whose pipelines are observed, too."""
+"""Other kinds of them."""
+KNOWN |= VARIANTS
 
 
 def observe(family: TextToImageFamily) -> Observed:

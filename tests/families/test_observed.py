@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import generators, pipeline_images, save_teacher, train_student
-from contracts.observed_teachers import KNOWN, observe, observe_unknown
+from contracts.observed_teachers import KNOWN, VARIANTS, observe, observe_unknown
 from families.unknown_pipelines import UNKNOWN
 
 from stepdistill import load_pipeline
@@ -33,7 +33,10 @@ from stepdistill.networks.denoiser import Denoiser
 PROMPTS = ["a cat", "two dogs on a sofa"]
 
 
-@pytest.fixture(scope="module", params=KNOWN)
+PAIRS = [pytest.param(name, marks=pytest.mark.product if name in VARIANTS else ()) for name in KNOWN]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def both(request):
     """A hand-written family, and the same pipeline observed."""
     family = KNOWN[request.param]()
@@ -122,7 +125,7 @@ def test_what_holds_places_for_the_image_too_gets_so_many_more():
 
 # --------------------------------------------------------------------------------- pipelines without a family
 
-QUICK = ("cog_view3", "ltx")
+QUICK = ("cog_view4", "ltx")
 OTHERS = [pytest.param(name, marks=pytest.mark.product) for name in UNKNOWN if name not in QUICK]
 
 
