@@ -11,16 +11,19 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from stepdistill.diffusion.native_grids import UnshiftedTimes
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import RectifiedFlow
 
 
 def dmd2_keys(sampler: Sampler, guidance_scale: float) -> dict[str, Any]:
-    """Return vLLM-Omni's keys; none for another process than a flow, which it would sample as one.
+    """Return vLLM-Omni's keys; none for another process than a flow of usual times, as which it would sample it.
 
     The shift is 1, because the timesteps contain the grid's own.
     """
     match sampler.schedule:
+        case UnshiftedTimes():  # whose timesteps are no noise levels
+            return {}
         case RectifiedFlow():
             return {
                 "dmd2_denoising_timesteps": sampler.schedule.timestep(sampler.times[:-1]).tolist(),

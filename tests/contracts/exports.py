@@ -32,10 +32,16 @@ READ_BACK = ("UNet2DConditionModel", "Flux2Transformer2DModel", "QwenImageTransf
 """Networks for which stock diffusers reads the file for ComfyUI; of FLUX.1 it does so at the full size alone."""
 
 
+def is_read_back(family):
+    """Of Wan only if the feed-forward layers are adapted, too: diffusers looks for all layers of a block."""
+    kind = type(family.network).__name__
+    return kind in READ_BACK and (kind != "WanTransformer3DModel" or "ffn.net.2" in family.lora_targets)
+
+
 def check_lora(run, images):
     """On a fresh teacher each file gives the export's images."""
     check_lora_file(run, images, "pytorch_lora_weights.safetensors")
-    if type(run.family.network).__name__ in READ_BACK:
+    if is_read_back(run.family):
         check_lora_file(run, images, COMFYUI)
 
 

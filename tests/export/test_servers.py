@@ -9,6 +9,7 @@ from contracts.cases import FLOW, save_images, scheduler_config, sections
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import load_pipeline
+from stepdistill.diffusion.native_grids import UnshiftedTimes
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.servers import dmd2_keys, mark_distilled
@@ -41,8 +42,8 @@ def test_a_server_that_reads_the_keys_visits_the_samplers_noise_levels(steps):
 
 
 def test_a_student_of_another_process_has_no_such_keys():
-    schedule = Pixel.tiny().schedule
-    assert dmd2_keys(ConsistencySampler(schedule, schedule.grid(4)), 1.0) == {}
+    for schedule in (Pixel.tiny().schedule, UnshiftedTimes(2.0)):
+        assert dmd2_keys(ConsistencySampler(schedule, schedule.grid(4)), 1.0) == {}
 
 
 def test_students_that_match_distributions_have_them():
