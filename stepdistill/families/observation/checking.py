@@ -112,7 +112,8 @@ def find_rule(replay: Replay, record: Record, cond: Cond, null: Cond) -> Guidanc
         for rule in gaps:
             ours = guide(given, free, GUIDED - 1, x_t, t, replay.schedule, rule).flow()
             gaps[rule] = max(gaps[rule], apart(ours, theirs))
-    rule = min(gaps, key=lambda each: gaps[each])
+    nearest = min(gaps, key=lambda each: gaps[each])
+    rule = next((each for each in gaps if gaps[each] <= CHECKED), nearest)
     if gaps[rule] > bound(replay):
         raise ValueError(
             f"its guidance is not unconditional + scale * (conditional - unconditional): {gaps[PLAIN]:.2g} apart"
