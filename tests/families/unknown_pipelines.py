@@ -206,7 +206,7 @@ def hunyuan_video() -> Any:
 
 UNKNOWN = {
     "cog_view3": (cog_view3, {"resolution": 32}), "hunyuan_dit": (hunyuan_dit, {"resolution": 16}),
-    "cog_video_x": (cog_video_x, {"resolution": 16, "frames": 5}), "latte": (latte, {"resolution": 16, "frames": 4}),
+    "cog_video_x": (cog_video_x, {"resolution": 16, "frames": 9}), "latte": (latte, {"resolution": 16, "frames": 4}),
     "hunyuan_video": (hunyuan_video, {"resolution": 16, "frames": 5}), "krea2": (krea2, {"resolution": 16}),
     "ltx": (ltx, {"resolution": 32, "frames": 9}), "cog_view4": (cog_view4, {"resolution": 32}),
 }  # fmt: skip
