@@ -25,7 +25,9 @@ from contracts.cases import (
     sections,
     weights,
 )
+from contracts.two_processes import train_cases
 from safetensors.torch import load_file
+from training.processes import started
 
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
@@ -249,22 +251,17 @@ SHARDED = [("dmd2", "copy")]
 """A stop that is resumed, several networks, features with gradient, and a head beside a network in one optimiser."""
 
 
-def two_gloo_processes(folder, *, replicated=(), sharded=()):
+def train_in_two_processes(folder, *, replicated=(), sharded=()):
     """Train the (method, bank) of both lists by two processes, in one launch; returns the folder of the runs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    cases = [*map("-".join, replicated), "sharded", *map("-".join, sharded)]
-    done = subprocess.run(
-        [*command, "-m", "contracts.two_processes", str(folder), *cases],
-        env=os.environ | fixed, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    with started(folder, lambda: train_cases(folder, replicated, sharded), world=2) as processes:
+        codes = processes.wait(1800)
+    assert codes == [0, 0], processes.output(0)[-3000:] + processes.output(1)[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return two_gloo_processes(tmp_path_factory.mktemp("two"), replicated=REPLICATED, sharded=SHARDED)
+    return train_in_two_processes(tmp_path_factory.mktemp("two"), replicated=REPLICATED, sharded=SHARDED)
 
 
 @pytest.mark.parametrize(("method", "bank"), REPLICATED)
@@ -290,14 +287,14 @@ def check_same_training(one, two):
 
 @pytest.mark.product
 def test_every_method_trains_in_two_processes(straight, tmp_path):
-    two_gloo_processes(tmp_path, replicated=EVERY)
+    train_in_two_processes(tmp_path, replicated=EVERY)
     for method, bank in EVERY:
         check_same_training(straight(method, bank)[0].folder, tmp_path / f"replicated/{method}-{bank}/run")
 
 
 @pytest.mark.product
 def test_every_method_trains_sharded(straight, tmp_path):
-    two_gloo_processes(tmp_path, sharded=EVERY)
+    train_in_two_processes(tmp_path, sharded=EVERY)
     for method, bank in EVERY:
         check_same_training(straight(method, bank)[0].folder, tmp_path / f"sharded/{method}-{bank}/run")
 
