@@ -1,4 +1,4 @@
-"""``--compile`` of ``generate`` and ``evaluate``: the images of before but for their last digits, and a result that says so."""
+"""``--compile`` of ``generate`` and ``evaluate``: the images of before to a level, and a result that says so."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Case:
 
 
 CASES = {
-    "guided": Case(resumed_at=(2, 3)),
+    "guided": Case({"steps": 2, "start": 4}, resumed_at=(1, 2)),
     "progressive": Case({"steps": 2, "start": 8}, resumed_at=(1, 2)),
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
     "lightning": Case({"steps": 1, "start": 8, "via": [4], "critic_warmup": 0}, resumed_at=(1, 2, 3)),

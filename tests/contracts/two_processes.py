@@ -1,4 +1,4 @@
-"""What each of two processes does: methods and banks for a few steps, and for the first a stop that one was asked for."""
+"""What each of two processes does: train methods and banks, the first with a stop that one of them was asked for."""
 
 import os
 from pathlib import Path
