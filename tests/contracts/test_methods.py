@@ -166,24 +166,27 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The finished straight run of a method and bank (few steps over all its stages, accumulation 2, an average)."""
+    """The finished straight run of a method and bank (few steps over all its stages, an average)."""
     finished = {}
 
-    def train(method, bank):
-        if (method, bank) not in finished:
-            run = make_run(tmp_path_factory.mktemp(f"{method}-{bank}"), method, bank, **large(method))
+    def train(method, bank, accumulation=None):
+        options = large(method, bank, accumulation)
+        key = method, bank, options["accumulation"]
+        if key not in finished:
+            run = make_run(tmp_path_factory.mktemp(f"{method}-{bank}"), method, bank, **options)
             before = run.teacher_fingerprint, untouched(run), teacher_output(run)
             run.train()
-            finished[method, bank] = run, before
-        return finished[method, bank]
+            finished[key] = run, before
+        return finished[key]
 
     return train
 
 
-def large(method):
-    """A run with as large a batch as two processes have, an average, and checkpoints to resume from."""
+def large(method, bank, accumulation=None):
+    """A run with an average, checkpoints to resume from, and as large a batch as two processes have if they train it."""
     every = math.gcd(*case(method).resumed_at)
-    return {"accumulation": 2, "ema": 0.9, "save_every": every, "keep": STEPS}
+    accumulation = accumulation or (2 if (method, bank) in {*REPLICATED, *SHARDED} else 1)
+    return {"accumulation": accumulation, "ema": 0.9, "save_every": every, "keep": STEPS}
 
 
 def untouched(run):
@@ -218,7 +221,7 @@ def test_resumed_from_its_own_checkpoints_it_ends_in_the_same_bits(tmp_path, mon
     for step in case(method).resumed_at:
         folder = tmp_path / f"from-{step}"
         shutil.copytree(run.folder / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        make_run(run.folder.parent, method, bank, **large(method), output_dir=str(folder)).train()
+        make_run(run.folder.parent, method, bank, **large(method, bank), output_dir=str(folder)).train()
         assert logged_steps(folder) == [*range(step + 1, STEPS + 1)]
         assert checkpoint_bytes(folder, STEPS) == expected
 
@@ -289,14 +292,14 @@ def check_same_training(one, two):
 def test_every_method_trains_in_two_processes(straight, tmp_path):
     train_in_two_processes(tmp_path, replicated=EVERY)
     for method, bank in EVERY:
-        check_same_training(straight(method, bank)[0].folder, tmp_path / f"replicated/{method}-{bank}/run")
+        check_same_training(straight(method, bank, 2)[0].folder, tmp_path / f"replicated/{method}-{bank}/run")
 
 
 @pytest.mark.product
 def test_every_method_trains_sharded(straight, tmp_path):
     train_in_two_processes(tmp_path, sharded=EVERY)
     for method, bank in EVERY:
-        check_same_training(straight(method, bank)[0].folder, tmp_path / f"sharded/{method}-{bank}/run")
+        check_same_training(straight(method, bank, 2)[0].folder, tmp_path / f"sharded/{method}-{bank}/run")
 
 
 @pytest.mark.product
