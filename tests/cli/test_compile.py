@@ -16,7 +16,7 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.networks import compilation
 
-compiled_by = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.product)])
+compiled_by = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.product)])
 
 
 @pytest.fixture

@@ -214,7 +214,8 @@ def train_student(
     data: Mapping[str, Any] = NOTHING,
 ) -> Run:  # fmt: skip
     """A finished run of a few steps, with other ``options`` of the method, or other ``data``."""
-    wanted = sections(folder, family, method, bank, steps=STEPS if case(method).options else 3)
+    staged = {"start", "num_stages", "warmup"} & case(method).options.keys()
+    wanted = sections(folder, family, method, bank, steps=STEPS if staged else 2)
     wanted["method"] |= options
     wanted["data"] |= data
     run = Run(resolve(wanted))
