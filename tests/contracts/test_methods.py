@@ -131,7 +131,7 @@ def test_one_batch_can_be_overfitted(tmp_path, method, bank):
     assert 0 < last < 0.7 * first
 
 
-def fall(run, wanted, steps=8):
+def fall(run, wanted, steps=12):
     """What a turn's training must lower on one batch, by its case, before and after ``steps`` steps."""
     trainer = make_trainer(run)
     name = wanted.overfits or run.distiller.turn_names[0]
