@@ -95,9 +95,9 @@ class AdapterBank(NetworkBank):
     def _merged(self, layer: Any, role: str) -> nn.Module:
         """Return a copy of a layer in ``role`` without its adapters, so that no copy of them is made either."""
         own = layer.get_base_layer()
-        base = copy.deepcopy(self.originals.get(id(own), own)).float()
+        base: Any = copy.deepcopy(self.originals.get(id(own), own)).float()
         if role != TEACHER:
-            base.weight += layer.get_delta_weight(role)
+            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # that of before is on the host
         return base
 
     def params(self, role: str) -> list[nn.Parameter]:
