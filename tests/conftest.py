@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from contracts.stock import StockDiffusers
 
+    from stepdistill.features.base import FeatureExtractor
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, which none of the above does
 # for networks this small a second thread costs more than it gives; TEST_THREADS=2 shows that nothing rests on it
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
@@ -46,6 +48,46 @@ def few_teacher_steps() -> Iterator[None]:
     """Every export draws its teacher beside it, which is no teacher to look at here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stepdistill.inference.student.TEACHER_STEPS", 2)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_precision() -> Iterator[None]:
+    """``UNet2DModel.forward`` asks twice for its own precision, for which diffusers walks all modules.
+
+    With adapters that is a third of a miniature's forward. The first parameter tells the same; who hangs hooks on
+    modules, or keeps some in single precision, is asked as before.
+    """
+    from diffusers.models import modeling_utils
+
+    walk = modeling_utils.get_parameter_dtype
+
+    def first(network: torch.nn.Module) -> torch.dtype:
+        parameter = next(network.parameters(), None)
+        if parameter is None or not parameter.is_floating_point() or hasattr(network, "_diffusers_hook"):
+            return walk(network)
+        return walk(network) if getattr(network, "_keep_in_fp32_modules", None) else parameter.dtype
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_utils, "get_parameter_dtype", first)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_embedded_reference() -> Iterator[None]:
+    """Each feature network sees the package's ten thousand images once, which takes it seconds."""
+    from stepdistill.evaluation.reference import Reference
+
+    opened, kept = Reference.of_embedded, {}
+
+    def of_embedded(features: FeatureExtractor, max_images: int) -> Reference:
+        key = features.sha256, max_images
+        if key not in kept:
+            kept[key] = opened(features, max_images)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reference, "of_embedded", of_embedded)
         yield
 
 

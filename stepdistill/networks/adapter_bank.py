@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ class AdapterBank(NetworkBank):
         No role can be added afterwards; :meth:`extract` merges into the layers of before.
         """
         self.originals = quantize_layers(self._layers, form)
+        self._forget_places()
 
     def distinct_networks(self) -> list[Any]:
         return [self.network]
@@ -76,7 +78,8 @@ class AdapterBank(NetworkBank):
         return contextlib.nullcontext(), self.using(role)
 
     def extract(self, role: str) -> nn.Module:
-        network = without_checkpointing(self._copy(self.network)).float()
+        merged = {} if self.blueprints else {id(layer): self._merged(layer, role) for layer in self._layers}
+        network = without_checkpointing(self._copy(self.network, merged)).float()
         for name, module in list(network.named_modules()):
             if not hasattr(module, "get_base_layer"):
                 continue
@@ -87,6 +90,15 @@ class AdapterBank(NetworkBank):
             setattr(network.get_submodule(parent), child, module.get_base_layer())
         network.__dict__.pop("peft_config", None)
         return network.requires_grad_(True)
+
+    @torch.no_grad()
+    def _merged(self, layer: Any, role: str) -> nn.Module:
+        """Return a copy of a layer in ``role`` without its adapters, so that no copy of them is made either."""
+        own = layer.get_base_layer()
+        base: Any = copy.deepcopy(self.originals.get(id(own), own)).float()
+        if role != TEACHER:
+            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # that of before is on the host
+        return base
 
     def params(self, role: str) -> list[nn.Parameter]:
         return list(self._own(role).values())
@@ -127,6 +139,11 @@ class AdapterBank(NetworkBank):
         self.training = mode
         return self
 
+    def _forget_places(self) -> None:
+        """Look again where layers and parameters are: some were added, or replaced."""
+        self.__dict__.pop("_layers", None)
+        self.__dict__.pop("_places", None)
+
     def _add(self, role: str, from_: str) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -134,7 +151,7 @@ class AdapterBank(NetworkBank):
         self.network.__dict__.pop("peft_config", None)  # else PEFT warns about the adapters before
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=self.targets, init_lora_weights=True)
         inject_adapter_in_model(config, self.network, adapter_name=role)
-        self.__dict__.pop("_layers", None)
+        self._forget_places()
         # injection resets which adapters are trainable; only the bank decides that
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(frozen.get(name, False))
@@ -143,13 +160,18 @@ class AdapterBank(NetworkBank):
             self.trainable.setdefault(role, False)
             self.blend(role, from_, keep=0.0)
 
+    @functools.cached_property
+    def _places(self) -> dict[str, list[tuple[str, nn.Module, str]]]:
+        """By role, the parameters' names, their modules and their names there; walking the network takes long."""
+        places: dict[str, list[tuple[str, nn.Module, str]]] = {role: [] for role in self.trainable}
+        for name, _ in self.network.named_parameters():
+            role = name.split(".")[-2] if "lora_" in name else TEACHER
+            module, _, leaf = name.rpartition(".")
+            places.setdefault(role, []).append((name, self.network.get_submodule(module), leaf))
+        return places
+
     def _own(self, role: str) -> dict[str, nn.Parameter]:
-        own = {}
-        for name, parameter in self.network.named_parameters():
-            adapter = name.split(".")[-2] if "lora_" in name else TEACHER
-            if adapter == role:
-                own[name] = parameter
-        return own
+        return {name: getattr(module, leaf) for name, module, leaf in self._places[role]}
 
     def _pairs(self, dst: str, src: str) -> tuple[list[Tensor], list[Tensor]]:
         targets = self.state(dst)

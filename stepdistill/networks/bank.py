@@ -176,11 +176,13 @@ class NetworkBank(nn.Module, abc.ABC):
             self.blueprints[network] = blueprint(network, {id(self): self})
             shard(network, mesh)
 
-    def _copy(self, network: nn.Module) -> nn.Module:
-        """Copy one network, but not this bank, which a network with gradient checkpointing refers to."""
+    def _copy(self, network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+        """Copy one network, but not this bank, which a network with gradient checkpointing refers to.
+
+        Modules in ``replaced``, by the ``id`` of the present one, take the place of copies if it is not sharded.
+        """
         if network in self.blueprints:
             return assembled(self.blueprints[network], network, {id(self): self})
-        replaced = {key: copy.deepcopy(layer) for key, layer in self.originals.items()}
         return copy.deepcopy(network, {id(self): self, **replaced})
 
     @abc.abstractmethod

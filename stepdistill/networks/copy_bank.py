@@ -31,7 +31,7 @@ class CopyBank(NetworkBank):
         return list(self.networks.values())
 
     def extract(self, role: str) -> nn.Module:
-        return without_checkpointing(self._copy(self.networks[role])).requires_grad_(True)
+        return without_checkpointing(self._copy(self.networks[role], {})).requires_grad_(True)
 
     def params(self, role: str) -> list[nn.Parameter]:
         return list(self.networks[role].parameters())
@@ -47,7 +47,7 @@ class CopyBank(NetworkBank):
         return self
 
     def _add(self, role: str, from_: str) -> None:
-        self.networks[role] = self._copy(self.networks[from_])
+        self.networks[role] = self._copy(self.networks[from_], {})
 
     def _own(self, role: str) -> dict[str, Tensor]:
         network = self.networks[role]

@@ -1,7 +1,6 @@
 """The benchmark: fair rows, made once, never mixed; and its tables, plots and page."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -25,7 +24,6 @@ from stepdistill.benchmark.students import export_missing, train_missing
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
 from stepdistill.config import read_config, to_yaml
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
@@ -48,14 +46,6 @@ def config_of(folder, **changed):
     teacher = save_teacher(Pixel.tiny(size=28, num_classes=10), folder / "teacher")
     fixed = {"teacher": {"path": str(teacher)}, "output": str(folder / "result/bench.json")}
     return build(BenchmarkConfig, {**fixed, **SETTING, **changed})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_suite():
-    """Opened once: it embeds thousands of real images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricSuite, "open", functools.cache(MetricSuite.open))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Case:
 
 
 CASES = {
-    "guided": Case(resumed_at=(2, 3)),
+    "guided": Case({"steps": 2, "start": 4}, resumed_at=(1, 2)),
     "progressive": Case({"steps": 2, "start": 8}, resumed_at=(1, 2)),
     "tract": Case({"steps": 1, "start": 8, "via": [2]}),
     "lightning": Case({"steps": 1, "start": 8, "via": [4], "critic_warmup": 0}, resumed_at=(1, 2, 3)),
@@ -66,10 +66,11 @@ CASES = {
     "flowmap": Case(falls="error"),  # the loss is divided by its error
     "pi_flow": Case({"steps": 2, "points": 3, "substeps": 6}),
     "dmd": Case(overfits="fake"),
-    "dmd2": Case({"student_update_interval": 2}, overfits="fake"),
-    "cdm": Case({"most_steps": 3}, overfits="fake"),
-    "sid": Case(overfits="fake"),
-    "rcm": Case({"student_update_interval": 2}, overfits="fake"),
+    "dmd2": Case({"steps": 2, "student_update_interval": 2}, overfits="fake"),
+    "cdm": Case({"steps": 2, "most_steps": 3}, overfits="fake"),
+    "sid": Case({"steps": 2}, overfits="fake"),
+    "tdm": Case({"steps": 2}),
+    "rcm": Case({"steps": 2, "student_update_interval": 2}, overfits="fake"),
     "sana_sprint": Case({"student_update_interval": 2}, overfits="critic", overfit_lr=2e-2),
     "add": Case({"steps": 2, "critic_warmup": 0}, overfits="critic", overfit_lr=2e-2),
     "ladd": Case({"warmup": 2, "critic_warmup": 1, "student_update_interval": 1}, overfits="critic", overfit_lr=2e-2),
@@ -213,7 +214,8 @@ def train_student(
     data: Mapping[str, Any] = NOTHING,
 ) -> Run:  # fmt: skip
     """A finished run of a few steps, with other ``options`` of the method, or other ``data``."""
-    wanted = sections(folder, family, method, bank, steps=STEPS if case(method).options else 3)
+    staged = {"start", "num_stages", "warmup"} & case(method).options.keys()
+    wanted = sections(folder, family, method, bank, steps=STEPS if staged else 2)
     wanted["method"] |= options
     wanted["data"] |= data
     run = Run(resolve(wanted))

@@ -51,6 +51,12 @@ def family(request):
     return EVERY[request.param]()
 
 
+@pytest.fixture(params=MINIATURES, scope="module")
+def shared(request):
+    """One for all tests that only call its network."""
+    return MINIATURES[request.param]()
+
+
 def states(family, count):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn((count, *family.sample_shape), generator=generator) for _ in range(2)]
@@ -63,8 +69,8 @@ def denoiser_of(family):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def test_add_noise_is_the_schedulers_at_every_timestep(family):
-    schedule, total = family.schedule, 1000
+def test_add_noise_is_the_schedulers_at_every_timestep(shared):
+    family, schedule, total = shared, shared.schedule, 1000
     index = torch.arange(total)
     x0, noise = torch.randn(total, 1, 2, 2), torch.randn(total, 1, 2, 2)
     if isinstance(schedule, DiscreteVP):
@@ -104,8 +110,8 @@ def original_sample(family, output, t, x_t):
 
 
 @pytest.mark.parametrize("t", [1.0, 0.7, 0.25, 0.001])
-def test_the_prediction_is_the_schedulers_pred_original_sample(family, t):
-    x_t, _ = states(family, 2)
+def test_the_prediction_is_the_schedulers_pred_original_sample(shared, t):
+    family, (x_t, _) = shared, states(shared, 2)
     x_t = family.schedule.initial_noise(x_t)
     t = torch.tensor(t, dtype=torch.float64)
     denoiser, cond = denoiser_of(family), family.example_cond(range(2))

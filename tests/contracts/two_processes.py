@@ -1,10 +1,6 @@
-"""Run by torchrun: methods and banks for a few steps, and for the first of them a stop that one process was asked for.
-
-``two_processes.py FOLDER lcm-copy ... sharded dmd2-copy ...``: replicated what comes before the word, sharded the rest.
-"""
+"""What each of two processes does: train methods and banks, the first with a stop that one of them was asked for."""
 
 import os
-import sys
 from pathlib import Path
 
 from contracts.cases import make_run, stopping_after
@@ -12,27 +8,26 @@ from contracts.cases import make_run, stopping_after
 SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def main(folder: Path, cases: list[str]) -> None:
-    import torch
+def train_cases(folder: Path, replicated, sharded) -> None:
+    """Train (method, bank) of both lists, in ``folder/replicated`` and ``folder/sharded``."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-    torch.set_num_threads(1)
-    state, place = PartialState(cpu=True), cases.index("sharded")
-    train_each(state, folder / "replicated", cases[:place])
+    state = PartialState(cpu=True)
+    train_each(state, folder / "replicated", replicated)
     os.environ.update(SHARDING)
     AcceleratorState._reset_state()
-    train_each(state, folder / "sharded", cases[place + 1 :])
+    train_each(state, folder / "sharded", sharded)
 
 
-def train_each(state, folder: Path, cases: list[str]) -> None:
-    for case in cases:
-        method, bank = case.split("-")
+def train_each(state, folder: Path, cases) -> None:
+    for method, bank in cases:
+        place = folder / f"{method}-{bank}"
         with state.main_process_first():  # who comes first writes teacher and data
-            run = make_run(folder / case, method, bank, ema=0.9)
-        if case == cases[0]:
+            run = make_run(place, method, bank, ema=0.9)
+        if (method, bank) == cases[0]:
             stop_on_one(run, state.process_index)
-            run = make_run(folder / case, method, bank, ema=0.9)
+            run = make_run(place, method, bank, ema=0.9)
         run.train()
 
 
@@ -45,7 +40,3 @@ def stop_on_one(run, rank: int) -> None:
             assert (run.folder / "checkpoint-2").is_dir()
         else:
             raise AssertionError("the other process did not stop")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

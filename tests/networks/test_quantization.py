@@ -12,6 +12,7 @@ from torch import nn
 
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
+from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.families.sd import SD
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.denoiser import Denoiser
@@ -26,6 +27,7 @@ FORMS = [
 ]
 ROUNDING = {"int8": 0.02, "nf4": 0.2}
 """How far outputs may be from full precision, as a share of their norm."""
+with_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -69,7 +71,49 @@ def linear_weights(bank):
             yield layer.in_features * layer.out_features, layer.get_base_layer().weight
 
 
-@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+@torch.no_grad()
+def samples(family, bank):
+    """Samples of the student in four steps, always of the same noise."""
+    torch.manual_seed(1)
+    start, student = torch.randn(4, *family.sample_shape), Denoiser(family, bank, "student")
+    ddim = DDIM(family.schedule, family.schedule.grid(4))
+    return sample(student.conditioned(family.example_cond(range(4))), ddim, start)
+
+
+def put_weights(bank, weights):
+    for (_, weight), new in zip(linear_weights(bank), weights, strict=True):
+        weight.data.copy_(new)
+
+
+@with_torchao
+def test_samples_over_int8_are_no_farther_than_rounding_their_weights_must_lead():
+    """They are those of the rounded weights, each within half a step of its output's 254 steps.
+
+    Rounding up or down at random, right on average, has an error of variance f (1 - f) steps squared for a weight
+    that is f steps above the next lower one; the nearest has min(f, 1 - f)^2, never more, on average half of it. A
+    network is smooth, so that samples move in proportion.
+    """
+    family = SD.tiny()
+    plain, quantised = bank_of(family), bank_of(SD.tiny(), "int8")
+    exact = [weight.detach().clone() for _, weight in linear_weights(plain)]
+    rounded = [weight.dequantize() for _, weight in linear_weights(quantised)]
+    steps = [weight.abs().amax(1, keepdim=True) / 127 for weight in exact]
+    for weight, near, step in zip(exact, rounded, steps, strict=True):
+        assert ((near - weight).abs() <= 0.501 * step).all()
+    wanted, found = samples(family, plain), samples(family, quantised)
+
+    put_weights(plain, rounded)
+    torch.testing.assert_close(samples(family, plain), found, rtol=1e-4, atol=1e-4)
+
+    squares, chance = [], torch.Generator().manual_seed(0)
+    for _ in range(16):
+        up = [torch.rand(weight.shape, generator=chance) for weight in exact]
+        put_weights(plain, [(w / step + u).floor() * step for w, step, u in zip(exact, steps, up, strict=True)])
+        squares.append((samples(family, plain) - wanted).square().mean())
+    assert 0 < (found - wanted).square().mean() < torch.stack(squares).mean()
+
+
+@with_torchao
 def test_int8_holds_a_byte_and_its_scales():
     for count, weight in linear_weights(bank_of(SD.tiny(), "int8")):
         assert count <= held_bytes(weight) <= count + 8 * weight.shape[0]

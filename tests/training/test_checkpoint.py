@@ -5,8 +5,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from contracts.cases import make_run, train_until
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from training.processes import started, wait_until
 
 from stepdistill.methods.base import Stage
 from stepdistill.training import checkpoint
@@ -569,35 +569,28 @@ def test_a_second_run_in_the_folder_is_refused_and_a_later_one_is_not(tmp_path):
         pass
 
 
-HOLDER = """
-import os, sys, time
-from stepdistill.training.run_lock import RunLock
-from stepdistill.training.run_state import SavedState
-lock = RunLock(sys.argv[1]).__enter__()
-worker = os.fork()  # like a data worker, which lives on for seconds when its parent is killed
-if not worker:
-    print(os.getpid(), flush=True)  # from the worker, whose side of the fork is then over
-time.sleep(60)
-"""
-
-
 def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path):
-    root = str(Path(checkpoint.__file__).parents[1])
-    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
-    with holder:
-        worker = int(holder.stdout.readline())
+    folder, note = tmp_path / "run", tmp_path / "worker"
+
+    def hold():
+        RunLock(folder).__enter__()
+        if not os.fork():  # like a data worker, which lives on for seconds when its parent is killed
+            note.write_text(f"{os.getpid()}\n")  # from the worker, whose side of the fork is then over
+        time.sleep(60)
+
+    with started(tmp_path, hold) as processes:
+        wait_until(lambda: processes.ended() or (note.is_file() and note.read_text().endswith("\n")))
+        worker, holder = int(note.read_text()), processes.pids[0]
         try:
-            with pytest.raises(CheckpointError, match=f"pid {holder.pid} on "):
-                RunLock(tmp_path).__enter__()
-            holder.kill()
-            holder.wait()
+            with pytest.raises(CheckpointError, match=f"pid {holder} on "):
+                RunLock(folder).__enter__()
+            processes.kill(0)
+            assert processes.wait() == [-signal.SIGKILL]
             os.kill(worker, 0)  # still there
-            assert f"pid {holder.pid} on " in (tmp_path / ".lock").read_text()
-            with RunLock(tmp_path):
-                assert f"pid {os.getpid()} on " in (tmp_path / ".lock").read_text()
+            assert f"pid {holder} on " in (folder / ".lock").read_text()
+            with RunLock(folder):
+                assert f"pid {os.getpid()} on " in (folder / ".lock").read_text()
         finally:
-            holder.kill()
             os.kill(worker, signal.SIGKILL)
 
 

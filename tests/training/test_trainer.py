@@ -4,15 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for, train_until, weights
 from safetensors.torch import load_file, save_file
+from training.processes import started, wait_until
 
 from stepdistill.config import read_config
 from stepdistill.files.schema import build
@@ -334,23 +332,22 @@ def test_sigterm_finishes_the_step_saves_and_leaves(tmp_path, monkeypatch, strai
     assert checkpoint_bytes(resumed.folder, 6) == checkpoint_bytes(straight.folder, 6)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from contracts.cases import make_run
-torch.set_num_threads(int(sys.argv[2]))
-make_run(Path(sys.argv[1]), "progressive", steps=16, save_every=3, ema=0.9).train()
-"""
+@pytest.fixture
+def one_thread():
+    """As many as a forked process has, for the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_killed_in_any_step_and_started_again_it_ends_in_the_same_bits(tmp_path):
+def test_killed_in_any_step_and_started_again_it_ends_in_the_same_bits(tmp_path, one_thread):
     """RELIABILITY row 1. The step is of the seeded state; where in it, or after it, the kill hits is chance."""
     options = {"steps": 16, "save_every": 3, "ema": 0.9}
     whole = make(tmp_path / "whole", **options)
     whole.train()
     step = random.randrange(4, 10)
-    killed_after(step, tmp_path / "killed")
+    killed_after(step, tmp_path / "killed", options)
     newest = max(
         int(path.name.split("-")[1]) for path in (tmp_path / "killed/run").glob("checkpoint-*") if path.suffix == ""
     )
@@ -361,17 +358,11 @@ def test_killed_in_any_step_and_started_again_it_ends_in_the_same_bits(tmp_path)
     assert without_time(rows(resumed)) == without_time(rows(whole))
 
 
-def killed_after(step, folder):
+def killed_after(step, folder, options):
     """Start the run in another process, and kill it once it has logged ``step``, wherever it is by then."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), str(torch.get_num_threads())],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        log, deadline = folder / "run/metrics.jsonl", time.monotonic() + 300
-        while not log.is_file() or log.read_bytes().count(b"\n") < step:
-            assert process.poll() is None, process.stderr.read().decode()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
+    log = folder / "run/metrics.jsonl"
+    with started(folder, lambda: make(folder, **options).train()) as processes:
+        wait_until(lambda: processes.ended() or (log.is_file() and log.read_bytes().count(b"\n") >= step), 300)
+        assert processes.codes == {}, processes.output(0)[-3000:]
+        processes.kill(0)
+        assert processes.wait() == [-signal.SIGKILL]
