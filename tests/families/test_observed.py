@@ -129,11 +129,12 @@ QUICK = ("cog_view4", "ltx")
 OTHERS = [pytest.param(name, marks=pytest.mark.product) for name in UNKNOWN if name not in QUICK]
 
 
+opened = functools.cache(observe_unknown)
+
+
 @pytest.fixture(scope="module", params=["aura_flow", *QUICK, *OTHERS])
 def unknown(request):
-    if request.param == "aura_flow":
-        return Observed.tiny()
-    return observe_unknown(request.param)
+    return Observed.tiny() if request.param == "aura_flow" else opened(request.param)
 
 
 @torch.no_grad()
@@ -157,6 +158,13 @@ def test_an_unknown_pipeline_draws_what_our_sampler_draws(unknown, steps):
     denoise = Denoiser(unknown, CopyBank(unknown.network), "teacher").conditioned(unknown.embed(PROMPTS))
     close(unknown.decode(sample(denoise, sampler, unknown.schedule.initial_noise(noise))), images, 1e-4)
     assert images.std() > 1e-3
+
+
+def test_times_whose_fractions_a_call_drops_are_refused():
+    """CogView 4: three steps would be at 666.67 thousandths of noise, and its call tells the network 666."""
+    family = opened("cog_view4")
+    with pytest.raises(ValueError, match="a call of CogView4Pipeline cannot be told the 3 steps of this sampler"):
+        family.check_sampler(DDIM(family.schedule, family.schedule.grid(3)))
 
 
 def test_an_unknown_pipeline_is_guided(unknown):
