@@ -99,6 +99,26 @@ def test_decoding_has_the_gradient_of_the_vae(both):
     assert gradients[0].abs().max() > 0
 
 
+ROUNDED = ("chroma", "flux", "flux-schnell", "qwen_image")
+"""Families that round the time as their pipeline does in bfloat16."""
+HALVES = [
+    pytest.param(name, marks=() if name == "wan-5b" else pytest.mark.product) for name in KNOWN if name not in ROUNDED
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HALVES)
+def test_networks_in_half_precision_are_called_as_the_hand_written_family_does(name):
+    """Wan 2.2 TI2V-5B: times of one a token, too, stay exact."""
+    known = KNOWN[name]()
+    known.network.to(torch.bfloat16)
+    observed = observe(known)
+    assert bool(observed.null) == (observed.guidance_convention != "an input of the network")
+    x_t, t = torch.randn(2, *known.sample_shape), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    ours, theirs = (one.call(one.network, x_t, t, one.embed(PROMPTS)).float() for one in (observed, known))
+    close(ours, theirs, 2e-2 if observed.replay.lengths else 0)  # one by one, sums are rounded otherwise
+
+
 @torch.no_grad()
 def test_labels_and_guidance_within_one_batch_are_observed_too():
     """DiT: learned variance, doubled states, class labels. The family takes prompts; what it observes with does not."""
