@@ -86,7 +86,7 @@ class Observed(TextToImageFamily):
             self._check_made(resolution, frames)
         except ValueError as error:
             raise ValueError(f"teacher.family: {name} cannot be observed: {error}") from error
-        except (AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
             raise ValueError(
                 f"teacher.family: {name} cannot be observed: its call with prompts alone fails: {error}"
             ) from error

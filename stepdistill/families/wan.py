@@ -52,7 +52,9 @@ class Wan(PlainLatentFamily, TextToImageFamily):
 
     def __init__(self, pipe: Any, *, frames: int | None = None, **options: Any) -> None:
         if pipe.config.boundary_ratio is not None:
-            raise ValueError(f"teacher.path: model_index.json: boundary_ratio: expected none, got {EXPERTS}")
+            raise ValueError(
+                f"teacher.path: model_index.json: boundary_ratio: got {pipe.config.boundary_ratio}, {EXPERTS}"
+            )
         super().__init__(pipe, **options)
         frames, stride = frames or default_of(pipe, "num_frames"), pipe.vae_scale_factor_temporal
         if (frames - 1) % stride:

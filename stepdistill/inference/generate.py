@@ -42,7 +42,11 @@ NUM_IMAGES = 16
 """Number of images if neither a number nor several prompts are given."""
 
 
-CONTENT_ARGUMENTS = ("height", "width", "use_resolution_binning", "max_sequence_length", "clean_caption")
+FRAMES_ARGUMENTS = ("num_frames", "video_length")
+"""Arguments of a call that makes clips, of which a pipeline knows one."""
+CONTENT_ARGUMENTS = (
+    "height", "width", *FRAMES_ARGUMENTS, "use_resolution_binning", "max_sequence_length", "clean_caption",
+)  # fmt: skip
 """Arguments of a student's call that its teacher gets too: they define the image, not the steps."""
 
 
@@ -216,14 +220,15 @@ def beside_teacher(
     check_negative_prompt(pipeline, teacher, teacher_request, "--compare_guidance_scale")
     right = generate_images(pipeline, teacher_request)
     if right.pixels.shape != images.pixels.shape:
-        sizes = " and ".join(f"{found.pixels.shape[2]} x {found.pixels.shape[3]}" for found in (images, right))
+        sizes = " and ".join(" x ".join(map(str, found.pixels.shape[2:])) for found in (images, right))
         raise ValueError(f"--compare: {path} and {teacher} generate images of different sizes: {sizes}")
-    return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=3))
+    return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=-1))
 
 
 def check_outputs(pipeline: Any, outputs: Sequence[Path]) -> None:
     """Raise ``ValueError`` if a pipeline makes clips, which are to be files, and nothing writes them."""
-    if "num_frames" in contract_of(pipeline).call and any(output.suffix != ".png" for output in outputs):
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if not accepted.keys().isdisjoint(FRAMES_ARGUMENTS) and any(output.suffix != ".png" for output in outputs):
         open_writer()
 
 

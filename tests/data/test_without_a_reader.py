@@ -1,13 +1,12 @@
 """Clips where PyAV is not installed."""
 
 import sys
-import types
 
 import pytest
+from diffusers import LattePipeline, SanaPipeline, WanPipeline
 
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
-from stepdistill.export.contract import Contract
 from stepdistill.inference.generate import check_outputs
 
 
@@ -23,8 +22,10 @@ def test_videos_as_data_are_refused_when_they_are_opened(tmp_path):
         open_data(config, channels=3, size=(5, 16, 16), num_classes=None, takes_text=True)
 
 
-def test_files_of_clips_are_refused_before_they_are_sampled(tmp_path):
-    pipeline = types.SimpleNamespace(contract=Contract(call={"num_frames": 5}))
+@pytest.mark.parametrize("kind", [WanPipeline, LattePipeline])
+def test_files_of_clips_are_refused_before_they_are_sampled(tmp_path, kind):
+    pipeline = kind.__new__(kind)  # a teacher's has no contract, and a call of Latte names its frames otherwise
     check_outputs(pipeline, [tmp_path / "grid.png"])
+    check_outputs(SanaPipeline.__new__(SanaPipeline), [tmp_path / "folder"])
     with pytest.raises(ValueError, match=r"clips: expected the package av, .* pip install 'stepdistill\[video\]'"):
         check_outputs(pipeline, [tmp_path / "grid.png", tmp_path / "folder"])

@@ -10,14 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, WanPipeline
 from PIL import Image
 
 from stepdistill.cli import main
 from stepdistill.data.base import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler
-from stepdistill.export.contract import Origin
+from stepdistill.export.contract import Contract, Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
@@ -26,8 +26,10 @@ from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.inference import generate as inference
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
 from stepdistill.inference.grids import make_grid, to_uint8
+from stepdistill.inference.sampling import Images
 from stepdistill.inference.solvers import teacher_pipeline
 
 
@@ -96,6 +98,17 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     left, right = (0, 0, *alone.size), (alone.width, 0, 2 * alone.width, alone.height)
     assert same.size == (2 * alone.width, alone.height) and same.crop(left).tobytes() == alone.tobytes()
     assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
+    asked, clips = [], Images(torch.zeros(1, 3, 5, 16, 32, dtype=torch.uint8))
+    contract = Contract(call={"num_frames": 5, "height": 16}, origin=Origin(teacher="wan"))
+    monkeypatch.setattr(inference, "read_contract", lambda folder: contract)
+    monkeypatch.setattr(inference, "teacher_pipeline", lambda config, solver: WanPipeline.__new__(WanPipeline))
+    monkeypatch.setattr(inference, "generate_images", lambda pipeline, request: asked.append(request.call) or clips)
+    both = inference.beside_teacher(clips, "student", "teacher", Request(), 3, None, {})
+    assert both.pixels.shape == (1, 3, 5, 16, 64)
+    assert (asked[0]["num_frames"], asked[0]["num_inference_steps"]) == (5, 3)
 
 
 def test_the_teacher_beside_a_student_is_guided_by_the_rule_of_the_distillation(tmp_path, teacher):

@@ -78,8 +78,13 @@ def repeated(leaf: Any, rows: int) -> list[Any]:
     return [leaf[0]] * rows
 
 
+def is_one_number(leaf: Any) -> bool:
+    """Return whether a leaf is a tensor of one number throughout, but not of zeros: a time, also one a token."""
+    return torch.is_tensor(leaf) and leaf.numel() > 0 and bool((leaf == leaf.flatten()[0]).all() and leaf.any())
+
+
 def in_precision(leaf: Any, dtype: torch.dtype) -> Any:
-    """Return a leaf in a network's precision: every floating tensor of two or more axes, but not times."""
+    """Return a leaf in a network's precision: every floating tensor of two or more axes."""
     if type(leaf) is list:
         return [in_precision(row, dtype) for row in leaf]
     if torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.ndim > 1:

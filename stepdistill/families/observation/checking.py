@@ -129,12 +129,17 @@ def find_guidance(replay: Replay, prompts: Sequence[Any], guided: Mapping[str, A
     """
     if not replay.lengths:
         return find_null(replay, prompts[: ROWS[0]], guided)
-    (null, rule), other = (find_null(replay, [prompt] * ROWS[0], guided) for prompt in (prompts[1], prompts[-1]))
-    if rule != other[1] or any(distance(null[name], other[0][name]) > CLOSE for name in null):
-        raise ValueError("the null condition depends on the prompt")
+    (null, rule), (other, again) = (
+        find_null(replay, [prompt] * ROWS[0], guided) for prompt in (prompts[1], prompts[-1])
+    )
+    for name, value in null.items():
+        if distance(value, other[name]) > CLOSE:
+            raise ValueError(f"the null condition depends on the prompt ({name})")
+    if rule != again:
+        raise ValueError(f"its guidance depends on the prompt: {rule.rescale} and {again.rescale}")
     return null, rule
 
 
 def read(replay: Replay, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-    """Return a prediction."""
+    """Return what a network's output (B, ...) predicts at states (B, ...) and times (B,)."""
     return to_prediction(output, x_t, t, replay.schedule, replay.prediction_type)

@@ -119,14 +119,14 @@ class Replay:
         shape = self.template.tensors()[self.state].shape[1:]
         leaves: dict[str, Any] = {self.state: as_leaf(state.reshape(rows, *shape), like[self.state])}
         timesteps = self.schedule.timestep(t)
-        leaves |= {name: line(timesteps) for name, line in self.times.items()}
         leaves |= {name: as_leaf(cond[name], like[name]) for name in self.conditions}
         leaves |= {name: repeated(like[name], rows) for name in self.per_sample}
         for name, leaf in like.items():
             if name not in leaves and torch.is_tensor(leaf):
                 leaves[name] = leaf.to(x_t.device)
         dtype = dtype_of(network)
-        arguments = self.template.with_leaves({name: in_precision(leaf, dtype) for name, leaf in leaves.items()})
+        cast = {name: in_precision(leaf, dtype) for name, leaf in leaves.items()}
+        arguments = self.template.with_leaves(cast | {name: line(timesteps) for name, line in self.times.items()})
         output = first_output(network(**arguments))
         return self.unpack(self.sign * read_output(output, rows, state))
 

@@ -19,9 +19,10 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from stepdistill.families.latent import rebuild
-from stepdistill.families.observation.arguments import Arguments, first_output, in_precision
+from stepdistill.families.observation.arguments import Arguments, first_output, in_precision, is_one_number
 from stepdistill.families.vaes import dtype_of
 
 Answer = Callable[..., Any]
@@ -188,9 +189,10 @@ class Watched:
         return self._call(self.pipe, **given, **accepted, return_dict=False)
 
     def _genuine(self, arguments: Arguments) -> Any:
-        dtype = dtype_of(self.network)
-        leaves = {name: in_precision(leaf, dtype) for name, leaf in arguments.leaves.items()}
-        return self.network(**arguments.with_leaves(leaves))
+        dtype, leaves = dtype_of(self.network), arguments.leaves
+        cast = {name: in_precision(leaf, dtype) for name, leaf in leaves.items() if not is_one_number(leaf)}
+        output = self.network(**arguments.with_leaves(cast))
+        return tree_map(lambda leaf: leaf.float() if torch.is_tensor(leaf) else leaf, output)
 
     @contextlib.contextmanager
     def _watched(self, answer: Answer) -> Iterator[Record]:
@@ -244,8 +246,12 @@ def step_of(asks: list[Ask], given: Mapping[str, Any], result: Any) -> Step:
 
 
 def shadow(network: nn.Module) -> Any:
-    """Return a network that shares everything with ``network`` but its ``forward`` and its hooks."""
-    other = copy.copy(network)
+    """Return a network that shares everything with ``network`` but its ``forward`` and its hooks.
+
+    It says that it is in float32, in which a call then keeps its states and times, whatever the weights are in.
+    """
+    other, kind = copy.copy(network), type(network)
+    other.__class__ = type(kind.__name__, (kind,), {"dtype": torch.float32, "__module__": kind.__module__})
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         other.__dict__[name] = {}
     other.__dict__["_compiled_call_impl"] = None
