@@ -78,6 +78,7 @@ class AdapterBank(NetworkBank):
         return contextlib.nullcontext(), self.using(role)
 
     def extract(self, role: str) -> nn.Module:
+        # a sharded network is put together with its adapters, and its layers are merged below
         merged = {} if self.blueprints else {id(layer): self._merged(layer, role) for layer in self._layers}
         network = without_checkpointing(self._copy(self.network, merged)).float()
         for name, module in list(network.named_modules()):
@@ -93,11 +94,11 @@ class AdapterBank(NetworkBank):
 
     @torch.no_grad()
     def _merged(self, layer: Any, role: str) -> nn.Module:
-        """Return a copy of a layer in ``role`` without its adapters, so that no copy of them is made either."""
+        """Return a plain layer with the weights of ``role``; copies of all its adapters would need much memory."""
         own = layer.get_base_layer()
         base: Any = copy.deepcopy(self.originals.get(id(own), own)).float()
         if role != TEACHER:
-            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # that of before is on the host
+            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # a layer of before is on the host
         return base
 
     def params(self, role: str) -> list[nn.Parameter]:
@@ -140,7 +141,7 @@ class AdapterBank(NetworkBank):
         return self
 
     def _forget_places(self) -> None:
-        """Look again where layers and parameters are: some were added, or replaced."""
+        """Look for layers and parameters again, because some were added or replaced."""
         self.__dict__.pop("_layers", None)
         self.__dict__.pop("_places", None)
 

@@ -179,7 +179,7 @@ class NetworkBank(nn.Module, abc.ABC):
     def _copy(self, network: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
         """Copy one network, but not this bank, which a network with gradient checkpointing refers to.
 
-        Modules in ``replaced``, by the ``id`` of the present one, take the place of copies if it is not sharded.
+        If it is not sharded, the modules of ``replaced``, by the ``id`` of the present ones, stand in their places.
         """
         if network in self.blueprints:
             return assembled(self.blueprints[network], network, {id(self): self})

@@ -44,17 +44,18 @@ LOSSLESS = {"pixel"}  # families whose decode(encode(images)) gives the images b
 
 SLOW = {"wan-5b": lambda: Wan.tiny(residual=True)} | OBSERVED
 EVERY = MINIATURES | SLOW
+TEACHERS = [*MINIATURES, *(pytest.param(name, marks=pytest.mark.product) for name in SLOW)]
 
 
-@pytest.fixture(params=[*MINIATURES, *(pytest.param(name, marks=pytest.mark.product) for name in SLOW)])
+@pytest.fixture(params=TEACHERS)
 def family(request):
     return EVERY[request.param]()
 
 
-@pytest.fixture(params=MINIATURES, scope="module")
+@pytest.fixture(params=TEACHERS, scope="module")
 def shared(request):
     """One for all tests that only call its network."""
-    return MINIATURES[request.param]()
+    return EVERY[request.param]()
 
 
 def states(family, count):

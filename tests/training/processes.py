@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -90,6 +92,7 @@ def _fork(output: Path, function: Callable[[], object], rank: int, world: int, p
             signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)
         _forget_the_parents_processes()
+        _forget_the_parents_random_state()
         if world > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             # accelerate would otherwise give each process as many threads as there are cores
@@ -118,6 +121,13 @@ def _end(function: Callable[[], object]) -> None:
 def _forget_the_parents_processes() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _forget_the_parents_random_state() -> None:
+    """Have random numbers of one's own, as a launched process has: what rests on them differs between ranks."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
 
 
 def _free_port() -> int:
