@@ -104,9 +104,8 @@ def with_scheduler(family, name):
     if family.pipe is None:
         return Pixel(family.network, default_config(name), family.null_class)
     family.pipe.scheduler = opened(name)
-    size = None if family.image_shape[-2:] == family.native_size() else family.image_shape[-2:]
     frames = {"frames": family.image_shape[1]} if family.makes_clips else {}
-    return type(family)(family.pipe, resolution=size, **frames)
+    return type(family)(family.pipe, resolution=family.image_shape[-2:], **frames)
 
 
 @torch.no_grad()
