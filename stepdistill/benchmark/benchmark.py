@@ -47,7 +47,7 @@ from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.words import shown
 from stepdistill.inference.sampling import Images, sample_images
-from stepdistill.inference.solvers import solver_of, teacher_pipeline
+from stepdistill.inference.solvers import solver_of, teacher_call, teacher_pipeline
 from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_weights
 
 SHOWN = 20
@@ -252,7 +252,7 @@ class Benchmark:
     def _source(self, name: str, pipeline: Any, call: Mapping[str, Any], **sampling: int) -> PipelineSource:
         return PipelineSource(
             pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision,
-            call={**self.size, **call}, captions=self.captions, name=name,
+            call={**self.size, **teacher_call(self.family, call)}, captions=self.captions, name=name,
             size=side_to_crop_to(self.size, self.suite.reference.about), **sampling,
         )  # fmt: skip
 
@@ -299,7 +299,7 @@ class Benchmark:
             call = {"num_inference_steps": row["steps"]} if self.config.student_calls else {}
             return self.open_student(row["pipeline"]), call
         call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
-        return self.solver_pipeline(row["solver"]), call
+        return self.solver_pipeline(row["solver"]), teacher_call(self.family, call)
 
     def sample(self, row: Row, count: int) -> Images:
         """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""

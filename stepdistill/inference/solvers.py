@@ -128,6 +128,13 @@ def solver_of(family: Family, name: str) -> Any | None:
     return None
 
 
+def teacher_call(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments, ``guidance_scale`` (1 is none) in the words of the teacher's pipeline."""
+    others = dict(call)
+    scale = others.pop("guidance_scale", None)
+    return others if scale is None else {**others, **family.guidance_arguments(scale)}
+
+
 def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     """Return a teacher as a pipeline under a solver, in single precision; a bare call has its size and guidance.
 

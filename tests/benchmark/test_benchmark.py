@@ -26,10 +26,11 @@ from stepdistill.config import read_config, to_yaml
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
-from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within
+from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within, teacher_call
 from stepdistill.methods import method_names
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.pretraining.clip import clip_config, image_processor, train_tokenizer
@@ -64,6 +65,34 @@ def rows_of(folder):
 
 
 # ------------------------------------------------------------------------------------------------- the rows
+
+
+@pytest.mark.parametrize(
+    ("name", "unguided", "guided"),
+    [
+        ("zimage", {"guidance_scale": 0.0}, {"guidance_scale": 2.0}),
+        ("qwen_image", {"true_cfg_scale": 1.0}, {"true_cfg_scale": 3.0, "negative_prompt": " "}),
+    ],
+)
+def test_a_teacher_is_guided_in_the_words_of_its_pipeline(name, unguided, guided):
+    family = families()[name].tiny()
+    for scale, words in ((1.0, unguided), (3.0, guided)):
+        assert teacher_call(family, {"num_inference_steps": 2, "guidance_scale": scale}) == {
+            "num_inference_steps": 2,
+            **words,
+        }
+    assert teacher_call(family, {"num_inference_steps": 2}) == {"num_inference_steps": 2}
+
+
+def test_rows_of_a_teacher_are_sampled_so(finished, monkeypatch):
+    bench = Benchmark(finished[1])
+    monkeypatch.setattr(bench.family, "guidance_arguments", lambda scale: {"guidance_scale": 10 * scale})
+    sources = []
+    monkeypatch.setattr(bench, "_row", lambda source, metrics: sources.append(source) or {"fd": 0.0})
+    bench.teacher("teacher", 1.5)
+    assert [source.call["guidance_scale"] for source in sources] == [15.0]
+    teacher = next(row for row in bench.rows if row["kind"] == "teacher")
+    assert bench.opened(teacher)[1]["guidance_scale"] == 10 * teacher["guidance_scale"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
