@@ -35,7 +35,7 @@ from stepdistill.inference.grids import save_grid, to_pil
 from stepdistill.inference.processes import open_state, own_part, together
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import Images, class_count, sample_images
-from stepdistill.inference.solvers import teacher_pipeline
+from stepdistill.inference.solvers import load_to_call, pipeline_under, teacher_call
 from stepdistill.randomness import derive_seed
 
 NUM_IMAGES = 16
@@ -163,7 +163,7 @@ def warn_of_other_steps(pipeline: Any, path: str, request: Request) -> None:
         )
 
 
-def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str) -> None:
+def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str, scale: float | None = None) -> None:
     """Raise ``ValueError`` with the reason if a call of the pipeline would ignore the negative prompt.
 
     Args:
@@ -171,6 +171,7 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str)
         path: its folder.
         request: the images to generate.
         flag: the command-line flag that sets the guidance of the call.
+        scale: of the guidance, 1 being none; None is what the request or, without one, the pipeline says.
     """
     if request.negative_prompt is None:
         return
@@ -180,8 +181,9 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str)
     # FLUX.1 reads a negative prompt with true_cfg_scale only, which no student is trained for
     if "true_cfg_scale" in accepted or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
         raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
-    usual = contract_of(pipeline).call.get("guidance_scale", accepted["guidance_scale"].default)
-    scale = request.call.get("guidance_scale", usual)
+    if scale is None:
+        usual = contract_of(pipeline).call.get("guidance_scale", accepted["guidance_scale"].default)
+        scale = request.call.get("guidance_scale", usual)
     if scale <= 1:
         raise ValueError(f"--negative_prompt: expected {flag} above 1: {path} is called without guidance ({scale:g})")
 
@@ -211,13 +213,17 @@ def beside_teacher(
     options = {key: value for key, value in options.items() if key in OPTIONS}
     if teacher is None:
         raise ValueError(f"--compare: the contract of {path} names no teacher; give the teacher's folder")
-    pipeline = teacher_pipeline(build(TeacherConfig, {"path": teacher, **options, **trust}, "--compare"), "DDIM")
+    config = build(TeacherConfig, {"path": teacher, **options, **trust}, "--compare")
+    family = load_to_call(config)
+    pipeline = pipeline_under(family, config, "DDIM")
     accepted = inspect.signature(type(pipeline).__call__).parameters
     call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance
-    call |= {"num_inference_steps": steps, "guidance_scale": guidance}
+    check_negative_prompt(pipeline, teacher, request, "--compare_guidance_scale", guidance)
+    call |= teacher_call(family, {"num_inference_steps": steps, "guidance_scale": guidance})
+    if request.negative_prompt is not None:
+        call.pop("negative_prompt", None)  # the null prompt, with which some pipelines are told to guide
     teacher_request = dataclasses.replace(request, call=call)
-    check_negative_prompt(pipeline, teacher, teacher_request, "--compare_guidance_scale")
     right = generate_images(pipeline, teacher_request)
     if right.pixels.shape != images.pixels.shape:
         sizes = " and ".join(" x ".join(map(str, found.pixels.shape[2:])) for found in (images, right))

@@ -135,17 +135,27 @@ def teacher_call(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
     return others if scale is None else {**others, **family.guidance_arguments(scale)}
 
 
+def load_to_call(config: TeacherConfig) -> Family:
+    """Open a teacher in single precision: its pipeline's call needs all parts in one."""
+    return load_teacher(dataclasses.replace(config, dtype="float32"))
+
+
 def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
-    """Return a teacher as a pipeline under a solver, in single precision; a bare call has its size and guidance.
+    """Return :func:`pipeline_under` of a teacher that is opened for it."""
+    return pipeline_under(load_to_call(config), config, solver)
+
+
+def pipeline_under(family: Family, config: TeacherConfig, solver: str) -> Any:
+    """Return a teacher's pipeline under a solver; a bare call has the size and guidance of its section.
 
     Args:
-        config: the ``teacher`` section of a configuration.
+        family: the teacher, in single precision.
+        config: the ``teacher`` section of its configuration.
         solver: one of :data:`SOLVERS`; ``DDIM`` of a latent flow is its pipeline's own scheduler.
 
     Raises:
         ValueError: if the teacher has no such solver.
     """
-    family = load_teacher(dataclasses.replace(config, dtype="float32"))  # a call needs all parts in one precision
     pipeline = family.teacher_pipeline(solver_of(family, solver))
     accepted = inspect.signature(type(pipeline).__call__).parameters
     asked = {**family.pipeline_kwargs, **guiding_arguments(family)}

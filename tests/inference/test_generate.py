@@ -24,8 +24,11 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
+from stepdistill.families.wan import Wan
+from stepdistill.families.zimage import ZImage
 from stepdistill.inference import generate as inference
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
 from stepdistill.inference.grids import make_grid, to_uint8
@@ -104,11 +107,32 @@ def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
     asked, clips = [], Images(torch.zeros(1, 3, 5, 16, 32, dtype=torch.uint8))
     contract = Contract(call={"num_frames": 5, "height": 16}, origin=Origin(teacher="wan"))
     monkeypatch.setattr(inference, "read_contract", lambda folder: contract)
-    monkeypatch.setattr(inference, "teacher_pipeline", lambda config, solver: WanPipeline.__new__(WanPipeline))
+    monkeypatch.setattr(inference, "load_to_call", lambda config: Wan.tiny())
+    monkeypatch.setattr(inference, "pipeline_under", lambda *opened: WanPipeline.__new__(WanPipeline))
     monkeypatch.setattr(inference, "generate_images", lambda pipeline, request: asked.append(request.call) or clips)
     both = inference.beside_teacher(clips, "student", "teacher", Request(), 3, None, {})
     assert both.pixels.shape == (1, 3, 5, 16, 64)
     assert (asked[0]["num_frames"], asked[0]["num_inference_steps"]) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "negative", "expected"),
+    [
+        (ZImage, None, {"guidance_scale": 1.5}),
+        (QwenImage, None, {"true_cfg_scale": 2.5, "negative_prompt": " "}),
+        (SD, "mud", {"guidance_scale": 2.5}),
+    ],
+)
+def test_the_teacher_beside_a_student_is_asked_for_guidance_in_its_pipelines_words(
+    monkeypatch, family, negative, expected
+):
+    teacher, asked, images = family.tiny(), [], Images(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    monkeypatch.setattr(inference, "read_contract", lambda folder: Contract(origin=Origin(teacher="it")))
+    monkeypatch.setattr(inference, "load_to_call", lambda config: teacher)
+    monkeypatch.setattr(inference, "pipeline_under", lambda *opened: teacher.pipe)
+    monkeypatch.setattr(inference, "generate_images", lambda pipeline, request: asked.append(request.call) or images)
+    inference.beside_teacher(images, "student", "teacher", Request(negative_prompt=negative), 3, 2.5, {})
+    assert asked == [{"num_inference_steps": 3, **expected}]
 
 
 def test_the_teacher_beside_a_student_is_guided_by_the_rule_of_the_distillation(tmp_path, teacher):
