@@ -288,9 +288,9 @@ def test_the_grid_of_a_phase_is_the_one_diffusers_samples_on():
     assert scheduler.timesteps.tolist() == distiller.schedule.timestep(distiller.sampler().times[:-1]).tolist()
 
 
-def test_clean_images_of_pixels_are_cut_in_targets_by_default():
-    """Both networks predict 3; a target of images in [-1, 1] lies there too, and without the cut at 3."""
-    for clip, expected in ((None, 1.0), (True, 1.0), (False, 3.0)):
+def test_clean_images_are_cut_in_targets_on_request():
+    """Both networks predict 3; the target lies there, and with the cut in [-1, 1]."""
+    for clip, expected in ((False, 3.0), (True, 1.0)):
         family = Pixel.tiny(prediction_type="sample")
         distiller = Tract(family, CopyBank(family.network), Tract.Config(start=4, via=(), clip=clip))
         distiller.stage = distiller.stages(4)[0]
