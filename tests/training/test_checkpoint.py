@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -614,7 +615,7 @@ def test_the_manifest_lists_everything_else(tmp_path):
     path = save(tmp_path, 7)
     manifest = json.loads((path / "manifest.json").read_text())
     assert sorted([*manifest["files"], "manifest.json"]) == names(path) == FILES
-    assert manifest["step"] == 7 and manifest["versions"]["torch"] == torch.__version__
+    assert manifest["step"] == 7 and manifest["versions"]["torch"] == version("torch")
 
 
 def test_a_hostile_safetensors_header_is_our_error(tmp_path):
