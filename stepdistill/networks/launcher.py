@@ -34,13 +34,13 @@ PRECISION, ACCUMULATION = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACC
 DECIDED_HERE = {
     PRECISION: ("no", "the configuration's precision decides"),
     ACCUMULATION: ("1", "train.accumulation decides"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "networks are not compiled"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile decides"),
 }
-"""What is not heeded: the value that asks for nothing, and why."""
+"""What is ignored: the value that asks for nothing, and why."""
 
 HEEDED = {
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "torch rounds float32 products on a GPU otherwise",
-    "NVIDIA_TF32_OVERRIDE": "CUDA rounds float32 products on a GPU otherwise",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "torch rounds float32 products on a GPU differently",
+    "NVIDIA_TF32_OVERRIDE": "CUDA rounds float32 products on a GPU differently",
 }
 """What changes the last digits below anything that this project sets."""
 
@@ -58,7 +58,7 @@ def check_environment() -> None:
 def open_accelerator(
     mixed_precision: str | None, agreed: Mapping[str, str] = MappingProxyType({}), **options: Any
 ) -> Accelerator:
-    """Return an accelerator that takes no number from the environment, and say what is not heeded there.
+    """Return an accelerator that takes no number from the environment, and say what is ignored there.
 
     Args:
         mixed_precision: accelerate's word; None takes what the session has, for callers that do not rest on it.
@@ -97,8 +97,8 @@ def remarks(environment: Mapping[str, str], agreed: Mapping[str, str]) -> list[s
     sentences = []
     for variable, (nothing, reason) in DECIDED_HERE.items():
         if environment.get(variable, nothing).lower() not in (nothing, agreed.get(variable)):
-            sentences.append(f"{variable}={environment[variable]} is not heeded: {reason}")
+            sentences.append(f"{variable}={environment[variable]} is ignored: {reason}")
     for variable, effect in HEEDED.items():
         if variable in environment:
-            sentences.append(f"{variable}={environment[variable]} is heeded: {effect}")
+            sentences.append(f"{variable}={environment[variable]} takes effect: {effect}")
     return sentences

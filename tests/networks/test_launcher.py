@@ -66,7 +66,7 @@ def test_variables_that_are_not_heeded_change_no_bit_and_are_said(tmp_path, monk
         weights = trained(tmp_path)
     assert same(weights, plain)
     for name, value in ASKING.items():
-        assert caplog.text.count(f"{name}={value} is not heeded") == 1
+        assert caplog.text.count(f"{name}={value} is ignored") == 1
 
 
 def test_what_agrees_or_asks_for_nothing_is_not_said():
@@ -74,7 +74,7 @@ def test_what_agrees_or_asks_for_nothing_is_not_said():
     assert remarks(asked, asked) == []
     assert remarks({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, asked) == []
     assert remarks({"NVIDIA_TF32_OVERRIDE": "1"}, {}) == [
-        "NVIDIA_TF32_OVERRIDE=1 is heeded: CUDA rounds float32 products on a GPU otherwise"
+        "NVIDIA_TF32_OVERRIDE=1 takes effect: CUDA rounds float32 products on a GPU differently"
     ]
 
 
