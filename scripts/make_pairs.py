@@ -20,7 +20,7 @@ from stepdistill.networks.launcher import own_device
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file with the sections teacher and pairs")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of the file")
     args = parser.parse_args()
     sections = read_config(args.config, args.overrides)
     if unknown := sorted(sections.keys() - {"teacher", "pairs"}):

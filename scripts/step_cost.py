@@ -31,9 +31,11 @@ def main() -> None:
         "--steps", type=in_range(PositiveInt), default=20, help="timed; a multiple of method.student_update_interval"
     )
     parser.add_argument("--tiny", action="store_true", help="miniatures of the networks, for a CPU")
-    parser.add_argument("--plan", action="store_true", help="calculate what is held; train nothing")
-    parser.add_argument("--floor", action="store_true", help="FLOPs and seconds of a step over those of its calls")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of all files")
+    parser.add_argument("--plan", action="store_true", help="calculate the memory; train nothing")
+    parser.add_argument(
+        "--floor", action="store_true", help="compare FLOPs and seconds of a step with those of its network calls"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of all files")
     args = parser.parse_args()
     if args.floor:
         print(floor_table())

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=7, help="another one than anything in a teacher")
+    parser.add_argument("--seed", type=int, default=7, help="must differ from every seed in a teacher")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -16,7 +16,7 @@ from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/teacher_*.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override values of the file")
     args = parser.parse_args()
     sections = read_config(args.config, args.overrides)
     if "vae" in sections:

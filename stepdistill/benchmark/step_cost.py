@@ -101,7 +101,7 @@ def step_cost_table(
     """
     if not tiny and not torch.accelerator.is_available():
         raise ValueError(
-            "networks of full size need a GPU, and there is none; --plan tells what they hold, --tiny takes miniatures"
+            "networks of full size need a GPU, and there is none; --plan shows their memory, --tiny uses miniatures"
         )
     lines = [HEADER, ("---",) * len(HEADER)]
     for path, bank in itertools.product(configs, banks):

@@ -20,25 +20,25 @@ SAMPLES = in_range(Annotated[int, Range(at_least=2)])
 """Types of numeric flags."""
 
 PROTOCOL_FLAGS = (
-    ("num_samples", SAMPLES, "number of images that are measured"),
-    ("seed", SEED, "seed of the set of images"),
+    ("num_samples", SAMPLES, "number of images to measure"),
+    ("seed", SEED, "seed of the images"),
     ("metrics", str, " ".join(METRICS)),
-    ("reference", str, "'embedded', images, or .npz statistics"),
-    ("features", str, "'embedded', 'inception', a weights file, or a vision model's folder"),
-    ("resize", str, "Inception's input: adm, torch-fidelity, torchmetrics, clean"),
-    ("clip", str, "a CLIP's folder or hub id, for the metrics clip and cmmd"),
-    ("attributes", str, "'faces', or the folder of an attribute reader, for adherence"),
-    ("size", COUNT, "side of the square to which all images are resized and cropped"),
-    ("captions", str, "prompts: a file of them (as --prompt_file of generate), or images with captions"),
-    ("guidance_scale", SCALE, "1 is no guidance; by default the pipeline's own"),
-    ("num_inference_steps", COUNT, "by default the pipeline's own"),
-    ("rows", COUNT, "rows in one call of the network; fewer need less memory"),
+    ("reference", str, "'embedded', 'faces', images, or .npz statistics"),
+    ("features", str, "'embedded', 'faces', 'efficientnet', 'inception', a weights file, or a vision model"),
+    ("resize", str, "how Inception's input is resized: adm, torch-fidelity, torchmetrics, clean"),
+    ("clip", str, "'faces', or a CLIP's folder or hub id; for the metrics clip and cmmd"),
+    ("attributes", str, "'faces', or the folder of an attribute reader; for the metric adherence"),
+    ("size", COUNT, "resize and crop all images to a square of this side"),
+    ("captions", str, "prompts: a file as for generate --prompt_file, or images with captions"),
+    ("guidance_scale", SCALE, "1 is no guidance; default: the pipeline's own"),
+    ("num_inference_steps", COUNT, "default: the pipeline's own"),
+    ("rows", COUNT, "rows per call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
 )
 
 
 TRUST_FLAGS = {
-    "trust_remote_code": "allow Python files of the folder to run; read them first",
+    "trust_remote_code": "run Python files of the folder; read them first",
     "trust_pickles": "read weights that exist only as pickles (.bin)",
 }
 """Flags that allow code or pickles of the folders that a command opens."""
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; flags have the names of those in the diffusers examples."""
-    parser = argparse.ArgumentParser(prog="stepdistill", description="From a many-step teacher to a few-step student.")
+    parser = argparse.ArgumentParser(
+        prog="stepdistill", description="Distil many-step diffusion models into few steps."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     flags_of_train(add(commands, "train", train, "train a student; run the same command again to resume"))
     flags_of_generate(add(commands, "generate", generate, "sample an exported pipeline"))
@@ -64,9 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
     flags_of_push(add(commands, "push", push, "upload an export to the Hugging Face hub"))
     command = add(commands, "benchmark", benchmark, "compare students with the teacher and training-free solvers")
     flags_of_table(command, "benchmark_fashion")
-    command.add_argument("--time", action="store_true", help="measure the seconds of all rows again, in this run")
-    flags_of_table(add(commands, "demo", demo, "distil the embedded teacher and draw a picture"), "demo")
-    command = add(commands, "report", report, "write one self-contained page from result files")
+    command.add_argument("--time", action="store_true", help="measure the seconds of all rows again")
+    flags_of_table(add(commands, "demo", demo, "distil a small teacher, measure the student, draw a picture"), "demo")
+    command = add(commands, "report", report, "write one self-contained HTML page from result files")
     command.add_argument("results", nargs="+", help="result files (.json) of evaluate or benchmark")
     command.add_argument("--output", required=True, help="page to write (.html)")
     return parser
@@ -75,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
 def flags_of_train(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill train``."""
     command.add_argument("--config", required=True, help="YAML file, see configs/")
-    command.add_argument("--dry_run", action="store_true", help="print the resolved configuration and a memory plan")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    command.add_argument("--dry_run", action="store_true", help="only print the full configuration and a memory plan")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of the file")
 
 
 def flags_of_generate(command: argparse.ArgumentParser) -> None:
@@ -84,27 +86,27 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pipeline", required=True, help="folder of an exported pipeline")
     command.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, used in turn")
     command.add_argument(
-        "--prompt_file", help="further prompts: text (one a line), .csv, .tsv, .json, .jsonl, or - for stdin"
+        "--prompt_file", help="more prompts: text (one per line), .csv, .tsv, .json, .jsonl, or - for stdin"
     )
-    command.add_argument("--negative_prompt", help="what guidance leads away from; needs a guidance scale above 1")
-    command.add_argument("--class_labels", type=LABEL, nargs="+", help="labels, used in turn; by default all classes")
-    command.add_argument("--num_images", type=COUNT, help="by default one per prompt, or 16")
+    command.add_argument("--negative_prompt", help="what guidance steers away from; needs a guidance scale above 1")
+    command.add_argument("--class_labels", type=LABEL, nargs="+", help="labels, used in turn; default: all classes")
+    command.add_argument("--num_images", type=COUNT, help="default: one per prompt if there are several, else 16")
     command.add_argument(
-        "--num_inference_steps", type=COUNT, help="other numbers than the trained one give worse images"
+        "--num_inference_steps", type=COUNT, help="numbers other than the trained one may give worse images"
     )
-    command.add_argument("--guidance_scale", type=SCALE, help="1 is no guidance; by default as the contract says")
-    command.add_argument("--batch_size", type=COUNT, default=100)
+    command.add_argument("--guidance_scale", type=SCALE, help="1 is no guidance; default: the student's own")
+    command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
     command.add_argument("--seed", type=SEED, default=0)
     flag_of_compile(command)
-    command.add_argument("--compare", metavar="TEACHER", help="'teacher', or its folder: show its images, too")
+    command.add_argument("--compare", metavar="TEACHER", help="also show images of a teacher: 'teacher', or its folder")
     command.add_argument(
         "--compare_steps",
         type=COUNT,
         default=50,
-        help="of the teacher, by DDIM (a flow: its own scheduler)",
+        help="steps of that teacher, with DDIM (a flow: its own scheduler); default: 50",
     )
     command.add_argument(
-        "--compare_guidance_scale", type=SCALE, help="of the teacher; by default that of the distillation"
+        "--compare_guidance_scale", type=SCALE, help="guidance of that teacher; default: that of the training"
     )
     flags_of_trust(command)
     command.add_argument(
@@ -115,23 +117,23 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
 def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill evaluate``."""
     subject = command.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--pipeline", help="folder of an exported or any other diffusers pipeline")
-    subject.add_argument("--teacher", help="a teacher's folder, or 'embedded'; sampled by --solver")
-    subject.add_argument("--images", help="images that were generated elsewhere: a folder, or an .npz")
+    subject.add_argument("--pipeline", help="folder of an export or of any other diffusers pipeline")
+    subject.add_argument("--teacher", help="a teacher's folder or hub id, 'embedded' or 'faces'; sampled by --solver")
+    subject.add_argument("--images", help="images made elsewhere: a folder, or an .npz")
     command.add_argument(
-        "--protocol", default="embedded", help="embedded, faces, cifar50k, imagenet50k, coco30k, or a file"
+        "--protocol", default="embedded", help="%(default)s (default), faces, cifar50k, imagenet50k, coco30k, or a file"
     )
-    command.add_argument("--solver", default="DDIM", help="solver of the teacher")
+    command.add_argument("--solver", default="DDIM", help="DDIM (default), UniPC, Euler, Heun, 'DPM-Solver++ 2M', ...")
     flags_of_trust(command)
     command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
     flag_of_compile(command)
     command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
     command.add_argument(
         "--output", type=Path, default=Path("evaluation.json"),
-        help="result file (.json), with all numbers and what they depend on; by default %(default)s",
+        help="result file (.json), with all numbers and what they depend on; default: %(default)s",
     )  # fmt: skip
     command.add_argument("--report", help="also write a page (.html) of the result")
-    fields = command.add_argument_group("replace values of the protocol; the result tells which")
+    fields = command.add_argument_group("override values of the protocol; the result records which")
     for name, kind, text in PROTOCOL_FLAGS:
         fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
 
@@ -145,7 +147,7 @@ def flags_of_trust(command: argparse.ArgumentParser) -> None:
 def flag_of_compile(command: argparse.ArgumentParser) -> None:
     """Add the flag of commands that sample one pipeline."""
     command.add_argument(
-        "--compile", action="store_true", help="compile the network's repeated blocks; changes the last digits"
+        "--compile", action="store_true", help="compile the network's repeated blocks; this changes the last digits"
     )
 
 
@@ -156,7 +158,7 @@ def trust_of(args: argparse.Namespace) -> dict[str, bool]:
 
 def flags_of_export(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill export``."""
-    command.add_argument("--config", required=True, help="the config.yaml in the run's folder")
+    command.add_argument("--config", required=True, help="config.yaml in the run's folder")
     command.add_argument("--output", required=True, help="folder to write")
     flags_of_hub(command, required=False)
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -236,7 +238,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks(network_of(pipeline), "--compile")
     images = generate_images(pipeline, request)
-    cost = f"{len(images)} images, {images.seconds:.3g} s and {images.calls:g} network calls per image"
+    cost = f"{len(images)} images, {images.seconds:.3g} s per image, network calls per image: {images.calls:g}"
     if args.compare is not None:
         images = beside_teacher(
             images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
@@ -282,7 +284,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     print(f"{summary(result)}\n\nresult: {visible(str(args.output))}")
     for key, (preset, given) in about["overridden"].items():
-        print(f"{key}: protocol {about['name']!r} has {shown(preset)}, this result {shown(given)}", file=sys.stderr)
+        print(f"{key}: {shown(given)} overrides {shown(preset)} of protocol {about['name']!r}", file=sys.stderr)
     write_page(args.report, args.output)
 
 

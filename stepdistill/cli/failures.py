@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from stepdistill.files.words import shortened, visible
 
 LONGEST_LINE = 2_000
-REPORT_IT = "This is a fault of stepdistill itself. Please report it with the lines above and the command."
+REPORT_IT = "This is a bug in stepdistill. Please report it with the lines above and the command."
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def failures_as_sentences(program: str, config: str | None = None) -> Iterator[N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _stop(program, f"out of memory: {error}; a smaller batch size needs less", config)
+        _stop(program, f"out of memory: {error}; try a smaller batch size", config)
     except RecursionError:
         _stop(program, "the input is nested too deeply", config)
     except OSError as error:
@@ -53,7 +53,7 @@ def failures_as_sentences(program: str, config: str | None = None) -> Iterator[N
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # what torch says on a CPU, by no class of its own
             raise
-        _stop(program, f"out of memory: {error}; a smaller batch size needs less", config)
+        _stop(program, f"out of memory: {error}; try a smaller batch size", config)
 
 
 def _stop(program: str, text: str, config: str | None = None, code: int = 2) -> NoReturn:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def flags_of_hub(command: argparse.ArgumentParser, *, required: bool) -> None:
     """Add the flags that say where to upload."""
     command.add_argument("--push_to_hub", metavar="USER/NAME", required=required, help="repository to upload to")
-    command.add_argument("--private", action="store_true", help="hide a new repository from others")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def flags_of_push(command: argparse.ArgumentParser) -> None:

@@ -80,7 +80,7 @@ def read_captions(shards: Shards, count: int) -> tuple[list[str], list[Texts], l
         captions.append(read_texts(row.text, f"{where}: 'text'"))
         sizes.append(row.size)
     if len(names) != count:
-        raise ValueError(f"{file}: expected {count} lines, one a sample, got {len(names)}; make the cache anew")
+        raise ValueError(f"{file}: expected {count} lines, one a sample, got {len(names)}; make the cache again")
     return names, captions, sizes
 
 
@@ -152,7 +152,7 @@ class CachedTexts:
         if len(self.shards) != self._first[-1]:
             raise ValueError(
                 f"{folder / FOLDER}: expected {self._first[-1]} captions, as {folder / CAPTIONS} has, got "
-                f"{len(self.shards)}; make the cache anew"
+                f"{len(self.shards)}; make the cache again"
             )
 
     def replace(self, cond: Cond, indices: Sequence[int], captions: Sequence[str]) -> Cond:

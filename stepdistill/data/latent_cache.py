@@ -219,8 +219,8 @@ class LatentCacheDataset(Dataset):
         made, current = self.shards.entry("encoders", dict[str, str]), encoders(family)
         if changed := changed_keys(made, current):
             raise ValueError(
-                f"data.path: {config.path} was made by another {', '.join(changed)} than this teacher's; make a cache "
-                f"of its own with {FORMAT.script}"
+                f"data.path: {config.path} was made by another {', '.join(changed)} than this teacher's; make another "
+                f"cache with {FORMAT.script}"
             )
         expected = list(family.sample_shape)
         if (shape := self.shards.entry("sample_shape", list[int])) != expected:
@@ -238,7 +238,7 @@ class LatentCacheDataset(Dataset):
         if needs_images and (fit := self.shards.manifest.get("fit")) != config.fit:
             raise ValueError(f"data.fit: expected {fit!r}, with which {config.path} was made, got {config.fit!r}")
         if config.flip and "mirrored" not in self.shards.names:
-            raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it anew with data.flip=true")
+            raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it again with data.flip=true")
 
     def __len__(self) -> int:
         return len(self.shards) - 1

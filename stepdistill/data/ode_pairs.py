@@ -177,14 +177,14 @@ class Pairs:
         if maker != teacher:
             raise ValueError(
                 f"{self.key}: {self.shards.folder} was made by the teacher {maker}, but teacher.path is {teacher} "
-                "(weights, in the precision of teacher.dtype); make pairs anew with scripts/make_pairs.py"
+                "(weights, in the precision of teacher.dtype); make the pairs again with scripts/make_pairs.py"
             )
         self._check_encoders(family)
         rule = guidance_of(family) if self.shards.entry("guidance_scale", float) != 1 else []
         if (made_with := self.shards.manifest.get("guidance", [])) != rule:
             raise ValueError(
                 f"{self.key}: {self.shards.folder} was made by a teacher guided by {made_with or 'default'}, but "
-                f"teacher.guidance_rescale and teacher.guidance_interval ask for {rule or 'default'}; make pairs anew"
+                f"teacher.guidance_rescale and teacher.guidance_interval ask for {rule or 'default'}; make pairs again"
             )
         shape, found = list(family.sample_shape), self.shards.layout()["images"][1]
         if found != shape:
@@ -199,7 +199,7 @@ class Pairs:
         if changed := changed_keys(made, encoders(family)):
             raise ValueError(
                 f"{self.key}: {self.shards.folder}: expected pairs of this teacher's {', '.join(changed)}, got "
-                f"{'those of another' if known else 'an older folder, which does not tell'}; make pairs anew with "
+                f"{'those of another' if known else 'an older folder, which does not tell'}; make the pairs again with "
                 f"{FORMAT.script}"
             )
 

@@ -49,7 +49,8 @@ def write_or_check_manifest(path: Path, manifest: Mapping[str, Any], rows: str) 
     existing.pop(HASHES, None)
     if changed := differences(existing, manifest):
         raise ValueError(
-            f"{path} is of other {rows}; restore these or choose another output_dir:\n  - " + "\n  - ".join(changed)
+            f"{path} was made for other {rows}; restore these keys or choose another output_dir:\n  - "
+            + "\n  - ".join(changed)
         )
 
 

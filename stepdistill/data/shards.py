@@ -96,7 +96,9 @@ class Shards:
         """Return an entry of the manifest as the type ``hint``; raise ``ValueError`` if it is missing or another."""
         path = self.folder / self.format.manifest
         if key not in self.manifest:
-            raise ValueError(f"{path}: {key}: missing; remove {self.folder} and make it anew with {self.format.script}")
+            raise ValueError(
+                f"{path}: {key}: missing; remove {self.folder} and make it again with {self.format.script}"
+            )
         return convert(self.manifest[key], hint, f"{path}: {key}")
 
     def __len__(self) -> int:
@@ -160,7 +162,7 @@ class Shards:
             return
         if path.name in self._hashes and sha256_of(path) != self._hashes[path.name]:
             raise ValueError(
-                f"{self.format.key}: {path} is not what {self.format.script} wrote (its SHA-256 is another); remove it "
+                f"{self.format.key}: {path} is not what {self.format.script} wrote (its SHA-256 differs); remove it "
                 "and run the script again, which makes what is missing"
             )
         self._verified.add(path)
@@ -181,7 +183,7 @@ class Shards:
             if _widened(found := self.layout(number)) != _widened(expected):
                 raise ValueError(
                     f"{self.format.key}: {shard_path(self.folder, number)}: expected {expected}, as in the first "
-                    f"shard, got {found}; remove it and make it anew"
+                    f"shard, got {found}; remove it and make it again"
                 )
 
     def _open(self, number: int) -> Any:
@@ -192,12 +194,12 @@ class Shards:
             shard = safe_open(path, framework="pt")
             counts = {(shard.get_slice(name).get_shape() or [1])[0] for name in shard.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{format.key}: {path} cannot be read: {error}; remove it and make it anew") from error
+            raise ValueError(f"{format.key}: {path} cannot be read: {error}; remove it and make it again") from error
         expected = min(self.shard_size, self.count - number * self.shard_size)
         if counts != {expected}:
             found = ", ".join(map(str, sorted(counts))) or "none"
             raise ValueError(
-                f"{format.key}: {path}: expected {expected} {format.rows}, got {found}; remove it and make it anew"
+                f"{format.key}: {path}: expected {expected} {format.rows}, got {found}; remove it and make it again"
             )
         return shard
 

@@ -22,7 +22,7 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
         ValueError: if there are fewer than two, or a file holds no result.
     """
     if len(paths) < 2:
-        raise ValueError(f"compare: expected two or more results, got {len(paths)}")
+        raise ValueError(f"expected two or more results, got {len(paths)}")
     results = [read_result(path) for path in paths]
     if len({result["name"] for result in results}) < len(results):
         for result, path in zip(results, paths, strict=True):

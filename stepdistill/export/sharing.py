@@ -109,7 +109,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
         return _commit(files, check_upload(name, private=private), name, private=private)
     except ValueError as error:
         again = ["stepdistill", "push", "--pipeline", str(folder), "--push_to_hub", name, *["--private"] * private]
-        raise ValueError(f"{error}; the export is whole in {folder}, upload it with: {shlex.join(again)}") from error
+        raise ValueError(f"{error}; the export is complete in {folder}, upload it with: {shlex.join(again)}") from error
 
 
 def _commit(files: dict[str, Path], there: Iterable[str], name: str, *, private: bool) -> str:

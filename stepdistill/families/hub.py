@@ -174,8 +174,8 @@ def refused(name: str, error: Exception, key: str) -> ValueError:
         "GatedRepoError": "its owner gives access on request: ask on its page, then log in with 'hf auth login'",
         "RepositoryNotFoundError": "the hub has none of this name, or it is private: log in with 'hf auth login'",
         "RevisionNotFoundError": "it has no such teacher.revision",
-        "LocalEntryNotFoundError": "it is not in the local cache and the hub cannot be reached",
+        "LocalEntryNotFoundError": "it is not in the local cache, and the hub cannot be reached",
     }
     text = " ".join(str(error).split())[:200]
     reason = next((reasons[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in reasons), text)
-    return ValueError(f"{key}: there is no local folder {name!r}, so it is taken for a hub id, and {reason}")
+    return ValueError(f"{key}: there is no local folder {name!r}, so it is taken as a hub id; {reason}")

@@ -230,7 +230,7 @@ class Observed(TextToImageFamily):
     def encode(self, raw: RawBatch) -> Batch:
         """Embed prompts; raise ``ValueError`` for images, which nobody saw being encoded."""
         if raw.images is not None:
-            raise ValueError("data.name: expected 'prompts' or 'samples': an observed teacher encodes no images")
+            raise ValueError("data.name: expected 'prompts' or 'pairs': an observed teacher encodes no images")
         return Batch(None, self.condition(raw), len(raw.indices))
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
     before: Division | None = checkpoint.state.division
     if before is None:
         logger.warning(
-            f"{checkpoint.path} does not tell by how many processes it was made; taken to be {configured.world}, as now"
+            f"{checkpoint.path} does not record how many processes made it; assumed to be {configured.world}, as now"
         )
         return configured
     if before.world == configured.world:
@@ -84,8 +84,8 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
             f"{before.total}"
         )
     logger.warning(
-        f"{checkpoint.path} was made by {_processes(before.world)} ({before}); going on with {configured.world} "
-        f"({division}): the same samples and noise in every step, but other numbers in dropout, and other rounding"
+        f"{checkpoint.path} was made by {_processes(before.world)} ({before}); resuming with {configured.world} "
+        f"({division}): every step has the same samples and noise, but dropout and rounding differ"
     )
     return division
 

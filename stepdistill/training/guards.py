@@ -106,8 +106,8 @@ class FiniteGuard:
         """
         if self.flag.item():
             raise NonFiniteError(
-                f"{self.explain()}; nothing was stepped. Lower optim.*.lr, look at the samples and at train.precision, "
-                "or set train.nan_policy to skip; the last checkpoint is good."
+                f"{self.explain()}; no weight was changed. Lower optim.*.lr, look at the samples and at "
+                "train.precision, or set train.nan_policy to skip; the last checkpoint is good."
             )
         self.samples = {}
 
@@ -187,7 +187,7 @@ class SkipOnNan(NanPolicy):
         self.recent = [*filter(range(step - WINDOW + 1, step).__contains__, self.recent), step]
         if len(self.recent) > LIMIT:
             raise NonFiniteError(
-                f"{cause}; that is skipped step {len(self.recent)} of the last {WINDOW}, and at most {LIMIT} may be "
+                f"{cause}; {len(self.recent)} of the last {WINDOW} steps were skipped, and at most {LIMIT} may be "
                 "(train.nan_policy: skip). Lower optim.*.lr, or look at the samples; the last checkpoint is good."
             )
         raise SkippedStepError(cause)

@@ -164,7 +164,7 @@ def _sentence(ranks: list[int], seconds: float) -> str:
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
     return (
         f"{who} did not answer for {seconds:g} s (train.timeout): stopped, killed, or hanging; "
-        "the newest checkpoint is whole, so run the same command again"
+        "the newest checkpoint is intact, so run the same command again"
     )
 
 
@@ -183,14 +183,14 @@ def naming_the_lost(heartbeat: Heartbeat) -> Iterator[None]:
         if _is_of_a_worker(error):
             raise LostProcessError(
                 f"rank {heartbeat.rank}: a data worker was killed or has ended ({_first_line(error)}); the newest "
-                "checkpoint is whole, so run the same command again, with fewer data.num_workers if memory is short"
+                "checkpoint is intact, so run the same command again, with fewer data.num_workers if memory is short"
             ) from error
         if ranks := heartbeat.lost():
             raise LostProcessError(_sentence(ranks, PATIENCE * heartbeat.interval)) from error
         if _is_of_the_network(error):
             raise LostProcessError(
                 f"rank {heartbeat.rank}: another process ended or did not answer ({_first_line(error)}); see "
-                "its own message; the newest checkpoint is whole, so run the same command again"
+                "its own message; the newest checkpoint is intact, so run the same command again"
             ) from error
         raise
 

@@ -40,7 +40,7 @@ class RunIdentity:
             before[RENAMED.get(key, key)] = value
         unknown = sorted(key for key in self.values.keys() - before.keys() if key.endswith(")"))  # as of versions
         if unknown:
-            logger.warning(f"{checkpoint.path} does not tell its {', '.join(unknown)}; taken to be as now")
+            logger.warning(f"{checkpoint.path} does not record its {', '.join(unknown)}; assumed to be as now")
             before |= {key: self.values[key] for key in unknown}
         if changed := differences(before, json.loads(json.dumps(self.values))):
             changed += self.data.changes_since(checkpoint.path.parent / INVENTORY)

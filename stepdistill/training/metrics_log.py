@@ -84,7 +84,7 @@ class MetricsLog:
         with self.path.open("rb") as file:
             number = file.read(begin).count(b"\n") + 1
         problem = str(error).removeprefix(f"{self.path}: ")
-        warnings.warn(f"{self.path}: line {number}: {' '.join(problem.split())}; passed over", stacklevel=4)
+        warnings.warn(f"{self.path}: line {number}: {' '.join(problem.split())}; skipped", stacklevel=4)
 
 
 def _step_of(line: bytes, name: str) -> int:

@@ -68,7 +68,7 @@ class LossScaling:
         if scale < 1:
             raise NonFiniteError(
                 f"turn {turn!r}: the gradient is not finite in fp16 at a scale of {scale:g}, though the loss is; "
-                "nothing was stepped. Lower optim.*.lr, or set train.precision to bf16 or fp32."
+                "no weight was changed. Lower optim.*.lr, or set train.precision to bf16 or fp32."
             )
         raise SkippedStepError(f"turn {turn!r}: the gradient overflowed at a scale of {scale:g}")
 

@@ -269,7 +269,7 @@ class Trainer:
         if saves:
             self._save(position)
         if stop and not finished:
-            logger.warning(f"stopped by a signal after step {self.step}; run the same command again to go on")
+            logger.warning(f"stopped by a signal after step {self.step}; run the same command again to resume")
             raise SystemExit(exit_code(stop))
 
     def _sample(self, count: int = 32) -> None:

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.flip: .* holds no mirrored images"):
         LatentCacheDataset(dataclasses.replace(section, flip=True), family)
     save_images(family, tmp_path / "i.npz", count=12)
-    with pytest.raises(ValueError, match=r"is of other samples(.|\n)*count: was 17, is 13(.|\n)*files: was"):
+    with pytest.raises(ValueError, match=r"was made for other samples(.|\n)*count: was 17, is 13(.|\n)*files: was"):
         cached(family, tmp_path / "a", data)
     pixels = {"name": "noise", "max_samples": 4}
     with pytest.raises(ValueError, match="there is nothing to cache"):

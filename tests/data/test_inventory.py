@@ -138,7 +138,7 @@ def test_a_checkpoint_that_does_not_tell_its_data_is_resumed_with_one_note(tmp_p
         state = SavedState(stage=0, stage_name="train", done=1, config=config)
         trainer.identity.check(Checkpoint(tmp_path / "checkpoint-1", 1, state))
     (message,) = caplog.messages
-    assert message.endswith("checkpoint-1 does not tell its data (files); taken to be as now")
+    assert message.endswith("checkpoint-1 does not record its data (files); assumed to be as now")
 
 
 @pytest.mark.product

@@ -353,7 +353,7 @@ def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, cap
         shown = {tuple(row.split()) for row in said.out.splitlines()}  # the table; the JSON is in the file alone
         assert {tuple(" ".join(line).split()) for line in lines(result)} < shown and "{" not in said.out
         assert said.out.endswith(f"result: {output}\n")
-        assert "num_samples: protocol 'embedded' has 5000, this result 12" in said.err
+        assert "num_samples: 12 overrides 5000 of protocol 'embedded'" in said.err
     main(["compare", str(tmp_path / "teacher.json"), str(tmp_path / "folder.json")])
     assert "fd: " in capsys.readouterr().out
 

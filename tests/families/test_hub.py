@@ -149,9 +149,7 @@ def test_a_folder_in_the_home_is_found(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_that_is_not_cached_is_one_sentence_offline():
-    with pytest.raises(
-        ValueError, match=r"no local folder 'someone/nothing', so .* hub id, and it is not in the local"
-    ):
+    with pytest.raises(ValueError, match=r"no local folder 'someone/nothing', so .* hub id; it is not in the local"):
         locate(TeacherConfig(path="someone/nothing"))
 
 
@@ -196,7 +194,7 @@ def test_without_a_connection_the_cache_is_enough(monkeypatch, tmp_path, error):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert locate(TeacherConfig(path="someone/it")) == tmp_path
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: missing())
-    with pytest.raises(ValueError, match="it is not in the local cache and the hub cannot be reached"):
+    with pytest.raises(ValueError, match="it is not in the local cache, and the hub cannot be reached"):
         locate(TeacherConfig(path="someone/it"))
 
 

@@ -278,7 +278,7 @@ def test_pairs_of_a_teacher_that_is_guided_otherwise_are_others(tmp_path):
     family.guidance_rule = GuidanceRule(interval=(0.2, 1.0))
     with pytest.raises(ValueError, match=r"guided by default, but teacher\.guidance_rescale and .*ask for .*0\.2"):
         made.check_teacher(family)
-    with pytest.raises(ValueError, match=r"is of other pairs(.|\n)*guidance: was None"):
+    with pytest.raises(ValueError, match=r"was made for other pairs(.|\n)*guidance: was None"):
         make_pairs(family, pairs_config(tmp_path / "p", guidance_scale=2.0))
 
 

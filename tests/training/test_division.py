@@ -95,8 +95,8 @@ def test_processes_that_cannot_share_a_step_are_refused_with_both_numbers():
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (Division(2, 1, 64), "going on with 1 (128 samples a step = 1 x accumulation 2 x 64): the same samples"),
-        (None, "does not tell by how many processes it was made; taken to be 1, as now"),
+        (Division(2, 1, 64), "resuming with 1 (128 samples a step = 1 x accumulation 2 x 64): every step has"),
+        (None, "does not record how many processes made it; assumed to be 1, as now"),
         (Division(1, 1, 64), None),
     ],
 )

@@ -29,7 +29,7 @@ def test_finite_numbers_pass(guard):
 def test_step_turn_and_term_are_named(guard, bad):
     guard.check(6, "student", scalars(loss=1.0, huber=2.0, grad_norm=1.0))
     assert guard.check(7, "student", scalars(loss=1.0, huber=bad, grad_norm=bad)).item() == 1
-    with pytest.raises(NonFiniteError, match=r"step 8, rank 0, turn 'student': 'huber' is not .*; nothing was stepped"):
+    with pytest.raises(NonFiniteError, match=r"step 8, rank 0, turn 'student': 'huber' is not .*; no weight was"):
         guard.raise_if_tripped()
 
 

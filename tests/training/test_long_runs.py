@@ -212,7 +212,7 @@ def test_skipped_steps_are_counted_in_the_log_and_remembered(tmp_path, broken):
 def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(guards, "LIMIT", 2)
     broken.update({1, 2, 4})
-    with pytest.raises(NonFiniteError, match=r"that is skipped step 3 of the last 100, and at most 2 may be"):
+    with pytest.raises(NonFiniteError, match=r"3 of the last 100 steps were skipped, and at most 2 may be"):
         make(tmp_path, nan_policy="skip").train()
 
 
@@ -225,7 +225,7 @@ def test_the_budget_is_one_of_the_last_steps():
             policy.before_move(step)
     assert policy.total == 100
     guard.check(995, "student", {"student/loss": torch.tensor(torch.nan)})
-    with pytest.raises(NonFiniteError, match="skipped step 11 of the last 100"):
+    with pytest.raises(NonFiniteError, match="11 of the last 100 steps were skipped"):
         policy.before_move(995)
 
 
@@ -399,7 +399,7 @@ def test_a_junk_line_names_file_and_line_and_blocks_nothing(tmp_path, junk):
     log.path.write_bytes("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
     log.cut_after(3)  # is not even read
     assert log.path.read_bytes().count(b"\n") == 4
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 3: .*; passed over"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 3: .*; skipped"):
         log.cut_after(2)
     assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
