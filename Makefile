@@ -28,7 +28,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# The critic of ADD and the pairs of DMD come first; all of it goes on where it was stopped.
+# The critic of ADD and the pairs of DMD come first; all of it resumes if it was interrupted.
 bench: $(STAMP)
 	@test -f runs/fashion_critic/model.safetensors || $(BIN)/python scripts/train_features.py --epochs 12 --seed 1 \
 		--train stepdistill/assets/fashion/train_subset.npz --test stepdistill/assets/fashion/train_subset.npz \
@@ -42,7 +42,7 @@ bench: $(STAMP)
 gpu:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_report.py $(GPU_ARGS)
 
-# The stamp is written last, so an installation that was cut short is taken up again.
+# The stamp is written last, so an interrupted installation is repeated.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
 		'stepdistill needs Python 3.11 or newer, found ' + sys.version.split()[0] + '; name one: make PYTHON=python3.12')"
