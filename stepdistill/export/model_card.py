@@ -108,7 +108,7 @@ def samples_text(contract: Contract, samples: SampleSheet | None) -> str:
         return ""
     text = (
         f"![samples](samples.png)\n\nAbove: this student in {steps_of(contract)}. Below: its teacher in "
-        f"{samples.teacher_steps}, from the same noise. Neither was chosen."
+        f"{samples.teacher_steps}, from the same noise. The images were not selected."
     )
     conditions = "; ".join(plain(shortened(condition) or "(empty)") for condition in samples.conditions)
     return f"{text} From left to right: {conditions}." if conditions else text
@@ -147,8 +147,8 @@ def seeding(contract: Contract) -> str:
     """Return what must be seeded for the same images in every call, as Markdown."""
     generators = "`generator=[torch.Generator().manual_seed(seed) for seed in seeds]`"
     if not contract.global_noise:
-        return f"One generator an image, {generators}, makes an image independent of its batch."
-    return f"""`{contract.pipeline}` draws the initial noise from `generator`, but does not hand it to its scheduler:
+        return f"With one generator per image, {generators}, an image does not depend on its batch."
+    return f"""`{contract.pipeline}` draws the initial noise from `generator`, but does not pass it to its scheduler:
 the noise that a step adds comes from torch's global generator. For the same images in every call, seed both:
 
 ```python
@@ -156,7 +156,7 @@ torch.manual_seed(0)
 {sampled(contract, example_call(contract) + ", generator=torch.Generator().manual_seed(0)")}
 ```
 
-An image then still depends on its batch. `stepdistill.load_pipeline` hands the generators on, as in training: there
+An image then still depends on its batch. `stepdistill.load_pipeline` passes the generators on, as in training: there
 {generators} makes an image independent of its batch."""
 
 
@@ -185,7 +185,7 @@ def results_text(contract: Contract) -> str:
             named = f"of {value.get('images')} images" if type(value) is dict else public_name(str(value))
             told.append(f"{key} {plain(named)}")
     chosen = contract.origin.selected
-    bias = " The student was chosen by such a measurement, so its numbers flatter it." if chosen else ""
+    bias = " The student was chosen by such a measurement, so its numbers are biased in its favour." if chosen else ""
     where = f"On {', '.join(told)}.{bias}" if told else bias.strip()
     return f"## Measured\n\n| measured | value | 95 % |\n|---|---|---|\n{''.join(rows)}\n{where}".rstrip()
 
@@ -201,7 +201,7 @@ def training_text(contract: Contract) -> str:
     facts = {"method": code(origin.method or "?"), "data": code(origin.data) if origin.data else ""}
     if cost.get("steps") and "images" in cost:
         facts["training steps"] = f"{cost['steps']:,}"
-        facts["images"] = f"{cost['images']:,}, {cost['images'] / cost['steps']:.0f} a step"
+        facts["images"] = f"{cost['images']:,}, {cost['images'] / cost['steps']:.0f} per step"
     for key, name in (("teacher_forwards", "images through a network"), ("cpu_minutes", "CPU minutes")):
         facts[name] = f"{cost[key]:,.0f}" if key in cost else ""
     if origin.guidance_distilled not in (None, 1):
@@ -227,7 +227,7 @@ def additions_text(contract: Contract) -> str:
         return ""
     return (
         f"## Added to the teacher\n\n{''.join(items)}\nThis pipeline contains them. The adapter in `lora/`, if there "
-        "is one, does not: load them beside it, at the same weights."
+        "is one, does not: load them together with it, at the same weights."
     )
 
 

@@ -78,8 +78,8 @@ def test_a_whole_card_says_where_the_student_is_from_and_what_it_was_measured_at
         "Distilled by **dmd2** with stepdistill from `someone/teacher`.", "![samples](samples.png)",
         "Below: its teacher in 50", "From left to right: a cat; (empty).", "DiffusionPipeline.from_pretrained",
         "stepdistill.load_pipeline", "manual_seed", "| fd | 0.25 | 0.2 to 0.3 |\n| num_samples | 1000 |  |\n",
-        "On features embedded, seed 1, reference of 9 images.", "flatter it",
-        "| images | 128,000, 64 a step |", "| data | `faces` |",
+        "On features embedded, seed 1, reference of 9 images.", "biased in its favour",
+        "| images | 128,000, 64 per step |", "| data | `faces` |",
         "guidance scale of 2 is built in", "ignores a negative prompt", "The teacher's: openrail++.", "`vae` are links",
     ):  # fmt: skip
         assert said in card, said
