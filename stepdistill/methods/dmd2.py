@@ -140,8 +140,8 @@ class DMD2(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        times = family.schedule.renoising_grid(config.steps).clone()
-        times[0] = config.first_time
+        grid = family.schedule.renoising_grid(config.steps)
+        times = student_inputs.begun_at(family.schedule, grid, config.first_time)
         return ConsistencySampler(family.schedule, times)
 
     def build(self) -> None:

@@ -35,7 +35,7 @@ from stepdistill.files import ranges
 from stepdistill.losses import score_identity as identity
 from stepdistill.losses.distribution_matching import diagnostics
 from stepdistill.losses.levels import MATCHED, log_normal_times_above
-from stepdistill.losses.student_inputs import diversity_ratio, simulation, unit_noise
+from stepdistill.losses.student_inputs import begun_at, diversity_ratio, simulation, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -87,9 +87,8 @@ class SiD(Distiller):
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         schedule, is_fresh = family.schedule, config.noise == "fresh"
-        times = (schedule.renoising_grid if is_fresh else schedule.grid)(config.steps).clone()
-        times[0] = config.first_time
-        return (ConsistencySampler if is_fresh else DDIM)(schedule, times)
+        grid = (schedule.renoising_grid if is_fresh else schedule.grid)(config.steps)
+        return (ConsistencySampler if is_fresh else DDIM)(schedule, begun_at(schedule, grid, config.first_time))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
