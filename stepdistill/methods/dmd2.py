@@ -119,6 +119,15 @@ class DMD2(Distiller):
                 raise ValueError(
                     "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
                 )
+            if self.augmentation_levels != "below" and not self.split:
+                raise ValueError(
+                    f"augmentation_levels: expected 'below' without split, got {self.augmentation_levels!r}"
+                )
+            if self.guidance_rescale != "none" and self.guidance_scale == 1:
+                raise ValueError(
+                    f"guidance_rescale: expected 'none' without guidance (guidance_scale 1), got "
+                    f"{self.guidance_rescale!r}"
+                )
             if self.levels == "above" and (self.split or self.dynamic_renoise):
                 raise ValueError("levels: expected 'full' with split or dynamic_renoise, which have their own")
             if self.levels == "above" and self.off_trajectory:

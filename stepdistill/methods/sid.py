@@ -84,6 +84,10 @@ class SiD(Distiller):
         critic_weight: ranges.PositiveFloat = 1e-2
         """Weight of the critic's loss, relative to the fake score's."""
 
+        def __post_init__(self) -> None:
+            if self.gan_start and not self.gan_weight:
+                raise ValueError(f"gan_weight: expected above 0 with gan_start = {self.gan_start}, got 0")
+
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         schedule, is_fresh = family.schedule, config.noise == "fresh"
