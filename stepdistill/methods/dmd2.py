@@ -14,7 +14,8 @@ DMD (:mod:`stepdistill.methods.dmd`) without its regression on pairs. Four thing
 - *Backward simulation*: in training too, the input of a later step is the student's own output after the steps before
   it, from pure noise and without gradient; never a noised real image (Section 4.5).
 
-Under the adapter bank, teacher, student, fake score and critic are one network and two adapters.
+Under the adapter bank, teacher, student, fake score and critic are one network and two adapters. Only the critic needs
+images.
 
 Later papers add terms, all off by default:
 
@@ -154,6 +155,10 @@ class DMD2(Distiller):
         times = student_inputs.begun_at(family.schedule, grid, config.first_time)
         return ConsistencySampler(family.schedule, times)
 
+    @classmethod
+    def trains_on_images(cls, config: Config) -> bool:
+        return config.gan_weight > 0
+
     def build(self) -> None:
         self.fake = self.add_role("fake")
         self.keep_near_student("fake", self.fake_keeps)
@@ -201,7 +206,9 @@ class DMD2(Distiller):
             terms["off_trajectory"] = self.config.off_trajectory * self.off_trajectory_loss(visited[-1], batch, draws)
         if self.config.gan_weight:
             terms["gan"] = self.config.gan_weight * self.critic.generator_loss(x0, batch.cond, draws)
-        return Losses(terms, metrics | {"diversity_ratio": student_inputs.diversity_ratio(x0, batch.x0)})
+        if batch.images is not None:
+            metrics["diversity_ratio"] = student_inputs.diversity_ratio(x0, batch.images)
+        return Losses(terms, metrics)
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
@@ -216,7 +223,7 @@ class DMD2(Distiller):
 
     def simulate(self, batch: Batch, draws: Draws) -> list[Visit]:
         """Return what the student sees on its way from noise to a random one of its steps."""
-        start = self.schedule.initial_noise(draws.normal_like(batch.x0))
+        start = self.schedule.initial_noise(student_inputs.unit_noise(batch, self.family, draws))
         fewest, learns_at = (2, {0}) if self.config.diversity else (1, ())
         sampler = self.sampler()
         if self.config.random_steps:

@@ -381,6 +381,19 @@ def test_a_students_step_costs_what_its_terms_need(bank, options, student, fake,
 
 
 @both_banks
+def test_without_a_critic_images_change_no_bit_and_are_not_needed(bank):
+    assert DMD2.trains_on_images(DMD2.Config()) and not DMD2.trains_on_images(DMD2.Config(gan_weight=0.0))
+    distiller, with_images = (
+        tiny(bank, gan_weight=0.0, steps=2, diversity=0.1, anchor=1, anchor_steps=4),
+        batch_of_four(),
+    )
+    for turn in ("student", "fake"):
+        seen = distiller(turn, with_images, Draws(0, 4)).terms
+        blind = distiller(turn, Batch(None, LABELS, 4), Draws(0, 4))
+        assert seen == blind.terms and "diversity_ratio" not in blind.metrics
+
+
+@both_banks
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_diversity_costs_the_teachers_steps_and_no_further_call_of_the_student(bank, guidance_scale):
     options = {"diversity": 0.05, "anchor": 2, "anchor_steps": 8, "guidance_scale": guidance_scale}
