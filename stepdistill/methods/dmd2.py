@@ -119,7 +119,8 @@ class DMD2(Distiller):
         def __post_init__(self) -> None:
             if self.fake_update == "alternate" and self.student_update_interval == 1:
                 raise ValueError(
-                    "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
+                    "student_update_interval: expected at least 2 with fake_update 'alternate', or the fake score has "
+                    "no step, got 1"
                 )
             if self.augmentation_levels != "below" and not self.split:
                 raise ValueError(
@@ -131,15 +132,19 @@ class DMD2(Distiller):
                     f"{self.guidance_rescale!r}"
                 )
             if self.levels == "above" and (self.split or self.dynamic_renoise):
-                raise ValueError("levels: expected 'full' with split or dynamic_renoise, which have their own")
+                raise ValueError(
+                    "levels: expected 'full' with split or dynamic_renoise, which have others, got 'above'"
+                )
             if self.levels == "above" and self.off_trajectory:
-                raise ValueError("levels: expected 'full' with off_trajectory, whose states have no next step")
+                raise ValueError("levels: expected 'full' with off_trajectory, where no step ends, got 'above'")
             if self.divergence != "reverse_kl" and not self.gan_weight:
                 raise ValueError(f"gan_weight: expected above 0 with divergence {self.divergence!r}, got 0")
             if self.first_time != 1 and (self.diversity or self.random_steps):
                 raise ValueError(f"first_time: expected 1 with diversity or random_steps, got {self.first_time}")
             if self.diversity and 1 in (self.steps, self.random_steps):
-                raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
+                raise ValueError(
+                    f"diversity: expected 0 with one step, which would be left without matching, got {self.diversity}"
+                )
             if self.teacher_adapter and not self.dynamic_renoise:
                 raise ValueError("dynamic_renoise: expected above 0 with teacher_adapter, which falls over it, got 0")
             if self.alignment != 1 and self.fake_scale != 1:
