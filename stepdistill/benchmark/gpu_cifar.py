@@ -69,7 +69,9 @@ def cifar_rows(folder: Path, data: Path, *, tiny: bool) -> Iterator[tuple[str, d
     students: dict[str, str] = {}
     for name, section in methods(folder, sizes).items():
         start = time.perf_counter()
-        pipeline = Run(resolve(section | student_sections(folder / name, folder / "teacher", data, sizes))).train()
+        shared = student_sections(folder / name, folder / "teacher", data, sizes)
+        optim = shared["optim"] | section.get("optim", {})
+        pipeline = Run(resolve(section | shared | {"optim": optim})).train()
         yield f"training, {name}", {"minutes": (time.perf_counter() - start) / 60}
         students |= exports(name, pipeline)
     yield from measured(folder, data, students, tiny)
@@ -112,7 +114,11 @@ def methods(folder: Path, sizes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "progressive": {"method": progressive},
         "ect": {"method": {"name": "ect", "steps": 2}},
-        "dmd2": {"method": dmd2, "bank": {"init_from": str(folder / "progressive/pipeline")}},
+        "dmd2": {
+            "method": dmd2,
+            "bank": {"init_from": str(folder / "progressive/pipeline")},
+            "optim": {"fake": {"lr": 1e-4}},
+        },
     }
 
 

@@ -207,7 +207,8 @@ def diagnostics(x0: Tensor, real: Tensor, fake: Tensor, t: Tensor) -> dict[str, 
 def score_gap(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Return the mean absolute difference of the two denoisings by third of the times; 0 for a third without a time.
 
-    It shrinks as the student's images approach the teacher's. If it grows at high noise, the fake score lags behind.
+    It shrinks as the student's images approach the teacher's, down to the noise of the fake score's own training. If it
+    grows at high noise, the fake score lags behind.
     """
     difference = (fake - real).detach().float().abs().flatten(1).mean(1)
     bands = (t * len(NOISE_BANDS)).long().clamp(max=len(NOISE_BANDS) - 1)
@@ -221,7 +222,9 @@ def score_gap(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, Tensor]:
 def fake_score_error_ratio(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Return the fake score's squared error in denoising a student's images, over that of the real score.
 
-    Only the fake score is trained on these images: the ratio is 1 at the start, and at most 1 while it keeps up.
+    Only the fake score is trained on these images: the ratio is 1 at the start, and at most 1 while it keeps up. It is
+    above 1 also where a fake score's rate is so high that its noise costs more than it has learnt; below 1 under
+    guidance even then, which makes the real score's error larger.
     """
     clean = x0.detach().float()
     error = (fake.detach().float() - clean).square().mean()

@@ -28,6 +28,27 @@ def student_input(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor)
     return torch.where(expand(t == 1, x0) > 0, schedule.initial_noise(noise), schedule.add_noise(x0, noise, t))
 
 
+def begun_at(schedule: NoiseSchedule, grid: Tensor, first: float) -> Tensor:
+    """Return the times of a sampler whose first step, though its input is pure noise, is told the time ``first``.
+
+    Args:
+        schedule: the networks' schedule.
+        grid: n + 1 descending times from 1 to 0.
+        first: in (0, 1].
+
+    Raises:
+        ValueError: if ``first`` is not above the second time, or of a discrete process no whole timestep.
+    """
+    if first <= grid[1].item():
+        raise ValueError(
+            f"method.first_time: expected above {grid[1].item():.4g}, where the second step begins, got {first}"
+        )
+    whole = schedule.shortened(grid.new_tensor(first), 1.0)[1].item()
+    if abs(whole - first) > 1e-9:
+        raise ValueError(f"method.first_time: expected whole timesteps, such as {whole:.4g}, got {first}")
+    return torch.cat([grid.new_tensor([first]), grid[1:]])
+
+
 def simulation(
     student: Denoiser, sampler: Sampler, start: Tensor, cond: Cond, draws: Draws, *, fewest: int = 1,
     learns_at: Collection[int] = (),

@@ -14,7 +14,8 @@ DMD (:mod:`stepdistill.methods.dmd`) without its regression on pairs. Four thing
 - *Backward simulation*: in training too, the input of a later step is the student's own output after the steps before
   it, from pure noise and without gradient; never a noised real image (Section 4.5).
 
-Under the adapter bank, teacher, student, fake score and critic are one network and two adapters.
+Under the adapter bank, teacher, student, fake score and critic are one network and two adapters. Only the critic needs
+images.
 
 Later papers add terms, all off by default:
 
@@ -60,7 +61,8 @@ class DMD2(Distiller):
     turn_names = ("student", "fake")
     serves_as_dmd2 = True
     heads: ClassVar = {"head": "fake"}
-    optim_defaults: ClassVar = {turn: {"weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
+    # the rate is that for Stable Diffusion 1.5 at first; later, and for SDXL, it is 5e-7, for ImageNet 2e-6
+    optim_defaults: ClassVar = {turn: {"lr": 1e-5, "weight_decay": 0.01, "clip": 10.0} for turn in turn_names}
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -117,18 +119,32 @@ class DMD2(Distiller):
         def __post_init__(self) -> None:
             if self.fake_update == "alternate" and self.student_update_interval == 1:
                 raise ValueError(
-                    "fake_update: 'alternate' expects student_update_interval >= 2, or the fake score has no step"
+                    "student_update_interval: expected at least 2 with fake_update 'alternate', or the fake score has "
+                    "no step, got 1"
+                )
+            if self.augmentation_levels != "below" and not self.split:
+                raise ValueError(
+                    f"augmentation_levels: expected 'below' without split, got {self.augmentation_levels!r}"
+                )
+            if self.guidance_rescale != "none" and self.guidance_scale == 1:
+                raise ValueError(
+                    f"guidance_rescale: expected 'none' without guidance (guidance_scale 1), got "
+                    f"{self.guidance_rescale!r}"
                 )
             if self.levels == "above" and (self.split or self.dynamic_renoise):
-                raise ValueError("levels: expected 'full' with split or dynamic_renoise, which have their own")
+                raise ValueError(
+                    "levels: expected 'full' with split or dynamic_renoise, which have others, got 'above'"
+                )
             if self.levels == "above" and self.off_trajectory:
-                raise ValueError("levels: expected 'full' with off_trajectory, whose states have no next step")
+                raise ValueError("levels: expected 'full' with off_trajectory, where no step ends, got 'above'")
             if self.divergence != "reverse_kl" and not self.gan_weight:
                 raise ValueError(f"gan_weight: expected above 0 with divergence {self.divergence!r}, got 0")
             if self.first_time != 1 and (self.diversity or self.random_steps):
                 raise ValueError(f"first_time: expected 1 with diversity or random_steps, got {self.first_time}")
             if self.diversity and 1 in (self.steps, self.random_steps):
-                raise ValueError("diversity: expected steps >= 2, because it trains the first step in another way")
+                raise ValueError(
+                    f"diversity: expected 0 with one step, which would be left without matching, got {self.diversity}"
+                )
             if self.teacher_adapter and not self.dynamic_renoise:
                 raise ValueError("dynamic_renoise: expected above 0 with teacher_adapter, which falls over it, got 0")
             if self.alignment != 1 and self.fake_scale != 1:
@@ -140,9 +156,13 @@ class DMD2(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        times = family.schedule.renoising_grid(config.steps).clone()
-        times[0] = config.first_time
+        grid = family.schedule.renoising_grid(config.steps)
+        times = student_inputs.begun_at(family.schedule, grid, config.first_time)
         return ConsistencySampler(family.schedule, times)
+
+    @classmethod
+    def trains_on_images(cls, config: Config) -> bool:
+        return config.gan_weight > 0
 
     def build(self) -> None:
         self.fake = self.add_role("fake")
@@ -191,7 +211,9 @@ class DMD2(Distiller):
             terms["off_trajectory"] = self.config.off_trajectory * self.off_trajectory_loss(visited[-1], batch, draws)
         if self.config.gan_weight:
             terms["gan"] = self.config.gan_weight * self.critic.generator_loss(x0, batch.cond, draws)
-        return Losses(terms, metrics | {"diversity_ratio": student_inputs.diversity_ratio(x0, batch.x0)})
+        if batch.images is not None:
+            metrics["diversity_ratio"] = student_inputs.diversity_ratio(x0, batch.images)
+        return Losses(terms, metrics)
 
     def fake_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():
@@ -206,7 +228,7 @@ class DMD2(Distiller):
 
     def simulate(self, batch: Batch, draws: Draws) -> list[Visit]:
         """Return what the student sees on its way from noise to a random one of its steps."""
-        start = self.schedule.initial_noise(draws.normal_like(batch.x0))
+        start = self.schedule.initial_noise(student_inputs.unit_noise(batch, self.family, draws))
         fewest, learns_at = (2, {0}) if self.config.diversity else (1, ())
         sampler = self.sampler()
         if self.config.random_steps:

@@ -251,7 +251,7 @@ class FlowMap(Distiller):
 
     def where_guided(self, w: Tensor | float, t: Tensor) -> Tensor | float:
         """Return guidance weights, (B,) or one, that are 0 where times (B,) are above ``guidance_until``."""
-        if self.config.guidance_until == 1:
+        if self.config.guidance_until == 1 or (self.config.guidance_scale == 1 and not self.inputs.w):
             return w
         return (average_velocity.flow_time(self.schedule, t) < self.config.guidance_until) * w
 

@@ -35,7 +35,7 @@ from stepdistill.files import ranges
 from stepdistill.losses import score_identity as identity
 from stepdistill.losses.distribution_matching import diagnostics
 from stepdistill.losses.levels import MATCHED, log_normal_times_above
-from stepdistill.losses.student_inputs import diversity_ratio, simulation, unit_noise
+from stepdistill.losses.student_inputs import begun_at, diversity_ratio, simulation, unit_noise
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -84,12 +84,15 @@ class SiD(Distiller):
         critic_weight: ranges.PositiveFloat = 1e-2
         """Weight of the critic's loss, relative to the fake score's."""
 
+        def __post_init__(self) -> None:
+            if self.gan_start and not self.gan_weight:
+                raise ValueError(f"gan_weight: expected above 0 with gan_start = {self.gan_start}, got 0")
+
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         schedule, is_fresh = family.schedule, config.noise == "fresh"
-        times = (schedule.renoising_grid if is_fresh else schedule.grid)(config.steps).clone()
-        times[0] = config.first_time
-        return (ConsistencySampler if is_fresh else DDIM)(schedule, times)
+        grid = (schedule.renoising_grid if is_fresh else schedule.grid)(config.steps)
+        return (ConsistencySampler if is_fresh else DDIM)(schedule, begun_at(schedule, grid, config.first_time))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

@@ -15,7 +15,8 @@ class DivergenceError(ValueError):
 
 ADVICE = {
     "the fake score lags": "it denoises the student's images worse than the teacher does, so their difference is not "
-    "a gradient: raise student_update_interval, or optim.fake.lr, or lower optim.student.lr",
+    "a gradient: raise student_update_interval, or optim.fake.lr, or lower optim.student.lr; if it did so from the "
+    "first rows on, lower optim.fake.lr, whose noise it then is",
     "the diversity collapsed": "the student's images are almost identical: raise the distillation or regression "
     "weight, or lower optim.student.lr",
     "the critic is saturated": "it classifies every image correctly, so the student learns nothing from it: lower its "

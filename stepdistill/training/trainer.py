@@ -107,7 +107,7 @@ class Trainer:
         """Watch the other processes and the data workers: if one is lost, end with a sentence that names it.
 
         Raises:
-            LostProcessError: writing_to it.
+            LostProcessError: naming it.
         """
         with self.heartbeat, naming_the_lost(self.heartbeat):
             yield

@@ -96,8 +96,12 @@ def test_it_may_not_where_no_pipeline_is_asked_for_timesteps_nor_between_them():
     method = find_method("dmd2")
     with pytest.raises(ValueError, match="passes no timesteps on"):
         method.check(method.Config(steps=1, first_time=0.4), DiT.tiny())
-    with pytest.raises(ValueError, match="whole timesteps"):
-        method.check(method.Config(steps=1, first_time=0.4004), PIXELS["pixel-epsilon"]())
+    for name in ("dmd2", "sid"):
+        method = find_method(name)
+        with pytest.raises(ValueError, match=r"method.first_time: expected whole timesteps, such as 0.4, got 0.4004"):
+            method.check(method.Config(steps=1, first_time=0.4004), PIXELS["pixel-epsilon"]())
+        with pytest.raises(ValueError, match=r"method.first_time: expected above 0.75, where the second step begins"):
+            method.check(method.Config(steps=4, first_time=0.4), PIXELS["pixel"]())
 
 
 @pytest.mark.product

@@ -381,6 +381,19 @@ def test_a_students_step_costs_what_its_terms_need(bank, options, student, fake,
 
 
 @both_banks
+def test_without_a_critic_images_change_no_bit_and_are_not_needed(bank):
+    assert DMD2.trains_on_images(DMD2.Config()) and not DMD2.trains_on_images(DMD2.Config(gan_weight=0.0))
+    distiller, with_images = (
+        tiny(bank, gan_weight=0.0, steps=2, diversity=0.1, anchor=1, anchor_steps=4),
+        batch_of_four(),
+    )
+    for turn in ("student", "fake"):
+        seen = distiller(turn, with_images, Draws(0, 4)).terms
+        blind = distiller(turn, Batch(None, LABELS, 4), Draws(0, 4))
+        assert seen == blind.terms and "diversity_ratio" not in blind.metrics
+
+
+@both_banks
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_diversity_costs_the_teachers_steps_and_no_further_call_of_the_student(bank, guidance_scale):
     options = {"diversity": 0.05, "anchor": 2, "anchor_steps": 8, "guidance_scale": guidance_scale}
@@ -403,12 +416,14 @@ def test_the_first_step_learns_from_diversity_alone(bank):
     ("options", "message"),
     [
         ({"divergence": "kl", "gan_weight": 0.0}, "gan_weight: expected above 0"),
-        ({"diversity": 0.1, "steps": 1}, "diversity: expected steps >= 2"),
+        ({"diversity": 0.1, "steps": 1}, "diversity: expected 0 with one step, .* got 0.1"),
         ({"diversity": 0.1, "first_time": 0.4}, "first_time: expected 1"),
         ({"random_steps": 3, "first_time": 0.4}, "first_time: expected 1"),
-        ({"levels": "above", "split": True}, "levels: expected 'full' with split"),
+        ({"levels": "above", "split": True}, "levels: expected 'full' with split .* got 'above'"),
         ({"levels": "above", "off_trajectory": 1.0}, "levels: expected 'full' with off_trajectory"),
         ({"alignment": 0.97, "fake_scale": 2.0}, "fake_scale: expected 1 with alignment"),
+        ({"augmentation_levels": "full"}, "augmentation_levels: expected 'below' without split, got 'full'"),
+        ({"guidance_rescale": "token"}, "guidance_rescale: expected 'none' without guidance"),
         ({"anchor": 31}, "anchor: expected at most anchor_steps = 30, got 31"),
         ({"alignment": 1.5}, "alignment: expected at least 0"),
     ],

@@ -235,6 +235,8 @@ def test_a_critic_joins_with_real_images():
     first = judged("student", IMAGES, Draws(0, 4)).terms
     assert torch.equal(first["identity"], plain("student", IMAGES, Draws(0, 4)).terms["identity"])
     assert set(first) == {"identity"}
+    with pytest.raises(ValueError, match="gan_weight: expected above 0 with gan_start = 5, got 0"):
+        SiD.Config(gan_start=5)
     judged.step_in_stage = 5
     assert judged("student", IMAGES, Draws(0, 4)).terms["gan"] > 0
     assert len(judged.turns["fake"].head) > 0
