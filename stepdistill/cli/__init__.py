@@ -204,23 +204,21 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Run ``stepdistill generate``."""
-    from stepdistill.files.writing import check_writable
     from stepdistill.inference.generate import (
         Request,
-        beside_teacher,
-        check_outputs,
         collect_prompts,
         decode_flag,
         generate_images,
         open_pipeline,
-        save_images,
+        open_teacher,
+        side_by_side,
     )
     from stepdistill.inference.processes import open_state
     from stepdistill.inference.rows import network_of
+    from stepdistill.inference.saving import check_outputs, check_places, save_images
     from stepdistill.networks.compilation import compile_blocks
 
-    for output in args.output:
-        check_writable(output)
+    check_places(args.output)
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
         about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
@@ -235,15 +233,17 @@ def generate(args: argparse.Namespace) -> None:
     )  # fmt: skip
     pipeline = open_pipeline(args.pipeline, request, trust_of(args))
     check_outputs(pipeline, args.output)
+    beside = None
+    if args.compare is not None:
+        beside = open_teacher(
+            args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale, trust_of(args)
+        )
     if args.compile:
         compile_blocks(network_of(pipeline), "--compile")
     images = generate_images(pipeline, request)
     cost = f"{len(images)} images, {images.seconds:.3g} s per image, network calls per image: {images.calls:g}"
-    if args.compare is not None:
-        images = beside_teacher(
-            images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
-            trust_of(args),
-        )  # fmt: skip
+    if beside is not None:
+        images = side_by_side(images, generate_images(*beside))
     if not open_state().is_main_process:
         return
     for output in args.output:
@@ -261,12 +261,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
-    from stepdistill.files.writing import check_writable
+    from stepdistill.files.writing import check_new_file
     from stepdistill.inference.rows import network_of
     from stepdistill.inference.solvers import teacher_pipeline
     from stepdistill.networks.compilation import compile_blocks
 
-    check_writable(args.output)
+    for place in filter(None, (args.output, args.write_reference, args.report)):
+        check_new_file(Path(place))
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:

@@ -33,7 +33,7 @@ from stepdistill.export.replacing import replacing
 from stepdistill.export.servers import mark_distilled
 from stepdistill.export.sharing import check_name
 from stepdistill.families.base import Family
-from stepdistill.families.hub import expand_home
+from stepdistill.families.hub import expand_home, nearest_place
 from stepdistill.files.weights import naming
 from stepdistill.files.words import nearest
 from stepdistill.loading import open_folder
@@ -201,6 +201,8 @@ def load_pipeline(
         ValueError: if the directory is missing or no pipeline, would run untrusted code, or has broken links.
     """
     folder = expand_home(str(path))
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such folder{nearest_place(folder)}")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     refuse_broken_links(folder)

@@ -56,6 +56,17 @@ def check_writable(path: Path) -> None:
             file.flush()
 
 
+def check_new_file(path: Path) -> None:
+    """Check the same of a file, which replaces an earlier one but no folder.
+
+    Raises:
+        ValueError: as :func:`check_writable` does, or if ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file to write, got a folder")
+    check_writable(path)
+
+
 def _nearest_folder(path: Path) -> Path:
     """Return the nearest thing above ``path`` that exists; raise ``NotADirectoryError`` if it is no folder."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())

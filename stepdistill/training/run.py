@@ -265,15 +265,17 @@ def distill(
     Returns:
         The exported pipeline's folder.
     """
+    given = configuration.to_dict(sections)
     mapping = {
-        "teacher": {"path": str(teacher), **sections.pop("teacher_options", {})},
-        "method": {"name": method} if isinstance(method, str) else dict(method),
-        "data": {"name": "images", "path": str(data)} if isinstance(data, (str, Path)) else dict(data),
-        "train": {"steps": 2000, **sections.pop("train", {}), "output_dir": str(output_dir)},
-        **sections,
+        "teacher": configuration.section(given.pop("teacher_options", None), path=teacher),
+        "method": {"name": method} if isinstance(method, str) else method,
+        "data": {"name": "images", "path": data} if isinstance(data, (str, Path)) else data,
+        "train": configuration.section(given.pop("train", None), {"steps": 2000}, output_dir=output_dir),
+        **given,
     }
-    check_writable(Path(output_dir))
-    return Run(resolve(mapping)).train()
+    config = resolve(configuration.to_dict(mapping))
+    check_writable(Path(config.train.output_dir))
+    return Run(config).train()
 
 
 def check_output(folder: Path, config: RunConfig) -> None:

@@ -351,6 +351,27 @@ def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeyp
     missing.write_text(to_yaml(mapping))
     train_missing([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"])
     assert trained == [tmp_path / "run", tmp_path / "other"]
+    with pytest.raises(ValueError, match=r"train\.stepz: unknown key; did you mean 'steps'"):
+        train_missing([str(missing), f"{missing} train.stepz=3"])
+    with pytest.warns(UserWarning, match=r"training/run: .* other values of train\.seed than asked for now"):
+        train_missing([f"{there} train.seed=7"])
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"features": "none.pt2"}, "none.pt2"),
+        ({"document": "none.md"}, "document: none.md has no lines"),
+        ({"output": "."}, "expected a file to write, got a folder"),
+    ],
+)
+def test_what_is_wrong_with_a_benchmark_is_said_before_its_students_are_trained(tmp_path, monkeypatch, changed, why):
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("trained"))
+    mapping = sections(tmp_path / "training", Pixel.tiny(size=28, num_classes=10), "progressive", steps=2)
+    (tmp_path / "run.yaml").write_text(to_yaml(mapping))
+    with pytest.raises(ValueError, match=why):
+        benchmark(config_of(tmp_path, train=[str(tmp_path / "run.yaml")], **changed))
 
 
 def test_a_student_of_other_calls_is_exported_from_its_run(tmp_path, monkeypatch):

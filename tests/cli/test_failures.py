@@ -135,3 +135,10 @@ def test_scripts_print_one_sentence_too(script, tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
     assert left.value.code == 2
     assert capsys.readouterr() == ("", f"{script}.py: {missing}: no such file\n")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--report", "--write_reference"])
+def test_a_folder_in_the_place_of_a_result_is_refused_before_anything_is_measured(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--images", "none", "--output", str(tmp_path / "result.json"), flag, str(tmp_path)])
+    assert f"{tmp_path}: expected a file to write, got a folder" in capsys.readouterr().err

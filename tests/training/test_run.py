@@ -185,6 +185,27 @@ def test_distill_returns_a_pipeline_that_samples(tmp_path, channels):
     assert (folder / "samples.png").is_file() and (tmp_path / "run/config.yaml").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": None}, r"teacher\.path: expected text, got None"),
+        ({"teacher": object()}, r"teacher\.path: expected text, got <object"),
+        ({"output_dir": None}, r"train\.output_dir: expected text, got None"),
+        ({"method": 3}, r"method\.name: missing"),
+        ({"data": None}, r"data\.name: missing"),
+        ({"data": ["images"]}, "data: expected a section of keys"),
+        ({"train": "2000"}, "train: expected a section of keys"),
+        ({"teacher_options": ["bfloat16"]}, "teacher: expected a section of keys"),
+    ],
+)
+def test_distill_refuses_other_types_by_the_name_of_the_key(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    usual = {"teacher": "none", "method": "lcm", "data": "none", "output_dir": "run"}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        stepdistill.distill(**usual | arguments)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     first = Run(resolve(mapping)).train()
     weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
