@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.config import read_config
-from stepdistill.export.contract import read_contract
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError
@@ -220,6 +222,18 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     contract, before = read_contract(run.train()), read_contract(first)
     assert contract.origin.start == {"path": str(first), "training": before.origin.training}
     assert contract.origin.training["steps"] == 2 * before.origin.training["steps"]
+
+
+def test_a_student_as_the_teacher_is_asked_at_its_own_steps_or_warned_of(mapping, tmp_path):
+    family = Pixel.tiny()
+    sampler, origin = DDIM(family.schedule, family.schedule.grid(2)), Origin(method="progressive")
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=origin)
+    teacher = {"teacher": {"path": str(tmp_path / "student")}}
+    with pytest.warns(UserWarning, match=r"teacher\.path: .*student: expected a model that denoises at every time"):
+        Run(resolve(mapping | teacher | {"method": {"name": "lcm"}, "optim": {}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Run(resolve(mapping | teacher | {"method": {"name": "progressive", "steps": 1, "start": 2}}))
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):
