@@ -228,8 +228,7 @@ def generate(args: argparse.Namespace) -> None:
             call[name] = getattr(args, name)
     request = Request(
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
-        seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
-        call=call,
+        seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"), call=call,
     )  # fmt: skip
     pipeline = open_pipeline(args.pipeline, request, trust_of(args))
     check_outputs(pipeline, args.output)
@@ -266,8 +265,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.inference.solvers import teacher_pipeline
     from stepdistill.networks.compilation import compile_blocks
 
-    for place in filter(None, (args.output, args.write_reference, args.report)):
-        check_new_file(Path(place))
+    for place, ending in ((args.output, ""), (args.write_reference, ".npz"), (args.report, ".html")):
+        check_new_file(place, ending)
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:
@@ -317,7 +316,9 @@ def benchmark(args: argparse.Namespace) -> None:
     from stepdistill.benchmark.publish import benchmark
     from stepdistill.config import read_config
     from stepdistill.files.schema import build
+    from stepdistill.files.writing import check_new_file
 
+    check_new_file(args.report, ".html")
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
     print(path.read_text(encoding="utf-8"))
     write_page(args.report, path.with_suffix(".json"))

@@ -56,12 +56,17 @@ def check_writable(path: Path) -> None:
             file.flush()
 
 
-def check_new_file(path: Path) -> None:
-    """Check the same of a file, which replaces an earlier one but no folder.
+def check_new_file(place: str | Path | None, ending: str = "") -> None:
+    """Check the same of a file, which replaces an earlier one but no folder; None is no file.
 
     Raises:
-        ValueError: as :func:`check_writable` does, or if ``path`` is a folder.
+        ValueError: as :func:`check_writable` does, or if ``place`` is a folder or has another ending.
     """
+    if place is None:
+        return
+    path = Path(place)
+    if not path.name.endswith(ending):
+        raise ValueError(f"{path}: expected the name of a file to write that ends in {ending}")
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write, got a folder")
     check_writable(path)
