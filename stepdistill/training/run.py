@@ -16,7 +16,7 @@ from stepdistill.data.base import locate_data
 from stepdistill.data.columns import other_texts
 from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import encoders
-from stepdistill.data.opening import open_dataset
+from stepdistill.data.opening import check_apart, open_dataset
 from stepdistill.discriminators.backbones import check_sizes
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
@@ -66,6 +66,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
         check_replaceable(self.folder / "pipeline")
+        check_apart(config.data, self.folder)
         check_environment()
         check_tracker(config.train.tracker)
         check_installed(config.optim)

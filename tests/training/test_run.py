@@ -208,6 +208,15 @@ def test_distill_refuses_other_types_by_the_name_of_the_key(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_does_not_write_its_pictures_among_its_images(mapping, tmp_path):
+    (tmp_path / "images").mkdir()
+    mapping["data"] = {"name": "images", "path": str(tmp_path / "images")}
+    mapping["train"] = {**mapping["train"], "output_dir": str(tmp_path / "other/../images/run")}
+    refused(mapping, r"train\.output_dir: expected a folder outside data\.path")
+    (tmp_path / "images/metadata.jsonl").write_text("")  # a table says which they are
+    refused(mapping, r"data\.path: .*no images")
+
+
 def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     first = Run(resolve(mapping)).train()
     weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
