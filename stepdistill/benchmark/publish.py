@@ -18,6 +18,7 @@ from stepdistill.benchmark.students import export_missing, missing_runs, seed_li
 from stepdistill.benchmark.tables import caption, compared, insert, markdown, split_at
 from stepdistill.files.writing import atomic_write, check_new_file
 from stepdistill.inference.grids import save_comparison
+from stepdistill.networks.launcher import check_alone
 
 
 def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
@@ -33,6 +34,7 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     Returns:
         The file of the table.
     """
+    check_alone("benchmark")
     lines = [*config.runs, *itertools.chain.from_iterable(seed_lines(config.seed_runs).values())]
     check_places(config)
     if missing_runs(lines):

@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.demo import demo
 from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
 from stepdistill.benchmark.publish import benchmark, shape_tables
@@ -356,6 +357,14 @@ def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeyp
     with pytest.warns(UserWarning, match=r"training/run: .* other values of train\.seed than asked for now"):
         train_missing([f"{there} train.seed=7"])
     assert len(trained) == 2
+
+
+def test_several_processes_would_write_one_result(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="benchmark: expected one process, got 2"):
+        benchmark(config_of(tmp_path))
+    with pytest.raises(ValueError, match="demo: expected one process, got 2"):
+        demo("configs/demo.yaml")
 
 
 @pytest.mark.parametrize(
