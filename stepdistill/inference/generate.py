@@ -225,6 +225,9 @@ def open_teacher(
     if steps > (most := pipeline.scheduler.config.get("num_train_timesteps", steps)):
         raise ValueError(f"--compare_steps: expected at most {most}, on which {teacher} was trained, got {steps}")
     accepted = inspect.signature(type(pipeline).__call__).parameters
+    if ("prompt" in accepted) != bool(request.prompts):
+        takes = "takes no text" if request.prompts else "generates images from text"
+        raise ValueError(f"--compare: expected a teacher of {path}, got {teacher}, which {takes}")
     call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance
     check_negative_prompt(pipeline, teacher, request, "--compare_guidance_scale", guidance)

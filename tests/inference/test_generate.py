@@ -140,6 +140,7 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     ("flags", "message"),
     [
         (("--compare", "moved/away/teacher"), "--compare: .*teacher"),
+        (("--compare", "embedded"), "--compare: expected a teacher of .*, got embedded, which takes no text"),
         (("--compare", "teacher", "--compare_steps", 1001), "--compare_steps: expected at most 1000, .*got 1001"),
     ],
 )
@@ -160,7 +161,7 @@ def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
     monkeypatch.setattr(inference, "read_contract", lambda folder: contract)
     monkeypatch.setattr(inference, "load_to_call", lambda config: Wan.tiny())
     monkeypatch.setattr(inference, "pipeline_under", lambda *opened: Wan.tiny().pipe)
-    _, request = inference.open_teacher("student", "teacher", Request(), 3, None, {})
+    _, request = inference.open_teacher("student", "teacher", Request(prompts=["a cat"]), 3, None, {})
     assert (request.call["num_frames"], request.call["num_inference_steps"]) == (5, 3)
     assert inference.side_by_side(clips, clips).pixels.shape == (1, 3, 5, 16, 64)
 
@@ -180,7 +181,8 @@ def test_the_teacher_beside_a_student_is_asked_for_guidance_in_its_pipelines_wor
     monkeypatch.setattr(inference, "read_contract", lambda folder: Contract(origin=Origin(teacher="it")))
     monkeypatch.setattr(inference, "load_to_call", lambda config: teacher)
     monkeypatch.setattr(inference, "pipeline_under", lambda *opened: teacher.pipe)
-    _, request = inference.open_teacher("student", "teacher", Request(negative_prompt=negative), 3, 2.5, {})
+    asked = Request(prompts=["a cat"], negative_prompt=negative)
+    _, request = inference.open_teacher("student", "teacher", asked, 3, 2.5, {})
     assert request.call == {"num_inference_steps": 3, **expected}
 
 
