@@ -124,15 +124,15 @@ def test_a_section_lies_between_its_defaults_and_the_keys_above_it(given, sectio
     assert configuration.section(given, {"a": 1}, b=2) == section
 
 
-def test_a_path_may_begin_with_the_home_which_a_shell_leaves_in_an_override(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_a_path_may_begin_with_the_home_which_a_shell_leaves_in_an_override(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     sections = apply_overrides(
         {"teacher": {"path": "embedded"}, "method": {"name": "lcm"}, "data": {"name": "images"}, "train": {"steps": 1}},
         ["train.output_dir=~/run", "data.path=~/images", "bank.init_from=~/run/pipeline"],
     )
     found = resolve(sections)
-    assert found.train.output_dir == "/home/someone/run"
-    assert found.data.path == "/home/someone/images" and found.bank.init_from == "/home/someone/run/pipeline"
+    assert found.train.output_dir == str(tmp_path / "run")
+    assert found.data.path == str(tmp_path / "images") and found.bank.init_from == str(tmp_path / "run/pipeline")
     with pytest.raises(ConfigError, match=r"^train\.output_dir: expected a path, got ''$"):
         resolve(apply_overrides(sections, ["train.output_dir=''"]))
 
