@@ -211,11 +211,10 @@ def generate(args: argparse.Namespace) -> None:
         generate_images,
         open_pipeline,
         open_teacher,
-        side_by_side,
     )
     from stepdistill.inference.processes import open_state
     from stepdistill.inference.rows import network_of
-    from stepdistill.inference.saving import check_outputs, check_places, save_images
+    from stepdistill.inference.saving import check_outputs, check_places, save_images, side_by_side
     from stepdistill.networks.compilation import compile_blocks
 
     check_places(args.output)

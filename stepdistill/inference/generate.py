@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepdistill.data.prompts import first_prompts, prompt_lines
 from stepdistill.data.text import decode_text
 from stepdistill.export.contract import contract_of, read_contract
@@ -235,11 +233,3 @@ def open_teacher(
     if request.negative_prompt is not None:
         call.pop("negative_prompt", None)  # the null prompt, with which some pipelines are told to guide
     return pipeline, dataclasses.replace(request, call=call)
-
-
-def side_by_side(left: Images, right: Images) -> Images:
-    """Return every image with the teacher's on its right; raise ``ValueError`` if they differ in size."""
-    if right.pixels.shape != left.pixels.shape:
-        sizes = " and ".join(" x ".join(map(str, found.pixels.shape[2:])) for found in (left, right))
-        raise ValueError(f"--compare: the pipeline and its teacher generate images of different sizes: {sizes}")
-    return dataclasses.replace(left, pixels=torch.cat([left.pixels, right.pixels], dim=-1))

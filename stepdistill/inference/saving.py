@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -27,6 +29,14 @@ OWN_NAME = re.compile(r"\d{6,}\.(png|mp4)")
 """Names of single files."""
 OTHER_ENDINGS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4")
 """Of files that somebody may expect, and that are not written."""
+
+
+def side_by_side(left: Images, right: Images) -> Images:
+    """Return every image with the teacher's on its right; raise ``ValueError`` if they differ in size."""
+    if right.pixels.shape != left.pixels.shape:
+        sizes = " and ".join(" x ".join(map(str, found.pixels.shape[2:])) for found in (left, right))
+        raise ValueError(f"--compare: the pipeline and its teacher generate images of different sizes: {sizes}")
+    return dataclasses.replace(left, pixels=torch.cat([left.pixels, right.pixels], dim=-1))
 
 
 def is_grid(output: Path) -> bool:

@@ -33,7 +33,7 @@ from stepdistill.inference import generate as inference
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts, open_pipeline
 from stepdistill.inference.grids import make_grid, to_uint8
 from stepdistill.inference.sampling import Images
-from stepdistill.inference.saving import check_places, save_images
+from stepdistill.inference.saving import check_places, save_images, side_by_side
 from stepdistill.inference.solvers import teacher_pipeline
 
 
@@ -163,7 +163,7 @@ def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
     monkeypatch.setattr(inference, "pipeline_under", lambda *opened: Wan.tiny().pipe)
     _, request = inference.open_teacher("student", "teacher", Request(prompts=["a cat"]), 3, None, {})
     assert (request.call["num_frames"], request.call["num_inference_steps"]) == (5, 3)
-    assert inference.side_by_side(clips, clips).pixels.shape == (1, 3, 5, 16, 64)
+    assert side_by_side(clips, clips).pixels.shape == (1, 3, 5, 16, 64)
 
 
 @pytest.mark.parametrize(
