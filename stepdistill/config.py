@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -78,6 +79,15 @@ def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
             node = node[section]
         node[key] = _parse_value(override, text)
     return result
+
+
+def section(given: Any, defaults: Mapping[str, Any] = MappingProxyType({}), **keys: Any) -> Any:
+    """Return a section between its defaults and the keys that stand above it; None is an empty one.
+
+    What is no section stays as it is, for :func:`~stepdistill.files.schema.build` to refuse by its name.
+    """
+    own = {} if given is None else given
+    return {**defaults, **own, **keys} if type(own) is dict else own
 
 
 def _parse_value(override: str, text: str) -> Any:

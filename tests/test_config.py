@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import pytest
 
+from stepdistill import config as configuration
 from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
+from stepdistill.evaluation.protocol import read_protocol
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.files.words import nearest
@@ -52,7 +54,7 @@ def problems(mapping) -> list[str]:
     ("text", "value"),
     [
         ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), ("1.", 1.0), (".5", 0.5), ("0.1", 0.1),
-        ("7", 7), ("-7", -7), ("0", 0),
+        ("7", 7), ("-7", -7), ("0", 0), ("1_000", 1000), ("0x1F", 31), ("010", "010"), ("1:30", "1:30"),
         ("no", "no"), ("yes", "yes"), ("on", "on"), ("off", "off"), ("n", "n"), ("Y", "Y"),
         ("true", True), ("False", False), ("null", None), ("~", None),
         ("1e", "1e"), ("e5", "e5"), ("1.2.3", "1.2.3"), ("bf16", "bf16"), ("'1e-4'", "1e-4"), ("-", "-"),
@@ -112,6 +114,41 @@ def test_overrides_set_values_deep_down_and_leave_the_original_alone():
 def test_a_wrong_override_is_named(override, message):
     with pytest.raises(ConfigError, match=f"override '{override}'.*{message}"):
         apply_overrides({"steps": 1}, [override])
+
+
+@pytest.mark.parametrize(
+    ("given", "section"),
+    [(None, {"a": 1, "b": 2}), ({"a": 3, "b": 4, "c": 5}, {"a": 3, "b": 2, "c": 5}), ("word", "word")],
+)
+def test_a_section_lies_between_its_defaults_and_the_keys_above_it(given, section):
+    assert configuration.section(given, {"a": 1}, b=2) == section
+
+
+def test_a_path_may_begin_with_the_home_which_a_shell_leaves_in_an_override(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sections = apply_overrides(
+        {"teacher": {"path": "embedded"}, "method": {"name": "lcm"}, "data": {"name": "images"}, "train": {"steps": 1}},
+        ["train.output_dir=~/run", "data.path=~/images", "bank.init_from=~/run/pipeline"],
+    )
+    found = resolve(sections)
+    assert found.train.output_dir == str(tmp_path / "run")
+    assert found.data.path == str(tmp_path / "images") and found.bank.init_from == str(tmp_path / "run/pipeline")
+    with pytest.raises(ConfigError, match=r"^train\.output_dir: expected a path, got ''$"):
+        resolve(apply_overrides(sections, ["train.output_dir=''"]))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"), [("[fdd]", "metrics: 'fdd' is unknown; did you mean 'fd'"), ("[]", "metrics: .* got none")]
+)
+def test_metrics_are_checked_before_anything_is_opened(metrics, message, tmp_path):
+    sections = {"teacher": {"path": "none"}, "method": {"name": "lcm"}, "data": {"name": "noise"}}
+    with pytest.raises(ConfigError, match=f"eval: {message}"):
+        resolve(apply_overrides(sections, ["train={steps: 1, output_dir: run}", f"eval.metrics={metrics}"]))
+    with pytest.raises(ConfigError, match=message):
+        build(BenchmarkConfig, apply_overrides({"teacher": {"path": "none"}, "output": "x"}, [f"metrics={metrics}"]))
+    (tmp_path / "p.yaml").write_text(f"{{reference: none, metrics: {metrics}}}")
+    with pytest.raises(ConfigError, match=f"protocol: {message}"):
+        read_protocol(str(tmp_path / "p.yaml"), {})
 
 
 # --------------------------------------------------------------------------------------------- building

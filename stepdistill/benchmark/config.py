@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
+from stepdistill.evaluation.metrics.table import check_metrics
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 
@@ -21,9 +23,9 @@ class BenchmarkConfig:
     """A benchmark: what is compared, and how it is measured."""
 
     teacher: TeacherConfig
-    output: str
+    output: Place
     """Result file (.json); tables and plots are written beside it."""
-    document: str | None = None
+    document: Place | None = None
     """A markdown file that gets the table between ``<!-- mark -->`` and ``<!-- /mark -->``."""
     mark: str = "benchmark"
     students: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -49,8 +51,8 @@ class BenchmarkConfig:
     teacher_guidance_scales: tuple[NonNegativeFloat, ...] = (1.0,)
     """Guidance scales of the teacher at its many steps, a row each."""
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
-    features: str = "embedded"
-    reference: str = "embedded"
+    features: Place = "embedded"
+    reference: Place = "embedded"
     held_out: str | None = None
     """Real images that the reference lacks, for the row of real images; by default those are the reference's own."""
     judge: str | None = None
@@ -69,6 +71,7 @@ class BenchmarkConfig:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_metrics(self.metrics)
         for place, shape in enumerate(self.shapes):
             if len(shape) != 2:
                 raise ValueError(f"shapes[{place}]: expected [height, width], got {list(shape)}")

@@ -28,6 +28,7 @@ from stepdistill.files.reading import read_json
 from stepdistill.files.schema import build, convert
 from stepdistill.files.words import visible
 from stepdistill.files.writing import atomic_write
+from stepdistill.networks.launcher import check_alone
 from stepdistill.training.config import RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.run import Run
@@ -68,6 +69,7 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     Returns:
         The file of the picture.
     """
+    check_alone("demo")
     began = time.perf_counter()
     config = demo_of(read_config(path, overrides))
     train(config.run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 
 from stepdistill.benchmark.benchmark import Benchmark
@@ -12,10 +14,11 @@ from stepdistill.benchmark.judge import disagreements
 from stepdistill.benchmark.pictures import labelled, pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
 from stepdistill.benchmark.shapes import at_shapes
-from stepdistill.benchmark.students import export_missing, seed_lines, train_missing
-from stepdistill.benchmark.tables import caption, compared, insert, markdown
-from stepdistill.files.writing import atomic_write
+from stepdistill.benchmark.students import export_missing, missing_runs, seed_lines, train_missing
+from stepdistill.benchmark.tables import caption, compared, insert, markdown, split_at
+from stepdistill.files.writing import atomic_write, check_new_file
 from stepdistill.inference.grids import save_comparison
+from stepdistill.networks.launcher import check_alone
 
 
 def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
@@ -31,9 +34,12 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     Returns:
         The file of the table.
     """
-    train_missing(config.runs)
-    for lines in seed_lines(config.seed_runs).values():
-        train_missing(lines)
+    check_alone("benchmark")
+    lines = [*config.runs, *itertools.chain.from_iterable(seed_lines(config.seed_runs).values())]
+    check_places(config)
+    if missing_runs(lines):
+        Benchmark(dataclasses.replace(config, students={}))  # refuses what would fail after the trainings
+    train_missing(lines)
     export_missing(config.students)
     bench = Benchmark(config)
     bench.run()
@@ -60,6 +66,13 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     if config.document is not None:
         insert(shown, Path(config.document), config.mark)
     return table
+
+
+def check_places(config: BenchmarkConfig) -> None:
+    """Raise ``ValueError`` if the result cannot be written, or the document has no place for the table."""
+    check_new_file(Path(config.output))
+    if config.document is not None:
+        split_at(Path(config.document), config.mark)
 
 
 def shape_tables(config: BenchmarkConfig) -> list[str]:

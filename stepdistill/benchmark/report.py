@@ -17,7 +17,7 @@ from stepdistill.benchmark.tables import text as shown
 from stepdistill.config import flatten
 from stepdistill.evaluation.metrics.table import directions
 from stepdistill.evaluation.summary import Line, lines
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.writing import atomic_write, check_new_file
 
 LOOKS = {
     f"{NARROW} and {DARK}": dataclasses.replace(PHONE, dark=True),
@@ -41,8 +41,9 @@ def write_report(results: Sequence[Path], output: Path) -> Path:
         output: the ``.html`` file.
 
     Raises:
-        ValueError: naming a file that is missing, or is not what its name says.
+        ValueError: naming a file that is missing, or is not what its name says, or an ``output`` of another kind.
     """
+    check_new_file(output, ".html")
     sections, single = [], []
     for path in results:
         result = read_report_result(path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stepdistill.config import fingerprint_json, read_config
+from stepdistill.config import fingerprint_json, flatten, read_config
 from stepdistill.export.contract import read_contract
-from stepdistill.files.words import nearest
+from stepdistill.files.reading import read_yaml
+from stepdistill.files.words import LISTED, nearest
 from stepdistill.networks.fingerprint import fingerprint_pipeline
-from stepdistill.training.config import RunConfig, resolve
+from stepdistill.training.config import FREE_KEYS, RunConfig, resolve
 from stepdistill.training.run import Run
 
 
@@ -58,12 +60,43 @@ def train_missing(runs: Sequence[str]) -> None:
 
     Args:
         runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
+
+    Raises:
+        ValueError: before the first is trained, if one of them is at fault.
     """
+    for command, config in missing_runs(runs).items():
+        print(f"training {command}", flush=True)
+        Run(config).train()
+
+
+def missing_runs(runs: Sequence[str]) -> dict[str, RunConfig]:
+    """Return the configurations of the runs that have not exported their student yet, and warn of others that differ.
+
+    Raises:
+        ValueError: if one of all is at fault.
+    """
+    missing = {}
     for command in runs:
         config = resolved(command)
-        if not is_pipeline(Path(config.train.output_dir) / "pipeline"):
-            print(f"training {command}", flush=True)
-            Run(config).train()
+        folder = Path(config.train.output_dir)
+        if is_pipeline(folder / "pipeline"):
+            warn_of_changes(folder, config)
+        else:
+            missing[command] = config
+    return missing
+
+
+def warn_of_changes(folder: Path, config: RunConfig) -> None:
+    """Warn if a finished run was trained with other values than its line names now; it is not trained again."""
+    before = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    now = flatten(config.as_sections())
+    shared = {key: value for key, value in flatten(before).items() if key in now.keys() - set(FREE_KEYS)}
+    if changed := [key for key, value in shared.items() if value != now[key]]:
+        warnings.warn(
+            f"{folder}: its student was trained with other values of {', '.join(changed[:LISTED])} than asked for now, "
+            "and is measured as it is; move the folder away to train it again",
+            stacklevel=2,
+        )
 
 
 def resolved(command: str) -> RunConfig:

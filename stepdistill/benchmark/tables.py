@@ -236,10 +236,20 @@ def insert(table: str, document: Path, mark: str = "benchmark") -> None:
     Raises:
         ValueError: if the document has no such lines.
     """
+    before, after = split_at(document, mark)
+    with atomic_write(document) as partial:
+        partial.write_text(f"{before}\n{table}{after}", encoding="utf-8")
+
+
+def split_at(document: Path, mark: str) -> tuple[str, str]:
+    """Return a document up to the end of ``<!-- mark -->``, and from ``<!-- /mark -->`` on.
+
+    Raises:
+        ValueError: if it has no such lines.
+    """
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     before, begin, rest = text.partition(f"<!-- {mark} -->")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not end:
         raise ValueError(f"document: {document} has no lines '<!-- {mark} -->' and '<!-- /{mark} -->'")
-    with atomic_write(document) as partial:
-        partial.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
+    return before + begin, end + after

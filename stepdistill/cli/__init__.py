@@ -204,23 +204,20 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Run ``stepdistill generate``."""
-    from stepdistill.files.writing import check_writable
     from stepdistill.inference.generate import (
         Request,
-        beside_teacher,
-        check_outputs,
         collect_prompts,
         decode_flag,
         generate_images,
         open_pipeline,
-        save_images,
+        open_teacher,
     )
     from stepdistill.inference.processes import open_state
     from stepdistill.inference.rows import network_of
+    from stepdistill.inference.saving import check_outputs, check_places, save_images, side_by_side
     from stepdistill.networks.compilation import compile_blocks
 
-    for output in args.output:
-        check_writable(output)
+    check_places(args.output)
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
         about["negative_prompt"] = decode_flag(args.negative_prompt, "--negative_prompt")
@@ -230,20 +227,21 @@ def generate(args: argparse.Namespace) -> None:
             call[name] = getattr(args, name)
     request = Request(
         prompts=collect_prompts(args.prompt, args.prompt_file), labels=args.class_labels, num_images=args.num_images,
-        seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"),
-        call=call,
+        seed=args.seed, batch_size=args.batch_size, negative_prompt=about.get("negative_prompt"), call=call,
     )  # fmt: skip
     pipeline = open_pipeline(args.pipeline, request, trust_of(args))
     check_outputs(pipeline, args.output)
+    beside = None
+    if args.compare is not None:
+        beside = open_teacher(
+            args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale, trust_of(args)
+        )
     if args.compile:
         compile_blocks(network_of(pipeline), "--compile")
     images = generate_images(pipeline, request)
     cost = f"{len(images)} images, {images.seconds:.3g} s per image, network calls per image: {images.calls:g}"
-    if args.compare is not None:
-        images = beside_teacher(
-            images, args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale,
-            trust_of(args),
-        )  # fmt: skip
+    if beside is not None:
+        images = side_by_side(images, generate_images(*beside))
     if not open_state().is_main_process:
         return
     for output in args.output:
@@ -261,12 +259,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
-    from stepdistill.files.writing import check_writable
+    from stepdistill.files.writing import check_new_file
     from stepdistill.inference.rows import network_of
     from stepdistill.inference.solvers import teacher_pipeline
     from stepdistill.networks.compilation import compile_blocks
 
-    check_writable(args.output)
+    for place, ending in ((args.output, ""), (args.write_reference, ".npz"), (args.report, ".html")):
+        check_new_file(place, ending)
     protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
     pipeline = None
     if args.pipeline is not None:
@@ -316,7 +315,9 @@ def benchmark(args: argparse.Namespace) -> None:
     from stepdistill.benchmark.publish import benchmark
     from stepdistill.config import read_config
     from stepdistill.files.schema import build
+    from stepdistill.files.writing import check_new_file
 
+    check_new_file(args.report, ".html")
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
     print(path.read_text(encoding="utf-8"))
     write_page(args.report, path.with_suffix(".json"))

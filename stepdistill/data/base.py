@@ -12,6 +12,7 @@ from stepdistill.assets import EMBEDDED
 from stepdistill.batch import Batch, RawBatch
 from stepdistill.data.buckets import Buckets
 from stepdistill.families.base import Family
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
@@ -68,7 +69,7 @@ class DataConfig:
     """
 
     name: Literal["images", "noise", "prompts", "cache", "pairs"]
-    path: str | None = None
+    path: Place | None = None
     split: str | None = None
     subset: str | None = None
     revision: str | None = None

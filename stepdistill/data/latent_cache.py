@@ -43,6 +43,7 @@ from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family
 from stepdistill.families.vaes import latent_statistics
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
 
@@ -53,7 +54,7 @@ FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", scr
 class CacheConfig:
     """The ``cache`` section."""
 
-    output_dir: str
+    output_dir: Place
     shard_size: PositiveInt = 1024
     """Samples per file, which is the most that a stopped run loses."""
 

@@ -27,7 +27,6 @@ if the teacher does not need them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 import warnings
@@ -37,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill.assets import EMBEDDED
 from stepdistill.data.archives import read_archive
 from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.data.clips import VIDEO_SUFFIXES
@@ -56,7 +56,7 @@ from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.tars import MAX_FILE_BYTES, TarMember, fetch
 from stepdistill.data.text import one_line, read_text
 from stepdistill.data.webdataset import read_tars
-from stepdistill.files.words import nearest
+from stepdistill.files.words import closest, nearest
 
 STRAY = -1  # label of an image that lies beside the class folders
 
@@ -132,8 +132,8 @@ def _why_not(path: Path) -> str:
         return "expected an uncompressed tar, whose images are read where they lie; decompress it first"
     if path.exists():
         return "expected a folder, an .npz, a .tar or a .parquet, got another file"
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
-    return f"no such file or folder{nearest(path.name, difflib.get_close_matches(path.name, names, n=1))}"
+    names = [*EMBEDDED, *(os.listdir(path.parent) if path.parent.is_dir() else [])]
+    return f"no such file or folder{closest(path.name, names)}"
 
 
 def _npz(path: Path) -> Listing:

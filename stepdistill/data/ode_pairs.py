@@ -25,6 +25,7 @@ from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.families.base import Family
+from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import GuidanceScale, PositiveInt, Seed
 from stepdistill.networks.copy_bank import CopyBank
@@ -39,7 +40,7 @@ FORMAT = ShardFormat(key="method.pairs", rows="pairs", manifest="pairs.json", sc
 class PairsConfig:
     """The ``pairs`` section: how a teacher samples deterministically, and how many pairs."""
 
-    output_dir: str
+    output_dir: Place
     count: PositiveInt = 10_000
     solver: Literal["euler", "heun"] = "heun"
     """Euler is DDIM; Heun calls the network twice a step, except in the last."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from stepdistill.data.base import DataConfig, Dataset, locate_data
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import LatentCacheDataset
+from stepdistill.data.metadata import metadata_file
 from stepdistill.data.ode_pairs import PairDataset
 from stepdistill.families.base import Family
 
@@ -36,3 +39,19 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
         locate_data(config), channels=channels, size=tuple(size), num_classes=family.num_classes,
         takes_text=family.takes_text,
     )  # fmt: skip
+
+
+def check_apart(config: DataConfig, output_dir: Path) -> None:
+    """Raise ``ValueError`` if the pictures that a run writes would join the images that it is trained on.
+
+    That is where it writes into their folder and no table or tar says which they are: it would be refused its own
+    resumption, and another run would be trained on samples.
+    """
+    folder = Path(config.path or "")
+    if config.name != "images" or not folder.is_dir() or metadata_file(folder) or any(folder.glob("*.tar")):
+        return
+    if output_dir.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"train.output_dir: expected a folder outside data.path ({folder}), whose images the run's pictures would "
+            f"join, got {output_dir}"
+        )

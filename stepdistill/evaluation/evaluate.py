@@ -41,6 +41,7 @@ def evaluate(
         ValueError: if a metric cannot be computed, or a network of the suite trained what is measured.
     """
     suite.check(metrics)
+    suite.check_conditions(metrics, source.labels, source.captions)
     suite.refuse_critic(source.critic)
     setting = {**source.setting(), **suite.describe(), "versions": versions()}
     subject = source.subject()

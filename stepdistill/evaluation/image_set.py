@@ -45,8 +45,8 @@ class ImageSet:
         if listing.no_labels:
             warnings.warn(f"labels are not used: {listing.no_labels}", stacklevel=2)
         captions = listing.captions
-        self._captions = None if captions is None else first_texts([captions[row] for row in order])
-        self._labels = None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels)[order]).long()
+        self.captions = None if captions is None else first_texts([captions[row] for row in order])
+        self.labels = None if listing.labels is None else torch.from_numpy(np.asarray(listing.labels)[order]).long()
         shapes = self._read_shapes()
         self.shape = (shapes[0][0], size, size) if size else shapes[0]
         if not size:
@@ -72,8 +72,8 @@ class ImageSet:
         rows = list(indices)
         return Images(
             torch.from_numpy(np.stack(pixels)),
-            None if self._labels is None else self._labels[rows],
-            captions=None if self._captions is None else [self._captions[row] for row in rows],
+            None if self.labels is None else self.labels[rows],
+            captions=None if self.captions is None else [self.captions[row] for row in rows],
         )
 
     def _read_shapes(self) -> list[tuple[int, int, int]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
+from stepdistill.evaluation.metrics.table import check_metrics
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 from stepdistill.files.schema import build
@@ -59,6 +60,9 @@ class Protocol:
     precision: Precision = "fp32"
     metrics: tuple[str, ...] = ("fd",)
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that this protocol fixes."""

@@ -29,7 +29,7 @@ from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
 from stepdistill.inference.rows import network_of
-from stepdistill.inference.sampling import ROWS, Images, class_count, sample_images
+from stepdistill.inference.sampling import ROWS, Images, class_count, cycle_labels, sample_images
 from stepdistill.networks.compilation import is_compiled
 
 
@@ -39,6 +39,10 @@ class Source(abc.ABC):
     count: int
     critic: Mapping[str, str] = {}
     """Feature networks, by sha256, that trained what made the images."""
+    labels: Tensor | None = None
+    """Class that each image was asked for."""
+    captions: Sequence[str] | None = None
+    """Prompt or text of each image."""
 
     @abc.abstractmethod
     def take(self, indices: range) -> Images:
@@ -94,6 +98,8 @@ class PipelineSource(Source):
     def __post_init__(self) -> None:
         self.critic = contract_of(self.pipeline).origin.critic
         self.num_classes = class_count(self.pipeline)
+        if self.num_classes is not None:
+            self.labels = cycle_labels(self.count, range(self.num_classes))
         if getattr(self.pipeline, "safety_checker", None) is not None:
             self.pipeline.safety_checker = None
 
@@ -141,6 +147,7 @@ class FileSource(Source):
 
     def __init__(self, images: ImageSet, size: int | None = None) -> None:
         self.images, self.size, self.count = images, size, len(images)
+        self.labels, self.captions = images.labels, images.captions
 
     def take(self, indices: range) -> Images:
         return self.images.read(indices)

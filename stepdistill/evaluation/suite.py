@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from stepdistill.evaluation.image_set import format_shape
+from stepdistill.evaluation.metrics.diversity import check_classes
 from stepdistill.evaluation.metrics.scores import Sample
-from stepdistill.evaluation.metrics.table import METRICS, Metric
-from stepdistill.evaluation.metrics.words import prompt_keys
+from stepdistill.evaluation.metrics.table import METRICS, Metric, check_metrics
+from stepdistill.evaluation.metrics.words import check_shared, prompt_keys
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.reference import Reference, ReferenceStatistics
 from stepdistill.evaluation.results import versions
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.clip import Clip
 from stepdistill.features.loading import load_features, load_reader
-from stepdistill.files.words import nearest
 from stepdistill.inference.sampling import Images
 
 
@@ -104,9 +104,8 @@ class MetricSuite:
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ``ValueError`` for a metric that is unknown or lacks something it needs; name both."""
+        check_metrics(names)
         for name in names:
-            if name not in METRICS:
-                raise ValueError(f"metrics: {name!r} is unknown{nearest(name, METRICS)}")
             missing = self._missing(METRICS[name])
             if missing is not None:
                 raise ValueError(f"metrics: {missing}")
@@ -133,6 +132,24 @@ class MetricSuite:
         if "reference_labels" in metric.needs and reference.labels is None:
             return f"{metric.name!r} needs class labels; the reference has none"
         return None
+
+    def check_conditions(self, names: Sequence[str], labels: Tensor | None, captions: Sequence[str] | None) -> None:
+        """Raise ``ValueError`` for a metric that lacks something of the images, before they are made.
+
+        Args:
+            names: of metrics.
+            labels: class that each image is asked for; None if there are no classes.
+            captions: likewise its prompt.
+        """
+        for name in names:
+            if "labels" in METRICS[name].needs and labels is None:
+                raise ValueError(f"metrics: {name!r} needs the class labels that were asked for; the images have none")
+            if "captions" in METRICS[name].needs and captions is None:
+                raise ValueError(f"metrics: {name!r} needs captions: give --captions, or images with captions")
+        if "spread" in names and labels is not None and self.reference.labels is not None:
+            check_classes(self.reference.labels, labels)
+        if "prompt_spread" in names and captions is not None:
+            check_shared(prompt_keys(captions))
 
     def refuse_critic(self, critic: Mapping[str, str]) -> None:
         """Raise ``ValueError`` if a network of this suite is among those, by sha256, that trained what is measured."""

@@ -33,7 +33,7 @@ from stepdistill.export.replacing import replacing
 from stepdistill.export.servers import mark_distilled
 from stepdistill.export.sharing import check_name
 from stepdistill.families.base import Family
-from stepdistill.families.hub import expand_home
+from stepdistill.families.hub import expand_home, nearest_place
 from stepdistill.files.weights import naming
 from stepdistill.files.words import nearest
 from stepdistill.loading import open_folder
@@ -134,8 +134,16 @@ def save_pipeline(
         save_parts(pipeline, folder, links)
     else:
         pipeline.save_pretrained(folder, safe_serialization=True)
-    index = folder / "model_index.json"
-    entries = json.loads(index.read_text())
+    for place, content in code.items():
+        if Path(place).parts[0] not in links:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(content)
+    add_to_index(folder, add_our_files(pipeline, folder) | brought_classes(pipeline) | dict(keys))
+
+
+def add_our_files(pipeline: DiffusionPipeline, folder: Path) -> dict[str, list[str]]:
+    """Put the files of this package's classes where diffusers looks for them; return their entries of the index."""
+    entries = {}
     if is_our_class(pipeline):
         shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
         entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
@@ -144,11 +152,13 @@ def save_pipeline(
             file = Path(inspect.getfile(type(component)))
             shutil.copy(file, folder / name / file.name)
             entries[name] = [file.stem, type(component).__name__]
-    for place, content in code.items():
-        if Path(place).parts[0] not in links:
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).write_bytes(content)
-    index.write_text(json.dumps(entries | brought_classes(pipeline) | dict(keys), indent=2) + "\n")
+    return entries
+
+
+def add_to_index(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Replace entries of a folder's ``model_index.json``."""
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | dict(entries), indent=2) + "\n")
 
 
 def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Path]) -> None:
@@ -201,6 +211,8 @@ def load_pipeline(
         ValueError: if the directory is missing or no pipeline, would run untrusted code, or has broken links.
     """
     folder = expand_home(str(path))
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such folder{nearest_place(folder)}")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json; expected a diffusers pipeline directory")
     refuse_broken_links(folder)
@@ -215,7 +227,10 @@ def load_pipeline(
 
 
 def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> DiffusionPipeline:
-    """Make the contract's arguments the defaults of this pipeline object's call, which hands its generators on."""
+    """Make the contract's arguments the defaults of this pipeline object's call, which hands its generators on.
+
+    The object's ``save_pretrained`` writes the contract, too, and the files of this package's classes.
+    """
     defaults = contract.call
     original = type(pipeline)
     taken = inspect.signature(original.__call__).parameters
@@ -237,12 +252,20 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
         with handed_on(self, bound.get("generator")):
             return original.__call__(self, *args, **(own | kwargs))
 
+    @functools.wraps(original.save_pretrained)
+    def save(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        original.save_pretrained(self, save_directory, *args, **kwargs)
+        add_to_index(Path(save_directory), add_our_files(self, Path(save_directory)))
+        if contract.pipeline is not None:
+            write_contract(dataclasses.replace(contract, linked={}), Path(save_directory))  # parts are copies there
+
     # Python looks __call__ up on the class; the name stays because save_pretrained writes it
     pipeline.__class__ = type(
         original.__name__,
         (original,),
         {
             "__call__": call,
+            "save_pretrained": save,
             "__module__": original.__module__,
             "contract": contract,
         },

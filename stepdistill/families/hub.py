@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.assets import TEACHERS
 from stepdistill.files.weights import chosen_weights
-from stepdistill.files.words import nearest
+from stepdistill.files.words import closest, nearest
 from stepdistill.loading import parts
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def locate(config: TeacherConfig) -> Path:
     if place.exists():
         return place
     if is_path(config.path):
-        raise ValueError(f"teacher.path: no folder or file {str(place)!r}{nearest_place(place)}")
+        near = closest(config.path, TEACHERS) or nearest_place(place)
+        raise ValueError(f"teacher.path: no folder or file {str(place)!r}{near}")
     return fetch(config)
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from stepdistill.assets import FEATURES
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.weights import READING, refuse_incomplete
 from stepdistill.files.words import nearest
@@ -68,7 +69,7 @@ class TransformersFeatures(FeatureExtractor):
                     ignore_mismatched_sizes=True,
                 )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            hint = nearest(path, ["embedded", "inception"])
+            hint = nearest(path, [*FEATURES, "inception", "efficientnet"])
             raise ValueError(f"features {path!r}: expected a vision model, got none{hint}\n{error}") from error
         refuse_incomplete(network, info, f"features {path!r}", heads=True)
         return cls(network, _processor_settings(processor, path), Path(path).name)

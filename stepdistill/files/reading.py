@@ -170,15 +170,18 @@ def parse_yaml(text: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2 booleans and floats, no dates, no duplicate keys, and no types beyond JSON's."""
+    """YAML 1.2 booleans and numbers (``010`` is text), no dates, no duplicate keys, and no types beyond JSON's."""
 
 
 _TAG = "tag:yaml.org,2002:"
-_NOT_READ = [_TAG + name for name in ("bool", "float", "timestamp", "merge", "value")]
+_NOT_READ = [_TAG + name for name in ("bool", "int", "float", "timestamp", "merge", "value")]
 _StrictLoader.yaml_implicit_resolvers = {}
 for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
     _kept = [(tag, regexp) for tag, regexp in _resolvers if tag not in _NOT_READ]
     _StrictLoader.yaml_implicit_resolvers[_first] = _kept
+_StrictLoader.add_implicit_resolver(
+    f"{_TAG}int", re.compile(r"^[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F]+)$"), list("-+0123456789")
+)
 _StrictLoader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _StrictLoader.add_implicit_resolver(
     f"{_TAG}float",

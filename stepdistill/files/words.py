@@ -63,6 +63,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, or nothing."""
-    matches = difflib.get_close_matches(name[:SHOWN], list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    """Return ``"; did you mean 'x'?"`` for the closest of ``names``, in whatever case it is written, or nothing.
+
+    >>> closest("LCM", ["lcm", "tcd"])
+    "; did you mean 'lcm'?"
+    """
+    lowered = {known.lower(): known for known in names}
+    matches = difflib.get_close_matches(name[:SHOWN].lower(), lowered, n=1)
+    return f"; did you mean {lowered[matches[0]]!r}?" if matches else ""

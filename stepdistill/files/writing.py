@@ -56,6 +56,22 @@ def check_writable(path: Path) -> None:
             file.flush()
 
 
+def check_new_file(place: str | Path | None, ending: str = "") -> None:
+    """Check the same of a file, which replaces an earlier one but no folder; None is no file.
+
+    Raises:
+        ValueError: as :func:`check_writable` does, or if ``place`` is a folder or has another ending.
+    """
+    if place is None:
+        return
+    path = Path(place)
+    if not path.name.endswith(ending):
+        raise ValueError(f"{path}: expected the name of a file to write that ends in {ending}")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file to write, got a folder")
+    check_writable(path)
+
+
 def _nearest_folder(path: Path) -> Path:
     """Return the nearest thing above ``path`` that exists; raise ``NotADirectoryError`` if it is no folder."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from stepdistill.data.prompts import first_prompts, prompt_lines
 from stepdistill.data.text import decode_text
@@ -30,20 +25,16 @@ from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import OPTIONS, TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
 from stepdistill.files.schema import build
-from stepdistill.inference.clips import open_writer, write_clip
-from stepdistill.inference.grids import save_grid, to_pil
 from stepdistill.inference.processes import open_state, own_part, together
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import Images, class_count, sample_images
+from stepdistill.inference.saving import FRAMES_ARGUMENTS
 from stepdistill.inference.solvers import load_to_call, pipeline_under, teacher_call
-from stepdistill.randomness import derive_seed
 
 NUM_IMAGES = 16
 """Number of images if neither a number nor several prompts are given."""
 
 
-FRAMES_ARGUMENTS = ("num_frames", "video_length")
-"""Arguments of a call that makes clips, of which a pipeline knows one."""
 CONTENT_ARGUMENTS = (
     "height", "width", *FRAMES_ARGUMENTS, "use_resolution_binning", "max_sequence_length", "clean_caption",
 )  # fmt: skip
@@ -141,6 +132,7 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
         raise ValueError(f"{path} generates images from text; give --prompt or --prompt_file")
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
+    check_labels(pipeline, path, request)
     check_negative_prompt(pipeline, path, request, "--guidance_scale")
     warn_of_other_steps(pipeline, path, request)
     if takes_text:
@@ -149,6 +141,18 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
         if request.negative_prompt is not None:
             warn_too_long(tokenizer, [request.negative_prompt], limit=limit, what="negative prompts")
     return pipeline
+
+
+def check_labels(pipeline: Any, path: str, request: Request) -> None:
+    """Raise ``ValueError`` if a pipeline takes no class labels, but some are asked for, or has no such class."""
+    count = class_count(pipeline)
+    if request.labels is None:
+        return
+    if count is None:
+        raise ValueError(f"--class_labels: {path} ({type(pipeline).__name__}) takes none")
+    for label in request.labels:
+        if label not in (*range(count), pipeline.config.get("null_class")):
+            raise ValueError(f"--class_labels: expected 0 to {count - 1}, the classes of {path}, got {label}")
 
 
 def warn_of_other_steps(pipeline: Any, path: str, request: Request) -> None:
@@ -188,24 +192,21 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str,
         raise ValueError(f"--negative_prompt: expected {flag} above 1: {path} is called without guidance ({scale:g})")
 
 
-def beside_teacher(
-    images: Images, path: str, other: str, request: Request, steps: int, guidance: float | None,
-    trust: Mapping[str, bool],
-) -> Images:  # fmt: skip
-    """Return every image with the teacher's for the same noise and prompt on its right.
+def open_teacher(
+    path: str, other: str, request: Request, steps: int, guidance: float | None, trust: Mapping[str, bool]
+) -> tuple[Any, Request]:
+    """Open the teacher of a pipeline; return it with a request for the same noise and prompts.
 
     Args:
-        images: of the pipeline at ``path``.
-        path: its folder, whose contract names its teacher and the guidance of the distillation.
+        path: the pipeline's folder, whose contract names its teacher and the guidance of the distillation.
         other: ``"teacher"``, or a teacher's folder.
-        request: the request of ``images``.
+        request: what the pipeline is asked for.
         steps: of the teacher, by DDIM or, if it is a flow, by its own scheduler.
         guidance: of the teacher; None is that of the distillation.
         trust: keys of the ``teacher`` section about untrusted files.
 
     Raises:
-        ValueError: if the contract names no teacher, the teacher would ignore the negative prompt, or the two
-            pipelines' images differ in size.
+        ValueError: if the contract names no teacher, there is none, or it would ignore the negative prompt.
     """
     contract = read_contract(Path(path))
     teacher = contract.origin.teacher if other == "teacher" else other
@@ -214,61 +215,21 @@ def beside_teacher(
     if teacher is None:
         raise ValueError(f"--compare: the contract of {path} names no teacher; give the teacher's folder")
     config = build(TeacherConfig, {"path": teacher, **options, **trust}, "--compare")
-    family = load_to_call(config)
-    pipeline = pipeline_under(family, config, "DDIM")
+    try:
+        family = load_to_call(config)
+        pipeline = pipeline_under(family, config, "DDIM")
+    except ValueError as error:
+        raise ValueError(f"--compare: {str(error).removeprefix('teacher.path: ')}") from error
+    if steps > (most := pipeline.scheduler.config.get("num_train_timesteps", steps)):
+        raise ValueError(f"--compare_steps: expected at most {most}, on which {teacher} was trained, got {steps}")
     accepted = inspect.signature(type(pipeline).__call__).parameters
+    if ("prompt" in accepted) != bool(request.prompts):
+        takes = "takes no text" if request.prompts else "generates images from text"
+        raise ValueError(f"--compare: expected a teacher of {path}, got {teacher}, which {takes}")
     call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance
     check_negative_prompt(pipeline, teacher, request, "--compare_guidance_scale", guidance)
     call |= teacher_call(family, {"num_inference_steps": steps, "guidance_scale": guidance})
     if request.negative_prompt is not None:
         call.pop("negative_prompt", None)  # the null prompt, with which some pipelines are told to guide
-    teacher_request = dataclasses.replace(request, call=call)
-    right = generate_images(pipeline, teacher_request)
-    if right.pixels.shape != images.pixels.shape:
-        sizes = " and ".join(" x ".join(map(str, found.pixels.shape[2:])) for found in (images, right))
-        raise ValueError(f"--compare: {path} and {teacher} generate images of different sizes: {sizes}")
-    return dataclasses.replace(images, pixels=torch.cat([images.pixels, right.pixels], dim=-1))
-
-
-def check_outputs(pipeline: Any, outputs: Sequence[Path]) -> None:
-    """Raise ``ValueError`` if a pipeline makes clips, which are to be files, and nothing writes them."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    if not accepted.keys().isdisjoint(FRAMES_ARGUMENTS) and any(output.suffix != ".png" for output in outputs):
-        open_writer()
-
-
-def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, str]) -> None:
-    """Write a grid (a ``.png``) or a folder of single images, which record how they were made as PNG text."""
-    if output.suffix == ".png":
-        save_grid(images.pixels / 255, output)
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for index, pixels in enumerate(images.pixels):
-        facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}
-        name = f"{index:06d}.png" if pixels.ndim == 3 else f"{index:06d}.mp4"
-        rows.append({"file_name": name})
-        if images.captions is not None:
-            facts["prompt"] = rows[-1]["text"] = images.captions[index]
-        if images.labels is not None:
-            facts["class_label"] = rows[-1]["label"] = int(images.labels[index])
-        save_sample(pixels, output / name, facts)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (output / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def save_sample(pixels: Tensor, file: Path, facts: Mapping[str, Any]) -> None:
-    """Write an image (C, H, W) with its facts, or a clip (C, F, H, W)."""
-    if pixels.ndim == 4:
-        write_clip(pixels, file)
-    else:
-        to_pil(pixels).save(file, pnginfo=png_text(facts))
-
-
-def png_text(facts: Mapping[str, Any]) -> PngInfo:
-    """Return facts as international text chunks of a PNG."""
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, str(value))
-    return info
+    return pipeline, dataclasses.replace(request, call=call)

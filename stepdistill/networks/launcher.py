@@ -55,6 +55,17 @@ def check_environment() -> None:
             )
 
 
+def check_alone(command: str) -> None:
+    """Raise ``ValueError`` if several processes were launched for a command that writes its files in one.
+
+    >>> check_alone("benchmark")
+    """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"{command}: expected one process, got {count}; launch train, generate and evaluate in several"
+        )
+
+
 def open_accelerator(
     mixed_precision: str | None, agreed: Mapping[str, str] = MappingProxyType({}), **options: Any
 ) -> Accelerator:

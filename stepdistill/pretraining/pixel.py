@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
+from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Share
 from stepdistill.files.words import nearest
@@ -33,9 +34,9 @@ class PretrainConfig(FitConfig):
     scheduler: dict[str, Any]
     scheduler_class: Literal["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"] = "DDIMScheduler"
     """The second makes a teacher that predicts the velocity of a flow."""
-    data: str
-    output_dir: str
-    init_from: str | None = None
+    data: Place
+    output_dir: Place
+    init_from: Place | None = None
     """A teacher whose weights the network begins from, as ``teacher.path`` takes it; it may predict anything else."""
     label_dropout: Share = 0.1
     precision: Precision = "fp32"

@@ -37,6 +37,7 @@ from stepdistill.data.datasets import open_data
 from stepdistill.families.prompts import warn_too_long
 from stepdistill.features.loading import load_reader
 from stepdistill.features.vocabulary import Vocabulary
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
@@ -50,7 +51,7 @@ class TextTeacherConfig:
     """Options of a text-to-image teacher's training: the data, and a section for every part."""
 
     data: DataConfig
-    output_dir: str
+    output_dir: Place
     vae: FitConfig
     clip: FitConfig
     """``model`` has the sections ``text_config`` and ``vision_config`` of a ``CLIPConfig``."""

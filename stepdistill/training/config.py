@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
+from stepdistill.evaluation.metrics.table import check_metrics
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
+from stepdistill.files.places import Place
 from stepdistill.files.precision import TrainingPrecision
 from stepdistill.files.ranges import Decay, NonNegativeInt, PositiveInt, Range, Seed
 from stepdistill.files.schema import ConfigError, build
@@ -26,7 +28,7 @@ class TrainConfig:
 
     steps: PositiveInt
     """Training steps of the whole run, over all its stages."""
-    output_dir: str
+    output_dir: Place
     accumulation: PositiveInt = 1
     """Micro-batches per step of a turn's optimiser."""
     precision: TrainingPrecision = "fp32"
@@ -77,7 +79,7 @@ class BankConfig:
     name: Literal["copy", "adapter"] = "copy"
     rank: PositiveInt = 64
     """Rank of the adapters."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """A finished student's pipeline folder to start from instead of the teacher; adapters start from its projection to
     their rank."""
 
@@ -92,8 +94,11 @@ class EvalConfig:
     num_samples: Annotated[int, Range(at_least=2)] = 1000
     seed: Seed = 1
     """Seed of the samples; tables use seed 0, so that no student is selected on the samples of a table."""
-    features: str = "embedded"
-    reference: str = "embedded"
+    features: Place = "embedded"
+    reference: Place = "embedded"
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +16,7 @@ from stepdistill.data.base import locate_data
 from stepdistill.data.columns import other_texts
 from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import encoders
-from stepdistill.data.opening import open_dataset
-from stepdistill.diffusion.samplers import Sampler
+from stepdistill.data.opening import check_apart, open_dataset
 from stepdistill.discriminators.backbones import check_sizes
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.links import check_links, frozen_folders
@@ -29,7 +27,6 @@ from stepdistill.export.servers import dmd2_keys
 from stepdistill.export.sharing import check_upload, upload
 from stepdistill.families.additions import triggers
 from stepdistill.families.base import Family, Inputs
-from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.writing import atomic_write, check_writable, writing_to
@@ -52,6 +49,7 @@ from stepdistill.training.memory import memory_plan
 from stepdistill.training.optimizers import check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
+from stepdistill.training.students import read_student, warn_of_a_student, warn_of_another_sampler
 from stepdistill.training.trainer import Trainer
 
 
@@ -68,6 +66,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
         check_replaceable(self.folder / "pipeline")
+        check_apart(config.data, self.folder)
         check_environment()
         check_tracker(config.train.tracker)
         check_installed(config.optim)
@@ -75,6 +74,7 @@ class Run:
             check_quantization(config.teacher.quantization, config.bank.name)
         torch.manual_seed(config.train.seed)
         self.family = load_teacher(config.teacher)
+        warn_of_a_student(config.teacher, getattr(config.method, "start", None))
         self.triggers = triggers(config.teacher)  # now, while the files are there
         copied = config.export.frozen == "copy"
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
@@ -265,15 +265,17 @@ def distill(
     Returns:
         The exported pipeline's folder.
     """
+    given = configuration.to_dict(sections)
     mapping = {
-        "teacher": {"path": str(teacher), **sections.pop("teacher_options", {})},
-        "method": {"name": method} if isinstance(method, str) else dict(method),
-        "data": {"name": "images", "path": str(data)} if isinstance(data, (str, Path)) else dict(data),
-        "train": {"steps": 2000, **sections.pop("train", {}), "output_dir": str(output_dir)},
-        **sections,
+        "teacher": configuration.section(given.pop("teacher_options", None), path=teacher),
+        "method": {"name": method} if isinstance(method, str) else method,
+        "data": {"name": "images", "path": data} if isinstance(data, (str, Path)) else data,
+        "train": configuration.section(given.pop("train", None), {"steps": 2000}, output_dir=output_dir),
+        **given,
     }
-    check_writable(Path(output_dir))
-    return Run(resolve(mapping)).train()
+    config = resolve(configuration.to_dict(mapping))
+    check_writable(Path(config.train.output_dir))
+    return Run(config).train()
 
 
 def check_output(folder: Path, config: RunConfig) -> None:
@@ -283,22 +285,6 @@ def check_output(folder: Path, config: RunConfig) -> None:
     """
     used = (config.train.output_dir, config.teacher.path, config.bank.init_from)
     check_replaceable(folder, tuple(path for path in used if path is not None))
-
-
-def warn_of_another_sampler(start: str | None, sampler: Sampler) -> None:
-    """Warn if a run starts from a student that was made for another sampler, by which it scores worse than by its own.
-
-    Args:
-        start: the pipeline's folder, if any.
-        sampler: the method's.
-    """
-    named = None if start is None else read_contract(Path(start)).sampler
-    if named not in (None, sampler.name):
-        warnings.warn(
-            f"bank.init_from: {start}: expected a student made for this method's sampler, {sampler.name}, got one made "
-            f"for {named}, which begins with worse images than its own (step 0 of eval.every shows them)",
-            stacklevel=3,
-        )
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:
@@ -312,34 +298,3 @@ def quantize(bank: NetworkBank, form: str | None) -> None:
     """Hold the frozen layers of a bank of adapters in fewer bits, if asked to, when all its roles are there."""
     if form is not None:
         cast(AdapterBank, bank).quantize(form)
-
-
-def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:
-    """Return the weights of a finished student, by name; its folder is trusted as far as its teacher's is.
-
-    Raises:
-        ValueError: if the folder holds no pipeline, or that of another teacher's student.
-    """
-    if family.points != 1:
-        raise ValueError("bank.init_from: expected none for a method that widens the network's head, got " + folder)
-    try:
-        student = load_teacher(
-            TeacherConfig(path=folder, family=teacher.family, trust_remote_code=teacher.trust_remote_code)
-        )
-    except ValueError as error:
-        raise ValueError(f"bank.init_from: {str(error).removeprefix('teacher.path: ')}") from error
-    if student.prediction_type != family.prediction_type:
-        raise ValueError(
-            f"bank.init_from: {folder}: expected a student of this teacher, which predicts {family.prediction_type}, "
-            f"got one that predicts {student.prediction_type}"
-        )
-    weights, own = student.network.state_dict(), family.network.state_dict()
-    for name in sorted({*own, *weights}):
-        shape, expected = _shape(weights, name), _shape(own, name)
-        if shape != expected:
-            raise ValueError(f"bank.init_from: {folder}: {name}: expected {expected} as in the teacher, got {shape}")
-    return weights
-
-
-def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(weights[name].shape) if name in weights else None

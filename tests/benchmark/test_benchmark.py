@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.benchmark.demo import demo
 from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
 from stepdistill.benchmark.publish import benchmark, shape_tables
@@ -351,6 +352,35 @@ def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeyp
     missing.write_text(to_yaml(mapping))
     train_missing([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"])
     assert trained == [tmp_path / "run", tmp_path / "other"]
+    with pytest.raises(ValueError, match=r"train\.stepz: unknown key; did you mean 'steps'"):
+        train_missing([str(missing), f"{missing} train.stepz=3"])
+    with pytest.warns(UserWarning, match=r"training/run: .* other values of train\.seed than asked for now"):
+        train_missing([f"{there} train.seed=7"])
+    assert len(trained) == 2
+
+
+def test_several_processes_would_write_one_result(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="benchmark: expected one process, got 2"):
+        benchmark(config_of(tmp_path))
+    with pytest.raises(ValueError, match="demo: expected one process, got 2"):
+        demo("configs/demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"features": "none.pt2"}, "none.pt2"),
+        ({"document": "none.md"}, "document: none.md has no lines"),
+        ({"output": "."}, "expected a file to write, got a folder"),
+    ],
+)
+def test_what_is_wrong_with_a_benchmark_is_said_before_its_students_are_trained(tmp_path, monkeypatch, changed, why):
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("trained"))
+    mapping = sections(tmp_path / "training", Pixel.tiny(size=28, num_classes=10), "progressive", steps=2)
+    (tmp_path / "run.yaml").write_text(to_yaml(mapping))
+    with pytest.raises(ValueError, match=why):
+        benchmark(config_of(tmp_path, train=[str(tmp_path / "run.yaml")], **changed))
 
 
 def test_a_student_of_other_calls_is_exported_from_its_run(tmp_path, monkeypatch):

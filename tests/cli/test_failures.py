@@ -135,3 +135,25 @@ def test_scripts_print_one_sentence_too(script, tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
     assert left.value.code == 2
     assert capsys.readouterr() == ("", f"{script}.py: {missing}: no such file\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [
+        ("--output", "folder", "expected a file to write, got a folder"),
+        ("--report", "result.json", "expected the name of a file to write that ends in .html"),
+        ("--write_reference", "folder", "expected the name of a file to write that ends in .npz"),
+    ],
+)
+def test_what_is_no_place_for_a_result_is_refused_before_anything_is_measured(tmp_path, capsys, flag, name, message):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--images", "none", "--output", str(tmp_path / "result.json"), flag, str(tmp_path / name)])
+    assert f"{tmp_path / name}: {message}" in capsys.readouterr().err
+
+
+def test_a_page_does_not_replace_the_result_that_it_shows(tmp_path, capsys):
+    (tmp_path / "result.json").write_text('{"name": "student", "setting": {}}')
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "result.json"), "--output", str(tmp_path / "result.json")])
+    assert "ends in .html" in capsys.readouterr().err and "student" in (tmp_path / "result.json").read_text()

@@ -7,7 +7,7 @@ from diffusers import LattePipeline, SanaPipeline, WanPipeline
 
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
-from stepdistill.inference.generate import check_outputs
+from stepdistill.inference.saving import check_outputs
 
 
 @pytest.fixture(autouse=True)

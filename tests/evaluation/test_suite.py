@@ -184,3 +184,17 @@ def test_two_processes_have_the_same_rows(tmp_path):
         one, both = torch.load(tmp_path / f"{rank}.pt")
         assert one["features"][:, 0].tolist() == [0, 1]
         assert both["features"][:, 0].tolist() == [0, 1, 5, 6, 7]
+
+
+def test_what_metrics_need_of_the_images_is_known_before_there_are_any(suite):
+    asked = torch.arange(7) % 3
+    suite.check_conditions(["fd", "spread", "accuracy"], asked, None)
+    suite.check_conditions(["prompt_spread"], None, ["a cat", "a dog", "a cat"])
+    for metrics, labels, captions, message in (
+        (["spread"], asked[:5], None, r"spread: expected 2 images of class 2, got 20 real, 1 fake"),
+        (["fd", "accuracy"], None, None, "'accuracy' needs the class labels"),
+        (["prompt_spread"], asked, None, "'prompt_spread' needs captions"),
+        (["prompt_spread"], None, ["a cat", "a dog"], "needs prompts with two images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            suite.check_conditions(metrics, labels, captions)

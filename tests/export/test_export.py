@@ -150,9 +150,16 @@ def test_a_negative_prompt_counts_where_guidance_is_asked_for(exports):
     assert (steered - expected).abs().max() < 1e-5 and (steered - plain).abs().max() > 1e-3
 
 
-def test_a_loaded_student_can_be_saved_again(exports, tmp_path):
-    load_pipeline(exports / "unconditional_ddim-4").save_pretrained(tmp_path / "again")
-    assert type(load_pipeline(tmp_path / "again")).__name__ == "DDIMPipeline"
+@pytest.mark.parametrize("teacher", ["unconditional", "conditional", "flow"])
+def test_a_loaded_student_is_saved_again_with_its_contract_and_its_code(tmp_path, teacher):
+    """A student in half precision, say, is called as before; a copy by stock diffusers would forget the steps."""
+    family = TEACHERS[teacher]()
+    first = export_pipeline(family, family.network, make_sampler(family, "renoise-4"), tmp_path / "first")
+    pipeline = load_pipeline(first)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = load_pipeline(tmp_path / "again")
+    assert type(again).__name__ == type(pipeline).__name__ and read_contract(tmp_path / "again") == read_contract(first)
+    assert torch.equal(pipeline_images(pipeline, family, 3, seed=3), pipeline_images(again, family, 3, seed=3))
 
 
 def test_foreign_code_is_refused_and_not_run(exports, tmp_path):
@@ -175,8 +182,11 @@ def test_code_beside_a_component_is_refused(tmp_path):
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"model_index\.json"):
-        load_pipeline(tmp_path / "nothing")
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ValueError, match=r"student: no model_index\.json"):
+        load_pipeline(tmp_path / "student")
+    with pytest.raises(ValueError, match="studnt: no such folder; did you mean 'student'"):
+        load_pipeline(tmp_path / "studnt")
 
 
 # ------------------------------------------------------------------------------------------------ the contract

@@ -18,7 +18,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.families.sd3 import SD3
 from stepdistill.files.weights import chosen_weights
-from stepdistill.training.run import read_student
+from stepdistill.training.students import read_student
 
 
 def rewrite(file, change):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, WanPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from stepdistill.cli import main
@@ -30,9 +30,10 @@ from stepdistill.families.sd3 import SD3
 from stepdistill.families.wan import Wan
 from stepdistill.families.zimage import ZImage
 from stepdistill.inference import generate as inference
-from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts
+from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts, open_pipeline
 from stepdistill.inference.grids import make_grid, to_uint8
 from stepdistill.inference.sampling import Images
+from stepdistill.inference.saving import check_places, save_images, side_by_side
 from stepdistill.inference.solvers import teacher_pipeline
 
 
@@ -87,6 +88,38 @@ def test_a_folder_of_samples_is_data_with_what_they_were_asked_for(tmp_path, stu
     generate("--pipeline", folder, "--num_images", 4, "--output", tmp_path / "classes")
     listing = list_samples(DataConfig(name="images", path=str(tmp_path / "classes")))
     assert listing.labels.tolist() == [0, 1, 2, 0] and len(listing.images) == 4
+    with pytest.raises(ValueError, match=r"--class_labels: expected 0 to 2, the classes of .*, got 7"):
+        open_pipeline(str(folder), Request(labels=[0, 7]), {})
+    open_pipeline(str(folder), Request(labels=[3]), {})  # the class that means none
+    with pytest.raises(ValueError, match=r"--class_labels: .* \(StableDiffusionPipeline\) takes none"):
+        open_pipeline(student, Request(prompts=["a cat"], labels=[1]), {})
+
+
+# --------------------------------------------------------------------------------------------- where they are written
+
+
+def test_what_is_no_place_for_images_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("grid.jpg", "clip.mp4", "notes", "folder.png"):
+        with pytest.raises(ValueError, match=f"--output: expected a .png for a grid, or a folder .*{name}"):
+            check_places([tmp_path / "grid.png", tmp_path / name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "notes"]
+
+
+def test_images_of_the_user_and_their_table_are_never_replaced(tmp_path):
+    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    save_images(images, tmp_path / "ours", seed=0, about={})
+    save_images(images, tmp_path / "ours/GRID.PNG", seed=0, about={})
+    check_places([tmp_path / "ours", tmp_path / "ours/GRID.PNG", tmp_path / "new"])
+    (tmp_path / "ours/metadata.jsonl").unlink()
+    check_places([tmp_path / "ours"])  # as a killed process leaves it
+    Image.new("RGB", (8, 8)).save(tmp_path / "ours/000000.png")
+    with pytest.raises(ValueError, match=r"000000\.png: is an image that was made elsewhere"):
+        check_places([tmp_path / "ours"])
+    (tmp_path / "ours/metadata.jsonl").write_text('{"file_name": "cat.png", "text": "a cat"}\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1: is of images that were made elsewhere"):
+        check_places([tmp_path / "ours"])
 
 
 def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path, student, teacher):
@@ -103,16 +136,34 @@ def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path
     assert same.tobytes() == explicit.tobytes() and same.crop(right).tobytes() != other.crop(right).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--compare", "moved/away/teacher"), "--compare: .*teacher"),
+        (("--compare", "embedded"), "--compare: expected a teacher of .*, got embedded, which takes no text"),
+        (("--compare", "teacher", "--compare_steps", 1001), "--compare_steps: expected at most 1000, .*got 1001"),
+    ],
+)
+def test_a_teacher_that_cannot_be_shown_is_said_before_images_are_made(
+    tmp_path, student, monkeypatch, capsys, flags, message
+):
+    (tmp_path / "moved").mkdir()
+    monkeypatch.chdir(tmp_path / "moved")
+    monkeypatch.setattr(inference, "generate_images", lambda *arguments: pytest.fail("sampled"))
+    with pytest.raises(SystemExit):
+        generate("--pipeline", student, "--prompt", "a cat", *flags, "--output", tmp_path / "x.png")
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
-    asked, clips = [], Images(torch.zeros(1, 3, 5, 16, 32, dtype=torch.uint8))
+    clips = Images(torch.zeros(1, 3, 5, 16, 32, dtype=torch.uint8))
     contract = Contract(call={"num_frames": 5, "height": 16}, origin=Origin(teacher="wan"))
     monkeypatch.setattr(inference, "read_contract", lambda folder: contract)
     monkeypatch.setattr(inference, "load_to_call", lambda config: Wan.tiny())
-    monkeypatch.setattr(inference, "pipeline_under", lambda *opened: WanPipeline.__new__(WanPipeline))
-    monkeypatch.setattr(inference, "generate_images", lambda pipeline, request: asked.append(request.call) or clips)
-    both = inference.beside_teacher(clips, "student", "teacher", Request(), 3, None, {})
-    assert both.pixels.shape == (1, 3, 5, 16, 64)
-    assert (asked[0]["num_frames"], asked[0]["num_inference_steps"]) == (5, 3)
+    monkeypatch.setattr(inference, "pipeline_under", lambda *opened: Wan.tiny().pipe)
+    _, request = inference.open_teacher("student", "teacher", Request(prompts=["a cat"]), 3, None, {})
+    assert (request.call["num_frames"], request.call["num_inference_steps"]) == (5, 3)
+    assert side_by_side(clips, clips).pixels.shape == (1, 3, 5, 16, 64)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +177,13 @@ def test_clips_are_shown_beside_as_many_frames_of_the_teachers(monkeypatch):
 def test_the_teacher_beside_a_student_is_asked_for_guidance_in_its_pipelines_words(
     monkeypatch, family, negative, expected
 ):
-    teacher, asked, images = family.tiny(), [], Images(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    teacher = family.tiny()
     monkeypatch.setattr(inference, "read_contract", lambda folder: Contract(origin=Origin(teacher="it")))
     monkeypatch.setattr(inference, "load_to_call", lambda config: teacher)
     monkeypatch.setattr(inference, "pipeline_under", lambda *opened: teacher.pipe)
-    monkeypatch.setattr(inference, "generate_images", lambda pipeline, request: asked.append(request.call) or images)
-    inference.beside_teacher(images, "student", "teacher", Request(negative_prompt=negative), 3, 2.5, {})
-    assert asked == [{"num_inference_steps": 3, **expected}]
+    asked = Request(prompts=["a cat"], negative_prompt=negative)
+    _, request = inference.open_teacher("student", "teacher", asked, 3, 2.5, {})
+    assert request.call == {"num_inference_steps": 3, **expected}
 
 
 def test_the_teacher_beside_a_student_is_guided_by_the_rule_of_the_distillation(tmp_path, teacher):

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.config import read_config
-from stepdistill.export.contract import read_contract
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError
@@ -185,6 +187,36 @@ def test_distill_returns_a_pipeline_that_samples(tmp_path, channels):
     assert (folder / "samples.png").is_file() and (tmp_path / "run/config.yaml").is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": None}, r"teacher\.path: expected text, got None"),
+        ({"teacher": object()}, r"teacher\.path: expected text, got <object"),
+        ({"output_dir": None}, r"train\.output_dir: expected text, got None"),
+        ({"method": 3}, r"method\.name: missing"),
+        ({"data": None}, r"data\.name: missing"),
+        ({"data": ["images"]}, "data: expected a section of keys"),
+        ({"train": "2000"}, "train: expected a section of keys"),
+        ({"teacher_options": ["bfloat16"]}, "teacher: expected a section of keys"),
+    ],
+)
+def test_distill_refuses_other_types_by_the_name_of_the_key(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    usual = {"teacher": "none", "method": "lcm", "data": "none", "output_dir": "run"}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        stepdistill.distill(**usual | arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_does_not_write_its_pictures_among_its_images(mapping, tmp_path):
+    (tmp_path / "images").mkdir()
+    mapping["data"] = {"name": "images", "path": str(tmp_path / "images")}
+    mapping["train"] = {**mapping["train"], "output_dir": str(tmp_path / "other/../images/run")}
+    refused(mapping, r"train\.output_dir: expected a folder outside data\.path")
+    (tmp_path / "images/metadata.jsonl").write_text("")  # a table says which they are
+    refused(mapping, r"data\.path: .*no images")
+
+
 def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     first = Run(resolve(mapping)).train()
     weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
@@ -199,6 +231,18 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     contract, before = read_contract(run.train()), read_contract(first)
     assert contract.origin.start == {"path": str(first), "training": before.origin.training}
     assert contract.origin.training["steps"] == 2 * before.origin.training["steps"]
+
+
+def test_a_student_as_the_teacher_is_asked_at_its_own_steps_or_warned_of(mapping, tmp_path):
+    family = Pixel.tiny()
+    sampler, origin = DDIM(family.schedule, family.schedule.grid(2)), Origin(method="progressive")
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=origin)
+    teacher = {"teacher": {"path": str(tmp_path / "student")}}
+    with pytest.warns(UserWarning, match=r"teacher\.path: .*student: expected a model that denoises at every time"):
+        Run(resolve(mapping | teacher | {"method": {"name": "lcm"}, "optim": {}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Run(resolve(mapping | teacher | {"method": {"name": "progressive", "steps": 1, "start": 2}}))
 
 
 def test_a_start_that_is_no_student_of_this_teacher(mapping, tmp_path):

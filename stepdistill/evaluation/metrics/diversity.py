@@ -36,15 +36,22 @@ def within_class_spread(real: Tensor, real_labels: Tensor, fake: Tensor, fake_la
 def within_class_deviations(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> Tensor:
     """Return the contribution (M,) of each of ``fake`` to :func:`within_class_spread`, which is their mean."""
     real, fake = checked_pair(real, fake)
+    check_classes(real_labels, fake_labels)
     classes = fake_labels.unique().tolist()
     values = fake.new_zeros(len(fake))
     for label in classes:
         ours, theirs = fake[fake_labels == label], real[real_labels == label]
-        if min(len(ours), len(theirs)) < 2:
-            raise ValueError(f"spread: expected 2 images of class {label}, got {len(theirs)} real, {len(ours)} fake")
         squares = (ours - ours.mean(0)).square().sum(1) / (len(ours) - 1) / theirs.var(0).sum()
         values[fake_labels == label] = squares * len(fake) / len(classes)
     return values
+
+
+def check_classes(real_labels: Tensor, fake_labels: Tensor) -> None:
+    """Raise ``ValueError`` if a class of the fakes has fewer than two images on either side."""
+    for label in fake_labels.unique().tolist():
+        real, fake = (int((labels == label).sum()) for labels in (real_labels, fake_labels))
+        if min(real, fake) < 2:
+            raise ValueError(f"spread: expected 2 images of class {label}, got {real} real, {fake} fake")
 
 
 def nearest_distance(queries: Tensor, training: Tensor) -> Nearest:

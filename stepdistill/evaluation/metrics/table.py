@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from stepdistill.files.words import nearest
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.metrics.scores import Sample, Score
@@ -99,6 +101,15 @@ _ALL = (
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise ``ValueError`` if there are no names of metrics, or one is unknown."""
+    if not names:
+        raise ValueError(f"metrics: expected at least one of {', '.join(METRICS)}, got none")
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metrics: {name!r} is unknown{nearest(name, METRICS)}")
 
 
 def directions() -> dict[str, bool]:

@@ -56,10 +56,15 @@ def within_prompt_deviations(features: Tensor, prompts: Tensor, reference: Momen
     """
     x = checked(features)
     _, group, counts = prompts.unique(return_inverse=True, return_counts=True)
+    check_shared(prompts)
     shared = counts[group] > 1
-    if not shared.any():
-        raise ValueError("metrics: 'prompt_spread' needs prompts with two images or more; no prompt has")
     means = x.new_zeros(len(counts), x.shape[1]).index_add_(0, group, x) / counts[:, None]
     squares = (x - means[group]).square().sum(1)[shared]
     number = counts[group][shared]
     return squares * number / (number - 1) / reference.cov.trace(), group[shared]
+
+
+def check_shared(prompts: Tensor) -> None:
+    """Raise ``ValueError`` if no two images share a prompt, given by its key (N,) int64."""
+    if len(prompts.unique()) == len(prompts):
+        raise ValueError("metrics: 'prompt_spread' needs prompts with two images or more; no prompt has")
