@@ -146,11 +146,20 @@ def start_of(folder: Path) -> Path | None:
         return None
     start = folder.parent / f"start-{steps}-steps"
     if not is_pipeline(start):
-        run = Run(resolve(read_config(config, [f"method.steps={steps}", "eval.every=0"])))
+        run = run_to(config, steps)
         if run.distiller.converts:
             return None
-        run.export_start(start)
+        run.export_start(start, steps)
     return start
+
+
+def run_to(config: Path, steps: int) -> Run:
+    """Return the run of a configuration that makes a student of so many steps, at its end or in a stage."""
+    run = Run(resolve(read_config(config, ["eval.every=0"])))
+    made = [run.config.method.steps, *(stage.value for stage in run.distiller.stages(run.config.train.steps))]
+    if steps in made:
+        return run
+    return Run(resolve(read_config(config, [f"method.steps={steps}", "eval.every=0"])))
 
 
 def fingerprint_start(folder: Path) -> str:

@@ -191,8 +191,12 @@ class Run:
             raise ValueError(f"train.output_dir: no checkpoint in {self.folder}")
         return self.export(folder, trainer.total_cost())
 
-    def export_start(self, folder: Path) -> Path:
+    def export_start(self, folder: Path, steps: int | None = None) -> Path:
         """Write the student as it is before its first training step, under the method's own sampler.
+
+        Args:
+            folder: to write.
+            steps: of the stage whose sampler it is; by default, and where no stage has so many, the last stage's.
 
         Raises:
             ValueError: if the weights are no such student yet: the first stage converts what they predict.
@@ -200,7 +204,8 @@ class Run:
         if self.distiller.converts:
             raise ValueError(f"{self.folder}: expected a student at step 0, got one whose prediction is yet converted")
         check_output(folder, self.config)
-        self.distiller.stage = self.distiller.stages(self.config.train.steps)[-1]
+        stages = self.distiller.stages(self.config.train.steps)
+        self.distiller.stage = next((stage for stage in stages if stage.value == steps), stages[-1])
         return self.export(folder, TrainingCost())
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:

@@ -6,8 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import yaml
 from contracts.cases import checkpoint_bytes, make_run, sections, teacher_for
 
+from stepdistill.benchmark.students import run_to
 from stepdistill.data.ode_pairs import Pairs, PairsConfig, make_pairs
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import read_contract
@@ -93,6 +95,18 @@ def test_the_start_of_a_finished_run_of_stages_is_that_of_its_last(tmp_path):
     run = measured(tmp_path, "progressive")
     assert run.method.make_sampler(run.config.method, run.family).name == DDIM.name
     assert read_contract(run.export_start(tmp_path / "start")).steps == run.config.method.steps == 2
+
+
+def test_the_start_of_a_stage_has_its_sampler(tmp_path):
+    """Of lightning's stages, some of which have fewer steps than the students on their way (``via``)."""
+    run = measured(tmp_path, "lightning")
+    *via, last = run.config.method.ladder[1:]
+    for steps in (*via, last):
+        assert read_contract(run.export_start(tmp_path / str(steps), steps)).steps == steps > 0
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run.config.as_sections()))
+    for steps in (*via, last):
+        assert run_to(config, steps).config.method.ladder[1:] == (*via, last)
 
 
 @pytest.mark.parametrize(("solver", "scale"), [("heun", 1.0), ("euler", 1.0), ("heun", 2.0)])
