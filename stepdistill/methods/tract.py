@@ -55,9 +55,10 @@ class Tract(Distiller):
         """Decay of the self-teacher, an average with bias correction: its first update copies the student."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
-        clip: bool = False
+        clip: bool | None = False
         """Whether clean images in targets are cut to [-1, 1], as in the authors' code. Off by default: where images lie
-        at a bound, as a black ground does, errors are cut on one side only, and their mean adds up along a group."""
+        at a bound, as a black ground does, errors are cut on one side only, and their mean adds up along a group. None,
+        which older runs have, is true for pixels."""
 
         def __post_init__(self) -> None:
             ladder(self.start, self.via, self.steps)
@@ -80,6 +81,7 @@ class Tract(Distiller):
         return self.make_sampler(self.config, self.family, self.stage.value)
 
     def build(self) -> None:
+        self.clips = self.family.predicts_pixels if self.config.clip is None else self.config.clip
         self.last_student = self.add_role("mentor", trainable=False)
         self.self_teacher = self.add_average("self_teacher", self.self_decay)
         self.add_turn("student", self.loss)
@@ -144,7 +146,7 @@ class Tract(Distiller):
 
     def bounded(self, denoise: Denoise) -> Denoise:
         """Return ``denoise``, cut to [-1, 1] where ``clip`` holds; the authors leave EDM's Heun steps as they are."""
-        if not self.config.clip:
+        if not self.clips:
             return denoise
         return lambda x_t, t: clipped(denoise(x_t, t), x_t, t, self.schedule)
 
