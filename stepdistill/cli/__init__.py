@@ -13,6 +13,7 @@ from stepdistill.cli.sharing import check_flags_of_hub, flags_of_hub, flags_of_p
 from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
 from stepdistill.files.words import shown, visible
+from stepdistill.files.writing import check_new_file
 
 COUNT, SEED, SCALE = in_range(PositiveInt), in_range(Seed), in_range(NonNegativeFloat)
 LABEL = in_range(NonNegativeInt)
@@ -259,7 +260,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
-    from stepdistill.files.writing import check_new_file
     from stepdistill.inference.rows import network_of
     from stepdistill.inference.solvers import teacher_pipeline
     from stepdistill.networks.compilation import compile_blocks
@@ -315,7 +315,6 @@ def benchmark(args: argparse.Namespace) -> None:
     from stepdistill.benchmark.publish import benchmark
     from stepdistill.config import read_config
     from stepdistill.files.schema import build
-    from stepdistill.files.writing import check_new_file
 
     check_new_file(args.report, ".html")
     path = benchmark(build(BenchmarkConfig, read_config(args.config, args.overrides)), time=args.time)
@@ -342,6 +341,7 @@ def demo(args: argparse.Namespace) -> None:
     """Run ``stepdistill demo``."""
     from stepdistill.benchmark.demo import demo
 
+    check_new_file(args.report, ".html")
     picture = demo(args.config, args.overrides)
     write_page(args.report, picture.with_name("result.json"))
 
