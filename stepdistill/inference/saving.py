@@ -63,7 +63,7 @@ def _check_earlier(table: Path, first: Path) -> None:
         for where, row in json_lines(table).items():
             if not OWN_NAME.fullmatch(str(row.get("file_name"))):
                 raise ValueError(f"--output: {where}: is of images that were made elsewhere; choose another folder")
-    elif first.is_file():
+    if first.is_file():
         with Image.open(first) as image:
             if "generator_seed" not in image.info:
                 raise ValueError(f"--output: {first}: is an image that was made elsewhere; choose another folder")

@@ -117,6 +117,9 @@ def test_images_of_the_user_and_their_table_are_never_replaced(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "ours/000000.png")
     with pytest.raises(ValueError, match=r"000000\.png: is an image that was made elsewhere"):
         check_places([tmp_path / "ours"])
+    (tmp_path / "ours/metadata.jsonl").write_text('{"file_name": "000000.png", "text": "named as ours are"}\n')
+    with pytest.raises(ValueError, match=r"000000\.png: is an image that was made elsewhere"):
+        check_places([tmp_path / "ours"])
     (tmp_path / "ours/metadata.jsonl").write_text('{"file_name": "cat.png", "text": "a cat"}\n')
     with pytest.raises(ValueError, match=r"metadata\.jsonl:1: is of images that were made elsewhere"):
         check_places([tmp_path / "ours"])
