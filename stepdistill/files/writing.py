@@ -66,7 +66,7 @@ def check_new_file(place: str | Path | None, ending: str = "") -> None:
         return
     path = Path(place)
     if not path.name.endswith(ending):
-        raise ValueError(f"{path}: expected the name of a file to write that ends in {ending}")
+        raise ValueError(f"{path}: expected a file to write whose name ends in {ending}, got {path.name!r}")
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write, got a folder")
     check_writable(path)

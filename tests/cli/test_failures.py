@@ -141,8 +141,8 @@ def test_scripts_print_one_sentence_too(script, tmp_path, monkeypatch, capsys):
     ("flag", "name", "message"),
     [
         ("--output", "folder", "expected a file to write, got a folder"),
-        ("--report", "result.json", "expected the name of a file to write that ends in .html"),
-        ("--write_reference", "folder", "expected the name of a file to write that ends in .npz"),
+        ("--report", "result.json", "expected a file to write whose name ends in .html"),
+        ("--write_reference", "folder", "expected a file to write whose name ends in .npz"),
     ],
 )
 def test_what_is_no_place_for_a_result_is_refused_before_anything_is_measured(tmp_path, capsys, flag, name, message):
