@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stepdistill.data.base import DataConfig, Dataset, locate_data
 from stepdistill.data.datasets import open_data
+from stepdistill.data.hf_datasets import is_saved
 from stepdistill.data.latent_cache import LatentCacheDataset
 from stepdistill.data.metadata import metadata_file
 from stepdistill.data.ode_pairs import PairDataset
@@ -44,13 +45,15 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
 def check_apart(config: DataConfig, output_dir: Path) -> None:
     """Raise ``ValueError`` if the pictures that a run writes would join the images that it is trained on.
 
-    That is where it writes into their folder and no table or tar says which they are: it would be refused its own
-    resumption, and another run would be trained on samples.
+    That is where it writes into their folder, not hidden there, and no table or tar says which they are: it would be
+    refused its own resumption, and another run would be trained on samples.
     """
     folder = Path(config.path or "")
-    if config.name != "images" or not folder.is_dir() or metadata_file(folder) or any(folder.glob("*.tar")):
+    if config.name != "images" or not folder.is_dir() or not output_dir.resolve().is_relative_to(folder.resolve()):
         return
-    if output_dir.resolve().is_relative_to(folder.resolve()):
+    is_hidden = any(name.startswith(".") for name in output_dir.resolve().relative_to(folder.resolve()).parts)
+    is_table = metadata_file(folder) or is_saved(folder) or any(folder.rglob("*-of-*.parquet"))
+    if not is_hidden and not is_table and not any(folder.glob("*.tar")):
         raise ValueError(
             f"train.output_dir: expected a folder outside data.path ({folder}), whose images the run's pictures would "
             f"join, got {output_dir}"
