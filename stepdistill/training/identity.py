@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ class RunIdentity:
         before = dict(self.defaults)
         for key, value in checkpoint.state.config.items():
             before[RENAMED.get(key, key)] = value
+        if start := before.get("bank.init_from"):  # older versions kept a ~
+            before["bank.init_from"] = os.path.expanduser(start)
         unknown = sorted(key for key in self.values.keys() - before.keys() if key.endswith(")"))  # as of versions
         if unknown:
             logger.warning(f"{checkpoint.path} does not record its {', '.join(unknown)}; assumed to be as now")

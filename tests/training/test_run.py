@@ -1,5 +1,6 @@
 """From a configuration to a student: the one path, and everything that is refused before its first step."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import stepdistill
 from stepdistill.config import read_config
+from stepdistill.data.opening import check_apart
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import Origin, read_contract
 from stepdistill.export.pipeline import export_pipeline
@@ -213,6 +215,10 @@ def test_a_run_does_not_write_its_pictures_among_its_images(mapping, tmp_path):
     mapping["data"] = {"name": "images", "path": str(tmp_path / "images")}
     mapping["train"] = {**mapping["train"], "output_dir": str(tmp_path / "other/../images/run")}
     refused(mapping, r"train\.output_dir: expected a folder outside data\.path")
+    (tmp_path / "images/train-0-of-1.parquet").touch()
+    check_apart(resolve(mapping).data, tmp_path / "images/run")  # only the table is read
+    (tmp_path / "images/train-0-of-1.parquet").unlink()
+    check_apart(resolve(mapping).data, tmp_path / "images/.runs/run")  # hidden folders are not read
     (tmp_path / "images/metadata.jsonl").write_text("")  # a table says which they are
     refused(mapping, r"data\.path: .*no images")
 
@@ -270,6 +276,14 @@ def test_a_checkpoint_of_a_version_without_a_key_has_its_default(mapping):
     checkpoint.state.config.update({"bank.init_from": "a student"})
     with pytest.raises(ValueError, match="bank.init_from: was 'a student', is None"):
         run.identity.check(checkpoint)
+
+
+def test_a_run_that_kept_the_home_in_the_path_of_its_start_is_resumed(mapping, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = Run(resolve(mapping))
+    before = run.identity.values | {"bank.init_from": "~/student"}
+    identity = dataclasses.replace(run.identity, values=before | {"bank.init_from": str(tmp_path / "student")})
+    identity.check(Checkpoint(Path("checkpoint"), 1, SavedState(stage=0, stage_name="train", done=1, config=before)))
 
 
 def test_a_run_that_had_no_heads_optimiser_is_resumed_by_one_that_has_its_owners_settings(tmp_path):
