@@ -133,6 +133,12 @@ def test_a_path_may_begin_with_the_home_which_a_shell_leaves_in_an_override(monk
     found = resolve(sections)
     assert found.train.output_dir == str(tmp_path / "run")
     assert found.data.path == str(tmp_path / "images") and found.bank.init_from == str(tmp_path / "run/pipeline")
+    dmd = resolve(apply_overrides(sections, ["method={name: dmd, pairs: ~/pairs}"]))
+    assert dmd.method.pairs == str(tmp_path / "pairs")
+    places = ["students.mine=~/run/pipeline", "judge=~/judge", "captions=~/prompts.txt"]
+    benchmark = build(BenchmarkConfig, apply_overrides({"teacher": {"path": "embedded"}, "output": "x"}, places))
+    assert benchmark.students == {"mine": str(tmp_path / "run/pipeline")}
+    assert (benchmark.judge, benchmark.captions) == (str(tmp_path / "judge"), str(tmp_path / "prompts.txt"))
     with pytest.raises(ConfigError, match=r"^train\.output_dir: expected a path, got ''$"):
         resolve(apply_overrides(sections, ["train.output_dir=''"]))
 

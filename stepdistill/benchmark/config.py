@@ -28,7 +28,7 @@ class BenchmarkConfig:
     document: Place | None = None
     """A markdown file that gets the table between ``<!-- mark -->`` and ``<!-- /mark -->``."""
     mark: str = "benchmark"
-    students: dict[str, str] = dataclasses.field(default_factory=dict)
+    students: dict[str, Place] = dataclasses.field(default_factory=dict)
     """Exported pipelines, by the names of their rows."""
     student_calls: tuple[PositiveInt, ...] = ()
     """Numbers of network calls at which every student is measured, a row each; empty is that of its contract."""
@@ -53,17 +53,17 @@ class BenchmarkConfig:
     metrics: tuple[str, ...] = ("fd", "precision_recall", "spread", "accuracy")
     features: Place = "embedded"
     reference: Place = "embedded"
-    held_out: str | None = None
+    held_out: Place | None = None
     """Real images that the reference lacks, for the row of real images; by default those are the reference's own."""
-    judge: str | None = None
+    judge: Place | None = None
     """Feature network of a second Fréchet distance, such as ``efficientnet``; None is none."""
     judge_samples: Annotated[int, Range(at_least=2)] | None = None
     """Samples of a row that the second judge sees; by default all."""
-    captions: str | None = None
+    captions: Place | None = None
     """Prompts for a teacher that takes text; see :class:`stepdistill.evaluation.protocol.Protocol`."""
-    clip: str | None = None
+    clip: Place | None = None
     """A CLIP for the metric ``clip``, on which nothing here was trained."""
-    attributes: str | None = None
+    attributes: Place | None = None
     """A network that reads attributes, for the metric ``adherence``."""
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     batch_size: PositiveInt = 100

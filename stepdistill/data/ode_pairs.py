@@ -47,7 +47,7 @@ class PairsConfig:
     steps: PositiveInt = 18
     guidance_scale: GuidanceScale = 1.0
     """Guidance of the teacher; 1 is none."""
-    prompts: str | None = None
+    prompts: Place | None = None
     """Prompts for a teacher that takes text, used in turn: a file as in :mod:`stepdistill.data.prompts`."""
     batch_size: PositiveInt = 100
     shard_size: PositiveInt = 1000

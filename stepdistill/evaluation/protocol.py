@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
 from stepdistill.evaluation.metrics.table import check_metrics
+from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
 from stepdistill.files.schema import build
@@ -46,14 +47,14 @@ class Protocol:
 
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     seed: Seed = 0
-    features: str = "embedded"
+    features: Place = "embedded"
     resize: str | None = None
-    clip: str | None = None
-    attributes: str | None = None
-    reference: str | None = None
+    clip: Place | None = None
+    attributes: Place | None = None
+    reference: Place | None = None
     reference_images: Annotated[int, Range(at_least=2)] = 10_000
     size: PositiveInt | None = None
-    captions: str | None = None
+    captions: Place | None = None
     guidance_scale: NonNegativeFloat | None = None
     num_inference_steps: PositiveInt | None = None
     rows: PositiveInt = ROWS

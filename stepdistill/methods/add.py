@@ -33,6 +33,7 @@ from stepdistill.discriminators.critics import CleanCritic, Conditioning
 from stepdistill.discriminators.feature_sources import MAX_BLOCKS, open_feature_source
 from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
@@ -74,7 +75,7 @@ class ADD(Distiller):
 
         steps: PositiveInt = 1
         """Sampling steps of the finished student; the paper trains on 4 times and samples with 1 to 4 of them."""
-        features: str = "teacher"
+        features: Place = "teacher"
         """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
         conditioning: Conditioning = "both"
         """Condition of the critic: nothing, the image's condition, or also the embedding of the noised image."""

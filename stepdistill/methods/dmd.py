@@ -23,6 +23,7 @@ from stepdistill.batch import Batch, Cond
 from stepdistill.data.ode_pairs import Pairs
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.families.base import Family
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveInt
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
@@ -48,7 +49,7 @@ class DMD(Distiller):
         """Sampling steps of the finished student: one."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher whose distribution is matched; 1 is none."""
-        pairs: str | None = None
+        pairs: Place | None = None
         """Folder written by ``scripts/make_pairs.py``; without it there is no regression."""
         regression_weight: NonNegativeFloat = 0.25
         """Weight of the distance to the teacher's own samples."""

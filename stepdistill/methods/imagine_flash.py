@@ -37,6 +37,7 @@ from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCrit
 from stepdistill.discriminators.feature_sources import MAX_BLOCKS, open_feature_source
 from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.places import Place
 from stepdistill.files.ranges import (
     FiniteFloat,
     GuidanceScale,
@@ -80,7 +81,7 @@ class ImagineFlash(Distiller):
         adversarial_weight: NonNegativeFloat = 0.1
         """Weight of the adversarial loss, relative to the squared error."""
         adversarial: AdversarialLoss = "hinge"
-        features: str = "teacher"
+        features: Place = "teacher"
         """Features of the critic: ``teacher``, or a feature network that is not used for evaluation."""
         augment: bool = True
         """Whether images are augmented for a feature network (DiffAugment)."""

@@ -69,7 +69,7 @@ class TextTeacherConfig:
     caption_dropout: Share = 0.1
     shift: NonNegativeInt = 0
     """Largest number of pixels by which the images of both CLIPs are moved."""
-    attributes: str | None = None
+    attributes: Place | None = None
     """An attribute reader, of which only the words are used: what captions say by them, the latents have to tell."""
 
     def __post_init__(self) -> None:
