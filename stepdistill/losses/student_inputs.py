@@ -45,7 +45,7 @@ def begun_at(schedule: NoiseSchedule, grid: Tensor, first: float) -> Tensor:
         )
     whole = schedule.shortened(grid.new_tensor(first), 1.0)[1].item()
     if abs(whole - first) > 1e-9:
-        raise ValueError(f"method.first_time: expected whole timesteps, such as {whole:.4g}, got {first}")
+        raise ValueError(f"method.first_time: expected whole timesteps, such as {whole:.10g}, got {first}")
     return torch.cat([grid.new_tensor([first]), grid[1:]])
 
 

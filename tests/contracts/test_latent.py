@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline, EDMEulerScheduler
 from stepdistill import load_pipeline
 from stepdistill.config import read_config
 from stepdistill.diffusion.samplers import DDIM
+from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
@@ -41,6 +42,7 @@ from stepdistill.families.sd import SD
 from stepdistill.families.sdxl import SDXL
 from stepdistill.files.schema import build
 from stepdistill.inference.sampling import class_count, sample_images
+from stepdistill.losses.student_inputs import begun_at
 from stepdistill.methods import find_method, method_names
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
@@ -102,6 +104,13 @@ def test_it_may_not_where_no_pipeline_is_asked_for_timesteps_nor_between_them():
             method.check(method.Config(steps=1, first_time=0.4004), PIXELS["pixel-epsilon"]())
         with pytest.raises(ValueError, match=r"method.first_time: expected above 0.75, where the second step begins"):
             method.check(method.Config(steps=4, first_time=0.4), PIXELS["pixel"]())
+
+
+def test_the_time_that_its_error_names_is_taken():
+    schedule = DiscreteVP(torch.linspace(0.9999, 0.001, 1024, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"such as 0\.400390625, got 0\.4"):
+        begun_at(schedule, schedule.grid(1), 0.4)
+    assert begun_at(schedule, schedule.grid(1), 0.400390625)[0] == 0.400390625
 
 
 @pytest.mark.product
