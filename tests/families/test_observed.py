@@ -299,7 +299,7 @@ def test_a_guidance_input_of_a_network_that_has_none_is_refused():
 def test_images_are_refused_before_training(tmp_path):
     family = Observed.tiny()
     with pytest.raises(ValueError, match=r"data.name: expected 'prompts' or 'pairs'"):
-        train_student(tmp_path, family, "lcm", "copy", data={"name": "images", "path": str(tmp_path)})
+        train_student(tmp_path, family, "lcm", "copy", data={"name": "images", "path": str(tmp_path / "images")})
     with pytest.raises(ValueError, match="encodes no images"):
         family.encode(RawBatch(torch.zeros(1, *family.image_shape), None, ("one",), (0,)))
 
