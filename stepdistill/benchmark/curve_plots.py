@@ -36,8 +36,9 @@ def plot_multiples(curves: Sequence[Curve], metric: str, path: Path) -> None:
 
     lines = max(1, math.ceil(len(curves) / COLUMNS))
     figure, axes = pyplot.subplots(
-        lines, COLUMNS, figsize=(3 * COLUMNS, 2.3 * lines), sharex=True, sharey=True, squeeze=False, facecolor="white"
-    )
+        lines, COLUMNS, figsize=(3 * COLUMNS, 2.3 * lines), sharex=True, sharey=True, squeeze=False, facecolor="white",
+        layout="constrained",
+    )  # fmt: skip
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     for axis, curve in zip(axes.flat, curves, strict=False):

@@ -55,22 +55,18 @@ def check_students(students: Mapping[str, str]) -> None:
             raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
 
 
-def train_missing(runs: Sequence[str]) -> None:
-    """Train every run that has not exported its student yet.
-
-    Args:
-        runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
-
-    Raises:
-        ValueError: before the first is trained, if one of them is at fault.
-    """
-    for command, config in missing_runs(runs).items():
+def train_runs(runs: Mapping[str, RunConfig]) -> None:
+    """Train runs, by their lines, in turn."""
+    for command, config in runs.items():
         print(f"training {command}", flush=True)
         Run(config).train()
 
 
 def missing_runs(runs: Sequence[str]) -> dict[str, RunConfig]:
     """Return the configurations of the runs that have not exported their student yet, and warn of others that differ.
+
+    Args:
+        runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
 
     Raises:
         ValueError: if one of all is at fault.

@@ -21,7 +21,7 @@ from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.samples import COLUMNS
 from stepdistill.benchmark.shapes import at_shapes
 from stepdistill.benchmark.solvers import solver_rows
-from stepdistill.benchmark.students import export_missing, train_missing
+from stepdistill.benchmark.students import export_missing, missing_runs, train_runs
 from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
 from stepdistill.config import read_config, to_yaml
 from stepdistill.diffusion.samplers import DDIM
@@ -350,12 +350,12 @@ def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeyp
     there.write_text(to_yaml(mapping))
     mapping["train"]["output_dir"] = str(tmp_path / "run")
     missing.write_text(to_yaml(mapping))
-    train_missing([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"])
+    train_runs(missing_runs([str(there), str(missing), f"{missing} train.output_dir={tmp_path / 'other'}"]))
     assert trained == [tmp_path / "run", tmp_path / "other"]
     with pytest.raises(ValueError, match=r"train\.stepz: unknown key; did you mean 'steps'"):
-        train_missing([str(missing), f"{missing} train.stepz=3"])
+        train_runs(missing_runs([str(missing), f"{missing} train.stepz=3"]))
     with pytest.warns(UserWarning, match=r"training/run: .* other values of train\.seed than asked for now"):
-        train_missing([f"{there} train.seed=7"])
+        train_runs(missing_runs([f"{there} train.seed=7"]))
     assert len(trained) == 2
 
 
