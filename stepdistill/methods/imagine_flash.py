@@ -96,6 +96,15 @@ class ImagineFlash(Distiller):
         critic_warmup: NonNegativeInt = 50
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
+        def __post_init__(self) -> None:
+            if self.reconstruction == "shifted":
+                return
+            for field in dataclasses.fields(self):
+                if field.name.startswith("shift_") and (value := getattr(self, field.name)) != field.default:
+                    raise ValueError(
+                        f"{field.name}: expected {field.default} without reconstruction 'shifted', got {value}"
+                    )
+
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         """Return DDIM, noise-corrected at the first step unless the network does so by itself.

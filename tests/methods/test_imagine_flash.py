@@ -87,9 +87,10 @@ def pixel_batch(size):
 
 
 def test_gamma_is_monotone_and_small_for_small_times():
-    gamma = taught_by(ImagineFlash, ORACLE, shift_power=2.0, shift_top=0.9).gamma(torch.tensor([0.0, 0.25, 0.5, 1]))
+    shifted = {"reconstruction": "shifted", "shift_power": 2.0, "shift_top": 0.9}
+    gamma = taught_by(ImagineFlash, ORACLE, **shifted).gamma(torch.tensor([0.0, 0.25, 0.5, 1]))
     assert gamma.tolist() == pytest.approx([0, 0.9 / 16, 0.9 / 4, 0.9])
-    straight = taught_by(ImagineFlash, ORACLE, shift_power=1.0, shift_top=1.0)
+    straight = taught_by(ImagineFlash, ORACLE, **(shifted | {"shift_power": 1.0, "shift_top": 1.0}))
     assert straight.gamma(torch.tensor([0.3, 1.0])).tolist() == pytest.approx([0.3, 1.0])
 
 
@@ -261,6 +262,8 @@ def test_bad_options_and_teachers_are_refused():
         build(ImagineFlash.Config, {"steps": 0})
     with pytest.raises(ValueError, match="shift_top"):
         build(ImagineFlash.Config, {"shift_top": 0.0})
+    with pytest.raises(ValueError, match="shift_top: expected 0.95 without reconstruction 'shifted', got 0.5"):
+        build(ImagineFlash.Config, {"shift_top": 0.5})
     with pytest.raises(ValueError, match="'epsilon' with alpha_T"):
         ImagineFlash.check(ImagineFlash.Config(), Pixel.tiny(prediction_type="epsilon"))
 
