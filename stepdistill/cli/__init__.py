@@ -85,12 +85,10 @@ def flags_of_train(command: argparse.ArgumentParser) -> None:
 def flags_of_generate(command: argparse.ArgumentParser) -> None:
     """Add the flags of ``stepdistill generate``."""
     command.add_argument("--pipeline", required=True, help="folder of an exported pipeline")
-    command.add_argument("--prompt", nargs="+", default=[], help="one or more prompts, used in turn")
-    command.add_argument(
-        "--prompt_file", help="more prompts: text (one per line), .csv, .tsv, .json, .jsonl, or - for stdin"
-    )
+    command.add_argument("--prompt", nargs="+", action="extend", default=[], help="one or more prompts, used in turn")
+    command.add_argument("--prompt_file", help="more prompts: lines of text, .csv, .tsv, .json, .jsonl, or - for stdin")
     command.add_argument("--negative_prompt", help="what guidance steers away from; needs a guidance scale above 1")
-    command.add_argument("--class_labels", type=LABEL, nargs="+", help="labels, used in turn; default: all classes")
+    command.add_argument("--class_labels", type=LABEL, nargs="+", action="extend", help="in turn; default: all classes")
     command.add_argument("--num_images", type=COUNT, help="default: one per prompt if there are several, else 16")
     command.add_argument(
         "--num_inference_steps", type=COUNT, help="numbers other than the trained one may give worse images"
@@ -111,8 +109,9 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     )
     flags_of_trust(command)
     command.add_argument(
-        "--output", required=True, nargs="+", type=Path, help="a .png for a grid, a folder for single images, or both"
-    )
+        "--output", required=True, nargs="+", action="extend", type=Path,
+        help="a .png for a grid, a folder for single images, or both",
+    )  # fmt: skip
 
 
 def flags_of_evaluate(command: argparse.ArgumentParser) -> None:

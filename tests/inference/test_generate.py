@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from stepdistill.cli import main
+from stepdistill.cli import main, make_parser
 from stepdistill.data.base import DataConfig
 from stepdistill.data.listing import list_samples
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler
@@ -288,6 +289,14 @@ def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidan
     both = np.asarray(Image.open(tmp_path / "out/000000.png")).astype(int)
     assert both.shape == (16, 32, 3) and both.std() > 1
     assert abs(both[:, :16] - both[:, 16:]).max() <= 1
+
+
+def test_a_flag_that_is_given_twice_adds_to_itself():
+    command = "generate --pipeline p --prompt a b --output x.png --prompt c --output images".split()
+    args = make_parser().parse_args(command)
+    assert args.prompt == ["a", "b", "c"] and args.output == [Path("x.png"), Path("images")]
+    args = make_parser().parse_args("generate --pipeline p --output x.png --class_labels 1 --class_labels 3".split())
+    assert args.class_labels == [1, 3]
 
 
 def test_prompts_come_from_standard_input(monkeypatch):
