@@ -292,10 +292,11 @@ def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidan
 
 
 def test_a_flag_that_is_given_twice_adds_to_itself():
-    command = "generate --pipeline p --prompt a b --output x.png --prompt c --output images".split()
-    args = make_parser().parse_args(command)
+    args = make_parser().parse_args(
+        ["generate", "--pipeline", "p", "--prompt", "a", "b", "--output", "x.png", "--class_labels", "1"]
+        + ["--prompt", "c", "--output", "images", "--class_labels", "3"]
+    )
     assert args.prompt == ["a", "b", "c"] and args.output == [Path("x.png"), Path("images")]
-    args = make_parser().parse_args("generate --pipeline p --output x.png --class_labels 1 --class_labels 3".split())
     assert args.class_labels == [1, 3]
 
 
