@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sized
@@ -254,6 +255,11 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
 
     @functools.wraps(original.save_pretrained)
     def save(self: DiffusionPipeline, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("push_to_hub"):  # diffusers would upload before the contract is there
+            raise ValueError(
+                "push_to_hub: expected False in save_pretrained of a student, got True: save it, then upload the "
+                f"folder with: stepdistill push --pipeline {shlex.quote(str(save_directory))} --push_to_hub USER/NAME"
+            )
         original.save_pretrained(self, save_directory, *args, **kwargs)
         add_to_index(Path(save_directory), add_our_files(self, Path(save_directory)))
         if contract.pipeline is not None:

@@ -160,6 +160,9 @@ def test_a_loaded_student_is_saved_again_with_its_contract_and_its_code(tmp_path
     again = load_pipeline(tmp_path / "again")
     assert type(again).__name__ == type(pipeline).__name__ and read_contract(tmp_path / "again") == read_contract(first)
     assert torch.equal(pipeline_images(pipeline, family, 3, seed=3), pipeline_images(again, family, 3, seed=3))
+    with pytest.raises(ValueError, match="push_to_hub: expected False.*stepdistill push --pipeline"):
+        pipeline.save_pretrained(tmp_path / "third", push_to_hub=True)
+    assert not (tmp_path / "third").exists()
 
 
 def test_foreign_code_is_refused_and_not_run(exports, tmp_path):
