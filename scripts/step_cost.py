@@ -4,8 +4,8 @@
 
 prints a table of LCM and DMD2 on networks of the sizes of Stable Diffusion 1.5 and XL, as full copies and as adapters
 on one network. It needs a GPU and no files: nothing is downloaded or written. Without a GPU, --plan tells what would be
-held (weights, gradients, optimisers), --tiny tries the steps with miniatures, and --floor compares every method's step
-with its network calls, on the embedded teacher.
+held (weights, gradients, optimisers), --tiny tries the steps with miniatures, and --floor compares the steps of
+twelve methods with their network calls, on the embedded teacher.
 """
 
 import argparse

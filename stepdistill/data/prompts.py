@@ -1,4 +1,4 @@
-"""Files of prompts: what ``data.prompts``, ``--prompt_file``, ``--captions`` and ``pairs.prompts`` read.
+"""Files of prompts: what ``data.path`` of ``prompts``, ``--prompt_file``, ``--captions`` and ``pairs.prompts`` read.
 
 ==================  =================================================================================================
 suffix              prompts

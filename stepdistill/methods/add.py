@@ -88,7 +88,7 @@ class ADD(Distiller):
         negative_prompt: str = ""
         """For ``nfsd`` with a text teacher: what images should not show, for example "blurry, low quality"."""
         guidance_scale: GuidanceScale = 1.0
-        """Guidance of the teacher's prediction; 1 is none."""
+        """Guidance of the teacher's prediction; 1 is none. ``nfsd`` has its own, and takes no other."""
         decoded: bool = False
         """Whether the teacher's loss compares decoded images (the paper's choice for latents)."""
         r1: NonNegativeFloat = 1e-5
@@ -103,6 +103,13 @@ class ADD(Distiller):
         def __post_init__(self) -> None:
             if self.negative_prompt and self.weighting != "nfsd":
                 raise ValueError(f"negative_prompt: expected only with weighting 'nfsd', got {self.weighting!r}")
+            if self.weighting == "nfsd" and self.guidance_scale != 1:
+                raise ValueError(
+                    f"guidance_scale: expected 1 with weighting 'nfsd', which has a scale of its own, got "
+                    f"{self.guidance_scale}"
+                )
+            if self.features == "teacher" and not self.augment:
+                raise ValueError("augment: expected true with features 'teacher', which augments nothing, got false")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

@@ -73,6 +73,11 @@ class DMD(Distiller):
         super().check(config, family)
         if config.pairs is not None:
             check_resemblance(config.distance)
+            if config.distance == "features" and not family.feature_blocks:
+                raise ValueError(
+                    "method.distance: expected 'pixels' or 'lpips' for a teacher whose blocks are not known, got "
+                    "'features'"
+                )
             Pairs(config.pairs).check_teacher(family)
 
     def build(self) -> None:

@@ -93,11 +93,11 @@ class FlowMap(Distiller):
         condition_dropout: ranges.Share = 0.1
         """Share of the batch without its condition, where data and the student itself make the guidance."""
         step: ranges.PositiveFloat = 0.005
-        """Distance of the calls of ``difference``, in flow time; 0.005 to 0.02."""
+        """How far above and below its time the calls of ``difference`` lie, in flow time; 0.005 to 0.02."""
         warmup: ranges.NonNegativeInt = 0
         """Training steps until the derivative counts in full, of ``difference`` and ``jvp``."""
         alpha_least: ranges.Share = 0.0
-        """Where ``alpha`` ends; below 0.005 the target is that of ``jvp``."""
+        """Where ``alpha`` ends; at values below 0.005 the target is that of ``jvp``, and the derivative is needed."""
         alpha_begin: ranges.Share = 0.0
         """Share of the training at which ``alpha`` begins to fall from 1."""
         alpha_end: ranges.PositiveShare = 0.4

@@ -103,8 +103,8 @@ class TCD(Distiller):
         """Guidance baked into the student; 1 is none."""
         gamma: Share | None = None
         """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more. By default 0.2,
-        or 0 with several segments, or for a teacher whose stock scheduler or pipeline adds no noise back, see
-        :func:`default_gamma`."""
+        or 0 with several segments in the last stage, or for a teacher whose stock scheduler or pipeline adds no noise
+        back, see :func:`default_gamma`."""
         segments: tuple[PositiveInt, ...] = ()
         """Stages of training by their number of segments: [4] for PCM, [8, 4, 2, 1] for Hyper-SD; by default one."""
         target: Literal["random", "edge"] = "random"

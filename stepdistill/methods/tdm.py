@@ -79,7 +79,8 @@ class TDM(Distiller):
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
         first_time: PositiveShare = 1.0
-        """Time of the first step, whose input is pure noise; the authors have 0.8 for Stable Diffusion and PixArt."""
+        """Time of the first step, whose input is pure noise; later times are lowered in proportion. The authors have
+        0.8 for Stable Diffusion and PixArt."""
         interval: Literal["within", "above"] = "within"
         """Where a landed state is noised to: its own segment, or all noise levels above it."""
         all_segments: bool = False

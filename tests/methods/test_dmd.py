@@ -456,6 +456,13 @@ def test_options_that_make_no_sense_are_refused(options, message):
         DMD.Config(**options)
 
 
+def without_blocks():
+    """A teacher whose blocks are not known, as those of observed pipelines are not."""
+    family = Pixel.tiny()
+    family.feature_blocks = ()
+    return family
+
+
 @pytest.mark.parametrize(
     ("options", "family", "message"),
     [
@@ -463,6 +470,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         ({"guidance_scale": 0.5}, Pixel.tiny, "at least 1"),
         ({}, lambda: Pixel.tiny(prediction_type="epsilon"), "epsilon"),
         ({"pairs": "nowhere"}, Pixel.tiny, r"pairs\.json"),
+        ({"pairs": "nowhere"}, without_blocks, r"method\.distance: expected 'pixels' or 'lpips'"),
     ],
 )
 def test_a_teacher_that_cannot_be_distilled_so_is_refused(options, family, message):
