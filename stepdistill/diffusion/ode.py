@@ -21,27 +21,6 @@ def ode_step(prediction: Prediction, schedule: NoiseSchedule, s: Tensor) -> Tens
     return prediction.to_state(alpha_s, sigma_s)
 
 
-def second_order(
-    here: Prediction, before: Tensor, x_t: Tensor, times: tuple[Tensor, Tensor, Tensor], schedule: NoiseSchedule
-) -> Prediction:
-    """Return the prediction with which a DDIM step is one of DPM-Solver++ (2M) (Lu et al. 2022, arXiv 2211.01095).
-
-    Its clean image is carried on over half of the step, by the log noise level, as it changed since the step before.
-
-    Args:
-        here: the network's prediction for ``x_t``.
-        before: the clean images (B, ...) that it predicted one step earlier.
-        x_t: states (B, ...).
-        times: of the step before, of ``x_t``, and of the state to come, each (B,).
-        schedule: of the states.
-    """
-    first, middle, last = (schedule.log_snr(t) for t in times)
-    share = (last - middle) / (2 * (middle - first))
-    x0 = here.x0 + expand(share, x_t) * (here.x0 - before)
-    alpha_t, sigma_t = schedule.coefficients(times[1], x_t)
-    return Prediction(x0, (x_t - alpha_t * x0) / sigma_t)
-
-
 def clipped(prediction: Prediction, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Prediction:
     """Return the prediction with its clean image cut to [-1, 1], and the noise that is then left in ``x_t``."""
     x0 = prediction.x0.clamp(-1, 1)

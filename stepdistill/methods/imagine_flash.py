@@ -5,7 +5,7 @@ sampling from pure noise down to t, by the sampler it will be used with. Nothing
 and the inputs are the same in training and in use.
 
 *Shifted reconstruction*: the student's clean image ``x`` is noised again, to ``gamma(t)``. From there the guided
-teacher takes k steps to the target,
+teacher takes k DDIM steps to the target,
 
 .. math:: \| \hat x_\Phi(f^k_\Phi(\alpha_\gamma x + \sigma_\gamma \epsilon)) - x \|^2, \qquad \gamma(t) = g\, t^p.
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch, Cond
-from stepdistill.diffusion.ode import ode_step, second_order
+from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.samplers import DDIM, NoiseCorrected, Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, Karras
 from stepdistill.discriminators.critics import CleanCritic, Critic, RenoisedCritic
@@ -67,9 +67,7 @@ class ImagineFlash(Distiller):
         steps: PositiveInt = 3
         """Sampling steps of the finished student, 1 to 3 in the paper."""
         teacher_steps: PositiveInt = 4
-        """k, the steps of the teacher to a target."""
-        teacher_order: Literal[1, 2] = 1
-        """Order of these steps: 1 for DDIM, 2 for DPM-Solver++ (2M), which needs fewer."""
+        """k, the DDIM steps of the teacher to a target."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance of the teacher, baked into the student; 1 is none."""
         reconstruction: Literal["shifted", "plain"] = "plain"
@@ -178,12 +176,6 @@ class ImagineFlash(Distiller):
         """Return the clean images (B, ...) that k steps of the teacher make of states (B, ...) at times (B,)."""
         teacher = self.guided_teacher(cond)
         k = self.config.teacher_steps
-        grid = [start * i / k for i in range(k, 0, -1)]
-        before = None
-        for i in range(k - 1):
-            here = teacher(x, grid[i])
-            step = here
-            if self.config.teacher_order == 2 and before is not None:
-                step = second_order(here, before, x, (grid[i - 1], grid[i], grid[i + 1]), self.schedule)
-            x, before = ode_step(step, self.schedule, grid[i + 1]), here.x0
-        return teacher(x, grid[-1]).x0
+        for i in range(k, 1, -1):
+            x = ode_step(teacher(x, start * i / k), self.schedule, start * (i - 1) / k)
+        return teacher(x, start / k).x0
