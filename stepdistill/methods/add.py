@@ -108,8 +108,6 @@ class ADD(Distiller):
                     f"guidance_scale: expected 1 with weighting 'nfsd', which has a scale of its own, got "
                     f"{self.guidance_scale}"
                 )
-            if self.features == "teacher" and not self.augment:
-                raise ValueError("augment: expected true with features 'teacher', which augments nothing, got false")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

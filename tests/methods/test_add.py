@@ -219,9 +219,6 @@ def test_bad_options_and_teachers_are_refused():
         ADD.Config(negative_prompt="dull")
     with pytest.raises(ValueError, match="guidance_scale: expected 1 with weighting 'nfsd'"):
         ADD.Config(weighting="nfsd", guidance_scale=2.0)
-    with pytest.raises(ValueError, match="augment: expected true with features 'teacher'"):
-        ADD.Config(augment=False)
-    assert not ADD.Config(augment=False, features="runs/critic").augment
 
 
 def test_one_class_is_refused_in_the_first_step_unless_the_critic_ignores_classes():
