@@ -175,8 +175,9 @@ class Run:
             self.evaluation.best.restore(trainer.result_weights())
 
     def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
-        """Export the student of every stage that has a sampler diffusers can express."""
-        if isinstance(stage.value, int) and stage.value != self.config.method.steps:
+        """Export the student of every stage but the last that has a sampler diffusers can express."""
+        is_last = stage == self.distiller.stages(self.config.train.steps)[-1]
+        if isinstance(stage.value, int) and stage.value != self.config.method.steps and not is_last:
             try:
                 self.export(self.folder / f"pipeline-{stage.name}", cost)
             except ValueError as reason:

@@ -366,3 +366,12 @@ def killed_after(step, folder, options):
         assert processes.codes == {}, processes.output(0)[-3000:]
         processes.kill(0)
         assert processes.wait() == [-signal.SIGKILL]
+
+
+def test_the_last_stage_leaves_only_the_finished_student(tmp_path):
+    """With one segment and a sampler of two steps, its student is that of ``pipeline``, not one of a single step."""
+    settings = sections(tmp_path, teacher_for("tcd"), "tcd", steps=3)
+    settings["method"] = {"name": "tcd", "steps": 2, "segments": [4, 2, 1], "solver_steps": 8}
+    run = Run(resolve(settings))
+    run.train()
+    assert {path.name for path in run.folder.glob("pipeline*")} == {"pipeline", "pipeline-4-steps"}
