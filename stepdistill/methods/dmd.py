@@ -86,7 +86,7 @@ class DMD(Distiller):
         if self.pairs is not None:
             self.versions["method.pairs (version)"] = self.pairs.shards.version
             self.prepared_forwards = self.pairs.forwards
-        self.resemblance = open_resemblance(self.config.distance, self.teacher)
+            self.resemblance = open_resemblance(self.config.distance, self.teacher)
         self.add_turn("student", self.student_loss)
         self.add_turn("fake", self.fake_loss)
 
