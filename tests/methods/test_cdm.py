@@ -75,6 +75,25 @@ def test_gradients_are_twice_dmds():
     torch.testing.assert_close(found, 2 * expected)
 
 
+def test_guidance_is_looked_at_below_the_students_input_and_matching_anywhere(monkeypatch):
+    """METHODS_2026, 15.2 and 15.5: in our clock, in which 0 is clean."""
+    distiller, above, raw = moved(most_steps=4, guidance_scale=8.0), 0, Denoiser.raw
+    for seed in range(12):
+        seen, top = [], distiller.visit(BATCH, Draws(seed, 4)).t
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Denoiser, "raw",
+                lambda self, x_t, t, *given, seen=seen, **told: (
+                    seen.append((self.role, t[:4])) or raw(self, x_t, t, *given, **told)
+                ),
+            )  # fmt: skip
+            distiller("student", BATCH, Draws(seed, 4))
+        augmentation, *matching = [t for role, t in seen if role == "teacher"]
+        assert (augmentation <= top).all()
+        above += (torch.cat(matching) > torch.cat([top, top])).sum()
+    assert above > 10
+
+
 def test_the_three_terms_written_out_with_their_gradient(monkeypatch):
     """METHODS_2026, 15.5: mean squares without a half, targets and the state off the trajectory constants, m >= 0.1."""
     distiller, seen, raw = moved(most_steps=4, guidance_scale=8.0), [], Denoiser.raw

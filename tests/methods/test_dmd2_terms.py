@@ -193,3 +193,14 @@ def test_of_adapters_the_factors_are_blended_and_not_their_products():
     distiller.bank.blend("fake", "student", keep=0.5)
     assert all(not tensor.any() for tensor in distiller.bank.state("fake").values())
     assert torch.equal(distiller.fake.raw(x, t, LABELS), distiller.teacher.raw(x, t, LABELS))
+
+
+def test_diversity_is_the_first_steps_and_matching_the_last_ones(monkeypatch):
+    """19.1: of the same way from noise."""
+    distiller, given = tiny(diversity=0.05, anchor=2, anchor_steps=8, steps=4), []
+    monkeypatch.setattr(distiller, "matching_terms", lambda visit, *rest: given.append(visit) or ({}, {}))
+    found = distiller("student", BATCH, Draws(3, 4)).terms["diversity"]
+    first, *between, last = distiller.simulate(BATCH, Draws(3, 4))
+    expected = landing_loss(distiller.teacher.conditioned(LABELS), distiller.schedule, first, 2, 8)
+    torch.testing.assert_close(found, 0.05 * expected)
+    assert between and torch.equal(given[0].x_t, last.x_t) and last.t[0] < 1
