@@ -9,10 +9,12 @@ from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import DDIM, Visit, rollout
+from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.distribution_matching import Matching, divisor
 from stepdistill.losses.levels import MATCHED, falling, shifted
 from stepdistill.losses.student_inputs import landing_loss, off_trajectory
+from stepdistill.methods.cdm import CDM
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
@@ -204,3 +206,12 @@ def test_diversity_is_the_first_steps_and_matching_the_last_ones(monkeypatch):
     expected = landing_loss(distiller.teacher.conditioned(LABELS), distiller.schedule, first, 2, 8)
     torch.testing.assert_close(found, 0.05 * expected)
     assert between and torch.equal(given[0].x_t, last.x_t) and last.t[0] < 1
+
+
+@pytest.mark.parametrize(("method", "options"), [(DMD2, {"split": True}), (CDM, {})])
+def test_a_teacher_that_is_guidance_distilled_has_no_guidance_to_split_off(method, options):
+    """15.3."""
+    teacher = Flux.tiny()
+    method.check(method.Config(**options), teacher)
+    with pytest.raises(ValueError, match="guidance"):
+        method.check(method.Config(guidance_scale=3.0, **options), teacher)
