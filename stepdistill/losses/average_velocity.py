@@ -40,6 +40,9 @@ LATEST = 1 - 1e-9
 STEEPNESS = 25.0
 """Of the sigmoid along which alpha-Flow's alpha falls."""
 
+SMALLEST_ALPHA = 0.005
+"""Below it, alpha-Flow's alpha is 0."""
+
 RELAXATION, ROBUSTNESS = 0.5, 1e-3
 """Of flow-anchored consistency: the exponent of a target's share, and the floor of the error that divides the loss."""
 
@@ -129,28 +132,31 @@ def composed(average: Average, interval: Interval, s: Tensor, schedule: NoiseSch
     return torch.lerp(second.flow(), first.flow(), share_above(schedule, interval, s))
 
 
-def sigmoid_fall(progress: float) -> float:
-    """Return a share that falls from 1 to 0 along a sigmoid, as ``progress`` goes from 0 to 1."""
-    return 1 / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
+def falling_alpha(progress: float, least: float) -> float:
+    """Return alpha-Flow's alpha, which falls from 1 to ``least`` along a sigmoid, as ``progress`` goes from 0 to 1."""
+    alpha = least + (1 - least) / (1 + math.exp(min(STEEPNESS * (progress - 0.5), 700.0)))
+    return alpha if alpha >= SMALLEST_ALPHA else 0.0
 
 
 def guided_by_itself(
-    data: Prediction, free: Prediction, own: Prediction, scale: Tensor | float, kappa: float
+    data: Prediction, free: Prediction, own: Prediction, w: Tensor | float, kappa: float
 ) -> Prediction:
     """Return a guided velocity without a teacher, as predictions of one state (MeanFlow).
 
-    Where ``own`` is what the network learns from it, its fixed point is guided by ``scale``.
+    Where ``own`` is what the network learns from it, its fixed point is guided. Without guidance it is the data's.
 
     Args:
         data: clean image and noise (B, ...) of the data.
         free: what the network predicts without a condition.
         own: what it predicts with it.
-        scale: guidance scales, (B,) or one; 1 is none.
+        w: guidance weights, (B,) or one; 0 is none.
         kappa: share of ``own``.
     """
-    omega = expand(torch.as_tensor(scale) * (1 - kappa), data.x0)
+    weight = expand(torch.as_tensor(w), data.x0)
+    share = torch.where(weight == 0, 0.0, kappa)
+    omega = (1 + weight) * (1 - share)
     parts = zip(data, free, own, strict=True)
-    return Prediction(*(omega * v + (1 - omega - kappa) * v_free + kappa * v_own for v, v_free, v_own in parts))
+    return Prediction(*(omega * v + (1 - omega - share) * v_free + share * v_own for v, v_free, v_own in parts))
 
 
 def time_within(schedule: NoiseSchedule, t: Tensor, r: Tensor, share: Tensor | float) -> Tensor:

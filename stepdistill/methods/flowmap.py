@@ -49,19 +49,16 @@ from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
 from stepdistill.losses import average_velocity, guidance_input, intervals
-from stepdistill.losses.average_velocity import Average, Interval
+from stepdistill.losses.average_velocity import SMALLEST_ALPHA, Average, Interval
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.self_consistency import check_forward_mode
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.base import Distiller, Losses
-from stepdistill.networks.modes import single_precision
+from stepdistill.networks.modes import in_mode, shared_dropout, single_precision
 from stepdistill.randomness import Draws
 
 SHORTCUT_DECAY = 0.999
 """Of the average that makes the targets of shortcut models."""
-
-SMALLEST_ALPHA = 0.005
-"""Below it, ``alpha`` is 0, and the target is that of ``jvp``."""
 
 
 class FlowMap(Distiller):
@@ -195,8 +192,9 @@ class FlowMap(Distiller):
         interval = Interval(self.state(batch.x0, noise, t), t, torch.zeros_like(t))
         cond, w = self.guidance(batch.cond, draws)
         path = self.path(interval, Prediction(batch.x0, noise), cond, w)
+        with shared_dropout(self.bank, self.student.role):
+            output = self.student.raw(interval.x_t, -t, cond, w=w)
         velocity, mean = self.student_along_path(interval, path, cond, w)
-        output = self.student.raw(interval.x_t, -t, cond, w=w)
         anchor = to_prediction(output, interval.x_t, t, self.schedule, self.family.prediction_type).flow()
         tau = average_velocity.flow_time(self.schedule, t)
         terms, error = average_velocity.flow_anchored(velocity, mean, anchor, path.flow(), tau)
@@ -244,10 +242,10 @@ class FlowMap(Distiller):
             return Prediction(x0.to(x_t.dtype), eps.to(x_t.dtype))
         if w is None:
             return data
-        kappa, scale = self.config.guidance_mix, 1 + self.where_guided(w, t)
-        free = self.average(self.family.null_cond(cond), torch.zeros_like(w))(x_t, t, t)
-        own = self.average(cond, w)(x_t, t, t) if kappa else free
-        return average_velocity.guided_by_itself(data, free, own, scale, kappa)
+        with in_mode(self.bank, self.target.role, training=False):  # a velocity has no dropout
+            free = self.target(x_t, t, self.family.null_cond(cond), **self.told(torch.zeros_like(w), t))
+            own = self.target(x_t, t, cond, **self.told(w, t)) if self.config.guidance_mix else free
+        return average_velocity.guided_by_itself(data, free, own, self.where_guided(w, t), self.config.guidance_mix)
 
     def where_guided(self, w: Tensor | float, t: Tensor) -> Tensor | float:
         """Return guidance weights, (B,) or one, that are 0 where times (B,) are above ``guidance_until``."""
@@ -344,5 +342,4 @@ class FlowMap(Distiller):
             return 0.0
         begin, end, least = self.config.alpha_begin, self.config.alpha_end, self.config.alpha_least
         progress = (self.step_in_stage / max(self.stage.steps, 1) - begin) / (end - begin)
-        alpha = least + (1 - least) * average_velocity.sigmoid_fall(progress)
-        return alpha if alpha >= SMALLEST_ALPHA else 0.0
+        return average_velocity.falling_alpha(progress, least)

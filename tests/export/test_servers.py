@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from contracts.cases import FLOW, save_images, scheduler_config, sections
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
 
 from stepdistill import load_pipeline
 from stepdistill.diffusion.native_grids import UnshiftedTimes
@@ -89,3 +89,25 @@ def test_a_pipeline_with_fields_for_students_has_them_set():
     assert marked.config.is_distilled and marked.config.distilled_sigmas == sampler.times[:-1].tolist()
     mark_distilled(guided, sampler, 3.0)  # it is called with guidance, as no distilled one is
     assert not guided.config.is_distilled
+
+
+class MarkedDDPM(DDPMPipeline):
+    """Such a pipeline with a network and a scheduler, as an export has them."""
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: SchedulerMixin, is_distilled: bool = False,
+        distilled_sigmas: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(unet, scheduler)
+        self.register_to_config(is_distilled=is_distilled, distilled_sigmas=distilled_sigmas)
+
+
+def test_such_a_field_is_in_the_index_of_an_export(tmp_path, monkeypatch):
+    family, pipeline = flow_family(), Pixel.pipeline
+    monkeypatch.setattr(
+        Pixel, "pipeline",
+        lambda self, network, *given: MarkedDDPM(network, pipeline(self, network, *given).scheduler),
+    )  # fmt: skip
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    index = index_of(export_pipeline(family, family.network, sampler, tmp_path / "student"))
+    assert index["is_distilled"] is True and index["distilled_sigmas"] == sampler.times[:-1].tolist()

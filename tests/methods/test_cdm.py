@@ -58,16 +58,77 @@ def test_a_step_costs_what_the_paper_states(bank, guidance_scale, teacher):
     assert max(rolled) <= 4 and len(rolled) > 1
 
 
-def test_gradients_are_twice_dmds():
-    oracle = three_clusters(COSINE, "v_prediction", conditional=True)
-    distiller = taught_by(CDM, oracle, 3, most_steps=1)
+def moved(**options):
+    """A distiller of the mixture in classes whose fake score is not its teacher."""
+    distiller = taught_by(CDM, three_clusters(COSINE, "v_prediction", conditional=True), 3, **options)
     with torch.no_grad():
         distiller.bank.networks["fake"].fc3.bias += 0.1
+    return distiller
+
+
+def test_gradients_are_twice_dmds():
+    distiller = moved(most_steps=1)
     visit = distiller.visit(BATCH, draws := Draws(0, 4))
     draws.uniform()  # the level of the first term, which is not there without guidance
     expected, _ = distiller.matching.unguided(visit.prediction.x0, LABELS, draws, distiller.level(draws, visit.end))
     found = distiller("student", BATCH, Draws(0, 4)).terms["matching"]
     torch.testing.assert_close(found, 2 * expected)
+
+
+def test_guidance_is_looked_at_below_the_students_input_and_matching_anywhere(monkeypatch):
+    """METHODS_2026, 15.2 and 15.5: in our clock, in which 0 is clean."""
+    distiller, above, raw = moved(most_steps=4, guidance_scale=8.0), 0, Denoiser.raw
+    for seed in range(12):
+        seen, top = [], distiller.visit(BATCH, Draws(seed, 4)).t
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Denoiser, "raw",
+                lambda self, x_t, t, *given, seen=seen, **told: (
+                    seen.append((self.role, t[:4])) or raw(self, x_t, t, *given, **told)
+                ),
+            )  # fmt: skip
+            distiller("student", BATCH, Draws(seed, 4))
+        augmentation, *matching = [t for role, t in seen if role == "teacher"]
+        assert (augmentation <= top).all()
+        above += (torch.cat(matching) > torch.cat([top, top])).sum()
+    assert above > 10
+
+
+def test_the_three_terms_written_out_with_their_gradient(monkeypatch):
+    """METHODS_2026, 15.5: mean squares without a half, targets and the state off the trajectory constants, m >= 0.1."""
+    distiller, seen, raw = moved(most_steps=4, guidance_scale=8.0), [], Denoiser.raw
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Denoiser, "raw",
+            lambda self, *given, **told: seen.append((self.role, *given[:2])) or raw(self, *given, **told),
+        )  # fmt: skip
+        losses = distiller("student", BATCH, Draws(1, 4)).terms
+    params = list(distiller.bank.params("student"))
+    found = torch.autograd.grad(sum(losses.values()), params)
+    visit = distiller.visit(BATCH, Draws(1, 4))
+    x0, asked = (
+        visit.prediction.x0,
+        {role: [at for name, *at in seen if name == role] for role in ("teacher", "student")},
+    )
+    x_s, s = asked["student"][-1]
+    torch.testing.assert_close(x_s, COSINE.add_noise(x0.detach(), visit.prediction.eps.detach(), s))
+    x0_off = distiller.student(x_s.detach(), s, LABELS).x0
+    pulls = []
+    with torch.no_grad():
+        (x_ca, t_ca), (x_dm, t_dm), (x_off, t_off) = asked["teacher"]
+        assert (t_ca[:4] <= visit.t).all() and len({t_ca[0].item(), t_dm[0].item(), t_off[0].item()}) == 3
+        guided, given = distiller.teacher.guided_and_conditional(x_ca[:4], t_ca[:4], LABELS, 7.0)
+        pulls.append((x0, given.x0 - guided.x0, given.x0))
+        for image, x_t, t in ((x0, x_dm, t_dm), (x0_off, x_off, t_off)):
+            given = distiller.teacher(x_t, t, LABELS).x0
+            pulls.append((image, distiller.fake(x_t, t, LABELS).x0 - given, given))
+    expected = 0
+    for image, gradient, given in pulls:
+        size = (image - given).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.1)
+        expected = expected + (image - (image - gradient / size).detach()).square().mean()
+    torch.testing.assert_close(sum(losses.values()).double(), expected.double(), rtol=1e-5, atol=1e-8)
+    for one, other in zip(found, torch.autograd.grad(expected, params), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("levels", ["full", "above"])

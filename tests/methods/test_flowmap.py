@@ -409,8 +409,10 @@ def test_a_student_that_guides_itself_settles_at_the_guided_velocity(kappa):
     scale = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
     g = scale.reshape(3, 1, 1, 1)
     guided = Prediction(*(u + g * (v - u) for v, u in zip(data, free, strict=True)))
-    found = average_velocity.guided_by_itself(data, free, guided, scale, kappa)
+    found = average_velocity.guided_by_itself(data, free, guided, scale - 1, kappa)
     torch.testing.assert_close(found, guided)
+    off = average_velocity.guided_by_itself(data, free, free, scale - 1, kappa)
+    assert torch.equal(off.x0[0], data.x0[0])  # without guidance the data's own, whatever the student says
 
 
 def test_of_a_student_that_guides_itself_a_share_of_the_batch_has_no_condition_and_no_guidance():

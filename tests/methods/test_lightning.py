@@ -87,6 +87,19 @@ def test_two_steps_of_the_teacher_are_regressed_as_in_progressive_distillation()
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("cosine", "v_prediction"), ("flow", "flow")])
+def test_of_a_single_point_the_teacher_is_an_optimum_of_the_regression(name, kind):
+    """Its DDIM steps are exact, so that one lands where several do."""
+    oracle = Gaussian(torch.tensor([0.3, -0.2]).double(), 0.0, SCHEDULES[name], kind)
+    distiller = taught_by(Lightning, oracle, start=16, via=(4,), steps=2)
+    distiller.stage = REGRESS
+    assert distiller("student", batch_of(oracle, 64), Draws(0, 64)).terms["loss"].item() == pytest.approx(0, abs=1e-9)
+    wide = Gaussian(torch.tensor([0.3, -0.2]).double(), 0.7, SCHEDULES[name], kind)
+    distiller = taught_by(Lightning, wide, start=16, via=(4,), steps=2)
+    distiller.stage = REGRESS
+    assert distiller("student", batch_of(wide, 64), Draws(0, 64)).terms["loss"] > 1e-6
+
+
 @pytest.mark.parametrize("stage", [CONDITIONAL, UNCONDITIONAL], ids=lambda stage: stage.name)
 def test_a_critic_is_shown_the_same_of_a_student_that_lands_where_its_teacher_does(stage, monkeypatch):
     """Of a single point every DDIM step is exact, so one step of the student ends where two of the teacher do."""

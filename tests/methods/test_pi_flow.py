@@ -113,6 +113,18 @@ def test_a_widened_head_gives_the_teachers_prediction_several_times(make):
         torch.testing.assert_close(prediction, expected, atol=1e-6, rtol=1e-5)
 
 
+@both_banks
+def test_at_first_a_segment_is_the_teachers_ddim_step(bank):
+    """METHODS_2026, 20: before training a policy lands where the teacher's step does, in every segment."""
+    distiller = tiny(bank)
+    sampler, cond, x = distiller.sampler(), LABELS, torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        for t, s in zip(sampler.times[:-1].expand(4, -1).T, sampler.times[1:].expand(4, -1).T, strict=True):
+            landed = sampler.step(distiller.student(x, t, cond), t, s, torch.randn_like)
+            expected = ode_step(distiller.teacher(x, t, cond), distiller.schedule, s)
+            torch.testing.assert_close(landed, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_families_without_such_a_head_and_edm_teachers_are_refused():
     with pytest.raises(ValueError, match="DiT have no head that can be widened"):
         DiT.tiny().widen(2)

@@ -43,11 +43,12 @@ def tiny(method, bank="copy", **options):
 # --------------------------------------------------------------------------------------------------- its parts
 
 
+@both_banks
 @pytest.mark.parametrize("tangent", ["jvp", "difference"])
-def test_without_matching_it_is_scm_bit_for_bit(tangent):
+def test_without_matching_it_is_scm_bit_for_bit(tangent, bank):
     options = LEVELS | {"tangent": tangent, "guidance_scale": 2.0}
-    whole = tiny(RCM, matching_weight=0.0, consistency_weight=1.0, **options)("student", BATCH, Draws(3, 4))
-    part = tiny(Scm, **options)("student", BATCH, Draws(3, 4))
+    whole = tiny(RCM, bank, matching_weight=0.0, consistency_weight=1.0, **options)("student", BATCH, Draws(3, 4))
+    part = tiny(Scm, bank, **options)("student", BATCH, Draws(3, 4))
     assert set(whole.terms) == {"consistency"} and torch.equal(whole.terms["consistency"], part.terms["loss"])
 
 
@@ -60,6 +61,14 @@ def test_without_consistency_it_is_dmd2_bit_for_bit(bank):
         assert set(losses[0]) == {"matching"} and torch.equal(losses[0]["matching"], losses[1]["matching"])
         losses = [one("fake", BATCH, Draws(seed, 4)).terms["denoising"] for one in (whole, part)]
         assert torch.equal(*losses)
+
+
+def test_scores_are_compared_at_uniform_times_moved_towards_noise_by_five():
+    """METHODS_2026, 18.1."""
+    t = tiny(RCM).level(Draws(0, 20_000))
+    raw = t / (5 - 4 * t)
+    assert raw.min() < 0.03 and raw.max() > 0.97
+    assert raw.mean().item() == pytest.approx(0.5, abs=0.01) and raw.std().item() == pytest.approx(0.277, abs=0.005)
 
 
 def test_the_two_losses_are_added():

@@ -77,6 +77,28 @@ def test_a_step_costs_what_the_paper_states(monkeypatch, bank, guidance_scale, t
     assert seen == [(4, False), (4, False)]
 
 
+def test_real_and_generated_images_share_the_level_and_not_the_noise(monkeypatch):
+    """METHODS_2026, 18.2."""
+    distiller, seen, call = tiny(), [], BlockFeatures.__call__
+    monkeypatch.setattr(
+        BlockFeatures, "__call__", lambda self, x, t, cond: seen.append((x, t)) or call(self, x, t, cond)
+    )
+    distiller.generate = lambda batch, draws, w=None: (batch.x0, torch.ones(4))  # a student of perfect copies
+    distiller("critic", BATCH, Draws(0, 4))
+    (real, t_real), (fake, t_fake) = seen
+    assert torch.equal(t_real, t_fake) and len(t_real.unique()) == 4
+    assert ((real - fake).flatten(1).abs().amax(1) > 1e-3).all()
+
+
+def test_without_a_second_pass_the_images_of_the_consistency_loss_are_judged(monkeypatch):
+    distiller, judged = tiny(largest_share=0.0), []
+    consistency, see = distiller.consistency, distiller.critic.see
+    monkeypatch.setattr(distiller, "consistency", lambda *given: judged.append(consistency(*given)) or judged[0])
+    monkeypatch.setattr(distiller.critic, "see", lambda x0: judged.append(x0) or see(x0))
+    distiller("student", BATCH, Draws(0, 4))
+    assert judged[1] is judged[0].student.x0
+
+
 def test_student_and_critic_take_turns():
     turns = tiny().turns
     assert [step for step in range(6) if turns["student"].when(step)] == [1, 3, 5]

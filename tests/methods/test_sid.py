@@ -145,14 +145,15 @@ def test_the_gradient_passes_through_both_networks_and_trains_neither(monkeypatc
 @pytest.mark.parametrize("name", ["flow", "cosine", "karras"])
 def test_the_weight_is_the_share_of_signal_or_the_inverse_error(name):
     schedule = SCHEDULES[name]
-    t, (x0, real) = torch.tensor([0.2, 0.7]).double(), torch.randn(2, 2, 3, 1, 1)
+    t, x0, real = torch.tensor([0.2, 0.7]).double(), torch.randn(2, 3, 1, 1), torch.randn(2, 3, 1, 1)
     alpha, sigma = schedule(t)
     found = identity_weight("linear", schedule, t, x0, real)
     torch.testing.assert_close(found.double(), alpha / (alpha + sigma), rtol=1e-6, atol=0)
     if name == "flow":
         torch.testing.assert_close(found.double(), 1 - t, rtol=1e-6, atol=0)
-    found = identity_weight("classic", schedule, t, x0, real)
+    found = identity_weight("classic", schedule, t, x0.requires_grad_(), real.requires_grad_())
     torch.testing.assert_close(found, 1 / (x0 - real).abs().flatten(1).mean(1))
+    assert not found.requires_grad
 
 
 def test_a_sample_that_is_not_finite_counts_nothing():
@@ -219,6 +220,20 @@ def test_a_step_costs_what_the_paper_states(bank, guidance_scale, calls):
         counted = calls_of(distiller, "fake", BATCH, Draws(seed, 4))
         assert 1 <= counted.pop("student") <= 4 and counted == {"fake with gradient": calls}
     assert rolled <= {0, 1, 2, 3} and len(rolled) > 2
+
+
+def test_both_turns_look_at_levels_of_one_law(monkeypatch):
+    """METHODS_2026, 16.2: the fake score learns at the times at which it is read."""
+    distiller, seen, raw = tiny(levels="full", steps=1), {"fake": [], "student": []}, Denoiser.raw
+
+    def watched(self, x_t, t, *given, **told):
+        seen[turn].extend([t] if self.role == "fake" else [])
+        return raw(self, x_t, t, *given, **told)
+
+    monkeypatch.setattr(Denoiser, "raw", watched)
+    for turn in seen:
+        distiller(turn, IMAGES, Draws(5, 4))
+    assert len(seen["fake"]) == len(seen["student"]) == 1 and torch.equal(seen["fake"][0], seen["student"][0])
 
 
 def test_fake_score_and_student_take_turns():

@@ -81,6 +81,10 @@ def test_states_are_noised_up_and_never_below_where_they_landed(interval):
     tau = distiller.level(m, t, Draws(1, 5000))
     assert (tau >= m).all() and (tau >= 0.02).all()
     assert tau.max() > 0.97 and (tau <= (t if interval == "within" else 0.98)).all()
+    late = tiny(interval=interval, first_time=0.8)
+    times = late.sampler().times
+    tau = late.level(times[i + 1], times[i], Draws(1, 5000))
+    assert 0.77 < tau.max() <= 0.79 and (tau >= times[i + 1]).all()  # METHODS_2026, 17.1: below 790 of 800
 
 
 # ------------------------------------------------------------------------------------------------- the losses
@@ -161,6 +165,18 @@ def test_all_segments_are_those_that_images_have_one_by_one():
         prediction = distiller.student(x, t, LABELS)
         torch.testing.assert_close(x0.reshape(4, 4, 1, 8, 8)[i], prediction.x0)
         x = ode_step(prediction, distiller.schedule, m)
+
+
+def test_the_importance_weight_is_a_density_ratio_of_one_pixel_and_clipped():
+    """17.1: exp(mean(n^2 - mix^2) / 2), which the number of pixels does not change."""
+    distiller = taught_by(TDM, three_clusters(COSINE, "v_prediction"), importance_clip=2.0)
+    tau = torch.full((2,), 0.5, dtype=torch.float64)
+    alpha, sigma = COSINE.coefficients(tau, torch.zeros(2, 1, 1, 1).double())
+    for size in (1, 9):
+        x0 = torch.randn(2, 2, size, size, dtype=torch.float64)
+        mix, noise = torch.ones_like(x0), torch.tensor([1.2, 3.0]).double().reshape(2, 1, 1, 1).expand_as(x0)
+        found = distiller.importance(x0, alpha * x0 + sigma * mix, tau, noise)
+        torch.testing.assert_close(found, torch.tensor([math.exp(0.22), 2.0]).double())
 
 
 def test_the_fake_scores_weight_is_the_clamped_ratio_of_signal_to_noise():
