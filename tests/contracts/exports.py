@@ -12,10 +12,10 @@ from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import apply_contract
 
 
-def check_export(run):
+def check_export(run, rounding=1e-5):
     family, export = run.distiller.family, run.folder / "pipeline"
     images = pipeline_images(load_pipeline(export), family, 3, seed=5)
-    assert (images - reference_images(run, 3, seed=5)).abs().max() < 1e-5
+    assert (images - reference_images(run, 3, seed=5)).abs().max() < rounding
     assert images.std() > 0.01
     stock = DiffusionPipeline.from_pretrained(export, trust_remote_code=any(export.rglob("*.py")))
     contract = json.loads((export / "stepdistill.json").read_text())
@@ -23,7 +23,7 @@ def check_export(run):
     torch.manual_seed(6)  # as the model card says, where the pipeline does not hand its generators on
     by_stock = pipeline_images(stock, family, 3, seed=5, **contract["call"])
     expected = images if handed else reference_images(run, 3, seed=5, handed=False)
-    assert (by_stock - expected).abs().max() <= (0 if handed else 1e-5)
+    assert (by_stock - expected).abs().max() <= (0 if handed else rounding)
     return images
 
 

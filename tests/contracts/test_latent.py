@@ -67,7 +67,8 @@ def test_an_edm_teacher_of_sdxl_has_students_that_stock_diffusers_samples(tmp_pa
     family = SDXL.tiny()
     family.pipe.scheduler = EDMEulerScheduler(sigma_max=40.0, prediction_type=prediction_type)
     run = train_student(tmp_path, SDXL(family.pipe), "tract", "adapter")
-    check_lora(run, check_export(run))
+    # states are up to 40 times as large as images, and so is their rounding: 1.03e-5 by the kernels of one CPU
+    check_lora(run, check_export(run, rounding=4e-5))
     pipeline = load_pipeline(run.folder / "pipeline")
     assert type(pipeline.scheduler) is EDMEulerScheduler
     assert pipeline.scheduler.config.prediction_type == prediction_type
