@@ -54,9 +54,9 @@ def judged(distiller, monkeypatch, seed=0):
 def test_both_scores_of_a_term_see_one_state_and_every_term_has_its_own(monkeypatch):
     """METHODS_2026, 15.1 and 15.2."""
     distiller = tiny(split=True, guidance_scale=3.0, off_trajectory=1.0, steps=1)
-    matching, augmentation, off = judged(distiller, monkeypatch), [], []
-    (fake, teacher), (augmentation,), off = matching[:2], matching[2:3], matching[3:]
-    assert [role for role, *_ in matching] == ["fake", "teacher", "teacher", "fake", "teacher"]
+    seen = judged(distiller, monkeypatch)
+    fake, teacher, augmentation, *off = seen
+    assert [role for role, *_ in seen] == ["fake", "teacher", "teacher", "fake", "teacher"]
     for one, other in ((fake, teacher), off):
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
     levels = torch.stack([fake[1], augmentation[1], off[0][1]])
