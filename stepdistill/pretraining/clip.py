@@ -34,7 +34,9 @@ class CaptionTokens:
         self.tokenizer = tokenizer
         self._counts = torch.tensor([len(texts) for texts in captions])
         self._starts = self._counts.cumsum(0) - self._counts
+        self._owners = torch.repeat_interleave(self._counts)
         self._ids = self.encode(list(itertools.chain.from_iterable(captions)))
+        self._keys = torch.unique(self._ids, dim=0, return_inverse=True)[1]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens (N, length) of texts, padded and cut to the tokenizer's length."""
@@ -42,9 +44,18 @@ class CaptionTokens:
         return ids
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the tokens (B, length) of a caption of each of the images ``index`` (B,)."""
+        """Return which of all captions (B,) is drawn for each of the images ``index`` (B,)."""
         place = torch.rand(len(index), generator=generator) * self._counts[index]
-        return self._ids[self._starts[index] + place.long()]
+        return self._starts[index] + place.long()
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Return the tokens (B, length) of the captions ``rows`` (B,)."""
+        return self._ids[rows]
+
+    def shares(self, rows: Tensor) -> Tensor:
+        """Return which share of each image's captions equals each of the captions ``rows`` (B,), as (B, N)."""
+        equal = (self._keys == self._keys[rows, None]).float()
+        return torch.zeros(len(rows), len(self._counts)).index_add_(1, self._owners, equal) / self._counts
 
     def mask(self, ids: Tensor) -> Tensor:
         """Return 1 for the tokens up to the first end, 0 for the padding, (B, length)."""
@@ -55,7 +66,8 @@ class CaptionTokens:
 def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPTokenizer:
     """Train a byte-pair tokenizer like CLIP's on captions.
 
-    It reads any text: an unknown word is split into known pieces, in the last resort into its bytes.
+    It reads any text: an unknown word is split into known pieces, in the last resort into its bytes. The same captions
+    give the same tokens.
 
     Args:
         captions: texts to learn from.
@@ -66,12 +78,10 @@ def train_tokenizer(captions: Sequence[str], size: int, length: int) -> CLIPToke
     last = [letter + "</w>" for letter in letters]
     words = [*letters, *last, "<|startoftext|>", "<|endoftext|>"]
     untrained = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=length)
-    trained = untrained.train_new_from_iterator(captions, size - len(last), show_progress=False)
+    # told the ends of words beforehand, the trainer does not number them in the order of a hash table
+    trained = untrained.train_new_from_iterator(captions, size, new_special_tokens=last, show_progress=False)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for letter in last:
-        vocabulary.setdefault(letter, len(vocabulary))
-    return CLIPTokenizer(vocabulary, [tuple(pair) for pair in model["merges"]], model_max_length=length)
+    return CLIPTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=length)
 
 
 def train_clip(
@@ -93,7 +103,7 @@ def train_clip(
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         device = accelerator.device
         pixels = shifted(images[index], shift, generator).to(device)
-        ids = captions.draw(index, generator)
+        ids = captions.tokens(captions.draw(index, generator))
         mask = captions.mask(ids)
         return network(
             pixel_values=pixels, input_ids=ids.to(device), attention_mask=mask.to(device), return_loss=True

@@ -11,6 +11,7 @@ from contracts.cases import save_teacher
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from stepdistill.assets import TEACHERS
 from stepdistill.config import read_config
@@ -27,7 +28,7 @@ from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_
 from stepdistill.pretraining.vae import encode, whiten
 
 CONFIG = "configs/teacher_faces.yaml"
-PARTS = ("vae", "clip", "judge", "unet", "together")
+PARTS = ("vae", "clip", "judge", "unet", "together", "polish")
 
 
 def test_whitened_latents_have_unit_variance_and_images_come_back_as_before():
@@ -52,6 +53,14 @@ def test_the_tokenizer_joins_frequent_words_and_reads_any_text():
     for text in ("pineapple", "crème 日本"):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     assert len(tokenizer("red " * 30, truncation=True).input_ids) == 16
+
+
+def test_the_same_captions_give_the_same_tokens():
+    """The ends of words had the order of a hash table: resumed, a teacher read other tokens than its CLIP had."""
+    captions = ["flat red apple", "3d red apple", "flat blue car"] * 5
+    tokenizers = [train_tokenizer(captions, 560, 16) for _ in range(3)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab() == tokenizers[2].get_vocab()
+    assert len(tokenizers[0]) <= 560
 
 
 def test_shifted_images_keep_what_is_inside_and_are_white_outside():
@@ -93,9 +102,12 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
     clip, judge = (Clip.open(str(tmp_path / name)) for name in ("clip", "judge"))
     assert not torch.equal(clip.embed_captions(["a face"])[0], judge.embed_captions(["a face"])[0])
 
-    kept = (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    parts = ("tokenizer/tokenizer.json", "vae/diffusion_pytorch_model.safetensors", "together/model_index.json")
+    kept = [(tmp_path / part).stat().st_mtime_ns for part in parts]
     train_text_teacher(config)
-    assert (tmp_path / "vae/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
+    assert [(tmp_path / part).stat().st_mtime_ns for part in parts] == kept
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.get_vocab() == pipeline.tokenizer.get_vocab()
 
 
 def test_long_captions_are_cut_and_counted_before_anything_is_trained(tmp_path, monkeypatch):
