@@ -13,7 +13,6 @@ import inspect
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from types import MappingProxyType
@@ -276,10 +275,4 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
             "contract": contract,
         },
     )
-    return pipeline
-
-
-def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Turn off a pipeline's progress bar, for use inside other loops."""
-    pipeline.set_progress_bar_config(disable=True, file=sys.stderr)
     return pipeline

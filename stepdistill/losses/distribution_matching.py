@@ -159,11 +159,6 @@ def _at_least_single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def matching_loss(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Return a loss (B,) whose mean has the gradient ``g / numel`` at ``x0``, with g of :func:`matching_gradient`."""
-    return descent_loss(x0, matching_gradient(x0.detach(), real, fake))
-
-
 def descent_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     """Return a loss (B,) whose mean has the gradient ``gradient / numel`` at ``x0``, both (B, ...)."""
     shifted = x0 - x0.detach() + gradient.detach()  # exact, where x0 - (x0 - gradient) would round
