@@ -128,7 +128,7 @@ def lay_out(images: Mapping[str, Tensor], captions: Sequence[str], title: str, l
 
 
 HEADINGS: Mapping[str, str] = {
-    "calls": "network calls", "clip_score": "CLIP score", "adherence": "adherence",
+    "clip_score": "CLIP score", "adherence": "adherence",
     "adherence_unseen": "adherence, unseen", "prompt_spread": "spread",
 }  # fmt: skip
 """Headings of the picture's table beside the metric."""

@@ -207,7 +207,7 @@ class FlowMap(Distiller):
         t, r = intervals.free_interval(self.schedule, draws, levels, config.from_noise, config.to_clean)
         s = average_velocity.time_within(self.schedule, t, r, draws.uniform())
         equal = draws.uniform() < config.equal
-        at = intervals.log_normal_times(self.schedule, draws, *levels)
+        at = intervals.shifted_log_normal_times(self.schedule, draws, *levels)
         if config.target == "shortcut":
             t, s, r = intervals.dyadic_interval(self.schedule, draws)
         t, s, r = (torch.where(equal, at, time) for time in (t, s, r))

@@ -33,11 +33,10 @@ from stepdistill.discriminators.pairs import Judged, PairCritic
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from stepdistill.losses.adversarial import AdversarialLoss
-from stepdistill.losses.progressive import ladder, needs_velocity, nested_grid, walk
+from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, nested_grid, walk
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.base import Distiller, Losses, Stage, last_of, split_steps
-from stepdistill.methods.progressive import CONVERT
 from stepdistill.randomness import Draws
 
 Objective = Literal["convert", "regress", "conditional", "unconditional"]

@@ -25,6 +25,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras
+from stepdistill.diffusion.shift import shifted
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from stepdistill.losses import levels
@@ -149,4 +150,4 @@ class RCM(Distiller):
 
     def level(self, draws: Draws) -> Tensor:
         """Return the times (B,) at which the scores are compared."""
-        return levels.shifted(levels.sample_times(self.schedule, draws, *levels.MATCHED), self.config.matching_shift)
+        return shifted(levels.sample_times(self.schedule, draws, *levels.MATCHED), self.config.matching_shift)

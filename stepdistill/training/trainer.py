@@ -234,9 +234,7 @@ class Trainer:
         for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)
             batch = self.encode(raw)
-            self.guard.watch_data(
-                [*batch.cond.values()] if batch.images is None else [batch.images, *batch.cond.values()]
-            )
+            self.guard.watch_data(batch.tensors)
             self.heartbeat.advance()
             yield batch
 
