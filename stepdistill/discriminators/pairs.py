@@ -79,9 +79,9 @@ class PairCritic(nn.Module):
 
     def forward(self, landed: Tensor, judged: Judged, draws: Draws) -> Logits:
         """Return logits (B, positions) per head of landed states (B, ...)."""
-        return self.logits(self.look(landed, judged, draws), judged)
+        return self.logits(self.extract(landed, judged, draws), judged)
 
-    def look(self, landed: Tensor, judged: Judged, draws: Draws) -> list[Tensor]:
+    def extract(self, landed: Tensor, judged: Judged, draws: Draws) -> list[Tensor]:
         """Return the features, one per head, of landed states (B, ...) noised up."""
         level = self.level(judged)
         return self.features(noise_up(landed, judged.s, level, self.schedule, draws.normal_like), level, judged.cond)
@@ -123,8 +123,8 @@ class PairCritic(nn.Module):
             draws: source of noise.
         """
         with torch.no_grad():
-            seen = self.look(real, judged, draws)
-        generated = self.look(fake, judged, draws)
+            seen = self.extract(real, judged, draws)
+        generated = self.extract(fake, judged, draws)
         told = self.logits(seen, judged), self.logits([feature.detach() for feature in generated], judged)
         with unmoved(self.heads):
             deceived = self.logits(generated, judged)

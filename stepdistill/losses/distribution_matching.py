@@ -58,11 +58,11 @@ def distribution_matching(
     """
     t = sample_times(fake.schedule, draws, *MATCHED) if t is None else t
     noise = draws.normal_like(x0)
-    real, seen = both_scores(teacher, fake, x0.detach(), noise, t, cond)
-    gradient = matching_gradient(x0.detach(), real, seen, floor)
+    real_x0, fake_x0 = both_scores(teacher, fake, x0.detach(), noise, t, cond)
+    gradient = matching_gradient(x0.detach(), real_x0, fake_x0, floor)
     if weigh is not None:
         gradient = expand(weigh(fake.schedule.add_noise(x0.detach(), noise, t), t), gradient) * gradient
-    return descent_loss(x0, gradient).mean(), diagnostics(x0, real, seen, t)
+    return descent_loss(x0, gradient).mean(), diagnostics(x0, real_x0, fake_x0, t)
 
 
 class Matching:
@@ -139,8 +139,8 @@ def both_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return the clean images (B, ...) that the teacher and the fake score predict of ``x0``, noised to times (B,)."""
     x_t = fake.schedule.add_noise(x0, noise, t)
-    seen = fake(x_t, t, cond).x0
-    return teacher(x_t, t).x0, seen
+    fake_x0 = fake(x_t, t, cond).x0
+    return teacher(x_t, t).x0, fake_x0
 
 
 def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor, floor: float = SMALLEST_DIVISOR) -> Tensor:

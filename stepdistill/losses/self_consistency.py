@@ -88,8 +88,8 @@ class TimeWeight(nn.Module):
             return self.linear((math.pi * k * t[:, None]).cos().to(self.linear.weight.dtype)).squeeze(1)
 
 
-class Judged(NamedTuple):
-    """The loss of a batch, and the student's predictions that it is about."""
+class ConsistencyLoss(NamedTuple):
+    """The loss of a batch, and the student's predictions that it was computed on."""
 
     loss: Tensor
     """A scalar."""
@@ -126,7 +126,7 @@ class SelfConsistency:
         self.is_exact = differentiates(options, student.schedule)
         self.sigma_data = data_deviation(self.schedule, options.sigma_data)
 
-    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> Judged:
+    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> ConsistencyLoss:
         """Return the loss of Algorithm 1 at noised images, on a training step.
 
         Args:
@@ -148,7 +148,7 @@ class SelfConsistency:
         error = (velocity - velocity.detach() - move).square().flatten(1).mean(1)
         log_weight = self.time_weight(point.t)
         loss = (log_weight.exp() * error - log_weight).mean()
-        return Judged(loss, student, point.t, {"tangent": size.mean(), "error": error.detach().mean()})
+        return ConsistencyLoss(loss, student, point.t, {"tangent": size.mean(), "error": error.detach().mean()})
 
     def share(self, step: int) -> float:
         """Return r, the weight of the student's derivative on a training step, from 0 to 1."""

@@ -226,7 +226,8 @@ class FlowMap(Distiller):
         """
         if not self.inputs.w and not self.config.guides_itself:
             return cond, None
-        w = draws.uniform(*(self.inputs.w or 2 * (self.config.guidance_scale - 1,)))
+        fixed = self.config.guidance_scale - 1
+        w = draws.uniform(*(self.inputs.w or (fixed, fixed)))
         if not self.config.guides_itself:
             return cond, w
         dropped = draws.uniform() < self.config.condition_dropout

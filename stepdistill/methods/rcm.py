@@ -126,9 +126,9 @@ class RCM(Distiller):
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if config.consistency_weight:
-            judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
-            terms["consistency"] = config.consistency_weight * judged.loss
-            metrics |= judged.metrics
+            consistency = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
+            terms["consistency"] = config.consistency_weight * consistency.loss
+            metrics |= consistency.metrics
         if config.matching_weight and self.step_in_stage >= config.warmup:
             x0 = self.generate(batch, draws)
             loss, scores = self.matching.guided(x0, batch.cond, draws, self.level(draws))
