@@ -77,7 +77,7 @@ class RCM(Distiller):
         matching_weight: NonNegativeFloat = 1.0
         """Weight of distribution matching."""
         most_steps: PositiveInt = 4
-        """The random schedules of matching have 1 to so many steps."""
+        """The random schedules of matching have 1 to this many steps."""
         matching_shift: PositiveFloat = 5.0
         """How far the uniform times at which scores are compared are moved towards noise; 1 is not at all."""
         student_update_interval: PositiveInt = 5

@@ -180,7 +180,7 @@ class Trainer:
         self._train_only(turn)
         logs = self._accumulate(turn, batches)
         self.parallelism.average_gradients(turn.params)
-        self.scaling.unscale(turn.name, map(self.optimizers.__getitem__, turn.parts))
+        self.scaling.unscale(turn.name, [self.optimizers[part] for part in turn.parts])
         for name, params in turn.parts.items():
             logs[f"{name}/grad_norm"] = self.parallelism.clip(params, self.optim[name].clip)
         scalars = {name: value for name, value in logs.items() if value.ndim == 0}

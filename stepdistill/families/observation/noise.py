@@ -77,7 +77,7 @@ def read_told(scheduler: Any, flow: RectifiedFlow, steps: Sequence[Step]) -> Rec
 
 
 def makes_grid(scheduler: Any, schedule: NoiseSchedule) -> bool:
-    """Return whether the grid that a call has just set, without being told one, is the schedule's of so many steps."""
+    """Return whether the grid that a call without one of its own has just set is the schedule's of as many steps."""
     steps, sigmas = len(scheduler.timesteps), getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) != steps + 1:
         return False
