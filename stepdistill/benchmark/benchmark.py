@@ -118,7 +118,7 @@ class Benchmark:
         return row
 
     def add_student(self, row: StudentRow, **about: str) -> Row:
-        """Return the row of an exported student, made anew if the student was trained again."""
+        """Return the row of an exported student, made again if the student was trained again."""
         same = {"sha256": fingerprint_pipeline(row.folder), **about}
         return self.add(row.name, lambda name: self.student(name, row) | about, same)
 

@@ -111,7 +111,7 @@ def next_batches(batches: Iterator[RawBatch], count: int) -> int:
 
 
 def write_cache(folder: Path, count: int, bits: int) -> Path:
-    """Write random latents, and prompts whose numbers have so many bits after the first."""
+    """Write random latents, and prompts whose numbers have ``bits`` bits after the first."""
 
     def make(rows: range) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(rows.start)

@@ -116,7 +116,7 @@ def add_seconds(output: Path, config: RunConfig, began: float) -> Path:
 
 
 COLUMNS: Mapping[str, str] = {
-    "calls": "calls", "clip_score": "CLIP score", "adherence": "adherence", "adherence_unseen": "unseen",
+    "clip_score": "CLIP score", "adherence": "adherence", "adherence_unseen": "unseen",
     "prompt_spread": "spread", "seconds_per_image": "s/image",
 }  # fmt: skip
 """Headings of the printed table beside the metric."""

@@ -131,7 +131,7 @@ def clock() -> float:
 
 
 def step_over_floor(trainer: Trainer, batch: Batch, forwards: int, repeats: int) -> tuple[float, float]:
-    """Return the least seconds of a step and of so many forwards, measured in turn.
+    """Return the least seconds of a step and of ``forwards`` forward passes, measured in turn.
 
     A floor of forwards in a row takes as long as a step, so that what else a machine does disturbs both alike.
     """

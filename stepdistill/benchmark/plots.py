@@ -176,7 +176,7 @@ def twenty_colours(look: Look) -> Sequence[Any]:
 
 
 def log_scale(axis: Any, ticks: Sequence[int] | None = None) -> None:
-    """Make an axis logarithmic, with plain numbers at ``ticks``, or at so many round ones as have room."""
+    """Make an axis logarithmic, with plain numbers at ``ticks``, or at as many round ones as have room."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})

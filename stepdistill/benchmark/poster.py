@@ -55,7 +55,7 @@ def poster_rows(rows: Sequence[Row], metric: str) -> list[Row]:
 def draw_poster(bench: Benchmark, images: Mapping[str, Tensor], shown: Sequence[Shown], path: Path) -> Path:
     """Draw the picture: the ``images`` (N, C, H, W), bytes, of rows by their names, and the table of these rows."""
     rows = {row["name"]: row for row in bench.rows}
-    table = [*of_kind(bench.rows, "floor"), *map(rows.__getitem__, images)]
+    table = [*of_kind(bench.rows, "floor"), *(rows[name] for name in images)]
     captions = [caption(one.prompt) for one in shown]
     title = (
         f"The same prompts and seeds.  {bench.metric.upper()}: Fréchet distance, lower is better; "
@@ -128,7 +128,7 @@ def lay_out(images: Mapping[str, Tensor], captions: Sequence[str], title: str, l
 
 
 HEADINGS: Mapping[str, str] = {
-    "calls": "network calls", "clip_score": "CLIP score", "adherence": "adherence",
+    "clip_score": "CLIP score", "adherence": "adherence",
     "adherence_unseen": "adherence, unseen", "prompt_spread": "spread",
 }  # fmt: skip
 """Headings of the picture's table beside the metric."""

@@ -255,7 +255,7 @@ def planned_family(name: str, teacher: TeacherConfig, device: torch.device) -> F
 
 
 def flux_of(device: torch.device, side: int, **blocks: int) -> Flux:
-    """Return FLUX.1 with so many blocks, for square images of ``side`` pixels with the miniature VAE."""
+    """Return FLUX.1 with these numbers of blocks, for square images of ``side`` pixels with the miniature VAE."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device(device):

@@ -150,7 +150,7 @@ def start_of(folder: Path) -> Path | None:
 
 
 def run_to(config: Path, steps: int) -> Run:
-    """Return the run of a configuration that makes a student of so many steps, at its end or in a stage."""
+    """Return the run of a configuration that makes a student of ``steps`` steps, at its end or in a stage."""
     run = Run(resolve(read_config(config, ["eval.every=0"])))
     made = [run.config.method.steps, *(stage.value for stage in run.distiller.stages(run.config.train.steps))]
     if steps in made:

@@ -19,7 +19,7 @@ from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_sh
 from stepdistill.data.listing import STRAY, Listing, list_samples, sample_name, suffixes_of
 from stepdistill.data.loader import Unreadable
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.text import one_line
+from stepdistill.files.words import visible
 
 NOISE_EPOCH = 2**16
 
@@ -196,7 +196,7 @@ class ImageDataset(Dataset):
                 source = fetched[row] if row in fetched else self._listing.images[row]
                 return index, self._read(source, size)
             except UnreadableImageError as error:
-                unreadable.append(one_line(f"{self.name(index)}: {error}"))
+                unreadable.append(visible(f"{self.name(index)}: {error}"))
                 if not self._skip:
                     raise ValueError(f"unreadable image {unreadable[-1]} (data.bad_files=skip skips it)") from error
         raise ValueError(f"{tries} images in a row are unreadable; the last is {unreadable[-1]}")
@@ -218,7 +218,7 @@ class ImageDataset(Dataset):
         labels = np.asarray(self.labels)
         wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if len(wrong):
-            first = one_line(self.name(int(wrong[0])))
+            first = visible(self.name(int(wrong[0])))
             raise ValueError(
                 f"{first}: label: expected 0 to {num_classes - 1}, the teacher's classes, got "
                 f"{labels[wrong[0]]} ({len(wrong)} of {len(labels)} samples are out of range)"
@@ -317,7 +317,7 @@ def _check_captions(config: DataConfig, listing: Listing) -> None:
         )
     missing = [row for row, texts in enumerate(listing.captions) if not texts]
     if missing:
-        first = one_line(sample_name(listing.images, missing[0], config.path))
+        first = visible(sample_name(listing.images, missing[0], config.path))
         raise ValueError(
             f"data.path: {config.path}: {len(missing)} of {len(listing.captions)} images have no caption; the first is "
             f"{first} ('' or an empty .txt is the empty caption)"

@@ -250,7 +250,7 @@ class LatentCacheDataset(Dataset):
 
     def load(self, indices: Sequence[int]) -> RawBatch:
         """Return captions only; :meth:`read_encoded` reads the rest."""
-        captions = None if self.captions is None else tuple(map(self.captions.__getitem__, indices))
+        captions = None if self.captions is None else tuple(self.captions[index] for index in indices)
         return RawBatch(None, None, captions, tuple(indices))
 
     def read_encoded(self, raw: RawBatch) -> Batch:

@@ -54,9 +54,9 @@ from stepdistill.data.metadata import (
 from stepdistill.data.remote import addresses_of, downloaded, in_parallel, is_address, shown, version_of
 from stepdistill.data.tables import caption_cells, image_cells, label_cells
 from stepdistill.data.tars import MAX_FILE_BYTES, TarMember, fetch
-from stepdistill.data.text import one_line, read_text
+from stepdistill.data.text import read_text
 from stepdistill.data.webdataset import read_tars
-from stepdistill.files.words import closest, nearest
+from stepdistill.files.words import closest, nearest, visible
 
 STRAY = -1  # label of an image that lies beside the class folders
 
@@ -253,7 +253,7 @@ def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
     labels, problem = found.labels.values, found.labels.problem
     if labels is not None and None in labels:
         first, missing = found.images[labels.index(None)], labels.count(None)
-        problem = f"{one_line(str(first))}: no label, but others have one ({missing} without)"
+        problem = f"{visible(str(first))}: no label, but others have one ({missing} without)"
         labels, problem = None, None if missing == len(found.images) else problem
     return Listing(
         found.images,

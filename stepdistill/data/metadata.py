@@ -15,8 +15,8 @@ from typing import Any
 from stepdistill.data.columns import Column, Texts, read_label, read_texts
 from stepdistill.data.hf_datasets import reading_as
 from stepdistill.data.loader import TOLERATED, TOLERATED_SHARE
-from stepdistill.data.text import json_lines, one_line, table_rows
-from stepdistill.files.words import nearest
+from stepdistill.data.text import json_lines, table_rows
+from stepdistill.files.words import nearest, visible
 
 SPLITS = {
     "train": ("train", "training"),
@@ -120,10 +120,10 @@ def find_files(
             found[where] = path
             left_over.discard(plain)
         else:
-            missing.append(f"{where}: {one_line(path)}")
+            missing.append(f"{where}: {visible(path)}")
     _report_missing(missing, len(rows), file, skip)
     if left_over:
-        first = f"the first is {one_line(min(left_over))}"
+        first = f"the first is {visible(min(left_over))}"
         warnings.warn(f"{file}: {len(left_over)} images have no row and are left out; {first}", stacklevel=4)
     return found
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.config import differences
-from stepdistill.data.shards import HASHES, narrowed, not_finite, sha256_of, shard_path
+from stepdistill.data.shards import HASHES, narrowed, not_finite, shard_path
+from stepdistill.files.hashing import sha256_of
 from stepdistill.files.locks import locked, try_locked
 from stepdistill.files.reading import read_json
 from stepdistill.files.writing import atomic_write

@@ -10,7 +10,6 @@ was made before there were hashes is read with a warning; running its command ag
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepdistill.config import fingerprint_json
+from stepdistill.files.hashing import sha256_of
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import convert
 
@@ -37,12 +37,6 @@ def not_finite(rows: Tensor) -> list[int]:
     """Return the first of some rows that holds NaN or infinity, as a list of one, or of none."""
     finite = rows.isfinite().reshape(len(rows), -1).all(1)
     return [] if finite.all() else [int(finite.int().argmin())]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

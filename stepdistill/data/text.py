@@ -55,15 +55,6 @@ def lines(text: str) -> list[str]:
     return found[:-1] if found[-1] == "" else found
 
 
-def one_line(text: str) -> str:
-    r"""Return a text as one printable line: other characters, such as line ends and those of terminals, are escaped.
-
-    >>> print(one_line("a\x1b[31m\nb"))
-    a\x1b[31m\nb
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
 def json_lines(file: Path, hint: Any = dict[str, Any]) -> dict[str, Any]:
     """Return the value of every line of a ``.jsonl`` by ``file:line``, as the type ``hint``.
 

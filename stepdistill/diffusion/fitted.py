@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.shift import shifted
+
 EXACT = 1e-6
 """Largest difference of a fitted time."""
 
@@ -49,10 +51,6 @@ def fit_grid(times: Tensor, num_timesteps: int = 1000) -> dict[str, float]:
 
 def made_grid(shift: float, last: float, steps: int, num_timesteps: int) -> Tensor:
     """Return the times (steps,), before 0, that the scheduler makes with these arguments."""
-    lowest = _shifted(torch.tensor(1 / num_timesteps, dtype=torch.float64), shift).item()
-    moved = _shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
+    lowest = shifted(1 / num_timesteps, shift)
+    moved = shifted(torch.linspace(1, lowest, steps, dtype=torch.float64), shift)
     return 1 - (1 - moved) * (1 - last) / (1 - moved[-1])
-
-
-def _shifted(t: Tensor, shift: float) -> Tensor:
-    return shift * t / (1 + (shift - 1) * t)

@@ -34,7 +34,7 @@ class GuidanceRule:
     """What is done with a guided prediction.
 
     Attributes:
-        rescale: whence it takes its size.
+        rescale: where its size is taken from, see above.
         amount: of ``deviation``: the share of the rescaled output in the result; of ``global``: the largest norm, in
             units of the conditional one.
         output: the prediction type of the output whose ``deviation`` is kept.

@@ -16,7 +16,7 @@ class StepShiftedFlow(RectifiedFlow):
     """A rectified flow whose grid is moved towards noise by a shift that depends on its number of steps.
 
     Args:
-        shift_of: the shift of the grid of so many steps.
+        shift_of: the shift of the grid, by its number of steps.
         num_timesteps: of the scheduler.
     """
 

@@ -23,16 +23,7 @@ from stepdistill.diffusion.ode import Noise, ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import DiscreteVP, NoiseSchedule, expand
-
-
-def shifted(schedule: NoiseSchedule, raw: Tensor) -> Tensor:
-    """Return the times at raw times."""
-    return schedule.shift * raw / (1 + (schedule.shift - 1) * raw)
-
-
-def unshifted(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Return the raw times of times."""
-    return t / (schedule.shift - (schedule.shift - 1) * t)
+from stepdistill.diffusion.shift import shifted, unshifted
 
 
 def segment_times(schedule: NoiseSchedule, steps: int, last: float) -> Tensor:
@@ -48,7 +39,7 @@ def segment_times(schedule: NoiseSchedule, steps: int, last: float) -> Tensor:
     match schedule:
         case DiscreteVP():
             return (raw * schedule.num_timesteps).round() / schedule.num_timesteps
-    return shifted(schedule, raw)
+    return shifted(raw, schedule.shift)
 
 
 class Policy(NamedTuple):
@@ -74,9 +65,9 @@ class Policy(NamedTuple):
 
     def advance(self, x: Tensor, raw: Tensor, to: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Return where one DDIM step from states (B, ...) at raw times (B,) > 0 leads at raw times ``to`` (B,)."""
-        alpha, sigma = schedule.coefficients(shifted(schedule, raw), x)
+        alpha, sigma = schedule.coefficients(shifted(raw, schedule.shift), x)
         x0 = self.at(raw)
-        return ode_step(Prediction(x0, (x - alpha * x0) / sigma), schedule, shifted(schedule, to))
+        return ode_step(Prediction(x0, (x - alpha * x0) / sigma), schedule, shifted(to, schedule.shift))
 
     def follow(self, x: Tensor, steps: int, schedule: NoiseSchedule) -> list[Tensor]:
         """Return the ``steps + 1`` states (B, ...) on the way from ``x`` to the segments' ends, at even raw times."""
@@ -125,7 +116,8 @@ class PolicySampler(Sampler):
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del noise
-        policy = emitted(prediction, self.points, unshifted(self.schedule, t), unshifted(self.schedule, s))
+        start, end = unshifted(t, self.schedule.shift), unshifted(s, self.schedule.shift)
+        policy = emitted(prediction, self.points, start, end)
         eps = prediction.eps.unflatten(1, (self.points, -1))[:, 0]
         x_t = Prediction(policy.x0[:, 0], eps).to_state(*self.schedule.coefficients(t, eps))
         return policy.follow(x_t, self.substeps, self.schedule)[-1]

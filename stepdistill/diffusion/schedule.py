@@ -15,7 +15,7 @@ schedule                alpha_t             sigma_t               time
 :class:`DiscreteVP`     cos(angle)          sin(angle)            t = (i + 1) / T is diffusers' timestep i
 :class:`RectifiedFlow`  1 - t               t                     t is the flow's own time
 :class:`Karras`         1                   sigma_max * t^rho     Karras' rho-grid is uniform in t
-``trig.Trig``            cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
+``trig.Trig``           cos(pi t / 2)       sigma_d sin(pi t / 2) the angle of TrigFlow is pi t / 2
 ======================  ==================  ====================  ==============================================
 
 Times and coefficients are float64. They are converted to the images' precision only where they multiply an image.
@@ -32,6 +32,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+
+from stepdistill.diffusion.shift import shifted
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -265,8 +267,7 @@ class RectifiedFlow(NoiseSchedule):
         return torch.sigmoid(-log_snr.double() / 2)
 
     def _make_grid(self, steps: int) -> Tensor:
-        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.shift)
 
     def explicit_sigmas(self, t: Tensor) -> dict[str, list[float]]:
         """Return the times as ``sigmas``: an exported scheduler has no shift, so the call gives the grid."""

@@ -83,7 +83,7 @@ class Critic(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+    def extract(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
         """Return the features of what is seen of clean images (B, ...)."""
 
     @abc.abstractmethod
@@ -96,7 +96,7 @@ class Critic(nn.Module, abc.ABC):
 
     def forward(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> Logits:
         """Return the logits of what is seen of clean images (B, ...)."""
-        return self.logits(self.look(seen, cond, view, draws), cond, view)
+        return self.logits(self.extract(seen, cond, view, draws), cond, view)
 
     def feature_networks(self) -> dict[str, FeatureExtractor]:
         """Return the feature network by its configuration key, unless it is the teacher."""
@@ -113,7 +113,7 @@ class Critic(nn.Module, abc.ABC):
         """Return the critic's loss terms and metrics, on the real images of a batch and a student's ``x0``."""
         seen = self.see(batch.x0)
         view = self.view(batch, lambda: seen, t, draws)
-        features = self.look(seen, batch.cond, view, draws)
+        features = self.extract(seen, batch.cond, view, draws)
         real = self.logits(features, batch.cond, view)
         fake = self(self.see(x0), batch.cond, view, draws)
         terms = {"loss": critic_loss(real, fake, self.loss)}
@@ -172,7 +172,7 @@ class CleanCritic(Critic):
         del draws
         return self.condition(batch.cond, real, t)
 
-    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+    def extract(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
         del view
         return self.features.extract(seen, cond, draws)
 
@@ -232,7 +232,7 @@ class RenoisedCritic(Critic):
         """Return times (B,) whose signal-to-noise ratio is that of a flow at logit-normal times."""
         return log_normal_times(self.schedule, draws, self.location, self.scale).clamp(MIN_TIME, 1.0)
 
-    def look(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
+    def extract(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
         return self.blocks(self.schedule.add_noise(seen, draws.normal_like(seen), view), view, cond)
 
     def logits(self, features: list[Tensor], cond: Cond, view: Tensor) -> Logits:

@@ -126,7 +126,7 @@ def laid_out(features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
 
 
 def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[MapFeatures, list[tuple[int, ...]]]:
-    """Return the features of at most so many of the teacher's blocks, evenly spaced, and their shapes at its size."""
+    """Return features of up to ``max_blocks`` blocks of the teacher, evenly spaced, and their shapes at its size."""
     family = teacher.family
     blocks = BlockFeatures(teacher, spaced_blocks(family.network, family.feature_blocks, max_blocks))
     aspect = aspect_of(family.sample_shape)
@@ -136,7 +136,7 @@ def spaced_features(teacher: Denoiser, max_blocks: int) -> tuple[MapFeatures, li
 def open_feature_source(
     features: str, family: Family, teacher: Denoiser, *, augment: bool, max_blocks: int = MAX_BLOCKS
 ) -> FeatureSource:
-    """Open what ``method.features`` names: at most so many blocks of the ``"teacher"``, or a feature network.
+    """Open what ``method.features`` names: at most ``max_blocks`` blocks of the ``"teacher"``, or a feature network.
 
     Raises:
         ValueError: if the network measures students, or cannot process the teacher's images.

@@ -34,7 +34,7 @@ from stepdistill.randomness import Draws
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class StepContext:
     """What a step of the teacher and one of the student have in common when they are judged."""
 
     begin: list[Tensor]
@@ -68,67 +68,70 @@ class PairCritic(nn.Module):
         beside = [(2 * channels, *places) for channels, *places in shapes]
         self.heads = Heads(beside, example.shape[1] + 2 * TIME_WAVES)
 
-    def pair(self, x_t: Tensor, t: Tensor, s: Tensor, level: Tensor, cond: Cond) -> Judged:
-        """Return that steps from ``x_t`` (B, ...) at ``t`` (B,) to ``s`` (B,) are judged with their beginning."""
+    def pair(self, x_t: Tensor, t: Tensor, s: Tensor, level: Tensor, cond: Cond) -> StepContext:
+        """Return the context of steps from ``x_t`` (B, ...) at ``t`` (B,) to ``s`` (B,), judged with ``x_t``."""
         with torch.no_grad():
-            return Judged(self.features(x_t, t, cond), t, s, level, cond)
+            return StepContext(self.features(x_t, t, cond), t, s, level, cond)
 
-    def alone(self, s: Tensor, level: Tensor, cond: Cond) -> Judged:
-        """Return that steps to ``s`` (B,) are judged by where they land alone."""
-        return Judged([], torch.zeros_like(s), s, level, cond)
+    def alone(self, s: Tensor, level: Tensor, cond: Cond) -> StepContext:
+        """Return the context of steps to ``s`` (B,) that are judged by where they land alone."""
+        return StepContext([], torch.zeros_like(s), s, level, cond)
 
-    def forward(self, landed: Tensor, judged: Judged, draws: Draws) -> Logits:
+    def forward(self, landed: Tensor, context: StepContext, draws: Draws) -> Logits:
         """Return logits (B, positions) per head of landed states (B, ...)."""
-        return self.logits(self.look(landed, judged, draws), judged)
+        return self.logits(self.extract(landed, context, draws), context)
 
-    def look(self, landed: Tensor, judged: Judged, draws: Draws) -> list[Tensor]:
+    def extract(self, landed: Tensor, context: StepContext, draws: Draws) -> list[Tensor]:
         """Return the features, one per head, of landed states (B, ...) noised up."""
-        level = self.level(judged)
-        return self.features(noise_up(landed, judged.s, level, self.schedule, draws.normal_like), level, judged.cond)
+        level = self.level(context)
+        return self.features(noise_up(landed, context.s, level, self.schedule, draws.normal_like), level, context.cond)
 
-    def level(self, judged: Judged) -> Tensor:
+    def level(self, context: StepContext) -> Tensor:
         """Return the times (B,) that landed states are noised up to."""
-        return torch.maximum(judged.level, judged.s).clamp(min=CLEAN)
+        return torch.maximum(context.level, context.s).clamp(min=CLEAN)
 
-    def logits(self, seen: list[Tensor], judged: Judged) -> Logits:
+    def logits(self, landed: list[Tensor], context: StepContext) -> Logits:
         """Return logits (B, positions) of the features of landed states, per head."""
-        begin = judged.begin or [torch.zeros_like(feature) for feature in seen]
-        both = [torch.cat(maps, 1) for maps in zip(seen, begin, strict=True)]
-        return self.heads(both, self.condition(judged, self.level(judged)))
+        begin = context.begin or [torch.zeros_like(feature) for feature in landed]
+        both = [torch.cat(maps, 1) for maps in zip(landed, begin, strict=True)]
+        return self.heads(both, self.condition(context, self.level(context)))
 
-    def condition(self, judged: Judged, level: Tensor) -> Tensor:
+    def condition(self, context: StepContext, level: Tensor) -> Tensor:
         """Return the condition and both times as a vector (B, d)."""
-        vector = condition_vector(judged.cond, len(level), self.num_classes).to(level.device)
-        waves = [(k * math.pi * t).cos() for t in (judged.t, level) for k in range(TIME_WAVES)]
+        vector = condition_vector(context.cond, len(level), self.num_classes).to(level.device)
+        waves = [(k * math.pi * t).cos() for t in (context.t, level) for k in range(TIME_WAVES)]
         return torch.cat([vector, torch.stack(waves, 1).to(vector.dtype)], 1)
 
-    def student_loss(self, landed: Tensor, judged: Judged, draws: Draws) -> Tensor:
+    def student_loss(self, landed: Tensor, context: StepContext, draws: Draws) -> Tensor:
         """Return the adversarial loss of the student's landed states (B, ...)."""
-        return generator_loss(self(landed, judged, draws), self.loss)
+        return generator_loss(self(landed, context, draws), self.loss)
 
-    def critic_loss(self, real: Tensor, fake: Tensor, judged: Judged, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(
+        self, real: Tensor, fake: Tensor, context: StepContext, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the critic's loss on where the teacher and the student land (B, ...), and metrics."""
-        told = self(real, judged, draws), self(fake, judged, draws)
-        return critic_loss(*told, self.loss), critic_metrics(*told)
+        real_logits, fake_logits = self(real, context, draws), self(fake, context, draws)
+        return critic_loss(real_logits, fake_logits, self.loss), critic_metrics(real_logits, fake_logits)
 
     def both_losses(
-        self, real: Tensor, fake: Tensor, judged: Judged, draws: Draws
+        self, real: Tensor, fake: Tensor, context: StepContext, draws: Draws
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the student's loss, which does not reach the heads, the critic's, and metrics.
 
         Args:
             real: where the teacher lands, (B, ...).
             fake: where the student lands, (B, ...).
-            judged: what both have in common.
+            context: what both have in common.
             draws: source of noise.
         """
         with torch.no_grad():
-            seen = self.look(real, judged, draws)
-        generated = self.look(fake, judged, draws)
-        told = self.logits(seen, judged), self.logits([feature.detach() for feature in generated], judged)
+            real_features = self.extract(real, context, draws)
+        fake_features = self.extract(fake, context, draws)
+        real_logits = self.logits(real_features, context)
+        fake_logits = self.logits([feature.detach() for feature in fake_features], context)
         with unmoved(self.heads):
-            deceived = self.logits(generated, judged)
-        return generator_loss(deceived, self.loss), critic_loss(*told, self.loss), critic_metrics(*told)
+            student = generator_loss(self.logits(fake_features, context), self.loss)
+        return student, critic_loss(real_logits, fake_logits, self.loss), critic_metrics(real_logits, fake_logits)
 
 
 @contextlib.contextmanager

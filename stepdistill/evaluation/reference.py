@@ -20,6 +20,7 @@ from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.arrays import array_headers, read_arrays
+from stepdistill.files.hashing import sha256_of
 from stepdistill.files.reading import parse_json
 from stepdistill.files.words import nearest, shown
 from stepdistill.files.writing import atomic_write
@@ -254,12 +255,6 @@ def holds_statistics(path: Path) -> bool:
     except ValueError:
         return True  # whoever reads it names what is wrong
     return "mu" in names or not names & {"images", "arr_0"}
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------- what a file of statistics holds

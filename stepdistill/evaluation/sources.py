@@ -23,11 +23,11 @@ from stepdistill.data.decoding import read_pixels
 from stepdistill.data.listing import list_samples
 from stepdistill.data.prompts import prompt_rows
 from stepdistill.data.remote import is_address, shown
-from stepdistill.data.text import one_line
 from stepdistill.evaluation.cost import parameter_count, peak_memory
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
+from stepdistill.files.words import visible
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import ROWS, Images, class_count, cycle_labels, sample_images
 from stepdistill.networks.compilation import is_compiled
@@ -218,7 +218,7 @@ def read_captions(path: str, count: int) -> Sequence[str]:
     captions = []
     for where, texts in found.items():
         if not texts or not texts[0].strip():
-            raise ValueError(f"captions: {one_line(where)} {'is empty' if texts else 'has no caption'}")
+            raise ValueError(f"captions: {visible(where)} {'is empty' if texts else 'has no caption'}")
         captions.append(texts[0])
     if len(captions) < count:
         raise ValueError(f"captions: {path}: expected {count}, one an image, got {len(captions)}")

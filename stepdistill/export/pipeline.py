@@ -13,7 +13,6 @@ import inspect
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +37,7 @@ from stepdistill.families.hub import expand_home, nearest_place
 from stepdistill.files.weights import naming
 from stepdistill.files.words import nearest
 from stepdistill.loading import open_folder
+from stepdistill.loading.classes import is_our_class
 
 CUSTOM_FILE = "pipeline.py"
 
@@ -145,11 +145,11 @@ def save_pipeline(
 def add_our_files(pipeline: DiffusionPipeline, folder: Path) -> dict[str, list[str]]:
     """Put the files of this package's classes where diffusers looks for them; return their entries of the index."""
     entries = {}
-    if is_our_class(pipeline):
+    if is_our_class(type(pipeline)):
         shutil.copy(inspect.getfile(type(pipeline)), folder / CUSTOM_FILE)
         entries["_class_name"] = [Path(CUSTOM_FILE).stem, type(pipeline).__name__]
     for name, component in pipeline.components.items():
-        if is_our_class(component):
+        if is_our_class(type(component)):
             file = Path(inspect.getfile(type(component)))
             shutil.copy(file, folder / name / file.name)
             entries[name] = [file.stem, type(component).__name__]
@@ -172,14 +172,9 @@ def save_parts(pipeline: DiffusionPipeline, folder: Path, links: Mapping[str, Pa
             part.save_pretrained(folder / name)
 
 
-def is_our_class(thing: object) -> bool:
-    """Return whether the class of ``thing`` is one of ``stepdistill.pipelines``."""
-    return type(thing).__module__.startswith("stepdistill.pipelines")
-
-
 def has_own_class(pipeline: DiffusionPipeline) -> bool:
     """Return whether the pipeline or one of its parts has a class of ``stepdistill.pipelines``."""
-    return any(is_our_class(part) for part in (pipeline, *pipeline.components.values()))
+    return any(is_our_class(type(part)) for part in (pipeline, *pipeline.components.values()))
 
 
 def brought_classes(pipeline: DiffusionPipeline) -> dict[str, list[str]]:
@@ -276,10 +271,4 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
             "contract": contract,
         },
     )
-    return pipeline
-
-
-def in_memory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Turn off a pipeline's progress bar, for use inside other loops."""
-    pipeline.set_progress_bar_config(disable=True, file=sys.stderr)
     return pipeline

@@ -47,7 +47,7 @@ def with_names(value: Any) -> Any:
 
 
 def without_paths(value: Any) -> Any:
-    """Return a JSON value with names in place of paths: those of this machine, and whence a part was loaded.
+    """Return a JSON value with names in place of paths: those of this machine, and where a part was loaded from.
 
     >>> without_paths({"_name_or_path": "runs/teacher/vae", "file": f"{Path.cwd()}/a.json", "pad": "/", "n": [1]})
     {'_name_or_path': 'vae', 'file': 'a.json', 'pad': '/', 'n': [1]}

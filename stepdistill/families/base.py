@@ -254,7 +254,7 @@ class Family(abc.ABC):
             )
 
     def widen(self, points: int) -> None:
-        """Make the opened network give so many predictions a call, in place, before any role is forked from it.
+        """Make the opened network give ``points`` predictions a call, in place, before any role is forked from it.
 
         All are the teacher's, bit for bit, whose role keeps the first. Methods request it in
         :meth:`stepdistill.methods.base.Distiller.head_points`.
@@ -268,7 +268,7 @@ class Family(abc.ABC):
             self.points = points
 
     def check_head(self, points: int) -> None:
-        """Raise ``ValueError`` if the network cannot give so many predictions a call."""
+        """Raise ``ValueError`` if the network cannot give ``points`` predictions a call."""
         if points != 1 and self.head is None:
             raise ValueError(
                 f"teacher.family: networks of {type(self).__name__} have no head that can be widened, which this "

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from stepdistill.diffusion.guidance import GuidanceRule, PipelineRescale
 from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.diffusion.shift import unshifted
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 
@@ -89,6 +90,6 @@ def before_shift(family: Family, t: float) -> float:
     """Return the place in [0, 1] of a time of a flow on an even grid, before the shift."""
     match family.schedule:
         case RectifiedFlow(shift=shift):
-            return t / (shift - (shift - 1) * t)
+            return unshifted(t, shift)
         case other:
             raise AssertionError(f"expected a flow, got {type(other).__name__}")

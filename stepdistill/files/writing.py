@@ -35,7 +35,7 @@ def writing_to(path: Path) -> Iterator[None]:
     """Turn what the system says of a failed write into a sentence.
 
     Raises:
-        ValueError: writing_to ``path`` and the reason, such as a full disk.
+        ValueError: naming ``path`` and the reason, such as a full disk.
     """
     try:
         yield

@@ -57,10 +57,10 @@ def stills(clips: Tensor) -> Tensor:
     return torch.cat([clips[:, :, 0], clips[:, :, frames // 2], clips[:, :, -1]], 3)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+def save_grid(images: Tensor, path: Path) -> None:
     """Write a grid."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(images, columns).save(path)
+    make_grid(images).save(path)
 
 
 def save_comparison(rows: Mapping[str, Tensor], path: Path, title: str = "") -> None:

@@ -118,25 +118,24 @@ def fixed_rows(module: torch.nn.Module, rows: int, method: str = "forward") -> I
     @functools.wraps(original)  # two-time pipelines look the arguments' names up
     def in_pieces(*args: Any, **kwargs: Any) -> Any:
         batch = batch_of(args, kwargs)
-
-        def piece(start: int) -> Any:
-            index = torch.arange(start, start + rows).clamp(max=batch - 1)
-
-            def cut(leaf: Any) -> Any:
-                if is_list(leaf):  # Z-Image takes a list of images and one of prompts
-                    return [leaf[row] for row in index.tolist()] if len(leaf) == batch else leaf
-                is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-                return leaf[index.to(leaf.device)] if is_batch else leaf
-
-            per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
+        per_row = {name: value for name, value in kwargs.items() if name not in SHARED}
+        outputs = []
+        for start in range(0, batch, rows):
+            cut = functools.partial(rows_at, index=torch.arange(start, start + rows).clamp(max=batch - 1), batch=batch)
             cut_args, cut_kwargs = tree_map(cut, (args, per_row), is_leaf=is_list)
-            return original(*cut_args, **{**kwargs, **cut_kwargs})
-
-        outputs = [piece(start) for start in range(0, batch, rows)]
+            outputs.append(original(*cut_args, **{**kwargs, **cut_kwargs}))
         return tree_map(lambda *leaves: join(leaves, batch), *outputs, is_leaf=is_list)
 
     with patched(module, method, in_pieces):
         yield
+
+
+def rows_at(leaf: Any, index: Tensor, batch: int) -> Any:
+    """Return the rows ``index`` (rows,) of an argument of ``batch`` rows, and any other argument as it is."""
+    if is_list(leaf):  # Z-Image takes a list of images and one of prompts
+        return [leaf[row] for row in index.tolist()] if len(leaf) == batch else leaf
+    is_batch = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+    return leaf[index.to(leaf.device)] if is_batch else leaf
 
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -103,7 +103,7 @@ def _sample_batch(
     pipeline: Any, indices: range, seed: int, condition: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
     """Sample the images or clips of these indices as bytes, and return them with the seconds that it took."""
-    generators = [torch.Generator("cpu").manual_seed(derive_seed(seed, index)) for index in indices]
+    generators = generators_of(seed, indices)
     began = time.perf_counter()
     with handed_on(pipeline, generators), _named_failures(pipeline):
         output, *_ = pipeline(**condition, generator=generators, output_type="np", return_dict=False, **call)
@@ -111,6 +111,11 @@ def _sample_batch(
         torch.cuda.synchronize(pipeline.device)
     elapsed = time.perf_counter() - began
     return to_uint8(torch.from_numpy(np.asarray(output)).movedim(-1, 1)), elapsed
+
+
+def generators_of(seed: int, indices: range) -> list[torch.Generator]:
+    """Return the generator of every image of a set, a function of the set's seed and the image's index."""
+    return [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
 
 
 def _named_failures(pipeline: Any) -> contextlib.AbstractContextManager[Any]:

@@ -14,8 +14,7 @@ from stepdistill.export.model_card import SampleSheet
 from stepdistill.families.base import Family
 from stepdistill.families.latent import TextToImageFamily
 from stepdistill.inference.grids import make_grid, to_uint8
-from stepdistill.inference.sampling import Images
-from stepdistill.randomness import derive_seed
+from stepdistill.inference.sampling import Images, generators_of
 
 if TYPE_CHECKING:
     from stepdistill.methods.base import Distiller
@@ -62,11 +61,6 @@ def _student_batch(
     start = distiller.schedule.initial_noise(noise.to(device))
     x0 = sample(distiller.result.conditioned(cond), distiller.sampler(), start, fresh)
     return family.decode(x0.float()), cond
-
-
-def generators_of(seed: int, indices: range) -> list[torch.Generator]:
-    """Return the generator of every image of a set."""
-    return [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
 
 
 def images_at_a_time(family: Family) -> int:

@@ -58,11 +58,11 @@ def distribution_matching(
     """
     t = sample_times(fake.schedule, draws, *MATCHED) if t is None else t
     noise = draws.normal_like(x0)
-    real, seen = both_scores(teacher, fake, x0.detach(), noise, t, cond)
-    gradient = matching_gradient(x0.detach(), real, seen, floor)
+    real_x0, fake_x0 = both_scores(teacher, fake, x0.detach(), noise, t, cond)
+    gradient = matching_gradient(x0.detach(), real_x0, fake_x0, floor)
     if weigh is not None:
         gradient = expand(weigh(fake.schedule.add_noise(x0.detach(), noise, t), t), gradient) * gradient
-    return descent_loss(x0, gradient).mean(), diagnostics(x0, real, seen, t)
+    return descent_loss(x0, gradient).mean(), diagnostics(x0, real_x0, fake_x0, t)
 
 
 class Matching:
@@ -139,8 +139,8 @@ def both_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return the clean images (B, ...) that the teacher and the fake score predict of ``x0``, noised to times (B,)."""
     x_t = fake.schedule.add_noise(x0, noise, t)
-    seen = fake(x_t, t, cond).x0
-    return teacher(x_t, t).x0, seen
+    fake_x0 = fake(x_t, t, cond).x0
+    return teacher(x_t, t).x0, fake_x0
 
 
 def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor, floor: float = SMALLEST_DIVISOR) -> Tensor:
@@ -157,11 +157,6 @@ def divisor(x0: Tensor, real: Tensor, floor: float) -> Tensor:
 
 def _at_least_single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def matching_loss(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Return a loss (B,) whose mean has the gradient ``g / numel`` at ``x0``, with g of :func:`matching_gradient`."""
-    return descent_loss(x0, matching_gradient(x0.detach(), real, fake))
 
 
 def descent_loss(x0: Tensor, gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.losses.levels import log_normal_times
 from stepdistill.losses.progressive import nested_grid
 from stepdistill.randomness import Draws
 
@@ -20,13 +21,13 @@ def step_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     return nested_grid(schedule, steps * max(1, FINEST // steps), steps)
 
 
-def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:
-    """Return times (B,) whose log noise level ``log(sigma / alpha)`` is normal, its mean moved by a flow's shift.
+def shifted_log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:
+    """Return times (B,) as :func:`~stepdistill.losses.levels.log_normal_times`, the mean moved by a flow's shift.
 
-    On a flow, the times' logits are normal.
+    Those below the lowest that networks are trained at become that one.
     """
-    log_sigma = mean + math.log(schedule.shift) + std * draws.normal().double()
-    return schedule.inverse(-2 * log_sigma).clamp(schedule.lowest_time, 1)
+    mean = mean + math.log(schedule.shift)
+    return log_normal_times(schedule, draws, mean, std).clamp(schedule.lowest_time, 1)
 
 
 def free_interval(
@@ -41,7 +42,7 @@ def free_interval(
         from_noise: share of pairs whose ``t`` is 1.
         to_clean: share of pairs whose ``r`` is 0.
     """
-    one, two = (log_normal_times(schedule, draws, *levels) for _ in range(2))
+    one, two = (shifted_log_normal_times(schedule, draws, *levels) for _ in range(2))
     t = torch.where(draws.uniform() < from_noise, 1.0, torch.maximum(one, two))
     return t, torch.where(draws.uniform() < to_clean, 0.0, torch.minimum(one, two))
 

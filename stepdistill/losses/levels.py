@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.shift import shifted
 from stepdistill.randomness import Draws
 
 MATCHED = (0.02, 0.98)
@@ -25,11 +26,6 @@ TINY = 1e-9
 
 INNER = (0.25, 0.95)
 """The range of the times of a random grid between the first, pure noise, and the end."""
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """Return times moved towards noise as a flow's grid is (SD3, Eq. 23); the shift ``1 / shift`` is the inverse."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 def sample_times(schedule: NoiseSchedule, draws: Draws, low: float = 0.0, high: float = 1.0) -> Tensor:

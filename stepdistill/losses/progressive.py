@@ -12,6 +12,9 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 
+CONVERT = "convert"
+"""Name of the stage in which the student of a noise-predicting teacher learns to predict the velocity."""
+
 
 def two_step_target(
     denoise: Denoise,

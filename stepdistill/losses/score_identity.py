@@ -27,17 +27,17 @@ from stepdistill.networks.denoiser import Denoiser
 IdentityWeight = Literal["linear", "classic"]
 
 
-def identity_error(x0: Tensor, real: Tensor, seen: Tensor, a: float) -> Tensor:
+def identity_error(x0: Tensor, real: Tensor, fake: Tensor, a: float) -> Tensor:
     """Return the mean over pixels of ``(r - f) ((1 - a) (r - x) + a (f - x))``: (B, ...) -> (B,).
 
     Args:
         x0: images (B, ...) of the student, with their gradient.
         real: the teacher's denoising r of these images with noise, with its gradient by the images.
-        seen: the fake score's denoising f, likewise.
+        fake: the fake score's denoising f, likewise.
         a: 1 or slightly above; at 0 the value is the Fisher divergence, whose gradient is worse.
     """
-    x0, real, seen = x0.float(), real.float(), seen.float()
-    return ((real - seen) * ((1 - a) * (real - x0) + a * (seen - x0))).flatten(1).mean(1)
+    x0, real, fake = x0.float(), real.float(), fake.float()
+    return ((real - fake) * ((1 - a) * (real - x0) + a * (fake - x0))).flatten(1).mean(1)
 
 
 def identity_weight(kind: IdentityWeight, schedule: NoiseSchedule, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -88,8 +88,8 @@ class TimeWeight(nn.Module):
             return self.linear((math.pi * k * t[:, None]).cos().to(self.linear.weight.dtype)).squeeze(1)
 
 
-class Judged(NamedTuple):
-    """The loss of a batch, and the student's predictions that it is about."""
+class ConsistencyLoss(NamedTuple):
+    """The loss of a batch, and the student's predictions that it was computed on."""
 
     loss: Tensor
     """A scalar."""
@@ -126,7 +126,7 @@ class SelfConsistency:
         self.is_exact = differentiates(options, student.schedule)
         self.sigma_data = data_deviation(self.schedule, options.sigma_data)
 
-    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> Judged:
+    def __call__(self, x0: Tensor, cond: Cond, draws: Draws, step: int, w: Tensor | None = None) -> ConsistencyLoss:
         """Return the loss of Algorithm 1 at noised images, on a training step.
 
         Args:
@@ -148,7 +148,7 @@ class SelfConsistency:
         error = (velocity - velocity.detach() - move).square().flatten(1).mean(1)
         log_weight = self.time_weight(point.t)
         loss = (log_weight.exp() * error - log_weight).mean()
-        return Judged(loss, student, point.t, {"tangent": size.mean(), "error": error.detach().mean()})
+        return ConsistencyLoss(loss, student, point.t, {"tangent": size.mean(), "error": error.detach().mean()})
 
     def share(self, step: int) -> float:
         """Return r, the weight of the student's derivative on a training step, from 0 to 1."""
@@ -183,16 +183,58 @@ class SelfConsistency:
 
         ``share`` is r, and ``w`` the guidance weights (B,) that the student is told.
         """
-        if not self.is_exact:
-            # without gradient, and with the dropout masks that the student draws next
-            with torch.no_grad(), shared_dropout(self.student.bank, self.student.role):
-                tangent_of = self.tangent_by_difference(x_t, point, path, cond, share, w)
-            student = self.student(x_t, point.t, cond, w=w)
-            return student, tangent_of(Prediction(student.x0.detach(), student.eps.detach()))
+        if self.is_exact:
+            return self.by_derivative(x_t, point, path, cond, share, w)
+        return self.by_difference(x_t, point, path, cond, share, w)
+
+    def by_derivative(
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
+        """Return the same, by the student's derivative along the path."""
         dx, dt = self.direction(point, path)
         student, here, (d_x_0, d_eps) = self.student.with_derivative(x_t, point.t, cond, dx, dt, w=w)
         turn = point.cos * self.sigma_data * d_eps - point.sin * d_x_0
         return student, -(point.cos**2) * self.residual(here, path, point) - share * turn
+
+    def by_difference(
+        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
+        """Return the same by the discrete algorithm (dsCD, Appendix D), whose limit is g.
+
+        At r = 1 the tangent is the change of the consistency function itself over the angle. At any distance of the
+        calls, its fixed point is that of consistency distillation by Euler steps of this angle.
+
+        One of the two calls is the student's own, which has the gradient. A lower precision would leave rounding noise
+        of the difference; then both are made again, in float32.
+        """
+        bank, role = self.student.bank, self.student.role
+        near = self.neighbour(point, x_t)
+        x_near = ode_step(path, self.schedule, near.t)
+        t_near = near.t.clamp(min=self.schedule.lowest_time)
+        again = not is_single_precision(bank, role, x_t.device)
+        # without gradient, and with the dropout masks that the student draws next
+        with torch.no_grad(), shared_dropout(bank, role):
+            if again:
+                here, x_0_near = self.two_calls(x_t, point.t, x_near, t_near, cond, w)
+            else:
+                x_0_near = self.student(x_near, t_near, cond, w=w).x0
+        student = self.student(x_t, point.t, cond, w=w)
+        if not again:
+            here = Prediction(student.x0.detach(), student.eps.detach())
+        x_0_near = torch.where(expand(near.t == 0, x_t) > 0, x_near, x_0_near)
+        sin = point.sin * near.cos - point.cos * near.sin  # of the angle between them
+        turned = -near.cos * self.residual(here, path, point)
+        return student, point.cos * torch.lerp(turned, (here.x0 - x_0_near) / sin, share)
+
+    def two_calls(
+        self, x_t: Tensor, t: Tensor, x_near: Tensor, t_near: Tensor, cond: Cond, w: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
+        """Return the student's prediction at ``x_t``, and its clean image at ``x_near``, both in float32."""
+        both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
+        weights = None if w is None else torch.cat([w, w])
+        with single_precision(self.student.bank, self.student.role, x_t.device):
+            x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([t, t_near]), both, w=weights)
+        return Prediction(x_0[: len(x_t)], eps[: len(x_t)]), x_0[len(x_t) :]
 
     def residual(self, student: Prediction, path: Prediction, point: Point) -> Tensor:
         """Return ``sigma_d F - dx/dtheta``."""
@@ -204,38 +246,6 @@ class SelfConsistency:
         (alpha, sigma), (d_alpha, d_sigma) = torch.func.jvp(self.schedule, (point.t,), (one,))[:2]
         dt = alpha * sigma / (d_sigma * alpha - d_alpha * sigma)  # dt / d log(sigma / alpha)
         return path.to_state(expand(d_alpha * dt, path.x0), expand(d_sigma * dt, path.x0)), dt
-
-    def tangent_by_difference(
-        self, x_t: Tensor, point: Point, path: Prediction, cond: Cond, share: float, w: Tensor | None = None
-    ) -> Callable[[Prediction], Tensor]:
-        """Return the tangent of the discrete algorithm (dsCD, Appendix D), whose limit is g.
-
-        At r = 1 it is the change of the consistency function itself over the angle. At any distance of the calls, its
-        fixed point is that of consistency distillation by Euler steps of this angle.
-
-        One of the two calls is the student's own, which has the gradient. A lower precision would leave rounding noise
-        of the difference; then both are made again, in float32.
-        """
-        near = self.neighbour(point, x_t)
-        x_near = ode_step(path, self.schedule, near.t)
-        ends = expand(near.t == 0, x_t) > 0
-        told = near.t.clamp(min=self.schedule.lowest_time)
-
-        def tangent(here: Prediction, x_0_near: Tensor) -> Tensor:
-            x_0_near = torch.where(ends, x_near, x_0_near)
-            sin = point.sin * near.cos - point.cos * near.sin  # of the angle between them
-            turned = -near.cos * self.residual(here, path, point)
-            return point.cos * torch.lerp(turned, (here.x0 - x_0_near) / sin, share)
-
-        if is_single_precision(self.student.bank, self.student.role, x_t.device):
-            x_0_near = self.student(x_near, told, cond, w=w).x0
-            return lambda here: tangent(here, x_0_near)
-        both = {name: torch.cat([tensor, tensor]) for name, tensor in cond.items()}
-        weights = None if w is None else torch.cat([w, w])
-        with single_precision(self.student.bank, self.student.role, x_t.device):
-            x_0, eps = self.student(torch.cat([x_t, x_near]), torch.cat([point.t, told]), both, w=weights)
-        found = tangent(Prediction(x_0[: len(x_t)], eps[: len(x_t)]), x_0[len(x_t) :])
-        return lambda _: found
 
     def neighbour(self, point: Point, like: Tensor) -> Point:
         """Return points lower by the angle ``difference``; those below what networks know become clean data.

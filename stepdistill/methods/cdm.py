@@ -67,7 +67,7 @@ class CDM(Distiller):
         steps: PositiveInt = 4
         """Sampling steps; one training serves all numbers."""
         most_steps: PositiveInt = 28
-        """The random schedules of training have 1 to so many steps."""
+        """The random schedules of training have 1 to this many steps."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none, and 8 the paper's for Stable Diffusion 3."""
         augmentation_weight: NonNegativeFloat = 1.0

@@ -170,7 +170,7 @@ class DMD2(Distiller):
         scale, rescale, floor = self.config.guidance_scale, self.config.guidance_rescale, self.config.divisor_floor
         real = self.teacher
         if self.config.teacher_adapter or self.config.fake_scale != 1:
-            self.bank.scale("fake", self.config.fake_scale)
+            self.bank.scale("fake", self.config.fake_scale)  # also by 1: full copies are refused
         if self.config.teacher_adapter:
             real = self.fake.leaning(self.leaning)
         self.matching = dm.Matching(real, self.fake, scale, rescale=rescale, floor=floor)
@@ -192,8 +192,7 @@ class DMD2(Distiller):
 
     def leaning(self) -> float:
         """Return how often the fake score's adapter presently counts in the teacher."""
-        steps = self.config.dynamic_renoise
-        return self.config.teacher_adapter * levels.falling(self.step_in_stage / steps) if steps else 0.0
+        return self.config.teacher_adapter * levels.falling(self.step_in_stage / self.config.dynamic_renoise)
 
     def fake_keeps(self) -> float:
         """Return how much of itself the fake score keeps after the present step."""

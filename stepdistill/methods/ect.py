@@ -73,6 +73,10 @@ class ECT(Distiller):
         return level_sampler(family.schedule, config.steps, config.sigma_max, config.mid_sigma)
 
     def build(self) -> None:
+        largest = time_of_level(self.schedule, self.config.sigma_max)
+        ends = torch.tensor([self.schedule.lowest_time, largest], dtype=torch.float64)
+        self.lowest, self.largest = noise_to_signal(self.schedule, ends).tolist()
+        """Noise levels between which the student is trained."""
         self.add_turn("student", self.loss)
 
     @property
@@ -80,18 +84,11 @@ class ECT(Distiller):
         """The stage j of the present step."""
         return self.step_in_stage * self.config.num_stages // max(1, self.stage.steps)
 
-    def levels(self, count: int) -> Tensor:
-        """Return the lowest and the largest noise level of training, (2,), float64."""
-        del count
-        largest = time_of_level(self.schedule, self.config.sigma_max)
-        return noise_to_signal(self.schedule, torch.tensor([self.schedule.lowest_time, largest], dtype=torch.float64))
-
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         config = self.config
-        lowest, largest = self.times(self.levels, 2, draws.device)
-        sigma = (config.noise_mean + config.noise_std * draws.normal().double()).exp().clamp(lowest, largest)
+        sigma = (config.noise_mean + config.noise_std * draws.normal().double()).exp().clamp(self.lowest, self.largest)
         r = neighbour(sigma, self.stage_index, config.q)
-        r = torch.where(r < lowest, 0.0, r)  # there the network was never trained, and clean data is as near
+        r = torch.where(r < self.lowest, 0.0, r)  # there the network was never trained, and clean data is as near
         t, s = self.schedule.inverse(-2 * sigma.log()), self.schedule.inverse(-2 * r.log())
         noise = draws.normal_like(batch.x0)
         x_t = self.schedule.add_noise(batch.x0, noise, t)

@@ -114,7 +114,7 @@ class FlowMap(Distiller):
         floor: ranges.PositiveFloat = 1e-3
         """What is added to that error, a mean over pixels (c)."""
         target_ema: ranges.Decay | None = None
-        """Decay of the average that makes the targets; 0 is the student itself, the default but for ``shortcut``."""
+        """Decay of the average that makes the targets; 0 is the student itself, the default except for ``shortcut``."""
 
         def __post_init__(self) -> None:
             guidance_input.check_range(self.guidance_range, self.guidance_scale)
@@ -207,7 +207,7 @@ class FlowMap(Distiller):
         t, r = intervals.free_interval(self.schedule, draws, levels, config.from_noise, config.to_clean)
         s = average_velocity.time_within(self.schedule, t, r, draws.uniform())
         equal = draws.uniform() < config.equal
-        at = intervals.log_normal_times(self.schedule, draws, *levels)
+        at = intervals.shifted_log_normal_times(self.schedule, draws, *levels)
         if config.target == "shortcut":
             t, s, r = intervals.dyadic_interval(self.schedule, draws)
         t, s, r = (torch.where(equal, at, time) for time in (t, s, r))
@@ -226,7 +226,8 @@ class FlowMap(Distiller):
         """
         if not self.inputs.w and not self.config.guides_itself:
             return cond, None
-        w = draws.uniform(*(self.inputs.w or 2 * (self.config.guidance_scale - 1,)))
+        fixed = self.config.guidance_scale - 1
+        w = draws.uniform(*(self.inputs.w or (fixed, fixed)))
         if not self.config.guides_itself:
             return cond, w
         dropped = draws.uniform() < self.config.condition_dropout
@@ -243,8 +244,8 @@ class FlowMap(Distiller):
         if w is None:
             return data
         with in_mode(self.bank, self.target.role, training=False):  # a velocity has no dropout
-            free = self.target(x_t, t, self.family.null_cond(cond), **self.told(torch.zeros_like(w), t))
-            own = self.target(x_t, t, cond, **self.told(w, t)) if self.config.guidance_mix else free
+            free = self.target(x_t, t, self.family.null_cond(cond), **self.conditioning(torch.zeros_like(w), t))
+            own = self.target(x_t, t, cond, **self.conditioning(w, t)) if self.config.guidance_mix else free
         return average_velocity.guided_by_itself(data, free, own, self.where_guided(w, t), self.config.guidance_mix)
 
     def where_guided(self, w: Tensor | float, t: Tensor) -> Tensor | float:
@@ -273,25 +274,25 @@ class FlowMap(Distiller):
             return self.student_velocity(interval, cond, w), target
         x_t, t, r = interval
         t, dx, dt = average_velocity.direction(self.schedule, path, t)
-        student, _, derivative = self.student.with_derivative(x_t, t, cond, dx, dt, **self.told(w, r))
+        student, _, derivative = self.student.with_derivative(x_t, t, cond, dx, dt, **self.conditioning(w, r))
         return student.flow(), self.corrected(interval, path, derivative.flow())
 
     def student_velocity(self, interval: Interval, cond: Cond, w: Tensor | None = None) -> Tensor:
         """Return the student's average velocity (B, ...)."""
         x_t, t, r = interval
-        return self.student(x_t, t, cond, **self.told(w, r)).flow()
+        return self.student(x_t, t, cond, **self.conditioning(w, r)).flow()
 
     def average(self, cond: Cond, w: Tensor | None = None) -> Average:
         """Return the target network without gradient, each call with the dropout that the student draws next."""
 
         def call(x_t: Tensor, t: Tensor, r: Tensor) -> Prediction:
             with self.computing_target(self.target):
-                return self.target(x_t, t, cond, **self.told(w, r))
+                return self.target(x_t, t, cond, **self.conditioning(w, r))
 
         return call
 
-    def told(self, w: Tensor | None, r: Tensor) -> dict[str, Tensor | None]:
-        """Return the guidance weights and the second time as the network is told them."""
+    def conditioning(self, w: Tensor | None, r: Tensor) -> dict[str, Tensor | None]:
+        """Return the guidance weights and the second time, each None where the network has no such input."""
         return {"w": w if self.inputs.w else None, "s": r if self.config.slices == "free" else None}
 
     def along_path(self, interval: Interval, path: Prediction, cond: Cond, w: Tensor | None = None) -> Tensor:
@@ -318,7 +319,7 @@ class FlowMap(Distiller):
                 )
         t, dx, dt = average_velocity.direction(self.schedule, path, t)
         with self.computing_target(self.target):
-            return self.target.jvp(x_t, t, cond, dx, dt, **self.told(w, r))[1].flow()
+            return self.target.jvp(x_t, t, cond, dx, dt, **self.conditioning(w, r))[1].flow()
 
     def composition(
         self, interval: Interval, s: Tensor, data: Prediction, cond: Cond, w: Tensor | None = None

@@ -80,12 +80,13 @@ class Guided(Distiller):
         return needs_velocity(family, config.steps)
 
     @classmethod
-    def make_sampler(cls, config: Config, family: Family, stage: Stage | None = None) -> Sampler:
-        rule = DoubleStep if (stage.name if stage else config.sampler) == STOCHASTIC else DDIM
-        return rule(family.schedule, nested_grid(family.schedule, config.start, stage.value if stage else config.steps))
+    def make_sampler(cls, config: Config, family: Family) -> Sampler:
+        rule = DoubleStep if config.sampler == STOCHASTIC else DDIM
+        return rule(family.schedule, nested_grid(family.schedule, config.start, config.steps))
 
     def stage_sampler(self) -> Sampler:
-        return self.make_sampler(self.config, self.family, self.stage)
+        rule = DoubleStep if self.stage.name == STOCHASTIC else DDIM
+        return rule(self.schedule, nested_grid(self.schedule, self.config.start, self.stage.value))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

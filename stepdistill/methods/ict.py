@@ -99,7 +99,7 @@ class ICT(Distiller):
         return num_intervals(self.step_in_stage, self.stage.steps, first, last)
 
     def levels(self, intervals: int) -> Tensor:
-        """Return the training grid of so many intervals, from ``sigma_max`` to the trajectory's end."""
+        """Return the training grid of ``intervals`` intervals, from ``sigma_max`` to the trajectory's end."""
         return karras_times(self.schedule, intervals, self.config.sigma_max)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:

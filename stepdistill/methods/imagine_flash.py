@@ -118,7 +118,8 @@ class ImagineFlash(Distiller):
         known = family.prediction_type != "epsilon" and alpha_1.item() < MIN_ALPHA
         exact = known or isinstance(schedule, Karras)
         stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
-        return (DDIM if stock and (exact or steps == 1) else NoiseCorrected)(schedule, schedule.grid(steps))
+        rule = DDIM if stock and (exact or steps == 1) else NoiseCorrected
+        return rule(schedule, schedule.grid(steps))
 
     def build(self) -> None:
         config = self.config

@@ -29,15 +29,14 @@ from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.discriminators.feature_sources import MAX_BLOCKS
-from stepdistill.discriminators.pairs import Judged, PairCritic
+from stepdistill.discriminators.pairs import PairCritic, StepContext
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from stepdistill.losses.adversarial import AdversarialLoss
-from stepdistill.losses.progressive import ladder, needs_velocity, nested_grid, walk
+from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, nested_grid, walk
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.base import Distiller, Losses, Stage, last_of, split_steps
-from stepdistill.methods.progressive import CONVERT
 from stepdistill.randomness import Draws
 
 Objective = Literal["convert", "regress", "conditional", "unconditional"]
@@ -149,8 +148,8 @@ class Lightning(Distiller):
         t, s = times[0], times[-1]
         prediction = self.student(x_t, t, batch.cond)
         if self.is_adversarial:
-            judged = self.judge(x_t, t, s, batch.cond, draws)
-            return Losses({"loss": self.critic.student_loss(ode_step(prediction, self.schedule, s), judged, draws)})
+            context = self.step_context(x_t, t, s, batch.cond, draws)
+            return Losses({"loss": self.critic.student_loss(ode_step(prediction, self.schedule, s), context, draws)})
         error = mean_square(prediction.x0, self.target(x_t, times, batch.cond))
         return Losses({"loss": weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), error)})
 
@@ -160,7 +159,7 @@ class Lightning(Distiller):
         with torch.no_grad():
             real = walk(self.stage_teacher(batch.cond), x_t, times, self.schedule)
             fake = ode_step(self.student(x_t, t, batch.cond), self.schedule, s)
-        loss, metrics = self.critic.critic_loss(real, fake, self.judge(x_t, t, s, batch.cond, draws), draws)
+        loss, metrics = self.critic.critic_loss(real, fake, self.step_context(x_t, t, s, batch.cond, draws), draws)
         return Losses({"loss": loss}, metrics)
 
     # ------------------------------------------------------------------------------------------------- parts
@@ -180,8 +179,8 @@ class Lightning(Distiller):
             return teacher(x_t, times[0]).x0
         return invert_step(x_t, walk(teacher, x_t, times, self.schedule), times[0], times[-1], self.schedule)
 
-    def judge(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, draws: Draws) -> Judged:
-        """Return what steps from ``t`` to ``s``, both (B,), are judged with."""
+    def step_context(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, draws: Draws) -> StepContext:
+        """Return what the critic judges steps from ``t`` to ``s``, both (B,), with; the level is drawn."""
         levels = torch.tensor(self.config.levels or (0.0,), dtype=torch.float64, device=s.device)
         level = levels[draws.integers(0, len(levels))]
         if self.objective == "unconditional":

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Batch
-from stepdistill.diffusion.policy import Policy, PolicySampler, emitted, shifted, unshifted
+from stepdistill.diffusion.policy import Policy, PolicySampler, emitted
 from stepdistill.diffusion.samplers import Sampler, states
 from stepdistill.diffusion.schedule import expand
+from stepdistill.diffusion.shift import shifted, unshifted
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, PositiveInt, PositiveShare
 from stepdistill.losses.regression import mean_square
@@ -79,7 +80,7 @@ class PiFlow(Distiller):
         i = draws.integers(0, self.config.steps)
         t, s = times[i], times[i + 1]
         x_t = self.begin(batch, i, t, draws)
-        start, end = unshifted(self.schedule, t), unshifted(self.schedule, s)
+        start, end = unshifted(t, self.schedule.shift), unshifted(s, self.schedule.shift)
         policy = emitted(self.student(x_t, t, batch.cond), self.config.points, start, end)
         with torch.no_grad():
             way = torch.stack(policy.detach().follow(x_t, self.config.substeps, self.schedule), 1)
@@ -87,8 +88,9 @@ class PiFlow(Distiller):
         for _ in range(self.config.states):
             place = draws.integers(0, self.config.substeps - self.config.window + 1)
             x = way[torch.arange(batch.size, device=place.device), place]
+            tau = shifted(self.raw(policy, place), self.schedule.shift)
             with torch.no_grad():
-                wanted = self.guided_teacher(batch.cond)(x, shifted(self.schedule, self.raw(policy, place))).flow()
+                wanted = self.guided_teacher(batch.cond)(x, tau).flow()
             errors.append(mean_square(self.velocity(policy, x, place), wanted))
         return Losses({"loss": torch.stack(errors).mean()})
 
@@ -119,5 +121,5 @@ class PiFlow(Distiller):
 
     def flow_coordinates(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return states (B, ...) and raw times (B,) as those of a flow."""
-        alpha, sigma = self.schedule(shifted(self.schedule, raw))
+        alpha, sigma = self.schedule(shifted(raw, self.schedule.shift))
         return x / expand(alpha + sigma, x), sigma / (alpha + sigma)

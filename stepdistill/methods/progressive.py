@@ -26,12 +26,10 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
-from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
+from stepdistill.losses.progressive import CONVERT, halvings, needs_velocity, nested_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
-
-CONVERT = "convert"
 
 
 class Progressive(Distiller):

@@ -25,6 +25,7 @@ from torch import Tensor
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.diffusion.schedule import Karras
+from stepdistill.diffusion.shift import shifted
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from stepdistill.losses import levels
@@ -76,7 +77,7 @@ class RCM(Distiller):
         matching_weight: NonNegativeFloat = 1.0
         """Weight of distribution matching."""
         most_steps: PositiveInt = 4
-        """The random schedules of matching have 1 to so many steps."""
+        """The random schedules of matching have 1 to this many steps."""
         matching_shift: PositiveFloat = 5.0
         """How far the uniform times at which scores are compared are moved towards noise; 1 is not at all."""
         student_update_interval: PositiveInt = 5
@@ -125,9 +126,9 @@ class RCM(Distiller):
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if config.consistency_weight:
-            judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
-            terms["consistency"] = config.consistency_weight * judged.loss
-            metrics |= judged.metrics
+            consistency = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
+            terms["consistency"] = config.consistency_weight * consistency.loss
+            metrics |= consistency.metrics
         if config.matching_weight and self.step_in_stage >= config.warmup:
             x0 = self.generate(batch, draws)
             loss, scores = self.matching.guided(x0, batch.cond, draws, self.level(draws))
@@ -149,4 +150,4 @@ class RCM(Distiller):
 
     def level(self, draws: Draws) -> Tensor:
         """Return the times (B,) at which the scores are compared."""
-        return levels.shifted(levels.sample_times(self.schedule, draws, *levels.MATCHED), self.config.matching_shift)
+        return shifted(levels.sample_times(self.schedule, draws, *levels.MATCHED), self.config.matching_shift)

@@ -136,13 +136,13 @@ class SanaSprint(Distiller):
         if self.stage.name == RETIME:
             return Losses({"retiming": self.retiming(batch, draws)})
         w = self.weights(draws)
-        judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage, w)
-        x0, t = judged.student.x0, judged.t
+        consistency = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage, w)
+        x0, t = consistency.student.x0, consistency.t
         if self.config.largest_share:
             x0, t = self.generate(batch, draws, w)
         adversarial = self.critic.student_loss(self.critic.see(x0), batch, t, draws)
-        terms = {"consistency": judged.loss, "adversarial": self.config.adversarial_weight * adversarial}
-        return Losses(terms, judged.metrics | {"diversity_ratio": diversity_ratio(x0, batch.x0)})
+        terms = {"consistency": consistency.loss, "adversarial": self.config.adversarial_weight * adversarial}
+        return Losses(terms, consistency.metrics | {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:
         with torch.no_grad():

@@ -75,5 +75,5 @@ class Scm(Distiller):
         self.add_turn("student", self.loss, self.time_weight)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        judged = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
-        return Losses({"loss": judged.loss}, judged.metrics)
+        consistency = self.consistency(batch.x0, batch.cond, draws, self.step_in_stage)
+        return Losses({"loss": consistency.loss}, consistency.metrics)

@@ -90,9 +90,11 @@ class SiD(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        schedule, is_fresh = family.schedule, config.noise == "fresh"
-        grid = (schedule.renoising_grid if is_fresh else schedule.grid)(config.steps)
-        return (ConsistencySampler if is_fresh else DDIM)(schedule, begun_at(schedule, grid, config.first_time))
+        schedule = family.schedule
+        if config.noise == "ddim":
+            return DDIM(schedule, begun_at(schedule, schedule.grid(config.steps), config.first_time))
+        times = begun_at(schedule, schedule.renoising_grid(config.steps), config.first_time)
+        return ConsistencySampler(schedule, times)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
@@ -130,13 +132,13 @@ class SiD(Distiller):
         x = identity.shielded(x0)
         x_t = self.schedule.add_noise(x, draws.normal_like(x), t)
         real = self.guided_teacher(batch.cond)(x_t, t).x0
-        seen = self.fake.guided(batch.cond, config.fake_guidance_scale - 1)(x_t, t).x0
+        fake = self.fake.guided(batch.cond, config.fake_guidance_scale - 1)(x_t, t).x0
         weight = identity.identity_weight(config.weight, self.schedule, t, x, real)
-        error = weight * identity.identity_error(x, real, seen, config.alpha)
+        error = weight * identity.identity_error(x, real, fake, config.alpha)
         terms = {"identity": identity.over_finite(error)}
         if config.gan_weight and self.step_in_stage >= config.gan_start:
             terms["gan"] = config.gan_weight * self.critic.generator_loss(x0, batch.cond, draws)
-        metrics = diagnostics(x0, real, seen, t) | {"excluded": 1 - error.isfinite().float().mean()}
+        metrics = diagnostics(x0, real, fake, t) | {"excluded": 1 - error.isfinite().float().mean()}
         if batch.images is not None:
             metrics["diversity_ratio"] = diversity_ratio(x0, batch.images)
         return Losses(terms, metrics)

@@ -148,7 +148,7 @@ class TCD(Distiller):
         return split_steps(steps, {f"{count}-steps": (count, 1.0) for count in self.config.segments})
 
     def stage_sampler(self) -> Sampler:
-        """Return the sampler whose steps cross one segment each, but for the finished student."""
+        """Return the sampler whose steps cross one segment each; of the finished student its own."""
         if self.stage.value in (None, *self.config.segments[-1:]):
             return self.make_sampler(self.config, self.family)
         times = skip_grid(self.schedule, self.stage.value, self.config.solver_steps)
@@ -185,8 +185,8 @@ class TCD(Distiller):
         terms = {"loss": distance(landed, target, self.config.distance).mean()}
         if not self.config.adversarial_weight:
             return Losses(terms)
-        judged = self.critic.alone(s, torch.lerp(s, t, draws.uniform()), batch.cond)
-        student, critic, metrics = self.critic.both_losses(target, landed, judged, draws)
+        context = self.critic.alone(s, torch.lerp(s, t, draws.uniform()), batch.cond)
+        student, critic, metrics = self.critic.both_losses(target, landed, context, draws)
         return Losses(terms | {"adversarial": self.config.adversarial_weight * student, "critic": critic}, metrics)
 
     def jump(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:

@@ -132,8 +132,9 @@ class TDM(Distiller):
         landed = []
         for visit, m in zip(visited, sampler.times[1:].to(start.device), strict=True):
             landed.append(self.noised_up(visit.prediction, m.expand(batch.size), visit.t, draws))
-        x0, eps = map(torch.cat, zip(*(one.student for one in landed), strict=True))
-        return Landing(Prediction(x0, eps), *map(torch.cat, zip(*(one[1:] for one in landed), strict=True)))
+        x0, eps = torch.cat([one.student.x0 for one in landed]), torch.cat([one.student.eps for one in landed])
+        x, t = torch.cat([one.x for one in landed]), torch.cat([one.t for one in landed])
+        return Landing(Prediction(x0, eps), x, t, torch.cat([one.noise for one in landed]))
 
     def noised_up(self, prediction: Prediction, m: Tensor, t: Tensor, draws: Draws) -> Landing:
         """Return a step from times ``t`` to ``m``, each (B,), noised again."""
@@ -150,17 +151,18 @@ class TDM(Distiller):
         return low + (high - low).clamp(min=0) * draws.uniform()
 
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
-        (x0, _), x_tau, tau, _ = (self.land_everywhere if self.config.all_segments else self.land)(batch, draws)
+        land = self.land_everywhere if self.config.all_segments else self.land
+        (x0, _), x_tau, tau, _ = land(batch, draws)
         cond = {name: torch.cat([part] * (len(tau) // batch.size)) for name, part in batch.cond.items()}
         with torch.no_grad():
-            seen = self.fake(x_tau, tau, cond).x0
+            fake = self.fake(x_tau, tau, cond).x0
             real = self.guided_teacher(cond)(x_tau, tau).x0
-        target = x0.detach() + (real - seen)
+        target = x0.detach() + (real - fake)
         if self.config.distance == "huber":
             loss = distance(x0, target, "huber")
         else:
             loss = mean_square(x0, target) / divisor(x0.detach(), real, SMALLEST_DIVISOR).flatten()
-        metrics = diagnostics(x0, real, seen, tau)
+        metrics = diagnostics(x0, real, fake, tau)
         if batch.images is not None:
             metrics["diversity_ratio"] = diversity_ratio(x0, batch.images)
         return Losses({"matching": loss.mean()}, metrics)

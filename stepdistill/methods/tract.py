@@ -30,12 +30,10 @@ from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
 from stepdistill.losses.consistency import check_intervals
-from stepdistill.losses.progressive import ladder, needs_velocity, nested_grid
+from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, nested_grid
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
-
-CONVERT = "convert"
 
 
 class Tract(Distiller):

@@ -61,7 +61,7 @@ class AdapterBank(NetworkBank):
     def quantize(self, form: str) -> None:
         """Hold the frozen layers under the adapters in few bits, see :mod:`stepdistill.networks.quantization`.
 
-        No role can be added afterwards; :meth:`extract` merges into the layers of before.
+        No role can be added afterwards; :meth:`extract` merges adapters into the original layers.
         """
         self.originals = quantize_layers(self._layers, form)
         self._forget_places()
@@ -98,7 +98,7 @@ class AdapterBank(NetworkBank):
         own = layer.get_base_layer()
         base: Any = copy.deepcopy(self.originals.get(id(own), own)).float()
         if role != TEACHER:
-            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # a layer of before is on the host
+            base.weight += layer.get_delta_weight(role).to(base.weight.device)  # an original layer is on the host
         return base
 
     def params(self, role: str) -> list[nn.Parameter]:

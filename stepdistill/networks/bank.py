@@ -46,7 +46,7 @@ class NetworkBank(nn.Module, abc.ABC):
         self.scales: dict[str, float] = {}
         """How often the adapter of a role counts, where it is not once."""
         self.originals: dict[int, nn.Module] = {}
-        """Layers of before their quantisation, by the ``id`` of the present one; copies of a network have them."""
+        """Layers as they were before quantisation, by the ``id`` of the present one; :meth:`extract` copies these."""
 
     @property
     def roles(self) -> tuple[str, ...]:

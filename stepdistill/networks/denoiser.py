@@ -223,16 +223,3 @@ def conditional_and_null(
     x0, eps = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
     (x0_cond, x0_null), (eps_cond, eps_null) = x0.chunk(2), eps.chunk(2)
     return Prediction(x0_cond, eps_cond), Prediction(x0_null, eps_null)
-
-
-def classifier_free_guidance(
-    denoiser: Denoiser,
-    x_t: Tensor,
-    t: Tensor,
-    cond: Mapping[str, Tensor],
-    null: Mapping[str, Tensor],
-    w: Tensor | float,
-) -> Prediction:
-    """Return the guided prediction; arguments as for :func:`conditional_and_null` and :func:`guide`."""
-    conditional, unconditional = conditional_and_null(denoiser, x_t, t, cond, null)
-    return guide(conditional, unconditional, w, x_t, t, denoiser.schedule, denoiser.family.guidance_rule)

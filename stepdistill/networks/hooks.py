@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,23 +30,21 @@ def capture_outputs(network: nn.Module, names: Sequence[str], call: Callable[[],
         A tensor (B, C, N) or (B, C, H, W) per module.
     """
     modules = block_modules(network, names)
+    sharded = any(is_share(parameter) for parameter in network.parameters())
     captured: dict[int, Tensor] = {}
 
-    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            del module, inputs
-            # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
-            parts = (output,) if torch.is_tensor(output) else output
-            captured[index] = as_map([part for part in parts if torch.is_tensor(part)][-1])
-            if len(captured) == len(modules) and not sharded:
-                raise _AllCaptured
-
-        return hook
+    def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        del module, inputs
+        # a UNet's block returns (image, (skips, ...)), a two-stream block (text, image)
+        parts = (output,) if torch.is_tensor(output) else output
+        captured[index] = as_map([part for part in parts if torch.is_tensor(part)][-1])
+        if len(captured) == len(modules) and not sharded:
+            raise _AllCaptured
 
     handles: list[RemovableHandle | OutputHook] = []
     for index, module in enumerate(modules):
-        handles.append(OutputHook(module, keep(index)))
-    if sharded := any(is_share(parameter) for parameter in network.parameters()):
+        handles.append(OutputHook(module, functools.partial(keep, index)))
+    if sharded:
         handles += also_return(network, captured)
     try:
         call()

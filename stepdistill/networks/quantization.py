@@ -1,8 +1,8 @@
 """Frozen layers in few bits under adapters that train in full precision (as QLoRA, Dettmers et al. 2023, 2305.14314).
 
 torchao's ``int8`` holds a byte per weight and a scale per output. bitsandbytes' ``nf4`` holds four bits per weight and
-a scale of eight bits per 64 of them. Only linear layers with adapters change; the layer of before stays in the host's
-memory, for the export.
+a scale of eight bits per 64 of them. Only linear layers with adapters change; the originals stay in the host's memory,
+for the export.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_quantization(form: str, bank: str) -> None:
 
 
 def quantize_layers(layers: list[Any], form: str) -> dict[int, nn.Module]:
-    """Replace the linear ones of PEFT's layers by ``form``; return those of before by the ``id`` of the new ones."""
+    """Replace the linear ones of PEFT's layers by ``form``; return the originals by the ``id`` of the new ones."""
     originals: dict[int, nn.Module] = {}
     for layer in layers:
         original = layer.get_base_layer()

@@ -6,7 +6,7 @@ every function of torch that sees one returns another. The value has its graph a
 network's output, to which the tangent is a constant, costs a forward, a tangent and a backward, in one pass. A tangent
 is let go as soon as the next ones are known: no more activations are kept than those of the value.
 
-The derivatives of the operations are torch's own (``torch.autograd.forward_ad``), but for kinds for which torch
+The derivatives of the operations are torch's own (``torch.autograd.forward_ad``), except for kinds for which torch
 multiplies by zeros or has no kernel:
 
 - What is **linear** moves the tangent as it moves the value, :math:`\dot y = f(\dot x)`.

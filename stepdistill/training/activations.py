@@ -112,7 +112,7 @@ def without_numbers(networks: Iterable[nn.Module], originals: Mapping[int, nn.Mo
 
     Args:
         networks: the networks.
-        originals: layers of before their quantisation, by the ``id`` of the present ones, whose place they take.
+        originals: layers as they were before quantisation, by the ``id`` of the present ones, whose place they take.
     """
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     made: dict[int, Tensor] = {}

@@ -1,7 +1,7 @@
 """The memory of a training on the CPU: what one step has freed, the next takes again.
 
 A step allocates and frees all its activations. The C library of Linux gives large pieces back to the system, which maps
-and clears every page anew in the next step: a tenth of the time of a step that runs several networks beside a graph.
+and clears every page again in the next step: a tenth of the time of a step that runs several networks beside a graph.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepdistill.files.hashing import sha256_of
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import ConfigError, convert
 from stepdistill.files.words import nearest
@@ -145,7 +146,7 @@ def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], 
         _fsync(path)
     manifest: dict[str, Any] = {"step": step, "files": {}, "versions": {}}
     for path in files:
-        manifest["files"][path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        manifest["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     for package in ("torch", "diffusers", "safetensors"):
         manifest["versions"][package] = version(package)
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
@@ -212,11 +213,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -295,7 +291,7 @@ def _verify(file: Path, recorded: FileRecord) -> None:
     try:
         if (size := file.stat().st_size) != recorded.size:
             raise CheckpointError(f"{file}: expected {recorded.size} bytes, got {size}")
-        if _sha256(file) != recorded.sha256:
+        if sha256_of(file) != recorded.sha256:
             raise CheckpointError(f"{file}: the content has changed since it was written (SHA-256 differs)")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error

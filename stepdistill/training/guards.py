@@ -139,7 +139,7 @@ def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------ policies
 
 LIMIT, WINDOW = 10, 100
-"""At most so many steps are skipped in so many steps."""
+"""At most LIMIT of any WINDOW steps are skipped."""
 
 
 class NanPolicy(abc.ABC):
@@ -184,7 +184,7 @@ class SkipOnNan(NanPolicy):
         cause = self.guard.explain()
         self.guard.reset()
         self.total += 1
-        self.recent = [*filter(range(step - WINDOW + 1, step).__contains__, self.recent), step]
+        self.recent = [*(past for past in self.recent if step - WINDOW < past < step), step]
         if len(self.recent) > LIMIT:
             raise NonFiniteError(
                 f"{cause}; {len(self.recent)} of the last {WINDOW} steps were skipped, and at most {LIMIT} may be "

@@ -103,7 +103,7 @@ class OptimConfig:
         return getattr(importlib.import_module(few.module), few.kind)(params, **options)
 
     def state_bytes(self, entries: int) -> int:
-        """Return the bytes of the state of a parameter with so many entries, but for its count of steps."""
+        """Return the bytes of the state of a parameter of ``entries`` numbers, without its count of steps."""
         return FEW_BITS[self.name].state_bytes(entries) if self.name in FEW_BITS else 8 * entries
 
 

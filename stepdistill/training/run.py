@@ -197,13 +197,13 @@ class Run:
 
         Args:
             folder: to write.
-            steps: of the stage whose sampler it is; by default, and where no stage has so many, the last stage's.
+            steps: number of steps of the stage whose sampler it is; by default, or if there is none, the last's.
 
         Raises:
             ValueError: if the weights are no such student yet: the first stage converts what they predict.
         """
         if self.distiller.converts:
-            raise ValueError(f"{self.folder}: expected a student at step 0, got one whose prediction is yet converted")
+            raise ValueError(f"{self.folder}: expected a student at step 0, got a prediction still to be converted")
         check_output(folder, self.config)
         stages = self.distiller.stages(self.config.train.steps)
         self.distiller.stage = next((stage for stage in stages if stage.value == steps), stages[-1])

@@ -2,7 +2,7 @@
 
 Adversarial and distribution-matching training do not improve steadily, so the last student is seldom the best. The
 weights with the lowest distance are in one file, which is replaced as a whole. Selection makes the measured number
-optimistic, so the contract of an export tells how it was selected; measure a final number anew, on other noise.
+optimistic, so the contract of an export tells how it was selected; measure a final number again, on other noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BestStudent:
     Args:
         folder: the run's.
         on: what measurements depend on (feature network, reference, samples), JSON values that are kept with the
-            weights. A run that is resumed with others selects anew, because their numbers do not compare.
+            weights. A run that is resumed with others selects afresh, because their numbers do not compare.
     """
 
     def __init__(self, folder: Path, on: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -55,7 +55,7 @@ class BestStudent:
 
     def offer(self, stage: str, step: int, values: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         """Keep ``weights`` if the first distance in ``values`` is below all that were measured so in this stage."""
-        metric = next(filter(DISTANCES.__contains__, values), None)
+        metric = next((name for name in values if name in DISTANCES), None)
         if metric is None or not math.isfinite(values[metric]):
             return
         record = {"stage": stage, "step": step, "value": values[metric], "metric": metric, **self.on}

@@ -180,7 +180,7 @@ class Trainer:
         self._train_only(turn)
         logs = self._accumulate(turn, batches)
         self.parallelism.average_gradients(turn.params)
-        self.scaling.unscale(turn.name, map(self.optimizers.__getitem__, turn.parts))
+        self.scaling.unscale(turn.name, [self.optimizers[part] for part in turn.parts])
         for name, params in turn.parts.items():
             logs[f"{name}/grad_norm"] = self.parallelism.clip(params, self.optim[name].clip)
         scalars = {name: value for name, value in logs.items() if value.ndim == 0}
@@ -234,9 +234,7 @@ class Trainer:
         for raw in self.reporter.waiting.timed(raw_batches):
             self.guard.note_samples(self.step, raw.indices)
             batch = self.encode(raw)
-            self.guard.watch_data(
-                [*batch.cond.values()] if batch.images is None else [batch.images, *batch.cond.values()]
-            )
+            self.guard.watch_data(batch.tensors)
             self.heartbeat.advance()
             yield batch
 

@@ -27,7 +27,7 @@ from stepdistill.families.sd3 import SD3
 from stepdistill.families.wan import Wan
 from stepdistill.networks.activation_checkpointing import enable_checkpointing
 from stepdistill.networks.copy_bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.features import BlockFeatures
 from stepdistill.networks.hooks import middle_block
 
@@ -171,7 +171,7 @@ def can_be_guided(family):
 
 
 def guide(denoiser, x_t, t, cond, scale):
-    return classifier_free_guidance(denoiser, x_t, t, cond, denoiser.family.null_cond(cond), scale - 1)
+    return denoiser.guided_and_conditional(x_t, t, cond, scale - 1)[0]
 
 
 def test_chroma_is_not_recomputed_without_its_mask():

@@ -21,13 +21,13 @@ from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, make_cache
 from stepdistill.data.loader import loader
 from stepdistill.data.prompts import first_prompts, read_prompts
-from stepdistill.data.text import one_line
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.sources import read_captions
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.sd import SD
 from stepdistill.files.schema import build
+from stepdistill.files.words import visible
 from stepdistill.inference.generate import collect_prompts
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
@@ -253,7 +253,7 @@ def test_odd_captions_and_file_names_stay_one_line(tmp_path):
     data = opened(tmp_path)
     assert data.load([0]).captions == (ESCAPES,)  # trained on as written
     (problem,) = data.load([1]).unreadable
-    assert problem.isprintable() and "b\\x1b[31m\\nname.png" in problem and one_line(ESCAPES).isprintable()
+    assert problem.isprintable() and "b\\x1b[31m\\nname.png" in problem and visible(ESCAPES).isprintable()
     family = SD.tiny()
     with pytest.warns(UserWarning) as warned:
         family.use_captions([ESCAPES * 40])

@@ -12,6 +12,7 @@ from contracts.stock import job, read_images
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from stepdistill import load_pipeline
+from stepdistill.diffusion.guidance import guide
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
 from stepdistill.export.contract import read_contract
 from stepdistill.export.links import frozen_folders
@@ -20,7 +21,7 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.networks.copy_bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
+from stepdistill.networks.denoiser import Denoiser, conditional_and_null
 from stepdistill.training.config import resolve
 from stepdistill.training.run import Run
 
@@ -142,11 +143,11 @@ def test_a_negative_prompt_counts_where_guidance_is_asked_for(exports):
     )
     assert torch.equal(plain, unguided)  # a bare call has a guidance of 1
     denoiser, cond, mud = denoiser_of(family), family.example_cond(range(3)), family.embed(["mud"] * 3)
-    expected = expected_images(
-        family,
-        make_sampler(family, "ddim-4"),
-        denoise=lambda x, t, s=None: classifier_free_guidance(denoiser, x, t, cond, mud, 2.0),
-    )
+
+    def denoise(x, t, s=None):
+        return guide(*conditional_and_null(denoiser, x, t, cond, mud), 2.0, x, t, family.schedule)
+
+    expected = expected_images(family, make_sampler(family, "ddim-4"), denoise=denoise)
     assert (steered - expected).abs().max() < 1e-5 and (steered - plain).abs().max() > 1e-3
 
 

@@ -13,10 +13,11 @@ from stepdistill.diffusion.guidance import GuidanceRule, from_flow, guide, resca
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import DDIM, Visit
+from stepdistill.diffusion.shift import shifted
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.losses.distribution_matching import Matching, divergence_weight, divisor
-from stepdistill.losses.levels import MATCHED, cleaner_times, dynamic_times, random_grid, shifted, shifted_times
+from stepdistill.losses.levels import MATCHED, cleaner_times, dynamic_times, random_grid, shifted_times
 from stepdistill.losses.student_inputs import landing_loss, off_trajectory
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.adapter_bank import AdapterBank

@@ -9,10 +9,11 @@ from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import DDIM, Visit, rollout
+from stepdistill.diffusion.shift import shifted
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixel import Pixel
 from stepdistill.losses.distribution_matching import Matching, divisor
-from stepdistill.losses.levels import MATCHED, falling, shifted
+from stepdistill.losses.levels import MATCHED, falling
 from stepdistill.losses.student_inputs import landing_loss, off_trajectory
 from stepdistill.methods.cdm import CDM
 from stepdistill.methods.dmd2 import DMD2

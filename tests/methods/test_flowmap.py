@@ -119,7 +119,7 @@ def test_times_are_ordered_and_their_shares_are_as_asked(name, kind):
 
 def test_a_flows_times_are_logit_normal_and_shifted_like_its_grid():
     schedule = Pixel.tiny(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}).schedule
-    t = intervals.log_normal_times(schedule, Draws(0, 20_000), -0.4, 0.8)
+    t = intervals.shifted_log_normal_times(schedule, Draws(0, 20_000), -0.4, 0.8)
     unshifted = t / (3 - 2 * t)
     assert unshifted.logit().mean().item() == pytest.approx(-0.4, abs=0.03)
     assert unshifted.logit().std().item() == pytest.approx(0.8, abs=0.03)

@@ -22,7 +22,6 @@ from stepdistill.methods.base import split_steps
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
 from stepdistill.methods.progressive import Progressive
 from stepdistill.networks.copy_bank import CopyBank
-from stepdistill.networks.denoiser import classifier_free_guidance
 from stepdistill.randomness import Draws, derive_seed
 from stepdistill.training.config import resolve
 
@@ -112,7 +111,7 @@ def test_the_target_is_linear_in_w_conditional_at_zero_and_unconditional_at_minu
     conditional, unconditional = teacher(x, t, cond).x0, teacher(x, t, null).x0
     for w in (torch.zeros(4), -torch.ones(4), torch.tensor([0.5, 1.0, 3.0, 7.0])):
         expected = conditional + expand(w, x) * (conditional - unconditional)
-        assert torch.allclose(classifier_free_guidance(teacher, x, t, cond, null, w).x0, expected, atol=1e-12)
+        assert torch.allclose(teacher.guided(cond, w)(x, t).x0, expected, atol=1e-12)
     centre = oracle.means[cond["class_labels"]][..., None, None]  # a class alone is a Gaussian
     alpha, sigma = (expand(coefficient, x) for coefficient in COSINE(t))
     closed = (alpha * 0.2**2 * x + sigma**2 * centre) / (alpha**2 * 0.2**2 + sigma**2)
@@ -305,10 +304,9 @@ def from_the_guided_teacher(student, w, size=6000):
     with exact jumps is farther from the deterministic one than the teacher's four steps are. Each has its own limit.
     """
     labels = {"class_labels": torch.arange(size) % 3}
-    null = student.family.null_cond(labels)
 
     def teacher(substeps):
-        denoise = lambda x, t: classifier_free_guidance(student.teacher, x, t, labels, null, w)  # noqa: E731
+        denoise = student.teacher.guided(labels, w)
         return walk(denoise, student.sampler(), torch.randn(size, 2, 1, 1), substeps)
 
     denoise = student.result.conditioned(labels, torch.full((size,), w))
@@ -334,9 +332,7 @@ def test_the_student_that_has_learnt_guidance_sees_what_the_guided_teacher_sees(
     w, t = torch.linspace(0, 2, 900), COSINE.grid(16)[torch.arange(900) % 16]
     x_t = COSINE.add_noise(batch.x0.float(), torch.randn(900, 2, 1, 1), t)
     with torch.no_grad():
-        target = classifier_free_guidance(
-            student.teacher, x_t, t, batch.cond, student.family.null_cond(batch.cond), w
-        ).x0
+        target = student.teacher.guided(batch.cond, w)(x_t, t).x0
         before, after = (
             (prediction.x0 - target).square().mean()
             for prediction in (student.teacher(x_t, t, batch.cond), student.result(x_t, t, batch.cond, w=w))

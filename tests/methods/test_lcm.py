@@ -20,7 +20,7 @@ from stepdistill.methods.lcm import LCM
 from stepdistill.methods.tcd import TCD
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
-from stepdistill.networks.denoiser import Denoiser, classifier_free_guidance
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
 from stepdistill.training.run_state import load_weights, trained_weights
 
@@ -42,7 +42,7 @@ def test_the_skip_step_is_the_ddim_step_of_the_guided_teacher(scale):
     eps = scale * with_condition.eps + (1 - scale) * without.eps
     alpha_s, sigma_s = (coefficient[:, None, None, None] for coefficient in COSINE(t - 0.02))
     assert torch.allclose(x_s, alpha_s * x0 + sigma_s * eps, atol=1e-12)
-    assert torch.allclose(classifier_free_guidance(teacher, x_t, t, cond, null, scale - 1).x0, x0, atol=1e-12)
+    assert torch.allclose(teacher.guided(cond, scale - 1)(x_t, t).x0, x0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -108,17 +108,17 @@ def test_a_critic_is_shown_the_same_of_a_student_that_lands_where_its_teacher_do
     distiller.stage = stage
     landed = []
     monkeypatch.setattr(
-        distiller.critic, "look", lambda x, judged, draws: landed.append(x) or [x.flatten(1)[..., None]]
+        distiller.critic, "extract", lambda x, context, draws: landed.append(x) or [x.flatten(1)[..., None]]
     )
-    monkeypatch.setattr(distiller.critic, "logits", lambda seen, judged: [feature.flatten(1) for feature in seen])
+    monkeypatch.setattr(distiller.critic, "logits", lambda seen, context: [feature.flatten(1) for feature in seen])
     distiller("critic", batch_of(oracle, 8), Draws(0, 8))
     torch.testing.assert_close(*landed, rtol=1e-6, atol=1e-6)
 
 
 def logits_of(distiller, x_t, landed, t, s):
     cond = tiny_batch(len(x_t)).cond
-    judged = distiller.judge(x_t, t, s, cond, Draws(1, len(x_t)))
-    return torch.cat(distiller.critic(landed, judged, Draws(2, len(x_t))), 1)
+    context = distiller.step_context(x_t, t, s, cond, Draws(1, len(x_t)))
+    return torch.cat(distiller.critic(landed, context, Draws(2, len(x_t))), 1)
 
 
 def test_only_the_conditional_critic_sees_where_a_step_begins():
@@ -134,9 +134,9 @@ def test_only_the_conditional_critic_sees_where_a_step_begins():
 def test_landed_states_are_judged_at_the_levels_asked_for_and_never_below_where_they_landed():
     distiller = tiny(stage=UNCONDITIONAL, levels=(0.1, 0.6))
     s = torch.tensor([0.0, 0.3], dtype=torch.float64).repeat(200)
-    judged = distiller.judge(torch.zeros(400, 1, 8, 8), s, s, {}, Draws(0, 400))
-    assert set(distiller.critic.level(judged).tolist()) == {0.1, 0.3, 0.6}
-    assert distiller.critic.level(tiny(stage=UNCONDITIONAL).judge(s, s, s, {}, Draws(0, 400))).min() == 0.02
+    context = distiller.step_context(torch.zeros(400, 1, 8, 8), s, s, {}, Draws(0, 400))
+    assert set(distiller.critic.level(context).tolist()) == {0.1, 0.3, 0.6}
+    assert distiller.critic.level(tiny(stage=UNCONDITIONAL).step_context(s, s, s, {}, Draws(0, 400))).min() == 0.02
 
 
 @both_banks

@@ -11,11 +11,12 @@ from oracles import SCHEDULES, Gaussian, PointNet, sliced_wasserstein, teacher_d
 
 from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import ode_step
-from stepdistill.diffusion.policy import Policy, PolicySampler, segment_times, shifted, unshifted
+from stepdistill.diffusion.policy import Policy, PolicySampler, segment_times
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.diffusion.shift import shifted, unshifted
 from stepdistill.families.dit import DiT
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
@@ -50,9 +51,9 @@ def batch_of_images():
 
 @schedules
 def test_segments_have_equal_raw_lengths_but_for_a_shorter_last(schedule):
-    raw = unshifted(schedule, segment_times(schedule, 4, 0.5))
+    raw = unshifted(segment_times(schedule, 4, 0.5), schedule.shift)
     torch.testing.assert_close(-raw.diff(), torch.tensor([2, 2, 2, 1]).double() / 7, atol=1e-3, rtol=0)
-    torch.testing.assert_close(shifted(schedule, raw), segment_times(schedule, 4, 0.5))
+    torch.testing.assert_close(shifted(raw, schedule.shift), segment_times(schedule, 4, 0.5))
     assert raw[0] == 1 and raw[-1] == 0
     assert segment_times(schedule, 1, 0.5).tolist() == [1, 0]
 
@@ -64,17 +65,17 @@ def test_a_policy_of_one_clean_image_is_one_ddim_step(schedule, points):
     t, s = (torch.full((3,), time, dtype=torch.float64) for time in (0.9, 0.4))
     x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     x_t = Prediction(x0, eps).to_state(*schedule.coefficients(t, x0))
-    policy = Policy(x0[:, None].repeat(1, points, 1, 1, 1), unshifted(schedule, t), unshifted(schedule, s))
+    policy = Policy(x0[:, None].repeat(1, points, 1, 1, 1), unshifted(t, schedule.shift), unshifted(s, schedule.shift))
     landed = policy.follow(x_t, 16, schedule)[-1]
     torch.testing.assert_close(landed, ode_step(Prediction(x0, eps), schedule, s))
 
 
 def exact_policy(oracle, x_t, t, s, points):
     """The clean images that the perfect network sees along the exact path from ``x_t``."""
-    start, end = unshifted(oracle.schedule, t), unshifted(oracle.schedule, s)
+    start, end = unshifted(t, oracle.schedule.shift), unshifted(s, oracle.schedule.shift)
     images = []
     for place in torch.linspace(0, 1, points, dtype=torch.float64):
-        tau = shifted(oracle.schedule, torch.lerp(start, end, place))
+        tau = shifted(torch.lerp(start, end, place), oracle.schedule.shift)
         images.append(oracle.predict(oracle.solve(x_t, t, tau), tau))
     return Policy(torch.stack(images, 1), start, end)
 
@@ -185,7 +186,7 @@ def test_no_gradient_flows_through_the_states_at_which_the_policy_is_corrected(m
     loss_of(distiller, batch_of(oracle, 16)).backward()
     ((policy, x, place),) = visited
     assert policy.x0.requires_grad and not x.requires_grad
-    tau = shifted(COSINE, distiller.raw(policy, place))
+    tau = shifted(distiller.raw(policy, place), COSINE.shift)
     alpha, sigma = COSINE.coefficients(tau, x)
     x0 = policy.at(distiller.raw(policy, place))
     by_hand = (x - alpha * x0) / sigma - x0

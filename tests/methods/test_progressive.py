@@ -30,8 +30,8 @@ from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
 from stepdistill.diffusion.schedulers import to_diffusers
-from stepdistill.losses.progressive import two_step_target
-from stepdistill.methods.progressive import CONVERT, Progressive
+from stepdistill.losses.progressive import CONVERT, two_step_target
+from stepdistill.methods.progressive import Progressive
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed

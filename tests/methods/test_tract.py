@@ -14,8 +14,9 @@ from stepdistill.diffusion.schedule import Karras
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
+from stepdistill.losses.progressive import CONVERT
 from stepdistill.losses.regression import mean_square
-from stepdistill.methods.tract import CONVERT, Tract
+from stepdistill.methods.tract import Tract
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.randomness import Draws

@@ -9,7 +9,6 @@ from stepdistill.diffusion.prediction import Prediction, from_x0, to_prediction
 from stepdistill.diffusion.reading import read_discrete_vp
 from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
 from stepdistill.diffusion.trig import Trig
-from stepdistill.networks.denoiser import classifier_free_guidance
 
 TIMES = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
 every_type = pytest.mark.parametrize(
@@ -155,9 +154,8 @@ def test_guidance_is_the_closed_form_in_one_call(schedule, prediction_type):
     denoiser = teacher_denoiser(oracle, num_classes=3)
     _, _, x_t = noisy(schedule)
     labels = torch.arange(len(x_t)) % 3
-    null = torch.full_like(labels, 3)
     w = torch.linspace(-1, 7, len(x_t), dtype=torch.float64)
-    seen = classifier_free_guidance(denoiser, x_t, TIMES, {"class_labels": labels}, {"class_labels": null}, w)
+    seen, _ = denoiser.guided_and_conditional(x_t, TIMES, {"class_labels": labels}, w)
     assert oracle.sizes == [2 * len(x_t)]
     conditional, unconditional = oracle.predict(x_t, TIMES, labels), oracle.predict(x_t, TIMES)
     expected = (1 + expand(w, x_t)) * conditional - expand(w, x_t) * unconditional
@@ -174,10 +172,8 @@ def test_weight_zero_is_conditional_and_minus_one_unconditional(w, which):
     _, _, x_t = noisy(oracle.schedule)
     labels = torch.arange(len(x_t)) % 3
     conds = {"cond": {"class_labels": labels}, "null": {"class_labels": torch.full_like(labels, 3)}}
-    torch.testing.assert_close(
-        classifier_free_guidance(denoiser, x_t, TIMES, conds["cond"], conds["null"], w),
-        denoiser(x_t, TIMES, conds[which]),
-    )
+    guided, _ = denoiser.guided_and_conditional(x_t, TIMES, conds["cond"], w)
+    torch.testing.assert_close(guided, denoiser(x_t, TIMES, conds[which]))
 
 
 # ------------------------------------------------------------------------------------- the oracles themselves

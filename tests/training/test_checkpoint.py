@@ -158,7 +158,7 @@ def interrupt():
 
 
 # With two groups the flushes are of two files, state.json, manifest.json, the folder; after the rename, of its parent.
-POINTS = [("save_file", 1), ("save_file", 2), ("_sha256", 1), *(("_fsync", k) for k in range(1, 6)), ("os.rename", 1)]
+POINTS = [("save_file", 1), ("save_file", 2), ("sha256_of", 1), *(("_fsync", k) for k in range(1, 6)), ("os.rename", 1)]
 
 
 @pytest.mark.parametrize(("name", "k"), POINTS)
@@ -333,7 +333,7 @@ def reseal(folder: Path, **changes: object) -> None:
     content = {"step": int(folder.name.split("-")[1]), "files": {}, "versions": {}}
     for path in folder.iterdir():
         if path.name != "manifest.json":
-            content["files"][path.name] = {"size": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+            content["files"][path.name] = {"size": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
     content |= changes
     (folder / "manifest.json").write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
 

@@ -131,7 +131,7 @@ def pretend(state, key, value):
     state.write_text(json.dumps(content))
     manifest = json.loads((state.parent / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"]["state.json"] = {"size": state.stat().st_size, "sha256": checkpoint._sha256(state)}
+    manifest["files"]["state.json"] = {"size": state.stat().st_size, "sha256": checkpoint.sha256_of(state)}
     (state.parent / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.evaluation.metrics.frechet import checked
-from stepdistill.evaluation.metrics.kernel import Estimate, _estimate
+from stepdistill.evaluation.metrics.kernel import Estimate, estimate
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estimate:
@@ -26,7 +26,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estim
     for log_p in x[order].log_softmax(1).chunk(splits):
         p = log_p.exp()
         scores.append((p * (log_p - p.mean(0).log())).nansum(1).mean().exp())
-    return _estimate(torch.stack(scores))
+    return estimate(torch.stack(scores))
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:

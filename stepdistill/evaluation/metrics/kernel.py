@@ -45,7 +45,7 @@ def kernel_distance(
     for _ in range(subsets):
         x, y = _subset(real, subset_size, generator), _subset(fake, subset_size, generator)
         values.append(_mean_of_pairs(_cubic(x, x)) + _mean_of_pairs(_cubic(y, y)) - 2 * _cubic(x, y).mean())
-    return _estimate(torch.stack(values))
+    return estimate(torch.stack(values))
 
 
 def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
@@ -108,5 +108,6 @@ def _mean_gaussian(x: Tensor, y: Tensor, sigma: float) -> Tensor:
     return torch.cat([torch.expm1((rows @ y.T - 1) / sigma**2).mean(1) for rows in x.split(BLOCK)])
 
 
-def _estimate(values: Tensor) -> Estimate:
+def estimate(values: Tensor) -> Estimate:
+    """Return the mean and the standard deviation of values (n,); 0 of a single one."""
     return Estimate(values.mean().item(), values.std().item() if len(values) > 1 else 0.0)

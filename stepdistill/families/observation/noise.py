@@ -12,6 +12,7 @@ from torch import Tensor
 from stepdistill.diffusion.native_grids import UnshiftedTimes
 from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, RectifiedFlow
+from stepdistill.diffusion.shift import shifted
 from stepdistill.families.observation.comparing import apart
 from stepdistill.families.observation.watching import Step
 
@@ -76,7 +77,7 @@ def read_told(scheduler: Any, flow: RectifiedFlow, steps: Sequence[Step]) -> Rec
 
 
 def makes_grid(scheduler: Any, schedule: NoiseSchedule) -> bool:
-    """Return whether the grid that a call has just set, without being told one, is the schedule's of so many steps."""
+    """Return whether the grid that a call without one of its own has just set is the schedule's of as many steps."""
     steps, sigmas = len(scheduler.timesteps), getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) != steps + 1:
         return False
@@ -92,8 +93,7 @@ def time_of(schedule: NoiseSchedule, timestep: float) -> float:
             sigma = torch.tensor(4 * timestep / schedule.noise_scale, dtype=torch.float64).exp()
             return schedule.time_of(sigma).item()
         case UnshiftedTimes():
-            u = timestep / schedule.num_timesteps
-            return schedule.shift * u / (1 + (schedule.shift - 1) * u)
+            return shifted(timestep / schedule.num_timesteps, schedule.shift)
         case RectifiedFlow():
             return timestep / schedule.num_timesteps
     raise AssertionError("a teacher has one of these processes")

@@ -78,7 +78,7 @@ class Replay:
     places: Tensor | None
     """See :func:`stepdistill.families.observation.reading.find_packing`."""
     makes_grid: bool
-    """See :func:`stepdistill.families.observation.reading.makes_grid`."""
+    """See :func:`stepdistill.families.observation.noise.makes_grid`."""
     output: Tensor
     """Some output of the network, (1, ...)."""
 

@@ -149,7 +149,7 @@ class Watched:
     def rehearse(
         self, conditions: Mapping[str, Any], output: Tensor, calls: int, **options: Any
     ) -> Sequence[Arguments]:
-        """Make a call in which the network returns ``output``, up to so many of its calls; return their arguments."""
+        """Make a call in which the network returns ``output``, up to ``calls`` of its calls; return their arguments."""
         asked: list[Arguments] = []
 
         def answer(arguments: Arguments) -> Any:
