@@ -139,6 +139,24 @@ def test_scripts_print_one_sentence_too(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("make_cifar10", ["--tar", "text"], "--tar: expected a tar, got another file, text"),
+        ("make_faces", ["--faces", "none", "--output_dir", "new"], "none_16.npz: No such file or directory"),
+        ("train_reader", ["--data", "none", "--output_dir", "new"], "new/attributes.yaml: no such file"),
+        ("step_cost", ["--floor", "--plan"], "--floor: expected no --plan, --tiny or overrides"),
+    ],
+)
+def test_what_a_script_cannot_use_is_one_sentence(script, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("no tar\n" * 200)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
+    assert left.value.code == 2 and capsys.readouterr().err.startswith(f"{script}.py: {message}")
+
+
+@pytest.mark.parametrize(
     ("flag", "name", "message"),
     [
         ("--output", "folder", "expected a file to write, got a folder"),
