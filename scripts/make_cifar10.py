@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/cifar10.npz"))
     args = parser.parse_args()
     images, classes = [], []
+    if args.tar.is_file() and not tarfile.is_tarfile(args.tar):
+        raise ValueError(f"--tar: expected a tar, got another file, {args.tar}")
     with tarfile.open(args.tar) as archive:
         for member in archive:
             if member.isfile() and args.split in Path(member.name).parts:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from stepdistill.assets import FACES
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.features.vocabulary import Vocabulary
 from stepdistill.pretraining.faces import caption, is_held_out, read_faces, values_of, visible
 
@@ -21,6 +22,7 @@ SEEN, UNSEEN = 1500, 180  # held-out faces, in about the proportion that they ha
 PROMPTS = 5000
 
 
+@failures_as_sentences("make_faces.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faces", required=True, help="path of both files without _16.npz and .jsonl")

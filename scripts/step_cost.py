@@ -37,6 +37,10 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of all files")
     args = parser.parse_args()
+    if args.floor and (args.plan or args.tiny or args.overrides):
+        raise ValueError(
+            "--floor: expected no --plan, --tiny or overrides: it has networks and configurations of its own"
+        )
     if args.floor:
         print(floor_table())
         return

@@ -12,7 +12,7 @@ import torch
 from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.ranges import PositiveFloat, PositiveInt, Seed, in_range
-from stepdistill.pretraining.classifier import accuracy, read_labelled_images, train_classifier
+from stepdistill.pretraining.classifier import accuracy, check_sets, read_labelled_images, train_classifier
 
 
 @failures_as_sentences("train_features.py")
@@ -30,13 +30,16 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     images, labels = read_labelled_images(args.train)
+    test = read_labelled_images(args.test)
+    check_sets((images, labels), test, args.batch_size)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     network = SmallConvNet(images.shape[1], int(labels.max()) + 1, args.width)
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     train_classifier(network, images, labels, **recipe)
 
     network.save_pretrained(args.output_dir)
     network = SmallConvNet.from_pretrained(args.output_dir)  # measured as shipped, in half precision
-    facts = {"test_accuracy": accuracy(network, *read_labelled_images(args.test)), "test": args.test.name}
+    facts = {"test_accuracy": accuracy(network, *test), "test": args.test.name}
     network.save_pretrained(args.output_dir, **facts, train=args.train.name, **recipe)
     print(f"{args.output_dir}: test accuracy {facts['test_accuracy']:.4f}, sha256 {network.sha256[:12]}")
 

@@ -10,21 +10,24 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from stepdistill.cli.failures import failures_as_sentences
 from stepdistill.features.attributes import WORDS, AttributeReader
 from stepdistill.features.vocabulary import Vocabulary
+from stepdistill.files.ranges import PositiveFloat, PositiveInt, Seed, in_range
 from stepdistill.pretraining.faces import with_other_shirts
 from stepdistill.pretraining.fit import FitConfig
 from stepdistill.pretraining.reader import accuracies, lowest, read_attributes, train_reader
 
 
+@failures_as_sentences("train_reader.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and held_out.npz")
     parser.add_argument("--output_dir", type=Path, required=True, help=f"holds {WORDS}")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=7, help="must differ from every seed in a teacher")
+    parser.add_argument("--steps", type=in_range(PositiveInt), default=2500)
+    parser.add_argument("--batch_size", type=in_range(PositiveInt), default=128)
+    parser.add_argument("--lr", type=in_range(PositiveFloat), default=3e-3)
+    parser.add_argument("--seed", type=in_range(Seed), default=7, help="must differ from every seed in a teacher")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

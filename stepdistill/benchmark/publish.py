@@ -71,7 +71,7 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
 
 def check_places(config: BenchmarkConfig) -> None:
     """Raise ``ValueError`` if the result cannot be written, or the document has no place for the table."""
-    check_new_file(Path(config.output))
+    check_new_file(Path(config.output), ".json")
     if config.document is not None:
         split_at(Path(config.document), config.mark)
 

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 from stepdistill.cli.failures import failures_as_sentences
+from stepdistill.cli.flags import (
+    check_flags_of_evaluate,
+    check_flags_of_generate,
+    flag_of_compile,
+    flags_of_trust,
+    trust_of,
+)
 from stepdistill.cli.sharing import check_flags_of_hub, flags_of_hub, flags_of_push, push, push_if_asked
 from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
@@ -36,13 +43,6 @@ PROTOCOL_FLAGS = (
     ("rows", COUNT, "rows per call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
 )
-
-
-TRUST_FLAGS = {
-    "trust_remote_code": "run Python files of the folder; read them first",
-    "trust_pickles": "read weights that exist only as pickles (.bin)",
-}
-"""Flags that allow code or pickles of the folders that a command opens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,7 +101,6 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compare_steps",
         type=COUNT,
-        default=50,
         help="steps of that teacher, with DDIM (a flow: its own scheduler); default: 50",
     )
     command.add_argument(
@@ -123,9 +122,9 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--protocol", default="embedded", help="%(default)s (default), faces, cifar50k, imagenet50k, coco30k, or a file"
     )
-    command.add_argument("--solver", default="DDIM", help="DDIM (default), UniPC, Euler, Heun, 'DPM-Solver++ 2M', ...")
+    command.add_argument("--solver", help="DDIM (default), UniPC, Euler, Heun, 'DPM-Solver++ 2M', ...")
     flags_of_trust(command)
-    command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
+    command.add_argument("--batch_size", type=COUNT, help="changes only the speed; default: 100")
     flag_of_compile(command)
     command.add_argument("--write_reference", type=Path, help="also write the statistics of the reference (.npz)")
     command.add_argument(
@@ -136,24 +135,6 @@ def flags_of_evaluate(command: argparse.ArgumentParser) -> None:
     fields = command.add_argument_group("override values of the protocol; the result records which")
     for name, kind, text in PROTOCOL_FLAGS:
         fields.add_argument(f"--{name}", type=kind, nargs="+" if name == "metrics" else None, help=text)
-
-
-def flags_of_trust(command: argparse.ArgumentParser) -> None:
-    """Add the flags of commands that open folders without a configuration."""
-    for name, text in TRUST_FLAGS.items():
-        command.add_argument(f"--{name}", action="store_true", help=text)
-
-
-def flag_of_compile(command: argparse.ArgumentParser) -> None:
-    """Add the flag of commands that sample one pipeline."""
-    command.add_argument(
-        "--compile", action="store_true", help="compile the network's repeated blocks; this changes the last digits"
-    )
-
-
-def trust_of(args: argparse.Namespace) -> dict[str, bool]:
-    """Return the values of the flags of :func:`flags_of_trust`."""
-    return {name: getattr(args, name) for name in TRUST_FLAGS}
 
 
 def flags_of_export(command: argparse.ArgumentParser) -> None:
@@ -217,6 +198,7 @@ def generate(args: argparse.Namespace) -> None:
     from stepdistill.inference.saving import check_outputs, check_places, save_images, side_by_side
     from stepdistill.networks.compilation import compile_blocks
 
+    check_flags_of_generate(args)
     check_places(args.output)
     about = {"pipeline": args.pipeline}
     if args.negative_prompt is not None:
@@ -234,7 +216,7 @@ def generate(args: argparse.Namespace) -> None:
     beside = None
     if args.compare is not None:
         beside = open_teacher(
-            args.pipeline, args.compare, request, args.compare_steps, args.compare_guidance_scale, trust_of(args)
+            args.pipeline, args.compare, request, args.compare_steps or 50, args.compare_guidance_scale, trust_of(args)
         )
     if args.compile:
         compile_blocks(network_of(pipeline), "--compile")
@@ -255,27 +237,33 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from stepdistill.evaluation.evaluate import run_protocol
     from stepdistill.evaluation.protocol import read_protocol
+    from stepdistill.evaluation.reference import check_reference_place
+    from stepdistill.evaluation.results import check_result_place
     from stepdistill.evaluation.summary import summary
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
     from stepdistill.inference.rows import network_of
-    from stepdistill.inference.solvers import teacher_pipeline
+    from stepdistill.inference.solvers import check_steps, teacher_pipeline
     from stepdistill.networks.compilation import compile_blocks
 
-    for place, ending in ((args.output, ""), (args.write_reference, ".npz"), (args.report, ".html")):
-        check_new_file(place, ending)
-    protocol, about = read_protocol(args.protocol, {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS})
+    check_flags_of_evaluate(args)
+    check_result_place(args.output)
+    check_reference_place(args.write_reference)
+    check_new_file(args.report, ".html")
+    flags = {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS}
+    protocol, about = read_protocol(args.protocol, flags, of_files=args.images is not None)
     pipeline = None
     if args.pipeline is not None:
         pipeline = load_pipeline(args.pipeline, **trust_of(args))
     elif args.teacher is not None:
         teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
-        pipeline = teacher_pipeline(teacher, args.solver)
+        pipeline = teacher_pipeline(teacher, args.solver or "DDIM")
+        check_steps(pipeline, protocol.num_inference_steps or 1, "num_inference_steps", args.teacher)
     if args.compile and pipeline is not None:
         compile_blocks(network_of(pipeline), "--compile")
     result = run_protocol(
-        protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size,
+        protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size or 100,
         name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,
     )  # fmt: skip
     if not PartialState().is_main_process:

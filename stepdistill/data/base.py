@@ -14,6 +14,7 @@ from stepdistill.data.buckets import Buckets
 from stepdistill.families.base import Family
 from stepdistill.files.places import Place
 from stepdistill.files.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share
+from stepdistill.files.schema import refuse_unread
 
 Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 
@@ -28,6 +29,14 @@ PATHS = {
     "pairs": "a folder that scripts/make_pairs.py wrote",
 }
 """By ``data.name``, what ``data.path`` has to be."""
+
+_FILE_KEYS = ("fit", "bad_files", "fps", "image_column", "label_column")
+UNREAD_KEYS = {
+    "noise": (*_FILE_KEYS, "flip", "caption_column", "caption_dropout"),
+    "prompts": (*_FILE_KEYS, "flip"),
+    "pairs": (*_FILE_KEYS, "caption_column", *TABLE_KEYS),
+}
+"""By ``data.name``, the keys that are about images in files, which there are none of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +120,7 @@ class DataConfig:
                     raise ValueError(f"{key}: got {value!r}, but {self.name!r} reads no dataset")
             if self.download:
                 raise ValueError(f"download: expected false, because {self.name!r} reads no files at an address")
+        refuse_unread(self, UNREAD_KEYS.get(self.name, ()), True, f"with {self.name!r}, which reads no image files")
         if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
             raise ValueError(f"revision: expected a commit of 40 hex digits, got {self.revision!r}")
 

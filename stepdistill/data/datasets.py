@@ -46,11 +46,11 @@ def open_data(
         ValueError: naming the file, key or sample.
     """
     _check_kind(config, takes_text)
+    _check_stated(config, channels, size)
     if config.name == "prompts":
         return PromptDataset(config, size=(channels, *size))
     if config.name == "noise":
         return NoiseDataset(config.max_samples, size=(channels, *size), num_classes=num_classes)
-    _check_stated(config, channels, size)
     listing = list_samples(config)
     _check_images(config, listing, channels, size)
     _check_labels_exist(config, listing, num_classes)
@@ -66,6 +66,10 @@ def _check_kind(config: DataConfig, takes_text: bool) -> None:
         raise ValueError("data.name: expected 'images', got 'prompts', but the teacher takes no text")
     if config.name == "noise" and takes_text:
         raise ValueError("data.name: expected 'prompts' or 'images', got 'noise', but the teacher takes text")
+    if config.caption_dropout and not takes_text:
+        raise ValueError(
+            f"data.caption_dropout: expected 0, because the teacher takes no text, got {config.caption_dropout:g}"
+        )
 
 
 class NoiseDataset(Dataset):

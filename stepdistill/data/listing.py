@@ -61,6 +61,9 @@ from stepdistill.files.words import closest, nearest, visible
 STRAY = -1  # label of an image that lies beside the class folders
 
 
+COLUMN_KEYS = ("label_column", "caption_column")
+"""Keys that choose among the columns of a table."""
+
 COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -114,6 +117,7 @@ def list_samples(config: DataConfig) -> Listing:
         return _split(split, config)
     refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")
     if path.is_file() and path.suffix == ".npz":
+        refuse_keys(config, COLUMN_KEYS, f"{path} is an .npz, whose arrays have fixed names")
         return _npz(path)
     if path.is_file() and path.suffix == ".tar":
         return _tars([str(path)], config)
@@ -161,6 +165,7 @@ def _folder(folder: Path, config: DataConfig) -> Listing:
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
     if not tars:
+        refuse_keys(config, COLUMN_KEYS, f"{folder} has no metadata.jsonl or metadata.csv")
         return _images(folder, config)
     _warn_of_compressed(folder)
     return _tars(tars, config)

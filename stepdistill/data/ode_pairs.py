@@ -66,11 +66,13 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
 
     Raises:
         ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
-            text and prompts are missing.
+            text and prompts are missing, or takes none and there are some.
     """
     family.check_guidance(config.guidance_scale)
     if family.takes_text:
         family.use_captions(_prompts(config))
+    elif config.prompts is not None:
+        raise ValueError(f"pairs.prompts: expected none, because the teacher takes no text, got {config.prompts!r}")
     folder = Path(config.output_dir)
     write_or_check_manifest(folder / FORMAT.manifest, _manifest(family, config), FORMAT.rows)
     write_shards(folder / FORMAT.manifest, FORMAT.rows, lambda rows: _shard(family, config, rows), progress)

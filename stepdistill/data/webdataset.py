@@ -42,7 +42,7 @@ def read_tars(
         tars: files or addresses, in order.
         suffixes: suffixes of images, with their dots.
         caption_key: key of the caption in a ``.json``; by default ``caption`` or ``text``.
-        label_key: key of the label there; by default ``label``.
+        label_key: key of the label there; by default that of a ``.cls``, or ``label``.
 
     Raises:
         ValueError: for a file that is not an uncompressed tar, and for names that lead out of it.
@@ -55,7 +55,7 @@ def read_tars(
             if image is not None:
                 images.append(image)
                 captions.add(_caption, parts, caption_key)
-                labels.add(_label, parts, label_key or "label")
+                labels.add(_label, parts, label_key)
             else:
                 left_out.update(filter(None, (left_out_suffix(f"_{suffix}") for suffix in parts)))
     return TarSamples(images, captions, labels, count_words(left_out))
@@ -94,11 +94,13 @@ def _caption(parts: Mapping[str, TarMember], key: str | None) -> Texts:
     return ()
 
 
-def _label(parts: Mapping[str, TarMember], key: str) -> int | None:
-    if ".cls" in parts:
+def _label(parts: Mapping[str, TarMember], asked: str | None) -> int | None:
+    if ".cls" in parts and asked is None:
         text = decode_text(parts[".cls"].read(), str(parts[".cls"]))
         return read_label(text.strip(), f"{parts['.cls']}: label")
-    row = _json(parts)
+    row, key = _json(parts), asked or "label"
+    if asked is not None and row and asked not in row:
+        raise ValueError(f"{parts['.json']}: no key {asked!r}{nearest(asked, row)}")
     return None if row.get(key) is None else read_label(row[key], f"{parts['.json']}: {key!r}")
 
 

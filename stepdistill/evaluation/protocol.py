@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
-from stepdistill.evaluation.metrics.table import check_metrics
+from stepdistill.evaluation.metrics.table import METRICS, check_metrics
 from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
@@ -71,18 +71,21 @@ class Protocol:
         return {key: value for key, value in fixed.items() if value is not None}
 
 
-def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[str, Any]]:
+def read_protocol(
+    name: str, flags: Mapping[str, Any], *, of_files: bool = False
+) -> tuple[Protocol, dict[str, Any]]:  # fmt: skip
     """Read a protocol, with a user's flags on top.
 
     Args:
         name: of a preset, or the path of a YAML file.
         flags: values by key; None leaves the protocol's.
+        of_files: whether it measures images that were made elsewhere, which bring their captions.
 
     Returns:
         The protocol, and for the result ``{"name": ..., "overridden": {key: [the protocol's value, the flag's]}}``.
 
     Raises:
-        ValueError: if there is no such protocol, or something that it needs is not given.
+        ValueError: if there is no such protocol, something that it needs is not given, or no metric uses a network.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.is_file():
@@ -92,10 +95,11 @@ def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[s
     given = {key: value for key, value in flags.items() if value is not None}
     protocol = build(Protocol, content | given, "protocol")
     for key, what in protocol.needs.items():
-        if getattr(protocol, key) is None:
+        if getattr(protocol, key) is None and not (of_files and key == "captions"):
             raise ValueError(f"protocol {name!r}: give --{key}: {what}")
     if protocol.reference is None:
         raise ValueError(f"protocol {name!r}: give --reference: images or statistics to compare with")
+    _check_used(given, protocol.metrics)
     plain = build(Protocol, content, "protocol")
     overridden = {}
     for key in given:
@@ -103,3 +107,14 @@ def read_protocol(name: str, flags: Mapping[str, Any]) -> tuple[Protocol, dict[s
         if key not in protocol.needs and before != now:
             overridden[key] = [before, now]
     return protocol, {"name": name, "overridden": json.loads(json.dumps(overridden))}
+
+
+def _check_used(given: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a user's flag names a network that none of the metrics uses."""
+    users = {
+        "clip": [name for name, metric in METRICS.items() if metric.on_clip],
+        "attributes": [name for name, metric in METRICS.items() if "attributes" in metric.needs],
+    }
+    for key, names in users.items():
+        if key in given and not set(names) & set(metrics):
+            raise ValueError(f"--{key}: expected a metric that uses it ({', '.join(names)}), got {', '.join(metrics)}")

@@ -23,7 +23,7 @@ from stepdistill.files.arrays import array_headers, read_arrays
 from stepdistill.files.hashing import sha256_of
 from stepdistill.files.reading import parse_json
 from stepdistill.files.words import nearest, shown
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.writing import atomic_write, check_new_file
 from stepdistill.inference.sampling import Images
 
 
@@ -45,6 +45,15 @@ _KEYS = ("mu", "sigma", "n", "features", "rows", "labels", "images", "arr_0")
 
 PART = 500
 """Images of a reference that are in memory at a time."""
+
+
+def check_reference_place(path: Path | None) -> None:
+    """Raise ``ValueError`` if no statistics can be written at ``path``, or would replace anything but our own."""
+    check_new_file(path, ".npz")
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return
+    if not {"mu", "sigma", "features"} <= array_headers(path).keys():
+        raise ValueError(f"{path}: expected a new file or earlier statistics to replace, got another .npz")
 
 
 @dataclass(frozen=True)

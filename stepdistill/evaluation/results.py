@@ -17,7 +17,7 @@ from stepdistill.evaluation.metrics.table import directions
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import ConfigError, convert
 from stepdistill.files.words import visible
-from stepdistill.files.writing import atomic_write
+from stepdistill.files.writing import atomic_write, check_new_file
 
 
 class Result(TypedDict):
@@ -39,6 +39,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Return the machine on which seconds and memory are measured."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": kind, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def check_result_place(path: Path) -> None:
+    """Raise ``ValueError`` if no result can be written at ``path``, or it would replace anything but an earlier one."""
+    check_new_file(path)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        read_result(path)
+    except ValueError:
+        raise ValueError(f"{path}: expected a new file or an earlier result to replace, got another file") from None
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ SIGNS_OF_MORE = (".git", "config.yaml", "checkpoint-*")
 def check_replaceable(folder: Path, keep: tuple[str | Path, ...] = ()) -> None:
     """Raise ``ValueError`` unless an export may be written to ``folder``: it is new, empty, or itself an export.
 
+    Nor may it lie in another pipeline: what replaces that would remove it.
+
     Args:
         folder: where to write.
         keep: files and folders that must not be replaced, wherever they are: the run, its teacher.
@@ -32,6 +34,9 @@ def check_replaceable(folder: Path, keep: tuple[str | Path, ...] = ()) -> None:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{folder}: expected a folder for the export, but {place} is a file")
+    for place in folder.parents:
+        if (place / INDEX).is_file():
+            raise ValueError(f"{folder}: expected a folder outside of pipelines, got one in {place}; choose another")
     for path in keep:
         if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder}: the export would replace {path}; choose another folder")

@@ -32,10 +32,12 @@ def locate(config: TeacherConfig) -> Path:
     Raises:
         ValueError: if there is none, or the hub does not give it.
     """
-    if config.path in TEACHERS:
-        return embedded(config.path)
-    place = expand_home(config.path)
+    place = embedded(config.path) if config.path in TEACHERS else expand_home(config.path)
     if place.exists():
+        if config.revision is not None:
+            raise ValueError(
+                f"teacher.revision: expected none, because {config.path} is on this machine, got {config.revision!r}"
+            )
         return place
     if is_path(config.path):
         near = closest(config.path, TEACHERS) or nearest_place(place)

@@ -61,6 +61,8 @@ def load_teacher(config: TeacherConfig) -> Family:
     place = locate(config)
     if place.is_file():
         return load_checkpoint(place, config, known)
+    if config.config is not None:
+        raise ValueError(f"teacher.config: expected none, because {place} is no single file, got {config.config!r}")
     return load_from_folder(place, config, known)
 
 

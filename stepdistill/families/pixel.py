@@ -95,7 +95,7 @@ class Pixel(Family):
         for name in ("unet/config.json", "scheduler/scheduler_config.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"teacher.path: {folder / name} is missing")
-        for name in ("resolution", "guidance_scale"):
+        for name in ("resolution", "frames", "guidance_scale"):
             if getattr(config, name) is not None:
                 raise ValueError(f"teacher.{name}: got {getattr(config, name)}, but a pixel teacher takes none")
         if config.lora or config.embeddings:

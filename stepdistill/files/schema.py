@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import (
     Annotated,
     Any,
@@ -42,6 +42,21 @@ class ConfigError(ValueError):
             lines.append(f"and {len(self.problems) - LISTED} more")
         many = f"{len(self.problems)} problems:" + "".join(f"\n  - {line}" for line in lines)
         super().__init__(many if len(self.problems) > 1 else "".join(lines))
+
+
+def refuse_unread(section: Any, names: Collection[str], unread: object, where: str) -> None:
+    """Raise ``ValueError`` if nothing reads these keys of a section, and one of them is not at its default.
+
+    Args:
+        section: a dataclass.
+        names: of the keys.
+        unread: whether nothing reads them.
+        where: when that is, in words that follow "expected <default>".
+    """
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if unread and field.name in names and value != field.default:
+            raise ValueError(f"{field.name}: expected {field.default!r} {where}, got {value!r}")
 
 
 # --------------------------------------------------------------------------------------------- building

@@ -29,7 +29,7 @@ from stepdistill.inference.processes import open_state, own_part, together
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import Images, class_count, sample_images
 from stepdistill.inference.saving import FRAMES_ARGUMENTS
-from stepdistill.inference.solvers import load_to_call, pipeline_under, teacher_call
+from stepdistill.inference.solvers import check_steps, load_to_call, pipeline_under, teacher_call
 
 NUM_IMAGES = 16
 """Number of images if neither a number nor several prompts are given."""
@@ -220,8 +220,7 @@ def open_teacher(
         pipeline = pipeline_under(family, config, "DDIM")
     except ValueError as error:
         raise ValueError(f"--compare: {str(error).removeprefix('teacher.path: ')}") from error
-    if steps > (most := pipeline.scheduler.config.get("num_train_timesteps", steps)):
-        raise ValueError(f"--compare_steps: expected at most {most}, on which {teacher} was trained, got {steps}")
+    check_steps(pipeline, steps, "--compare_steps", teacher)
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if ("prompt" in accepted) != bool(request.prompts):
         takes = "takes no text" if request.prompts else "generates images from text"

@@ -48,7 +48,8 @@ def check_places(outputs: Sequence[Path]) -> None:
     """Raise ``ValueError`` if nothing can be written to one of the places, or something else would be replaced there.
 
     A folder may hold what ``generate`` wrote before. It is no place for single images if it has a table of others,
-    which would lose their captions and labels, or others with the same names.
+    which would lose their captions and labels, others with the same names, or only files that are none of ours: a
+    table beside them would change which of them are data.
     """
     for output in outputs:
         check_writable(output)
@@ -56,6 +57,7 @@ def check_places(outputs: Sequence[Path]) -> None:
             raise ValueError(f"--output: expected a .png for a grid, or a folder for single images, got {output}")
         if not is_grid(output):
             _check_earlier(output / TABLE, output / f"{0:06d}.png")
+            _check_contents(output)
 
 
 def _check_earlier(table: Path, first: Path) -> None:
@@ -67,6 +69,12 @@ def _check_earlier(table: Path, first: Path) -> None:
         with Image.open(first) as image:
             if "generator_seed" not in image.info:
                 raise ValueError(f"--output: {first}: is an image that was made elsewhere; choose another folder")
+
+
+def _check_contents(folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    if names and not {TABLE, f"{0:06d}.png", f"{0:06d}.mp4"} & set(names):
+        raise ValueError(f"--output: expected a new folder or one of an earlier call, got {folder} with {names[0]}")
 
 
 def check_outputs(pipeline: Any, outputs: Sequence[Path]) -> None:

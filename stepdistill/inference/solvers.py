@@ -128,6 +128,13 @@ def solver_of(family: Family, name: str) -> Any | None:
     return None
 
 
+def check_steps(pipeline: Any, steps: int, key: str, teacher: str) -> None:
+    """Raise ``ValueError`` if a pipeline under a solver is asked for more steps than its process has."""
+    most = pipeline.scheduler.config.get("num_train_timesteps", steps)
+    if steps > most:
+        raise ValueError(f"{key}: expected at most {most}, on which {teacher} was trained, got {steps}")
+
+
 def teacher_call(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call's arguments, ``guidance_scale`` (1 is none) in the words of the teacher's pipeline."""
     others = dict(call)

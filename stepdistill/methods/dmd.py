@@ -25,6 +25,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler
 from stepdistill.families.base import Family
 from stepdistill.files.places import Place
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, PositiveInt
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.distribution_matching import distribution_matching, fake_score_loss
 from stepdistill.losses.perceptual import Resemblance, check_resemblance, open_resemblance
 from stepdistill.losses.student_inputs import diversity_ratio, unit_noise
@@ -63,6 +64,7 @@ class DMD(Distiller):
                     f"regression_weight: expected more than 0, got {self.regression_weight}; to train without "
                     "regression, leave out pairs"
                 )
+            refuse_unread(self, ["regression_weight", "distance"], self.pairs is None, "without pairs")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

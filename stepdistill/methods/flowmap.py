@@ -48,6 +48,7 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler, TwoTimeD
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files import ranges
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses import average_velocity, guidance_input, intervals
 from stepdistill.losses.average_velocity import SMALLEST_ALPHA, Average, Interval
 from stepdistill.losses.regression import mean_square
@@ -130,6 +131,10 @@ class FlowMap(Distiller):
                 raise ValueError(
                     f"alpha_end: expected more than alpha_begin = {self.alpha_begin}, got {self.alpha_end}"
                 )
+            alphas = ("alpha_least", "alpha_begin", "alpha_end")
+            refuse_unread(self, alphas, self.target != "alpha", "without target 'alpha'")
+            refuse_unread(self, ["guidance_mix"], not self.guides_itself, "without velocity 'data' and guidance")
+            refuse_unread(self, ["to_clean", "from_noise"], self.target == "shortcut", "with target 'shortcut'")
 
         @property
         def guides_itself(self) -> bool:

@@ -47,6 +47,7 @@ from stepdistill.files.ranges import (
     PositiveInt,
     PositiveShare,
 )
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square
 from stepdistill.losses.student_inputs import diversity_ratio, simulation
@@ -97,13 +98,10 @@ class ImagineFlash(Distiller):
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
-            if self.reconstruction == "shifted":
-                return
-            for field in dataclasses.fields(self):
-                if field.name.startswith("shift_") and (value := getattr(self, field.name)) != field.default:
-                    raise ValueError(
-                        f"{field.name}: expected {field.default} without reconstruction 'shifted', got {value}"
-                    )
+            shifts, plain = ("shift_power", "shift_top"), self.reconstruction == "plain"
+            refuse_unread(self, shifts, plain, "without reconstruction 'shifted'")
+            critics = ("location", "scale")
+            refuse_unread(self, critics, self.features != "teacher", "with features that are not the teacher's")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

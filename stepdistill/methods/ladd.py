@@ -33,6 +33,7 @@ from stepdistill.files.ranges import (
     PositiveInt,
     PositiveShare,
 )
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
 from stepdistill.methods.base import Distiller, Losses, last_of
@@ -70,6 +71,9 @@ class LADD(Distiller):
         """The student is updated on every n-th step, the critic on each."""
         critic_warmup: NonNegativeInt = 50
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
+
+        def __post_init__(self) -> None:
+            refuse_unread(self, ["r1_distance"], not self.r1, "without r1")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

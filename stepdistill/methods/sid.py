@@ -32,6 +32,7 @@ from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, Sampler
 from stepdistill.discriminators.bottleneck import BottleneckCritic
 from stepdistill.families.base import Family
 from stepdistill.files import ranges
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses import score_identity as identity
 from stepdistill.losses.distribution_matching import diagnostics
 from stepdistill.losses.levels import MATCHED, log_normal_times_above
@@ -87,6 +88,7 @@ class SiD(Distiller):
         def __post_init__(self) -> None:
             if self.gan_start and not self.gan_weight:
                 raise ValueError(f"gan_weight: expected above 0 with gan_start = {self.gan_start}, got 0")
+            refuse_unread(self, ["critic_weight"], not self.gan_weight, "without gan_weight")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

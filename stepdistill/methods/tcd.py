@@ -44,6 +44,7 @@ from stepdistill.diffusion.schedule import DiscreteVP, NoiseSchedule, expand
 from stepdistill.discriminators.pairs import PairCritic
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import Decay, GuidanceScale, NonNegativeFloat, PositiveInt, Share
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.consistency import check_intervals, skip_grid
 from stepdistill.losses.regression import Distance, distance
@@ -124,6 +125,7 @@ class TCD(Distiller):
                 raise ValueError(f"steps: expected the last number of segments, {last}, got {self.steps}")
             if self.gamma and last > 1:
                 raise ValueError(f"gamma: expected 0 with segments, which no jump leaves, got {self.gamma}")
+            refuse_unread(self, ["adversarial"], not self.adversarial_weight, "without adversarial_weight")
 
         @property
         def last_segments(self) -> int:

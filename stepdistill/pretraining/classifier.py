@@ -54,6 +54,28 @@ def train_classifier(
     network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
+def check_sets(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_size: int) -> None:
+    """Raise ``ValueError`` unless a classifier can be trained on one set, in such batches, and measured on the other.
+
+    Args:
+        train: images (N, C, H, W) uint8 and their labels (N,).
+        test: likewise.
+        batch_size: images per step.
+    """
+    (images, labels), (others, asked) = train, test
+    classes = labels.unique()
+    if not torch.equal(classes, torch.arange(len(classes))):
+        raise ValueError(f"--train: labels: expected 0, 1, 2, ... without a gap, got {classes[:5].tolist()}")
+    if batch_size > len(images):
+        raise ValueError(f"--batch_size: expected at most {len(images)}, the images of --train, got {batch_size}")
+    if others.shape[1:] != images.shape[1:]:
+        expected, found = tuple(images.shape[1:]), tuple(others.shape[1:])
+        raise ValueError(f"--test: images: expected (C, H, W) {expected}, as in --train, got {found}")
+    if not 0 <= int(asked.min()) <= int(asked.max()) < len(classes):
+        found_labels = f"{int(asked.min())} to {int(asked.max())}"
+        raise ValueError(f"--test: labels: expected 0 to {len(classes) - 1}, as in --train, got {found_labels}")
+
+
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``images`` (B, C, H, W), each mirrored left to right with probability one half."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
@@ -73,10 +95,12 @@ def read_labelled_images(path: str | Path) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) uint8 and labels (N,) int64 of an ``.npz`` with ``images`` and ``labels``.
 
     Raises:
-        ValueError: if the file is damaged, or lacks one of the two arrays.
+        ValueError: if the file is damaged, lacks one of the two arrays, or holds no image.
     """
     listing = list_samples(DataConfig(name="images", path=str(path)))
     if listing.array_shape is None or listing.labels is None:
         raise ValueError(f"{path}: expected 'images' and 'labels' in an .npz")
+    if not len(listing.images):
+        raise ValueError(f"{path}: images: expected at least one, got none")
     images, labels = torch.from_numpy(np.asarray(listing.images)), torch.from_numpy(listing.labels)
     return images.movedim(-1, 1).contiguous(), labels.long()

@@ -18,6 +18,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import Share
+from stepdistill.files.weights import naming
 from stepdistill.files.words import nearest
 from stepdistill.networks.launcher import PRECISION, open_accelerator
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
@@ -44,10 +45,13 @@ class PretrainConfig(FitConfig):
     def __post_init__(self) -> None:
         if not Path(self.data).is_file():
             raise ValueError(f"data: expected an .npz with 'images' and 'labels', got {self.data!r}, which is no file")
-        known = inspect.signature(SCHEDULERS[self.scheduler_class]).parameters
-        for name in self.scheduler:
-            if name not in known:
-                raise ValueError(f"scheduler: {self.scheduler_class} takes no {name!r}{nearest(name, known)}")
+        if (Path(self.output_dir) / "model_index.json").is_file():
+            raise ValueError(f"output_dir: expected a folder of its own, got the pipeline {self.output_dir!r}")
+        for key, cls in (("scheduler", SCHEDULERS[self.scheduler_class]), ("model", UNet2DModel)):
+            known = inspect.signature(cls).parameters
+            for name in getattr(self, key):
+                if name not in known and not name.startswith("_"):
+                    raise ValueError(f"{key}: {cls.__name__} takes no {name!r}{nearest(name, known)}")
 
 
 def train_teacher(config: PretrainConfig) -> Path:
@@ -56,19 +60,22 @@ def train_teacher(config: PretrainConfig) -> Path:
     ``unet/`` and ``scheduler/`` are what was trained; ``pipeline/`` is both in half precision, and the null class.
 
     Raises:
-        ValueError: if the data is damaged, a label is not one of the network's classes, or ``init_from`` is no such
-            teacher.
+        ValueError: if the data is damaged or of another shape than the network's, a label is not one of its classes,
+            ``model`` and ``scheduler`` make no teacher, or ``init_from`` is no such teacher.
     """
     accelerator = open_accelerator({"fp32": "no", "bf16": "bf16"}[config.precision], {PRECISION: config.precision})
     torch.manual_seed(config.seed)
     images, labels = read_labelled_images(config.data)
-    null_class = config.model.get("num_class_embeds", 0) - 1
+    network, scheduler, shape = open_parts(config)
+    if images.shape[1:] != shape:
+        given = tuple(images.shape[1:])
+        raise ValueError(f"{config.data}: images: expected (C, H, W) {shape}, as 'model' says, got {given}")
+    null_class = (network.config.num_class_embeds or 0) - 1
     if null_class > 0 and not 0 <= int(labels.min()) <= int(labels.max()) < null_class:
         found = f"{int(labels.min())} to {int(labels.max())}"
         raise ValueError(f"{config.data}: labels: expected 0 to {null_class - 1}, the network's classes, got {found}")
     is_flow = config.scheduler_class == "FlowMatchEulerDiscreteScheduler"
     denoising = flow_matching_loss if is_flow else denoising_loss
-    scheduler = SCHEDULERS[config.scheduler_class](**config.scheduler)
     folder = Path(config.output_dir)
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,7 +85,7 @@ def train_teacher(config: PretrainConfig) -> Path:
         return denoising(network, scheduler, x0, class_labels=label)
 
     average = fit(
-        open_network(config), loss, count=len(images), config=config, accelerator=accelerator,
+        network, loss, count=len(images), config=config, accelerator=accelerator,
         log=folder / "metrics.jsonl", save=lambda average: average.save_pretrained(folder / "unet"),
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -96,13 +103,31 @@ def halved_pipeline(network: UNet2DModel, scheduler: Mapping[str, Any]) -> Class
     return family.teacher_pipeline(kind.from_config(scheduler))
 
 
+def open_parts(config: PretrainConfig) -> tuple[UNet2DModel, Any, tuple[int, ...]]:
+    """Return the network, the scheduler, and the shape (C, H, W) of the images that they make.
+
+    Raises:
+        ValueError: if they make no teacher, or as :func:`open_network` does.
+    """
+    network = open_network(config)
+    with naming(Path("scheduler"), f"with 'model' it makes no teacher ({config.scheduler_class})"):
+        scheduler = SCHEDULERS[config.scheduler_class](**config.scheduler)
+        if scheduler.config.num_train_timesteps < 1:
+            given = scheduler.config.num_train_timesteps
+            raise ValueError(f"scheduler.num_train_timesteps: expected at least 1, got {given}")
+        family = Pixel(network, scheduler.config)
+    return network, scheduler, family.image_shape
+
+
 def open_network(config: PretrainConfig) -> UNet2DModel:
     """Return the network that training begins from: a random one, or one with the weights of ``init_from``.
 
     Raises:
-        ValueError: if ``init_from`` is no teacher, or has other weights than a network of ``model``.
+        ValueError: if ``model`` makes no network, or ``init_from`` is no teacher, or has other weights than a network
+            of ``model``.
     """
-    network = UNet2DModel(**config.model)
+    with naming(Path("model"), "it makes no UNet2DModel"):
+        network = UNet2DModel(**config.model)
     if config.init_from is None:
         return network
     try:

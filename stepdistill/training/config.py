@@ -64,8 +64,8 @@ class TrainConfig:
 FREE_KEYS = (
     "train.output_dir", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "train.tracker",
     "train.nan_policy", "train.timeout", "train.offload_encoders", "train.offload_ema",
-    "data.download", "data.num_workers", "data.revision", "teacher.path", "teacher.trust_remote_code",
-    "teacher.trust_pickles",
+    "data.download", "data.num_workers", "data.revision", "teacher.path", "teacher.revision",
+    "teacher.trust_remote_code", "teacher.trust_pickles",
     "eval.every", "eval.metrics", "eval.num_samples", "eval.seed", "eval.features", "eval.reference", "export.frozen",
     "export.push_to_hub", "export.private",
 )  # fmt: skip

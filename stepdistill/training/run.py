@@ -40,7 +40,7 @@ from stepdistill.networks.fingerprint import fingerprint_weights
 from stepdistill.networks.launcher import check_environment
 from stepdistill.networks.quantization import check_quantization
 from stepdistill.networks.sharding import gathered, is_main
-from stepdistill.training.config import BankConfig, RunConfig, resolve
+from stepdistill.training.config import SECTIONS, BankConfig, RunConfig, resolve
 from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.heartbeat import naming_a_failed_start
@@ -139,6 +139,8 @@ class Run:
         with RunLock(self.folder) if is_main_process else contextlib.nullcontext(), trainer.watched():
             start = trainer.restore()  # or refuse, before anything is written
             if is_main_process:
+                if trainer.step == 0:
+                    check_own_config(self.folder / "config.yaml")
                 self._write_config(trainer.identity)
             with tracking(trainer.accelerator), contextlib.closing(trainer.run(start)) as finished_stages:
                 for stage in finished_stages:
@@ -291,6 +293,15 @@ def check_output(folder: Path, config: RunConfig) -> None:
     """
     used = (config.train.output_dir, config.teacher.path, config.bank.init_from)
     check_replaceable(folder, tuple(path for path in used if path is not None))
+
+
+def check_own_config(path: Path) -> None:
+    """Raise ``ValueError`` if a run that begins would replace a configuration that no run wrote."""
+    if not path.is_file():
+        return
+    sections = configuration.read_config(path)
+    if sections.keys() != {*SECTIONS} or path.read_text("utf-8") != configuration.to_yaml(sections):
+        raise ValueError(f"{path}: expected none, or that of a run, got another, which train.output_dir would replace")
 
 
 def make_bank(family: Family, config: BankConfig) -> NetworkBank:

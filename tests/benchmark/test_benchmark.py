@@ -372,7 +372,7 @@ def test_several_processes_would_write_one_result(monkeypatch, tmp_path):
     [
         ({"features": "none.pt2"}, "none.pt2"),
         ({"document": "none.md"}, "document: none.md has no lines"),
-        ({"output": "."}, "expected a file to write, got a folder"),
+        ({"output": "table.md"}, r"table.md: expected a file to write whose name ends in \.json"),
     ],
 )
 def test_what_is_wrong_with_a_benchmark_is_said_before_its_students_are_trained(tmp_path, monkeypatch, changed, why):

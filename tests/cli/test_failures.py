@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -138,6 +139,24 @@ def test_scripts_print_one_sentence_too(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("make_cifar10", ["--tar", "text"], "--tar: expected a tar, got another file, text"),
+        ("make_faces", ["--faces", "none", "--output_dir", "new"], "none_16.npz: No such file or directory"),
+        ("train_reader", ["--data", "none", "--output_dir", "new"], "new/attributes.yaml: no such file"),
+        ("step_cost", ["--floor", "--plan"], "--floor: expected no --plan, --tiny or overrides"),
+    ],
+)
+def test_what_a_script_cannot_use_is_one_sentence(script, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("no tar\n" * 200)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / f"scripts/{script}.py"), run_name="__main__")
+    assert left.value.code == 2 and capsys.readouterr().err.startswith(f"{script}.py: {message}")
+
+
+@pytest.mark.parametrize(
     ("flag", "name", "message"),
     [
         ("--output", "folder", "expected a file to write, got a folder"),
@@ -150,6 +169,38 @@ def test_what_is_no_place_for_a_result_is_refused_before_anything_is_measured(tm
     with pytest.raises(SystemExit):
         main(["evaluate", "--images", "none", "--output", str(tmp_path / "result.json"), flag, str(tmp_path / name)])
     assert f"{tmp_path / name}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--output", "--write_reference"])
+def test_a_file_of_the_user_is_never_replaced(tmp_path, capsys, flag):
+    file = tmp_path / "images.npz"
+    np.savez(file, images=np.zeros((3, 8, 8), np.uint8))
+    before = file.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--images", str(file), flag, str(file)])
+    assert f"{file}: expected a new file or earlier " in capsys.readouterr().err.replace("an earlier", "earlier")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("subject", "flags", "message"),
+    [
+        ("--pipeline", ["--solver", "UniPC"], "--solver: expected --teacher, which a solver samples, got none"),
+        ("--images", ["--seed", "0"], "--seed: expected --pipeline or --teacher, which make images, got --images"),
+        ("--images", ["--compile"], "--compile: expected --pipeline or --teacher"),
+        ("--images", ["--captions", "x.txt"], "--captions: expected --pipeline or --teacher"),
+        ("--images", ["--clip", "x"], "--clip: expected a metric that uses it (cmmd, clip), got fd"),
+        (
+            "--images",
+            ["--attributes", "faces"],
+            "--attributes: expected a metric that uses it (adherence, adherence_uns",
+        ),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(tmp_path, capsys, subject, flags, message):
+    with pytest.raises(SystemExit):
+        main(["evaluate", subject, "none", "--metrics", "fd", *flags, "--output", str(tmp_path / "result.json")])
+    assert message in capsys.readouterr().err
 
 
 def test_a_page_does_not_replace_the_result_that_it_shows(tmp_path, capsys):

@@ -567,6 +567,19 @@ def test_folders_that_break_the_rules(tmp_path: Path) -> None:
     _raises("no labels", tmp_path / "a", num_classes=2)
 
 
+@pytest.mark.parametrize("key", ["label_column", "caption_column"])
+def test_a_column_of_what_has_no_table_is_refused(tmp_path: Path, key: str) -> None:
+    save(tmp_path / "folder/0.png")
+    _raises(rf"data\.{key}: got 'x', but .* has no metadata\.jsonl", tmp_path / "folder", **{key: "x"})
+    archive = numbered_archive(tmp_path / "images.npz", 2)
+    _raises(rf"data\.{key}: got 'x', but .* is an \.npz", archive, **{key: "x"})
+
+
+def test_captions_of_no_use_are_not_dropped(tmp_path: Path) -> None:
+    numbered_folder(tmp_path, 1)
+    _raises("data.caption_dropout: expected 0, because the teacher takes no text", tmp_path, caption_dropout=0.1)
+
+
 def test_saved_datasets_that_break_the_rules(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     text, number = datasets.Value("string"), datasets.Value("float32")

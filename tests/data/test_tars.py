@@ -57,6 +57,11 @@ def test_labels_and_captions_by_another_name(tmp_path):
         pack(tmp_path / "a.tar", {"3.png": png(3), "3.json": row}), 4, caption_column="alt", label_column="kind"
     )
     assert data.captions == ["three"] and data.load([0]).labels.tolist() == [2]
+    both = {"3.cls": b"1\n", "3.png": png(3), "3.json": row}
+    data = opened(pack(tmp_path / "c.tar", both), 4, text=False, label_column="kind")
+    assert data.load([0]).labels.tolist() == [2]
+    with pytest.raises(ValueError, match=r"3\.json: no key 'kin'; did you mean 'kind'"):
+        opened(tmp_path / "c.tar", 4, text=False, label_column="kin")
     data = opened(pack(tmp_path / "b.tar", {"0.cls": b"1\n", "0.png": png(3)}), 4, text=False)
     assert data.load([0]).labels.tolist() == [1]
 

@@ -334,6 +334,17 @@ def test_a_flag_in_place_of_the_protocols_is_said():
         read_protocol("embeded", {})
 
 
+def test_images_bring_the_captions_that_a_protocol_needs():
+    assert read_protocol("coco30k", {"reference": "x"}, of_files=True)[0].captions is None
+
+
+def test_a_teacher_is_asked_for_no_more_steps_than_it_has(tmp_path, capsys):
+    steps = ["--solver", "Heun", "--num_inference_steps", "1001", "--output", str(tmp_path / "result.json")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--teacher", "embedded", *steps])
+    assert "num_inference_steps: expected at most 1000, on which embedded was trained" in capsys.readouterr().err
+
+
 def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, capsys):
     real = archive(tmp_path / "real.npz", 60, 28)
     common = ["--features", str(network), "--reference", str(real), "--metrics", "fd", "recall"]

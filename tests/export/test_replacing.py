@@ -9,6 +9,7 @@ from contracts.cases import sections
 
 import stepdistill.training.run
 from stepdistill.cli import main
+from stepdistill.config import to_yaml
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import CONTRACT, read_contract
 from stepdistill.export.pipeline import export_pipeline
@@ -54,6 +55,7 @@ def run(tmp_path_factory):
         ("link", "got a link"),
         ("run/checkpoint-1", "expected a new or empty folder"),
         ("repository", r"holds more than an export, \.git"),
+        ("run/pipeline/below", "expected a folder outside of pipelines"),
     ],
 )
 def test_export_refuses_every_folder_that_is_no_export_before_it_opens_the_models(
@@ -86,6 +88,18 @@ def test_a_run_finds_out_before_it_opens_its_teacher(tmp_path):
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"run/pipeline: expected a new or empty folder"):
         Run(resolve(wanted))
+
+
+def test_a_run_does_not_begin_over_a_configuration_of_the_user(tmp_path):
+    wanted = resolve(sections(tmp_path, Pixel.tiny(), "lcm", steps=1))
+    config = tmp_path / "run/config.yaml"
+    config.parent.mkdir()
+    config.write_text("# what I found out\ntrain: {steps: 1}\n")
+    with pytest.raises(ValueError, match=r"run/config\.yaml: expected none, or that of a run, got another"):
+        Run(wanted).train()
+    assert config.read_text().startswith("# what I found out") and not (tmp_path / "run/pipeline").exists()
+    config.write_text(to_yaml(wanted.as_sections()))  # as a run leaves it that is killed before its first checkpoint
+    assert is_export(Run(wanted).train())
 
 
 def test_new_and_empty_folders_and_exports_are_written_to(tmp_path):

@@ -168,6 +168,9 @@ def test_what_cannot_be_added_is_refused_by_its_key(folder, tmp_path, options, s
     ("family", "options", "said"),
     [
         (Pixel, {"lora": "x"}, "teacher.lora: got x, but a pixel teacher takes none"),
+        (Pixel, {"frames": 8}, "teacher.frames: got 8, but a pixel teacher takes none"),
+        (Pixel, {"config": "x"}, "teacher.config: expected none, because .* is no single file, got 'x'"),
+        (Pixel, {"revision": "v2"}, "teacher.revision: expected none, because .* is on this machine, got 'v2'"),
         (DiT, {"lora": "{0}"}, "teacher.lora: expected none, because diffusers loads no LoRA into a DiTPipeline"),
         (SD3, {"embeddings": {"<cat>": "{0}"}}, "teacher.embeddings: <cat>: expected none, because words are added to"),
     ],

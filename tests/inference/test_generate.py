@@ -126,6 +126,23 @@ def test_images_of_the_user_and_their_table_are_never_replaced(tmp_path):
         check_places([tmp_path / "ours"])
 
 
+def test_a_folder_of_other_files_gets_no_table_beside_them(tmp_path):
+    (tmp_path / "photos").mkdir()
+    check_places([tmp_path / "photos"])
+    (tmp_path / "photos/.hidden").touch()
+    check_places([tmp_path / "photos"])
+    (tmp_path / "photos/cat.png").touch()
+    with pytest.raises(ValueError, match=r"--output: expected a new folder or one of an earlier call, .*with cat\.png"):
+        check_places([tmp_path / "photos"])
+
+
+@pytest.mark.parametrize("flag", ["compare_steps", "compare_guidance_scale"])
+def test_what_is_said_of_a_teacher_needs_one(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        generate("--pipeline", "none", f"--{flag}", 2, "--output", tmp_path / "grid.png")
+    assert f"--{flag}: expected --compare, which names the teacher, got none" in capsys.readouterr().err
+
+
 def test_the_teacher_is_on_the_right_at_the_guidance_that_was_distilled(tmp_path, student, teacher):
     common, scale = ("--prompt", "a cat", "--num_images", 2), "--compare_guidance_scale"
     compare = ("--compare", "teacher", "--compare_steps", 3)

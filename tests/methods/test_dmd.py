@@ -345,6 +345,13 @@ def test_pairs_that_are_not_whole_are_refused_by_the_files_name(tmp_path):
         Pairs(folder)
 
 
+def test_prompts_for_a_teacher_without_text_are_refused(tmp_path):
+    config = PairsConfig(output_dir=str(tmp_path / "pairs"), count=2, prompts="prompts.txt")
+    with pytest.raises(ValueError, match=r"pairs\.prompts: expected none, because the teacher takes no text"):
+        make_pairs(Pixel.tiny(), config)
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_pairs_of_a_text_teacher_are_of_prompts_in_turn(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     config = pairs_config(tmp_path / "p", count=3, prompts=str(tmp_path / "prompts.txt"))

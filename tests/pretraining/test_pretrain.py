@@ -22,6 +22,7 @@ from stepdistill.families.sd import SD
 from stepdistill.features.clip import Clip
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.pretraining import pixel
+from stepdistill.pretraining.classifier import check_sets, read_labelled_images
 from stepdistill.pretraining.clip import shifted, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, fit, flow_matching_loss
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
@@ -157,6 +158,64 @@ def test_colours_stay_in_their_channels_and_labels_in_their_range(tmp_path, monk
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"b\.npz: expected an \.npz of plain arrays"):
         pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"block_out_chanels": [8]}},
+            r"model: UNet2DModel takes no 'block_out_chanels'; did you mean 'block_o",
+        ),
+        ({"model": {"num_class_embeds": "none"}}, "^model: it makes no UNet2DModel: TypeError"),
+        (
+            {"model": {"sample_size": 16}},
+            r"images: expected \(C, H, W\) \(1, 16, 16\), as 'model' says, got \(1, 8, 8\)",
+        ),
+        ({"model": {"in_channels": 3, "out_channels": 3}}, r"images: expected \(C, H, W\) \(3, 8, 8\)"),
+        ({"scheduler": {"prediction_type": "foo"}}, "^scheduler: .*prediction_type: expected one of"),
+        ({"scheduler": {"num_train_timesteps": 0}}, r"^scheduler\.num_train_timesteps: expected at least 1"),
+        ({"scheduler": {"beta_schedule": "foo"}}, "^scheduler: with 'model' it makes no teacher"),
+        ({"scheduler": {"beta_start": "low"}}, "^scheduler: with 'model' it makes no teacher"),
+        ({"output_dir": "pipeline"}, "output_dir: expected a folder of its own, got the pipeline"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused_before_the_first_step(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    monkeypatch.setattr(pixel, "fit", None)
+    options = {
+        "model": dict(Pixel.tiny(num_classes=2, size=8).network.config), "scheduler": {}, "output_dir": "new",
+        "data": str(grey_archive(tmp_path / "a.npz")),
+    }  # fmt: skip
+    for key, value in changes.items():
+        options[key] = {**options[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        pixel.train_teacher(pixel.PretrainConfig(**options))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "side", "asked", "batch_size", "message"),
+    [
+        ([-1, 0, 1], 8, [0], 2, r"--train: labels: expected 0, 1, 2, \.\.\. without a gap, got \[-1, 0, 1\]"),
+        ([0, 2, 0], 8, [0], 2, r"--train: labels: expected 0, 1, 2, \.\.\. without a gap, got \[0, 2\]"),
+        ([0, 1, 0], 8, [0], 4, "--batch_size: expected at most 3, the images of --train, got 4"),
+        ([0, 1, 0], 12, [0], 2, r"--test: images: expected \(C, H, W\) \(1, 8, 8\), as in --train, got \(1, 12, 12\)"),
+        ([0, 1, 0], 8, [2], 2, "--test: labels: expected 0 to 1, as in --train, got 2 to 2"),
+    ],
+)
+def test_sets_of_a_classifier_that_do_not_fit_are_refused(labels, side, asked, batch_size, message):
+    train = torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), torch.tensor(labels)
+    with pytest.raises(ValueError, match=message):
+        check_sets(train, (torch.zeros(1, 1, side, side, dtype=torch.uint8), torch.tensor(asked)), batch_size)
+
+
+def test_an_archive_without_images_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((0, 8, 8), np.uint8), labels=np.zeros(0, int))
+    with pytest.raises(ValueError, match=r"a\.npz: images: expected at least one, got none"):
+        read_labelled_images(tmp_path / "a.npz")
 
 
 def test_the_loss_of_a_flow_is_zero_for_the_velocity_of_a_point():

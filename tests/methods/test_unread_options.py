@@ -1,0 +1,36 @@
+"""Options that another option turns off: a value that nothing would read is refused with the option to set."""
+
+import pytest
+
+from stepdistill.files.schema import ConfigError, build
+from stepdistill.methods import find_method
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ladd", {"r1_distance": 0.3}, "r1_distance: expected 0.1 without r1, got 0.3"),
+        ("dmd", {"regression_weight": 2}, "regression_weight: expected 0.25 without pairs, got 2.0"),
+        ("dmd", {"distance": "pixels"}, "distance: expected 'features' without pairs, got 'pixels'"),
+        ("dmd2", {"anchor": 3}, "anchor: expected 10 without diversity, got 3"),
+        ("dmd2", {"anchor_steps": 40}, "anchor_steps: expected 30 without diversity, got 40"),
+        (
+            "tcd",
+            {"adversarial": "softplus"},
+            "adversarial: expected 'hinge' without adversarial_weight, got 'softplus'",
+        ),
+        ("sid", {"critic_weight": 0.1}, "critic_weight: expected 0.01 without gan_weight, got 0.1"),
+        ("flowmap", {"alpha_least": 0.5}, "alpha_least: expected 0.0 without target 'alpha', got 0.5"),
+        ("flowmap", {"guidance_mix": 0.5}, "guidance_mix: expected 0.0 without velocity 'data' and guidance, got 0.5"),
+        ("flowmap", {"target": "shortcut", "to_clean": 0.5}, "to_clean: expected 0.2 with target 'shortcut', got 0.5"),
+        ("imagine_flash", {"shift_top": 0.5}, "shift_top: expected 0.95 without reconstruction 'shifted', got 0.5"),
+        (
+            "imagine_flash",
+            {"features": "x", "scale": 2},
+            "scale: expected 1.0 with features that are not the teacher's",
+        ),
+    ],
+)
+def test_an_option_that_another_turns_off_is_refused(method, options, message):
+    with pytest.raises(ConfigError, match=f"^method: {message}"):
+        build(find_method(method).Config, options, "method")
