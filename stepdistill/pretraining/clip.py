@@ -34,9 +34,7 @@ class CaptionTokens:
         self.tokenizer = tokenizer
         self._counts = torch.tensor([len(texts) for texts in captions])
         self._starts = self._counts.cumsum(0) - self._counts
-        self._owners = torch.repeat_interleave(self._counts)
         self._ids = self.encode(list(itertools.chain.from_iterable(captions)))
-        self._keys = torch.unique(self._ids, dim=0, return_inverse=True)[1]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the tokens (N, length) of texts, padded and cut to the tokenizer's length."""
@@ -44,18 +42,9 @@ class CaptionTokens:
         return ids
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Return which of all captions (B,) is drawn for each of the images ``index`` (B,)."""
+        """Return the tokens (B, length) of a caption of each of the images ``index`` (B,)."""
         place = torch.rand(len(index), generator=generator) * self._counts[index]
-        return self._starts[index] + place.long()
-
-    def tokens(self, rows: Tensor) -> Tensor:
-        """Return the tokens (B, length) of the captions ``rows`` (B,)."""
-        return self._ids[rows]
-
-    def shares(self, rows: Tensor) -> Tensor:
-        """Return which share of each image's captions equals each of the captions ``rows`` (B,), as (B, N)."""
-        equal = (self._keys == self._keys[rows, None]).float()
-        return torch.zeros(len(rows), len(self._counts)).index_add_(1, self._owners, equal) / self._counts
+        return self._ids[self._starts[index] + place.long()]
 
     def mask(self, ids: Tensor) -> Tensor:
         """Return 1 for the tokens up to the first end, 0 for the padding, (B, length)."""
@@ -103,7 +92,7 @@ def train_clip(
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         device = accelerator.device
         pixels = shifted(images[index], shift, generator).to(device)
-        ids = captions.tokens(captions.draw(index, generator))
+        ids = captions.draw(index, generator)
         mask = captions.mask(ids)
         return network(
             pixel_values=pixels, input_ids=ids.to(device), attention_mask=mask.to(device), return_loss=True

@@ -30,8 +30,6 @@ WARMUP_STEPS = 200
 
 
 Network = TypeVar("Network", bound=nn.Module)
-Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
-"""Of a network, indices (B,) of samples, and a generator for all randomness."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,19 +58,14 @@ def denoising_loss(network: nn.Module, scheduler: DDPMScheduler, x0: Tensor, **c
     noise = torch.randn_like(x0)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
     x_t = scheduler.add_noise(x0, noise, timesteps)
-    target = prediction_target(scheduler, x0, noise, timesteps)
-    prediction = network(x_t, timesteps, **cond).sample
-    return nn.functional.mse_loss(prediction.float(), target.float())
-
-
-def prediction_target(scheduler: DDPMScheduler, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what a network of the scheduler's prediction type has to say of ``x0`` and ``noise`` (B, C, H, W)."""
     targets = {
         "epsilon": lambda: noise,
         "v_prediction": lambda: scheduler.get_velocity(x0, noise, timesteps),
         "sample": lambda: x0,
     }
-    return targets[scheduler.config.prediction_type]()
+    target = targets[scheduler.config.prediction_type]()
+    prediction = network(x_t, timesteps, **cond).sample
+    return nn.functional.mse_loss(prediction.float(), target.float())
 
 
 def flow_matching_loss(
@@ -100,14 +93,14 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def fit(
-    network: Network, loss: Loss, *, count: int, config: FitConfig, accelerator: Accelerator, log: Path,
-    save: Callable[[Network], object] = lambda average: None,
+    network: Network, loss: Callable[[nn.Module, Tensor, torch.Generator], Tensor], *, count: int, config: FitConfig,
+    accelerator: Accelerator, log: Path, save: Callable[[Network], object] = lambda average: None,
 ) -> Network:  # fmt: skip
     """Minimise a loss over random batches, and return the moving average of the network.
 
     Args:
         network: the network to train.
-        loss: to minimise, of samples in [0, ``count``).
+        loss: takes the network, indices (B,) of samples in [0, ``count``) and a generator for all randomness.
         count: number of samples.
         config: batch size, steps and rates.
         accelerator: device, precision and processes.

@@ -2,17 +2,15 @@
 
 The parts are trained and saved in this order: a tokenizer; an autoencoder; a CLIP, whose text half encodes the
 prompts; a second CLIP of another seed, on which the teacher is not trained and which measures it; the denoising
-network, on latents that are computed once; network and text encoder together; and both again, mostly at high noise
-(:mod:`stepdistill.pretraining.stable_targets`). Trained together from the beginning, the text encoder drops what helps
-little in the first thousand steps, such as smiles, and does not find it again; never trained, it leaves rare words such
-as beards to chance. Of several captions an image every visit draws one. The same command again resumes at the first
-part that is missing.
+network, on latents that are computed once; and at last network and text encoder together. Trained together from the
+beginning, the text encoder drops what helps little in the first thousand steps, such as smiles, and does not find it
+again; never trained, it leaves rare words such as beards to chance. Of several captions an image every visit draws one.
+The same command again resumes at the first part that is missing.
 
     tokenizer/  vae/  clip/
     judge/                  the second CLIP, in half precision: what ``evaluate.py --clip`` and ``--features`` take
-    unet/                   the network before its text encoder joins
-    together/               the pipeline before the last training
-    pipeline/               the teacher, its weights in half precision like those of ``together``
+    unet/                   the network before the last training
+    pipeline/               the teacher, its weights in half precision
     *.jsonl                 the losses
 """
 
@@ -44,9 +42,8 @@ from stepdistill.files.places import Place
 from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
-from stepdistill.pretraining.fit import FitConfig, Loss, denoising_loss, fit
+from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
 from stepdistill.pretraining.readable import named_values
-from stepdistill.pretraining.stable_targets import stable_target_loss
 from stepdistill.pretraining.vae import encode, train_vae
 
 
@@ -64,8 +61,6 @@ class TextTeacherConfig:
     unet: FitConfig
     together: FitConfig
     """Of network and text encoder; ``model`` is not used."""
-    polish: FitConfig
-    """Of both again, with stable targets and half of the draws at high noise; ``model`` is not used."""
     scheduler: dict[str, Any]
     """Arguments of ``DDIMScheduler``."""
     vocabulary: PositiveInt = 1750
@@ -89,12 +84,20 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained.
     """
     accelerator, folder = open_accelerator("no"), Path(config.output_dir)
-    parts = Parts(folder, accelerator)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
     values, sizes = named_values(_words(config.attributes), captions)
 
+    def part(name: str, train: Callable[[Path], Any]) -> Path:
+        if not (folder / name).is_dir():
+            made = train(folder / f"{name}.jsonl")
+            if accelerator.is_main_process:  # a folder is complete or absent
+                made.save_pretrained(folder / f"{name}.partial")
+                (folder / f"{name}.partial").replace(folder / name)
+            accelerator.wait_for_everyone()
+        return folder / name
+
     texts = list(itertools.chain.from_iterable(captions))
-    parts.make("tokenizer", lambda log: train_tokenizer(texts, config.vocabulary, config.max_tokens))
+    part("tokenizer", lambda log: train_tokenizer(texts, config.vocabulary, config.max_tokens))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     warn_too_long(tokenizer, texts, limit=config.max_tokens)
     tokens = CaptionTokens(tokenizer, captions)
@@ -102,65 +105,23 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     def clip(fitting: FitConfig, log: Path) -> CLIPModel:
         return train_clip(images, tokens, fitting, config.shift, accelerator, log)
 
-    parts.make("vae", functools.partial(train_vae, images, values, sizes, config.vae, accelerator))
-    parts.make("clip", functools.partial(clip, config.clip))
-    parts.make("judge", lambda log: clip(config.judge, log).half())
+    vae = part("vae", functools.partial(train_vae, images, values, sizes, config.vae, accelerator))
+    part("clip", functools.partial(clip, config.clip))
+    part("judge", lambda log: clip(config.judge, log).half())
     for name in ("clip", "judge"):
         tokenizer.save_pretrained(folder / name)
         image_processor(images.shape[-1]).save_pretrained(folder / name)
-    train_network(config, images, tokens, parts)
-    return folder / "pipeline"
-
-
-def train_network(config: TextTeacherConfig, images: Tensor, captions: CaptionTokens, parts: Parts) -> None:
-    """Train the network, then it and its text encoder together, then both with stable targets."""
-    folder, device = parts.folder, parts.accelerator.device
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
-    pipe = assemble(config, vae, text_encoder, captions.tokenizer)
-    train = functools.partial(train_denoiser, count=len(images), accelerator=parts.accelerator)
+    pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
+    latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
+    train = functools.partial(train_denoiser, pipe, latents, tokens, config.caption_dropout, accelerator)
 
-    task = TextDenoising(pipe, images, captions, config.caption_dropout, device)
     pipe.text_encoder.requires_grad_(False)
-    unet = parts.make("unet", lambda log: train(pipe, task.loss, config.unet, log).unet)
+    unet = part("unet", lambda log: train(config.unet, log).unet)
     pipe.unet.load_state_dict(UNet2DConditionModel.from_pretrained(unet, use_safetensors=True).state_dict())
     pipe.text_encoder.requires_grad_(True)
-    save = functools.partial(save_halved, pipe)
-    together = parts.make("together", lambda log: train(pipe, task.loss, config.together, log), save)
-
-    pipe = StableDiffusionPipeline.from_pretrained(together, use_safetensors=True)
-    task = TextDenoising(pipe, images, captions, config.caption_dropout, device)
-    save = functools.partial(save_halved, pipe, folder=folder / "pipeline")
-    train(pipe, task.stable_loss, config.polish, folder / "pipeline.jsonl", save=save)
-
-
-class Parts:
-    """The folder of a teacher's parts, each of which is complete or absent.
-
-    Args:
-        folder: where they are.
-        accelerator: of all processes, of which the main one saves.
-    """
-
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
-
-    def make(self, name: str, train: Callable[[Path], Any], save: Callable[[Any, Path], object] | None = None) -> Path:
-        """Train a part that is missing, and return its folder.
-
-        Args:
-            name: of the part.
-            train: takes the file for the losses.
-            save: takes what was trained, and a folder; by default ``save_pretrained`` of what was trained.
-        """
-        if not (self.folder / name).is_dir():
-            made = train(self.folder / f"{name}.jsonl")
-            if self.accelerator.is_main_process:
-                partial = self.folder / f"{name}.partial"
-                made.save_pretrained(partial) if save is None else save(made, partial)
-                partial.replace(self.folder / name)
-            self.accelerator.wait_for_everyone()
-        return self.folder / name
+    train(config.together, folder / "pipeline.jsonl", functools.partial(save_halved, pipe, folder / "pipeline"))
+    return folder / "pipeline"
 
 
 def _words(reader: str | None) -> Vocabulary:
@@ -209,73 +170,41 @@ class Denoiser(nn.Module):
         return self.unet(x_t, timesteps, encoder_hidden_states=self.text_encoder(ids)[0])
 
 
-class TextDenoising:
-    """What a network and its text encoder learn: to denoise latents, told a caption or none.
-
-    Args:
-        pipe: its autoencoder encodes the images once; its scheduler is the noise process.
-        images: (N, 3, H, W) in [-1, 1].
-        captions: of all images; every visit draws one.
-        dropout: share of captions that are replaced by the empty one.
-        device: where the networks are.
-    """
-
-    def __init__(
-        self, pipe: StableDiffusionPipeline, images: Tensor, captions: CaptionTokens, dropout: float,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.latents = encode(pipe.to(device).vae, images, device).to(device)
-        self.scheduler, self.captions, self.dropout, self.device = pipe.scheduler, captions, dropout, device
-        self.null = captions.encode([""])
-
-    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the denoising loss of the latents ``index`` (B,)."""
-        dropped, rows = self._draw(index, generator)
-        return denoising_loss(network, self.scheduler, self.latents[index], ids=self._ids(dropped, rows))
-
-    def stable_loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss of the latents ``index`` (B,) with stable targets."""
-        dropped, rows = self._draw(index, generator)
-        shares = self.captions.shares(rows).masked_fill(dropped, 1.0).to(self.device)
-        ids = self._ids(dropped, rows)
-        return stable_target_loss(network, self.scheduler, self.latents, index, shares, ids=ids)
-
-    def _draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return which captions are dropped (B, 1), and which of all captions (B,) are drawn."""
-        dropped = torch.rand(len(index), 1, generator=generator) < self.dropout
-        return dropped, self.captions.draw(index, generator)
-
-    def _ids(self, dropped: Tensor, rows: Tensor) -> Tensor:
-        return torch.where(dropped, self.null, self.captions.tokens(rows)).to(self.device)
-
-
 def train_denoiser(
     pipe: StableDiffusionPipeline,
-    loss: Loss,
+    latents: Tensor,
+    captions: CaptionTokens,
+    dropout: float,
+    accelerator: Accelerator,
     config: FitConfig,
     log: Path,
-    *,
-    count: int,
-    accelerator: Accelerator,
     save: Callable[[Denoiser], object] = lambda average: None,
 ) -> Denoiser:
     """Train what asks for gradients in the network and text encoder of ``pipe``, and return their average.
 
     Args:
         pipe: its parts are trained in place.
-        loss: of a :class:`TextDenoising`.
+        latents: (N, c, h, w) of all images.
+        captions: of all images; every visit draws one.
+        dropout: share of captions that are replaced by the empty one.
+        accelerator: device, precision and processes.
         config: of this training.
         log: file for the loss.
-        count: number of images.
-        accelerator: device, precision and processes.
         save: called with the average from time to time.
     """
+    null = captions.encode([""])
+
+    def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        dropped = torch.rand(len(index), 1, generator=generator) < dropout
+        ids = torch.where(dropped, null, captions.draw(index, generator)).to(accelerator.device)
+        return denoising_loss(network, pipe.scheduler, latents[index].to(accelerator.device), ids=ids)
+
     torch.manual_seed(config.seed)
     denoiser = Denoiser(pipe.unet.requires_grad_(True), pipe.text_encoder)
-    return fit(denoiser, loss, count=count, config=config, accelerator=accelerator, log=log, save=save)
+    return fit(denoiser, loss, count=len(latents), config=config, accelerator=accelerator, log=log, save=save)
 
 
-def save_halved(pipe: StableDiffusionPipeline, average: Denoiser, folder: Path) -> None:
+def save_halved(pipe: StableDiffusionPipeline, folder: Path, average: Denoiser) -> None:
     """Save ``pipe`` with the averages of its network and text encoder, all weights in half precision."""
     parts = {**pipe.components, "unet": average.unet, "text_encoder": average.text_encoder}
     for name in ("vae", "unet"):

@@ -29,7 +29,7 @@ from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_
 from stepdistill.pretraining.vae import encode, whiten
 
 CONFIG = "configs/teacher_faces.yaml"
-PARTS = ("vae", "clip", "judge", "unet", "together", "polish")
+PARTS = ("vae", "clip", "judge", "unet", "together")
 
 
 def test_whitened_latents_have_unit_variance_and_images_come_back_as_before():
@@ -103,7 +103,7 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
     clip, judge = (Clip.open(str(tmp_path / name)) for name in ("clip", "judge"))
     assert not torch.equal(clip.embed_captions(["a face"])[0], judge.embed_captions(["a face"])[0])
 
-    parts = ("tokenizer/tokenizer.json", "vae/diffusion_pytorch_model.safetensors", "together/model_index.json")
+    parts = ("tokenizer/tokenizer.json", "vae/diffusion_pytorch_model.safetensors", "clip/model.safetensors")
     kept = [(tmp_path / part).stat().st_mtime_ns for part in parts]
     train_text_teacher(config)
     assert [(tmp_path / part).stat().st_mtime_ns for part in parts] == kept
