@@ -49,7 +49,6 @@ from stepdistill.diffusion.samplers import ConsistencySampler, Sampler, Visit
 from stepdistill.discriminators.bottleneck import BottleneckCritic
 from stepdistill.families.base import Family
 from stepdistill.files import ranges
-from stepdistill.files.schema import refuse_unread
 from stepdistill.losses import distribution_matching as dm
 from stepdistill.losses import levels, student_inputs
 from stepdistill.methods.base import Distiller, Losses, last_of
@@ -154,7 +153,8 @@ class DMD2(Distiller):
                 )
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
-            refuse_unread(self, ["anchor", "anchor_steps"], not self.diversity, "without diversity")
+            if not self.diversity and (self.anchor, self.anchor_steps) != (10, 30):
+                raise ValueError("diversity: expected above 0 with anchor or anchor_steps, got 0")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

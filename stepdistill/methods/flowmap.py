@@ -128,9 +128,7 @@ class FlowMap(Distiller):
             if self.slices == "two" and self.target not in ("difference", "jvp"):
                 raise ValueError(f"target: expected 'difference' or 'jvp' with slices 'two', got {self.target!r}")
             if self.alpha_begin >= self.alpha_end:
-                raise ValueError(
-                    f"alpha_end: expected more than alpha_begin = {self.alpha_begin}, got {self.alpha_end}"
-                )
+                raise ValueError(f"alpha_end: expected above alpha_begin = {self.alpha_begin}, got {self.alpha_end}")
             alphas = ("alpha_least", "alpha_begin", "alpha_end")
             refuse_unread(self, alphas, self.target != "alpha", "without target 'alpha'")
             refuse_unread(self, ["guidance_mix"], not self.guides_itself, "without velocity 'data' and guidance")

@@ -45,8 +45,6 @@ class PretrainConfig(FitConfig):
     def __post_init__(self) -> None:
         if not Path(self.data).is_file():
             raise ValueError(f"data: expected an .npz with 'images' and 'labels', got {self.data!r}, which is no file")
-        if (Path(self.output_dir) / "model_index.json").is_file():
-            raise ValueError(f"output_dir: expected a folder of its own, got the pipeline {self.output_dir!r}")
         for key, cls in (("scheduler", SCHEDULERS[self.scheduler_class]), ("model", UNet2DModel)):
             known = inspect.signature(cls).parameters
             for name in getattr(self, key):
@@ -61,8 +59,12 @@ def train_teacher(config: PretrainConfig) -> Path:
 
     Raises:
         ValueError: if the data is damaged or of another shape than the network's, a label is not one of its classes,
-            ``model`` and ``scheduler`` make no teacher, or ``init_from`` is no such teacher.
+            ``model`` and ``scheduler`` make no teacher, ``init_from`` is no such teacher, or ``output_dir`` is a
+            pipeline.
     """
+    folder = Path(config.output_dir)
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"output_dir: expected a folder of its own, got the pipeline {config.output_dir!r}")
     accelerator = open_accelerator({"fp32": "no", "bf16": "bf16"}[config.precision], {PRECISION: config.precision})
     torch.manual_seed(config.seed)
     images, labels = read_labelled_images(config.data)
@@ -76,7 +78,6 @@ def train_teacher(config: PretrainConfig) -> Path:
         raise ValueError(f"{config.data}: labels: expected 0 to {null_class - 1}, the network's classes, got {found}")
     is_flow = config.scheduler_class == "FlowMatchEulerDiscreteScheduler"
     denoising = flow_matching_loss if is_flow else denoising_loss
-    folder = Path(config.output_dir)
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         x0 = images[index].float().div(127.5).sub(1).to(accelerator.device)

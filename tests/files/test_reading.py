@@ -124,9 +124,9 @@ def test_odd_yaml_is_a_short_sentence_that_begins_with_the_file(tmp_path, text, 
     """FAULTS 10 (alias bombs), 9."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    began = time.perf_counter()
+    began = time.process_time()
     found = refusal(read_yaml, path)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert found.startswith(f"{path}: ") and message in found and len(found) < 500 and found.isprintable()
 
 
@@ -195,9 +195,9 @@ def test_numbers_that_nothing_holds_are_refused(content, message):
 
 def test_many_problems_are_counted():
     content: dict[str, Any] = {f"key{number}": 1 for number in range(100_000)}
-    began = time.perf_counter()
+    began = time.process_time()
     found = refusal(convert, {"size": 1} | content, Closed)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert f"{100_000 - LISTED} more unknown keys" in found or "more" in found
     assert len(found.splitlines()) < LISTED + 4
     assert len(str(ConfigError(map(str, range(500)))).splitlines()) == LISTED + 2

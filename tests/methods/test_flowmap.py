@@ -535,7 +535,7 @@ def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(target
         ({"guidance_range": (3.0, 2.0)}, "1 <= low < high"),
         ({"target": "split", "equal": 0.0}, "equal: expected more than 0 with target 'split'"),
         ({"slices": "two", "target": "split"}, "target: expected 'difference' or 'jvp' with slices 'two', got 'split'"),
-        ({"alpha_begin": 0.5}, "alpha_end: expected more than alpha_begin = 0.5, got 0.4"),
+        ({"alpha_begin": 0.5}, "alpha_end: expected above alpha_begin = 0.5, got 0.4"),
         ({"step": 0.0}, "step: expected above 0"),
     ],
 )

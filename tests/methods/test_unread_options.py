@@ -12,8 +12,8 @@ from stepdistill.methods import find_method
         ("ladd", {"r1_distance": 0.3}, "r1_distance: expected 0.1 without r1, got 0.3"),
         ("dmd", {"regression_weight": 2}, "regression_weight: expected 0.25 without pairs, got 2.0"),
         ("dmd", {"distance": "pixels"}, "distance: expected 'features' without pairs, got 'pixels'"),
-        ("dmd2", {"anchor": 3}, "anchor: expected 10 without diversity, got 3"),
-        ("dmd2", {"anchor_steps": 40}, "anchor_steps: expected 30 without diversity, got 40"),
+        ("dmd2", {"anchor": 3}, "diversity: expected above 0 with anchor or anchor_steps, got 0"),
+        ("dmd2", {"anchor_steps": 40}, "diversity: expected above 0 with anchor or anchor_steps, got 0"),
         (
             "tcd",
             {"adversarial": "softplus"},
