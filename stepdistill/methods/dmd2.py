@@ -153,8 +153,8 @@ class DMD2(Distiller):
                 )
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
-            plain = type(self)
-            if not self.diversity and (self.anchor, self.anchor_steps) != (plain.anchor, plain.anchor_steps):
+            defaults = type(self)
+            if not self.diversity and (self.anchor, self.anchor_steps) != (defaults.anchor, defaults.anchor_steps):
                 raise ValueError("diversity: expected above 0 with anchor or anchor_steps, got 0")
 
     @classmethod
