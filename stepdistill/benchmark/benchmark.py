@@ -26,7 +26,7 @@ from stepdistill.benchmark.judge import Judge
 from stepdistill.benchmark.results import read_benchmark_result
 from stepdistill.benchmark.samples import Samples, conditions_of
 from stepdistill.benchmark.shapes import check_shapes, side_to_crop_to, size_arguments
-from stepdistill.benchmark.solvers import SolverRow, solver_rows
+from stepdistill.benchmark.solvers import SolverRow, check_solvers, solver_rows
 from stepdistill.benchmark.students import (
     StudentRow,
     check_students,
@@ -77,8 +77,7 @@ class Benchmark:
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         check_shapes(config, self.family)
-        for solver in config.solvers:  # now, and not after the other rows
-            solver_of(self.family, solver)
+        check_solvers(config, self.family)
         self.size = size_arguments(config, self.family)
         self.metric = self.suite.distance
         self.path = Path(config.output)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stepdistill.inference.solvers import steps_within
+from stepdistill.benchmark.config import BenchmarkConfig
+from stepdistill.families.base import Family
+from stepdistill.inference.solvers import check_steps, solver_of, steps_within
 
 
 class SolverRow(NamedTuple):
@@ -44,3 +46,12 @@ def solver_rows(solvers: Mapping[str, Sequence[int]], *, guided: bool) -> list[S
                 if row.steps:
                     rows.setdefault((solver, row.steps, guidance), row)
     return sorted(rows.values(), key=lambda row: row.calls)
+
+
+def check_solvers(config: BenchmarkConfig, family: Family) -> None:
+    """Raise ``ValueError`` for a solver that the teacher lacks, or for more steps than it has timesteps."""
+    check_steps(family.scheduler_config, config.teacher_steps, "teacher_steps", config.teacher.path)
+    for solver, calls in config.solvers.items():
+        solver_of(family, solver)
+        steps = steps_within(solver, max(calls, default=1))
+        check_steps(family.scheduler_config, steps, f"solvers.{solver}", config.teacher.path)

@@ -259,7 +259,7 @@ def evaluate(args: argparse.Namespace) -> None:
     elif args.teacher is not None:
         teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
         pipeline = teacher_pipeline(teacher, args.solver or "DDIM")
-        check_steps(pipeline, protocol.num_inference_steps or 1, "num_inference_steps", args.teacher)
+        check_steps(pipeline.scheduler.config, protocol.num_inference_steps or 1, "num_inference_steps", args.teacher)
     if args.compile and pipeline is not None:
         compile_blocks(network_of(pipeline), "--compile")
     result = run_protocol(

@@ -24,6 +24,7 @@ from stepdistill.data.prompts import first_prompts
 from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, concatenate
 from stepdistill.diffusion.ode import Solver, solver_step
+from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.families.base import Family
 from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
@@ -65,10 +66,13 @@ def make_pairs(family: Family, config: PairsConfig, progress: Callable[[int], ob
         progress: called after every shard with the number of pairs so far.
 
     Raises:
-        ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided, or it takes
-            text and prompts are missing, or takes none and there are some.
+        ValueError: if the folder holds pairs of another teacher or sampler, the teacher cannot be guided or has fewer
+            timesteps than ``config.steps``, or it takes text and prompts are missing, or takes none and there are some.
     """
     family.check_guidance(config.guidance_scale)
+    if isinstance(family.schedule, DiscreteVP) and config.steps > family.schedule.num_timesteps:
+        most = family.schedule.num_timesteps
+        raise ValueError(f"pairs.steps: expected at most the teacher's {most} timesteps, got {config.steps}")
     if family.takes_text:
         family.use_captions(_prompts(config))
     elif config.prompts is not None:

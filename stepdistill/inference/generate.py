@@ -220,7 +220,7 @@ def open_teacher(
         pipeline = pipeline_under(family, config, "DDIM")
     except ValueError as error:
         raise ValueError(f"--compare: {str(error).removeprefix('teacher.path: ')}") from error
-    check_steps(pipeline, steps, "--compare_steps", teacher)
+    check_steps(pipeline.scheduler.config, steps, "--compare_steps", teacher)
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if ("prompt" in accepted) != bool(request.prompts):
         takes = "takes no text" if request.prompts else "generates images from text"

@@ -128,9 +128,9 @@ def solver_of(family: Family, name: str) -> Any | None:
     return None
 
 
-def check_steps(pipeline: Any, steps: int, key: str, teacher: str) -> None:
-    """Raise ``ValueError`` if a pipeline under a solver is asked for more steps than its process has."""
-    most = pipeline.scheduler.config.get("num_train_timesteps", steps)
+def check_steps(scheduler: Mapping[str, Any], steps: int, key: str, teacher: str) -> None:
+    """Raise ``ValueError`` if a teacher with this scheduler config is asked for more steps than it has timesteps."""
+    most = scheduler.get("num_train_timesteps", steps)
     if steps > most:
         raise ValueError(f"{key}: expected at most {most}, on which {teacher} was trained, got {steps}")
 

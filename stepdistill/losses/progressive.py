@@ -11,6 +11,7 @@ from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.families.base import Family
+from stepdistill.losses.consistency import check_intervals
 
 CONVERT = "convert"
 """Name of the stage in which the student of a noise-predicting teacher learns to predict the velocity."""
@@ -96,3 +97,13 @@ def nested_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
     It is ``schedule.grid(steps)`` itself except for Karras' grids, which are not nested.
     """
     return schedule.grid(start)[:: start // steps]
+
+
+def stage_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
+    """Return :func:`nested_grid`, if the teacher can take ``start`` steps.
+
+    Raises:
+        ValueError: if it has fewer timesteps than that.
+    """
+    check_intervals(schedule, steps, start, "start")
+    return nested_grid(schedule, start, steps)

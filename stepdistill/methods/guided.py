@@ -28,7 +28,7 @@ from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
-from stepdistill.losses.progressive import halvings, needs_velocity, nested_grid, two_step_target
+from stepdistill.losses.progressive import halvings, needs_velocity, stage_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -82,11 +82,11 @@ class Guided(Distiller):
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         rule = DoubleStep if config.sampler == STOCHASTIC else DDIM
-        return rule(family.schedule, nested_grid(family.schedule, config.start, config.steps))
+        return rule(family.schedule, stage_grid(family.schedule, config.start, config.steps))
 
     def stage_sampler(self) -> Sampler:
         rule = DoubleStep if self.stage.name == STOCHASTIC else DDIM
-        return rule(self.schedule, nested_grid(self.schedule, self.config.start, self.stage.value))
+        return rule(self.schedule, stage_grid(self.schedule, self.config.start, self.stage.value))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

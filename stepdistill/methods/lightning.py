@@ -33,7 +33,7 @@ from stepdistill.discriminators.pairs import PairCritic, StepContext
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from stepdistill.losses.adversarial import AdversarialLoss
-from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, nested_grid, walk
+from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, stage_grid, walk
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.losses.student_inputs import student_input
 from stepdistill.methods.base import Distiller, Losses, Stage, last_of, split_steps
@@ -93,7 +93,7 @@ class Lightning(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, steps: int | None = None) -> Sampler:
-        return DDIM(family.schedule, nested_grid(family.schedule, config.start, steps or config.steps))
+        return DDIM(family.schedule, stage_grid(family.schedule, config.start, steps or config.steps))
 
     def stage_sampler(self) -> Sampler:
         return self.make_sampler(self.config, self.family, self.stage.value)

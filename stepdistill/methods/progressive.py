@@ -26,7 +26,7 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
-from stepdistill.losses.progressive import CONVERT, halvings, needs_velocity, nested_grid, two_step_target
+from stepdistill.losses.progressive import CONVERT, halvings, needs_velocity, stage_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -62,7 +62,7 @@ class Progressive(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, steps: int | None = None) -> Sampler:
-        return DDIM(family.schedule, nested_grid(family.schedule, config.start, steps or config.steps))
+        return DDIM(family.schedule, stage_grid(family.schedule, config.start, steps or config.steps))
 
     def stage_sampler(self) -> Sampler:
         return self.make_sampler(self.config, self.family, self.stage.value)

@@ -29,8 +29,7 @@ from stepdistill.diffusion.samplers import DDIM, Sampler
 from stepdistill.diffusion.schedule import Karras, expand
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
-from stepdistill.losses.consistency import check_intervals
-from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, nested_grid
+from stepdistill.losses.progressive import CONVERT, ladder, needs_velocity, stage_grid
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
 from stepdistill.randomness import Draws
@@ -72,8 +71,7 @@ class Tract(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family, steps: int | None = None) -> Sampler:
-        check_intervals(family.schedule, config.steps, config.start, "start")
-        return DDIM(family.schedule, nested_grid(family.schedule, config.start, steps or config.steps))
+        return DDIM(family.schedule, stage_grid(family.schedule, config.start, steps or config.steps))
 
     def stage_sampler(self) -> Sampler:
         return self.make_sampler(self.config, self.family, self.stage.value)

@@ -220,6 +220,8 @@ def test_what_a_teacher_has_not_is_refused_before_anything_is_measured(tmp_path)
     for changed, why in (
         ({"shapes": ((28, 28),)}, "shapes: expected none: .* takes no text, and samples one size"),
         ({"solvers": {"DDIM": (1,), "UniPCC": (4,)}}, "solver: got 'UniPCC'; did you mean 'UniPC'"),
+        ({"teacher_steps": 1001}, "teacher_steps: expected at most 1000, on which .* was trained, got 1001"),
+        ({"solvers": {"Heun": (4, 2001)}}, "solvers.Heun: expected at most 1000, on which .* was trained, got 1001"),
     ):
         with pytest.raises(ValueError, match=why):
             Benchmark(config_of(tmp_path, **changed))

@@ -282,6 +282,12 @@ def test_pairs_of_a_teacher_that_is_guided_otherwise_are_others(tmp_path):
         make_pairs(family, pairs_config(tmp_path / "p", guidance_scale=2.0))
 
 
+def test_pairs_take_no_more_steps_than_the_teacher_has(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs\.steps: expected at most the teacher's 1000 timesteps, got 1001"):
+        make_pairs(Pixel.tiny(), pairs_config(tmp_path / "p", steps=1001))
+    assert not (tmp_path / "p").exists()
+
+
 def test_pairs_are_read_under_autocast_as_without(tmp_path):
     made = Pairs(make_pairs(Pixel.tiny(), pairs_config(tmp_path / "p")))
     expected = made.rows([1, 5])

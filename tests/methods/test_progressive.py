@@ -30,8 +30,12 @@ from stepdistill.diffusion.reading import read_schedule
 from stepdistill.diffusion.samplers import DDIM, sample
 from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow, expand
 from stepdistill.diffusion.schedulers import to_diffusers
+from stepdistill.families.pixel import Pixel
 from stepdistill.losses.progressive import CONVERT, two_step_target
+from stepdistill.methods.guided import Guided
+from stepdistill.methods.lightning import Lightning
 from stepdistill.methods.progressive import Progressive
+from stepdistill.methods.tract import Tract
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws, derive_seed
@@ -287,6 +291,14 @@ def test_stages_halve_and_the_last_ones_are_longer():
     assert [(stage.name, stage.value, stage.steps) for stage in stages] == [
         ("16-steps", 16, 100), ("8-steps", 8, 100), ("4-steps", 4, 100), ("2-steps", 2, 200), ("1-steps", 1, 200),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [Progressive, Guided, Lightning, Tract])
+def test_no_method_starts_from_more_steps_than_the_teacher_has(method):
+    family = Pixel.tiny()
+    method.make_sampler(method.Config(start=512), family)
+    with pytest.raises(ValueError, match=r"method\.start: expected at most the teacher's 1000 timesteps, got 1024"):
+        method.make_sampler(method.Config(start=1024), family)
 
 
 @pytest.mark.parametrize("total", [7, 100, 1001])
