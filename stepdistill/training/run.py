@@ -90,7 +90,7 @@ class Run:
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
         with torch.random.fork_rng(devices=()):  # heads begin with the same weights whether a run is measured or not
-            self.evaluation = Evaluation.open(config.eval, self.folder)
+            self.evaluation = Evaluation.open(config.eval, self.folder, self.family)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
         self.family.widen(self.method.head_points(config.method))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import make_run, sections, teacher_for, train_until
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.loader import loader
+from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import ConfigError
 from stepdistill.training import checkpoint
 from stepdistill.training.config import resolve
@@ -200,3 +202,37 @@ def test_a_run_whose_folder_is_a_file_is_refused_before_the_teacher_is_opened(tm
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="train.output_dir: expected a folder, got the file"):
         Run(resolve(configured(train={"output_dir": str(tmp_path / "run")})))
+
+
+# ----------------------------------------------------------------------------------------- measurements
+
+
+def measured(folder, family, shapes, **options):
+    """A run of ``family`` that is measured beside random images of these shapes."""
+    mapping = sections(folder, family, "progressive")
+    (folder / "real").mkdir()
+    random = np.random.default_rng(0)
+    for index, shape in enumerate(shapes):
+        Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(folder / f"real/{index}.png")
+    mapping["eval"] = {"every": 2, "num_samples": 4, "reference": str(folder / "real"), **options}
+    return Run(resolve(mapping))
+
+
+def test_reference_images_are_made_as_large_as_the_teachers(tmp_path):
+    run = measured(tmp_path, Pixel.tiny(), [(20, 30), (40, 9), (64, 64)])
+    assert run.evaluation.suite.reference.about["shape"] == [1, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes", "options", "message"),
+    [
+        ({"channels": 3}, [(8, 8, 3)] * 4, {}, "'embedded': expected grey .* got colour .*'faces', .* read colour"),
+        ({}, [(8, 8, 3)] * 4, {"features": "faces"}, "eval.reference: expected 8x8 grey images, .* got 8x8 colour"),
+        ({}, [], {"reference": "embedded"}, "eval.reference: expected 8x8 grey images, .* got 28x28 grey"),
+        ({"num_classes": None}, [(8, 8)] * 4, {"metrics": ["accuracy"]}, "'accuracy' needs the class labels"),
+    ],
+)
+def test_a_student_that_could_not_be_measured_is_not_trained(tmp_path, family, shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        measured(tmp_path, Pixel.tiny(**family), shapes, **options)
+    assert not (tmp_path / "run").exists()
