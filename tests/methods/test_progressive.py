@@ -289,7 +289,7 @@ def test_stages_halve_and_the_last_ones_are_longer():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("total", [7, 100, 1001])
+@pytest.mark.parametrize("total", [12, 100, 1001])
 @pytest.mark.parametrize("start", [2, 8, 1024])
 def test_stages_spend_every_step(start, total):
     assert sum(stage.steps for stage in small(vp_config(), start=start, steps=1).stages(total)) == total

@@ -88,6 +88,15 @@ def test_accelerates_word_for_single_precision_is_understood(word):
     assert resolve(configured(train={"precision": word})).train.precision == "fp32"
 
 
+def test_a_run_too_short_for_its_stages_is_refused(tmp_path):
+    mapping = sections(tmp_path, teacher_for("progressive"), "progressive", steps=2)
+    mapping["method"] |= {"start": 16, "steps": 2}
+    message = r"train.steps: .* each of the 3 stages \(8-steps, 4-steps, 2-steps\), got 2, which leaves none for '"
+    with pytest.raises(ValueError, match=message):
+        Run(resolve(mapping))
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 
@@ -150,6 +159,13 @@ def rewritten(folder, name, change):
         manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": digest}
     text = json.dumps(manifest | {"sha256": checkpoint._digest(manifest)})
     (folder / "manifest.json").write_text(text)
+
+
+def test_a_run_says_from_which_step_it_resumes(tmp_path, capsys):
+    train_until(make_run(tmp_path, "progressive", save_every=1), 3)
+    assert "resuming" not in capsys.readouterr().out
+    make_run(tmp_path, "progressive", save_every=1).train()
+    assert "resuming after step 3 of 4\n" in capsys.readouterr().out
 
 
 def other_shape(tensors):
