@@ -93,7 +93,7 @@ class ImageSet:
             if shape != shapes[0]:
                 raise ValueError(
                     f"{self.path}: expected images of one size and mode, got {self._names[0]} with "
-                    f"{format_shape(shapes[0])}, {name} with {format_shape(shape)}; --size resizes and crops all of them"
+                    f"{format_shape(shapes[0])}, {name} with {format_shape(shape)}; --size resizes and crops them"
                 )
 
 
