@@ -644,7 +644,7 @@ def test_a_text_pipeline_gets_its_prompts_by_index():
     captions = ["one", "two", "three", "four", "five"]
     images = sample_images(Painter(), 3, first=2, batch_size=2, captions=captions)
     assert asked == [["three", "four"], ["five"]] and images.captions == captions[2:]
-    with pytest.raises(ValueError, match="Painter: expected captions, got none"):
+    with pytest.raises(ValueError, match="Painter: expected a file of prompts, or images with captions, got none"):
         sample_images(Painter(), 3)
-    with pytest.raises(ValueError, match="ClassConditionalPipeline: expected no captions, got some"):
+    with pytest.raises(ValueError, match="ClassConditionalPipeline: expected none, got some"):
         sample_images(pipeline(), 3, num_classes=3, captions=captions)
