@@ -207,7 +207,7 @@ def flags_of(command: str) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_have_the_flags_that_documents_give_them(path: Path) -> None:
-    names = "train|generate|evaluate|compare|export|benchmark|report|demo"
+    names = "train|generate|evaluate|compare|export|push|benchmark|report|demo"
     for line in commands(path.read_text()):
         found = re.search(rf"(?:stepdistill |scripts/)({names})(?:\.py)?(?= )(.*)", line)
         if found:

@@ -167,7 +167,7 @@ def make_trainer(config: RunConfig, distiller: Distiller) -> Trainer:
     """Return a trainer that reads no data and writes no file."""
     data = NoiseDataset(None, size=distiller.family.image_shape, num_classes=None)
     train = dataclasses.replace(config.train, accumulation=1, tracker="none", output_dir=tempfile.gettempdir())
-    evaluation = Evaluation.open(EvalConfig(), Path(train.output_dir))
+    evaluation = Evaluation.open(EvalConfig(), Path(train.output_dir), distiller.family)
     identity = RunIdentity({}, {}, Inventory({}))
     return Trainer(distiller, data, dataclasses.replace(config, train=train), identity, evaluation)
 

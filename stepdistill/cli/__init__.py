@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from stepdistill.cli.flags import (
 from stepdistill.cli.sharing import check_flags_of_hub, flags_of_hub, flags_of_push, push, push_if_asked
 from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.files.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed, in_range
-from stepdistill.files.words import shown, visible
+from stepdistill.files.words import closest, shown, visible
 from stepdistill.files.writing import check_new_file
 
 COUNT, SEED, SCALE = in_range(PositiveInt), in_range(Seed), in_range(NonNegativeFloat)
@@ -47,7 +48,11 @@ PROTOCOL_FLAGS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; print one message and exit with code 2 for whatever is wrong with its input or the machine."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = re.findall(r"--\w+", args.parser.format_usage())
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{closest(unknown[0].partition('=')[0], flags)}")
     with failures_as_sentences(f"stepdistill {args.command}", getattr(args, "config", None)):
         args.run(args)
 
@@ -155,7 +160,7 @@ def flags_of_table(command: argparse.ArgumentParser, config: str) -> None:
 def add(commands: argparse._SubParsersAction, name: str, function: object, text: str) -> argparse.ArgumentParser:
     """Add a sub-command that runs ``function``."""
     command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=function)
+    command.set_defaults(run=function, parser=command)
     return command
 
 

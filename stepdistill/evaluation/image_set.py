@@ -38,7 +38,8 @@ class ImageSet:
         listing = list_samples(DataConfig(name="images", path=str(path), bad_files="error", download=remote))
         found = len(listing.images)
         if found < max(limit or 0, 2):
-            raise ValueError(f"{self.path}: expected at least {max(limit or 0, 2)} images, got {found}")
+            asked = " (--num_samples)" if limit else ""
+            raise ValueError(f"{self.path}: expected at least {max(limit or 0, 2)} images{asked}, got {found}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self._sources = [listing.images[row] for row in order]
         self._names = [sample_name(listing.images, row, path) for row in order]
@@ -91,8 +92,8 @@ class ImageSet:
         for shape, name in zip(shapes, self._names, strict=True):
             if shape != shapes[0]:
                 raise ValueError(
-                    f"{self.path}: images differ in size or mode: {self._names[0]} is {format_shape(shapes[0])}, "
-                    f"{name} is {format_shape(shape)}; give a size to resize and crop to, or make them alike"
+                    f"{self.path}: expected images of one size and mode, got {self._names[0]} with "
+                    f"{format_shape(shapes[0])}, {name} with {format_shape(shape)}; --size resizes and crops them"
                 )
 
 

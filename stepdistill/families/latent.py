@@ -92,7 +92,9 @@ class LatentFamily(Family):
     def from_pipe(cls, pipe: Any, config: TeacherConfig) -> LatentFamily:
         """Return the teacher in an opened pipeline."""
         if config.null_class is not None:
-            raise ValueError(f"teacher.null_class: got {config.null_class}, but a {cls.__name__} has its own")
+            raise ValueError(
+                f"teacher.null_class: expected a pixel teacher, got {config.null_class} for {cls.__name__}"
+            )
         if config.frames is not None and not cls.makes_clips:
             raise ValueError(f"teacher.frames: got {config.frames}, but {cls.__name__} makes images")
         options: dict[str, Any] = {"frames": config.frames} if cls.makes_clips else {}

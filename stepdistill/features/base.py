@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,12 +71,18 @@ class FeatureExtractor(nn.Module, ABC):
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"features: expected uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
-        if images.shape[1] == 1 and self.repeats_grey:
-            images = images.expand(-1, self.in_channels, -1, -1)
-        if images.shape[1] != self.in_channels:
-            expected, got = describe_channels(self.in_channels), describe_channels(images.shape[1])
-            raise ValueError(f"features {self.name!r}: expected {expected} images, got {got}")
-        return self.embed(images).float()
+        self.check_shape(images.shape[1:])
+        return self.embed(images.expand(-1, self.in_channels, -1, -1)).float()
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ``ValueError`` if the network does not read images of this shape (C, H, W): other channels, clips."""
+        channels, *size = shape
+        if len(size) != 2:
+            raise ValueError(f"features {self.name!r}: expected images, got clips")
+        if channels != self.in_channels and not (channels == 1 and self.repeats_grey):
+            expected, got = describe_channels(self.in_channels), describe_channels(channels)
+            others = "; 'faces', 'efficientnet', 'inception' and vision models read colour" if channels == 3 else ""
+            raise ValueError(f"features {self.name!r}: expected {expected} images, got {got}{others}")
 
     @torch.no_grad()
     def extract(self, pixels: Tensor) -> Tensor:

@@ -135,7 +135,9 @@ def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: 
     """
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if ("prompt" in accepted) != (prompts is not None):
-        expected, found = ("captions", "none") if prompts is None else ("no captions", "some")
+        expected, found = (
+            ("a file of prompts, or images with captions", "none") if prompts is None else ("none", "some")
+        )
         raise ValueError(f"captions: {type(pipeline).__name__}: expected {expected}, got {found}")
     condition: dict[str, Any] = {"batch_size": len(indices)} if "batch_size" in accepted else {}
     if labels is not None:

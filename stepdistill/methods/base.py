@@ -95,11 +95,19 @@ def split_steps(steps: int, shares: Mapping[str, tuple[int, float]]) -> list[Sta
     Args:
         steps: training steps of the whole run.
         shares: by a stage's name, its ``value`` and its share of the steps, in any unit.
+
+    Raises:
+        ValueError: if there are too few for one to fall to every stage.
     """
     unit = steps / sum(share for _, share in shares.values())
     ends = [round(unit * end) for end in accumulate((share for _, share in shares.values()), initial=0.0)]
     stages = []
     for (name, (value, _)), (begin, end) in zip(shares.items(), pairwise(ends), strict=True):
+        if end == begin:
+            raise ValueError(
+                f"train.steps: expected training steps for each of the {len(shares)} stages ({', '.join(shares)}), got "
+                f"{steps}, which leaves none for {name!r}"
+            )
         stages.append(Stage(name, end - begin, value))
     return stages
 

@@ -47,7 +47,7 @@ class TrainingCost:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps:,} steps, {self.images:,} images, {self.teacher_forwards:,} teacher forwards, "
+            f"{self.steps:,} training steps, {self.images:,} images, {self.teacher_forwards:,} teacher forwards, "
             f"{self.cpu_minutes:.1f} CPU minutes, {self.wall_minutes:.1f} minutes"
         )
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from stepdistill.evaluation.image_set import format_shape
 from stepdistill.evaluation.suite import MetricSuite
+from stepdistill.families.base import Family
 from stepdistill.features.identity import refuse_same_weights
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller
@@ -31,16 +34,28 @@ class Evaluation:
         self.best = BestStudent(folder, self.measured_on())
 
     @classmethod
-    def open(cls, config: EvalConfig, folder: Path) -> Evaluation:
+    def open(cls, config: EvalConfig, folder: Path, family: Family) -> Evaluation:
         """Open the feature network and the reference, if anything is to be measured.
 
+        Reference images are resized and cropped to the family's size where that is a square.
+
         Raises:
-            ValueError: if either is missing, or a metric cannot be had from them.
+            ValueError: if either is missing or does not suit the family's images, or a metric cannot be had from them.
         """
         if not config.every:
             return cls(config, None, folder)
-        suite = MetricSuite.open(config.features, config.reference)
+        channels, *size = family.image_shape
+        suite = MetricSuite.open(config.features, config.reference, size=size[0] if len(set(size)) == 1 else None)
         suite.check(config.metrics)
+        suite.features.check_shape(family.image_shape)
+        expected = suite.reference.about.get("shape", [channels, *size])
+        if [channels, *size] != list(expected):
+            raise ValueError(
+                f"eval.reference: expected {format_shape([channels, *size])} images, as the teacher makes, "
+                f"got {format_shape(expected)}"
+            )
+        labels = torch.arange(config.num_samples) % family.num_classes if family.num_classes else None
+        suite.check_conditions(config.metrics, labels, None)
         return cls(config, suite, folder)
 
     def check_independent(self, networks: Mapping[str, nn.Module]) -> None:

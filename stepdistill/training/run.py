@@ -90,7 +90,7 @@ class Run:
         if self.dataset.captions is not None:
             self.family.use_captions(self.dataset.captions, other_texts(self.dataset.choices))
         with torch.random.fork_rng(devices=()):  # heads begin with the same weights whether a run is measured or not
-            self.evaluation = Evaluation.open(config.eval, self.folder)
+            self.evaluation = Evaluation.open(config.eval, self.folder, self.family)
         self.teacher_fingerprint = fingerprint_weights(self.family.network)
         self.family.add_inputs(self.method.extra_inputs(config.method))
         self.family.widen(self.method.head_points(config.method))
@@ -99,6 +99,7 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
+        self.distiller.stages(config.train.steps)  # which refuses too few
         check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
@@ -141,6 +142,8 @@ class Run:
             if is_main_process:
                 if trainer.step == 0:
                     check_own_config(self.folder / "config.yaml")
+                else:
+                    print(f"resuming after step {trainer.step} of {self.config.train.steps}")
                 self._write_config(trainer.identity)
             with tracking(trainer.accelerator), contextlib.closing(trainer.run(start)) as finished_stages:
                 for stage in finished_stages:

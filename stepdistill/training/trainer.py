@@ -335,7 +335,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.cost = state.cost
             self.evaluation.best.check()
-        logger.info(f"resuming from {checkpoint.path} at step {self.step}")
         return Position(state.stage, state.done)
 
     def result_weights(self) -> dict[str, Tensor]:

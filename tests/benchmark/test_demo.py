@@ -33,11 +33,12 @@ MEASURED = {
 
 
 def written(folder, family, method="lcm", **changed):
-    """A file of a demo whose run lies in ``folder/run``; with two training steps."""
+    """A file of a demo whose run lies in ``folder/run``; with two training steps, or one in each of three stages."""
     mapping = sections(folder, family, method, steps=2)
     mapping["train"]["output_dir"] = str(folder / "run")
     if method == "progressive":
         mapping["method"] |= {"steps": 1, "start": 4}
+        mapping["train"]["steps"] = 3
     path = folder / "demo.yaml"
     path.write_text(to_yaml(mapping | {"demo": {**MEASURED, **changed}}))
     return str(path)

@@ -81,6 +81,20 @@ def test_warnings_are_one_line_without_power(monkeypatch):
     assert line == "UserWarning: skipped a\\x1b[2J\\n.png\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["train", "--config", "a.yaml", "--dry-run"], "--dry_run"),
+        (["evaluate", "--images", "a", "--num-samples=9"], "--num_samples"),
+    ],
+)
+def test_the_nearest_flag_of_an_unknown_one_is_named(capsys, command, meant):
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {command[-1]}; did you mean {meant!r}?\n")
+
+
 def result(path, **changed):
     content = {"name": "a", "fd": 1.0, "fd_low": 0.9, "fd_high": 1.1, "calls": 4, "setting": {"size": 8}} | changed
     path.write_text(json.dumps(content))

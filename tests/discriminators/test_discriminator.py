@@ -149,7 +149,10 @@ def test_a_bottleneck_head_gives_one_logit_and_a_gradient(shape):
 
 @pytest.mark.parametrize("size", [(1, 16), (2, 3), (40, 8)])
 def test_a_bottleneck_head_sees_maps_of_any_size(size):
-    assert BottleneckHead((6, 16, 16))(torch.randn(3, 6, *size)).isfinite().all()
+    head, feature = BottleneckHead((6, 16, 16)), torch.randn(3, 6, *size)
+    logits = head(feature)
+    assert logits.shape == (3, 1) and logits.std() > 0
+    assert torch.allclose(head(feature[1:2]), logits[1:2], atol=1e-5)
 
 
 def test_a_critic_of_a_fake_score_sees_its_middle_block():

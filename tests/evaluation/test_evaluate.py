@@ -423,7 +423,7 @@ def test_reference_images_are_fingerprinted(tmp_path, network):
 
 
 def test_too_few_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected at least 5000 images, got 6"):
+    with pytest.raises(ValueError, match=r"few: expected at least 5000 images \(--num_samples\), got 6"):
         ImageSet(pngs(tmp_path / "few"), limit=5000)
 
 
@@ -447,7 +447,7 @@ def test_images_that_differ_are_named(tmp_path, size, mode, named):
     folder = pngs(tmp_path / "mixed")
     pngs(tmp_path / "odd", 1, size, mode)
     (tmp_path / "odd" / "0.png").rename(folder / "odd.png")
-    with pytest.raises(ValueError, match="differ in size or mode") as error:
+    with pytest.raises(ValueError, match="expected images of one size .*; --size resizes") as error:
         ImageSet(folder)
     assert named in str(error.value) and "8x8 grey" in str(error.value) and "odd.png" in str(error.value)
     assert ImageSet(folder, size=8).shape[1:] == (8, 8)
@@ -644,7 +644,7 @@ def test_a_text_pipeline_gets_its_prompts_by_index():
     captions = ["one", "two", "three", "four", "five"]
     images = sample_images(Painter(), 3, first=2, batch_size=2, captions=captions)
     assert asked == [["three", "four"], ["five"]] and images.captions == captions[2:]
-    with pytest.raises(ValueError, match="Painter: expected captions, got none"):
+    with pytest.raises(ValueError, match="Painter: expected a file of prompts, or images with captions, got none"):
         sample_images(Painter(), 3)
-    with pytest.raises(ValueError, match="ClassConditionalPipeline: expected no captions, got some"):
+    with pytest.raises(ValueError, match="ClassConditionalPipeline: expected none, got some"):
         sample_images(pipeline(), 3, num_classes=3, captions=captions)

@@ -100,6 +100,12 @@ def test_settings_that_would_be_built_until_the_memory_is_full_are_refused(tmp_p
 # --------------------------------------------------------------------------------------- SD3's third encoder
 
 
+def test_a_null_class_is_for_pixel_teachers(tmp_path):
+    refused(
+        save_teacher(SD.tiny(), tmp_path), "teacher.null_class: expected a pixel teacher, got 3 for SD", null_class=3
+    )
+
+
 def without_t5():
     pipe = SD3.tiny().pipe
     parts = {**pipe.components, "text_encoder_3": None, "tokenizer_3": None}

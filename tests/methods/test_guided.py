@@ -195,7 +195,7 @@ def test_the_stages_are_guidance_then_halvings_then_the_stochastic_student():
     assert sum(stage.steps for stage in stages) == 101
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 100, 4001])
+@pytest.mark.parametrize("steps", [4, 7, 100, 4001])
 def test_stages_share_the_steps_out_exactly(steps):
     stages = split_steps(steps, {"a": (8, 1.0), "b": (4, 1.0), "c": (2, 2.0)})
     assert sum(stage.steps for stage in stages) == steps

@@ -51,13 +51,16 @@ def test_every_number_of_steps_but_the_first_has_two_stages():
     ]
 
 
-def test_a_student_of_a_teacher_of_noise_first_learns_its_velocities():
-    family = Pixel.tiny(prediction_type="epsilon")
-    config = Lightning.Config(steps=1, start=16, via=(4,))
-    distiller = Lightning(family, CopyBank(family.network), config)
-    distiller.stage = distiller.stages(40)[0]
-    assert distiller.objective == "convert" and distiller.sampler().steps == 16
-    assert distiller("student", tiny_batch(), Draws(0, 4)).terms["loss"] > 0
+def test_a_student_of_a_teacher_of_noise_first_learns_its_velocities_as_in_progressive_distillation():
+    losses, batch = [], tiny_batch()
+    for method, options in ((Lightning, {"via": (4,)}), (Progressive, {})):
+        family = Pixel.tiny(prediction_type="epsilon")
+        distiller = method(family, CopyBank(family.network), method.Config(steps=1, start=16, **options))
+        distiller.stage = distiller.stages(40)[0]
+        assert distiller.stage.name == "convert" and distiller.sampler().steps == 16
+        losses.append(distiller("student", batch, Draws(0, 4)).terms["loss"])
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
 def test_the_teacher_of_both_stages_is_the_student_of_the_one_before():

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import make_run, sections, teacher_for, train_until
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.loader import loader
+from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import ConfigError
 from stepdistill.training import checkpoint
 from stepdistill.training.config import resolve
@@ -86,6 +88,15 @@ def test_accelerates_word_for_single_precision_is_understood(word):
     assert resolve(configured(train={"precision": word})).train.precision == "fp32"
 
 
+def test_a_run_too_short_for_its_stages_is_refused(tmp_path):
+    mapping = sections(tmp_path, teacher_for("progressive"), "progressive", steps=2)
+    mapping["method"] |= {"start": 16, "steps": 2}
+    message = r"train.steps: .* each of the 3 stages \(8-steps, 4-steps, 2-steps\), got 2, which leaves none for '"
+    with pytest.raises(ValueError, match=message):
+        Run(resolve(mapping))
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 
@@ -150,6 +161,13 @@ def rewritten(folder, name, change):
     (folder / "manifest.json").write_text(text)
 
 
+def test_a_run_says_from_which_step_it_resumes(tmp_path, capsys):
+    train_until(make_run(tmp_path, "progressive", save_every=1), 3)
+    assert "resuming" not in capsys.readouterr().out
+    make_run(tmp_path, "progressive", save_every=1).train()
+    assert "resuming after step 3 of 4\n" in capsys.readouterr().out
+
+
 def other_shape(tensors):
     return tensors | {"student/conv_in.weight": tensors["student/conv_in.weight"][:1]}
 
@@ -200,3 +218,37 @@ def test_a_run_whose_folder_is_a_file_is_refused_before_the_teacher_is_opened(tm
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="train.output_dir: expected a folder, got the file"):
         Run(resolve(configured(train={"output_dir": str(tmp_path / "run")})))
+
+
+# ----------------------------------------------------------------------------------------- measurements
+
+
+def measured(folder, family, shapes, **options):
+    """A run of ``family`` that is measured beside random images of these shapes."""
+    mapping = sections(folder, family, "progressive")
+    (folder / "real").mkdir()
+    random = np.random.default_rng(0)
+    for index, shape in enumerate(shapes):
+        Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(folder / f"real/{index}.png")
+    mapping["eval"] = {"every": 2, "num_samples": 4, "reference": str(folder / "real"), **options}
+    return Run(resolve(mapping))
+
+
+def test_reference_images_are_made_as_large_as_the_teachers(tmp_path):
+    run = measured(tmp_path, Pixel.tiny(), [(20, 30), (40, 9), (64, 64)])
+    assert run.evaluation.suite.reference.about["shape"] == [1, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes", "options", "message"),
+    [
+        ({"channels": 3}, [(8, 8, 3)] * 4, {}, "'embedded': expected grey .* got colour .*'faces', .* read colour"),
+        ({}, [(8, 8, 3)] * 4, {"features": "faces"}, "eval.reference: expected 8x8 grey images, .* got 8x8 colour"),
+        ({}, [], {"reference": "embedded"}, "eval.reference: expected 8x8 grey images, .* got 28x28 grey"),
+        ({"num_classes": None}, [(8, 8)] * 4, {"metrics": ["accuracy"]}, "'accuracy' needs the class labels"),
+    ],
+)
+def test_a_student_that_could_not_be_measured_is_not_trained(tmp_path, family, shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        measured(tmp_path, Pixel.tiny(**family), shapes, **options)
+    assert not (tmp_path / "run").exists()
