@@ -100,7 +100,8 @@ class Benchmark:
         for command, group in seed_students(self.config.seed_runs).items():
             for name, folder in group.items():
                 self.add_student(StudentRow(name, folder, None), seeds_of=command)
-        for row in solver_rows(self.config.solvers, guided=self.can_be_guided):
+        guided = self.can_be_guided and bool(self.config.guidance_scales)
+        for row in solver_rows(self.config.solvers, guided=guided):
             self.add(row.name, functools.partial(self.solver, row=row))
         return self.rows
 

@@ -42,7 +42,7 @@ class BenchmarkConfig:
     solvers: dict[str, tuple[PositiveInt, ...]] = dataclasses.field(default_factory=dict)
     """Numbers of network calls per image at which each solver is measured."""
     guidance_scales: tuple[NonNegativeFloat, ...] = (1.15, 1.5, 2.0)
-    """The grid from which a guided solver's scale is chosen at each number of calls."""
+    """The grid from which a guided solver's scale is chosen at each number of calls; empty measures none guided."""
     search_samples: Annotated[int, Range(at_least=2)] = 1000
     """Samples on which the scale is chosen; their seeds are not those of the table."""
     shapes: tuple[tuple[PositiveInt, ...], ...] = ()

@@ -220,10 +220,11 @@ def texts(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]
 def caption(setting: Mapping[str, Any]) -> str:
     """Return how the numbers of a benchmark were made, in a few sentences."""
     scales = ", ".join(f"{scale:g}" for scale in setting["guidance_scales"])
+    search = f"best scale of {scales}, chosen on {setting['search_samples']:,} samples of another seed"
+    guided = f"; guided ones have the {search}" if scales else ""
     return (
         f"{setting['num_samples']:,} samples per row, seed {setting['seed']}, {setting['precision']}. A solver at "
-        f"n calls takes as many steps as fit; guided ones have the best scale of {scales}, chosen on "
-        f"{setting['search_samples']:,} samples of another seed. 'paper' is the ratio of FIDs in the method's paper, "
+        f"n calls takes as many steps as fit{guided}. 'paper' is the ratio of FIDs in the method's paper, "
         "on other data; students of a guided teacher reach it or not by their ratio to the guided one. 'start' is a "
         "student's row at step 0, under its own sampler. Training is counted in million images through a network, 3 "
         "for one with its backward."

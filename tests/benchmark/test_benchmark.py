@@ -22,7 +22,16 @@ from stepdistill.benchmark.samples import COLUMNS
 from stepdistill.benchmark.shapes import at_shapes
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, missing_runs, train_runs
-from stepdistill.benchmark.tables import best_solver, compared, insert, markdown, paper_ratio, paper_source, text
+from stepdistill.benchmark.tables import (
+    best_solver,
+    caption,
+    compared,
+    insert,
+    markdown,
+    paper_ratio,
+    paper_source,
+    text,
+)
 from stepdistill.config import read_config, to_yaml
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import Origin
@@ -247,6 +256,12 @@ def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):
 
 def test_an_unconditional_teacher_has_no_guided_rows():
     assert all(not guided for *_, guided in solver_rows({"DDIM": [1, 2, 4]}, guided=False))
+
+
+def test_no_scales_make_no_guided_rows(tmp_path):
+    bench = Benchmark(config_of(tmp_path, solvers={"DDIM": [2]}, guidance_scales=[]))
+    assert [row["name"] for row in bench.run()] == ["real images", "teacher, 4 steps", "DDIM, 2 calls"]
+    assert "guided ones" not in caption(bench.setting)
 
 
 # ---------------------------------------------------------------------------------------- resuming, refusing
