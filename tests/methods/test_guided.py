@@ -265,11 +265,11 @@ def test_a_student_whose_jumps_are_exact_samples_the_data_from_any_number_of_cal
 # -------------------------------------------------------------------------------------------------- trainings
 
 
-def train_all(oracle, steps, budget, seed=0, lr=1e-2, **options):
-    """A steered student after all its stages, the average of every stage its result."""
+def train_all(oracle, steps, budget, seed=0, lr=1e-2, first=None, **options):
+    """A steered student after all its stages, or the first few, the average of every stage its result."""
     torch.manual_seed(seed)
     distiller = steered(SteeredNet(oracle), steps, ema=True, guidance_max=3.0, **options)
-    for stage in distiller.stages(budget):
+    for stage in distiller.stages(budget)[:first]:
         distiller.stage = stage
         distiller.begin_stage()
         optimizer = torch.optim.Adam(distiller.bank.params("student"), lr=lr, betas=(0.9, 0.99))
@@ -327,7 +327,7 @@ def test_one_student_of_four_calls_is_steered_by_w_like_its_teacher_of_many(samp
 
 def test_the_student_that_has_learnt_guidance_sees_what_the_guided_teacher_sees():
     oracle = three_clusters(COSINE, "v_prediction", conditional=True)
-    student = train_all(oracle, 8, 600, start=16, first_stage=1e6)  # all of it on guidance
+    student = train_all(oracle, 8, 900, first=1, start=16, first_stage=2.0)  # 600 on guidance
     batch = batch_of(oracle, 900, 3)
     w, t = torch.linspace(0, 2, 900), COSINE.grid(16)[torch.arange(900) % 16]
     x_t = COSINE.add_noise(batch.x0.float(), torch.randn(900, 2, 1, 1), t)
