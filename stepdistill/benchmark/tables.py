@@ -220,8 +220,8 @@ def texts(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]
 def caption(setting: Mapping[str, Any]) -> str:
     """Return how the numbers of a benchmark were made, in a few sentences."""
     scales = ", ".join(f"{scale:g}" for scale in setting["guidance_scales"])
-    search = f"best scale of {scales}, chosen on {setting['search_samples']:,} samples of another seed"
-    guided = f"; guided ones have the {search}" if scales else ""
+    search = f"chosen on {setting['search_samples']:,} samples of another seed"
+    guided = f"; guided ones have the best scale of {scales}, {search}" if scales else ""
     return (
         f"{setting['num_samples']:,} samples per row, seed {setting['seed']}, {setting['precision']}. A solver at "
         f"n calls takes as many steps as fit{guided}. 'paper' is the ratio of FIDs in the method's paper, "
