@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,10 @@ COLUMNS = 4
 
 def plot_curves(curves: Sequence[Curve], metric: str, path: Path) -> None:
     """Draw all curves on one pair of axes."""
-    colours = twenty_colours(DOCUMENT)
+    looks = itertools.cycle(itertools.product([".-", "x--"], twenty_colours(DOCUMENT)))
     with drawing(path, DOCUMENT) as axis:
-        for index, curve in enumerate(curves):
-            draw(axis, curve, colours[index % len(colours)])
+        for (style, colour), curve in zip(looks, curves, strict=False):
+            draw(axis, curve, style, colour)
         axis.set(xscale="log", yscale="log", xlabel=COST, ylabel=label_of(metric))
 
 
@@ -42,7 +43,7 @@ def plot_multiples(curves: Sequence[Curve], metric: str, path: Path) -> None:
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     for axis, curve in zip(axes.flat, curves, strict=False):
-        draw(axis, curve, "C0")
+        draw(axis, curve, ".-", "C0")
         draw_level(axis, curve)
         axis.set_title(curve.name, fontsize=8)
         axis.set(xscale="log", yscale="log")
@@ -55,10 +56,10 @@ def plot_multiples(curves: Sequence[Curve], metric: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw(axis: Any, curve: Curve, colour: Any) -> None:
+def draw(axis: Any, curve: Curve, style: str, colour: Any) -> None:
     """Draw a curve on logarithmic axes; its start, which cost nothing, is a ring left of the first point."""
     trained = [point for point in curve.points if point[0] > 0]
-    axis.plot(*zip(*trained, strict=True), ".-", color=colour, linewidth=1.2, label=curve.name)
+    axis.plot(*zip(*trained, strict=True), style, color=colour, linewidth=1.2, label=curve.name)
     if len(trained) < len(curve.points):
         axis.plot(trained[0][0] / 2, curve.points[0][1], "o", color=colour, markerfacecolor="none")
 

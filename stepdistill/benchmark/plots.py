@@ -49,8 +49,9 @@ def plot_calls(rows: Sequence[Row], metric: str, path: Path, look: Look = DOCUME
         for index, (name, line) in enumerate(lines_of(rows, "solver", metric).items()):
             draw(axis, line, metric, f"{'os^vDP'[index % 6]}-", markersize=4, linewidth=1, color="0.55", label=name)
         methods = lines_of(rows, "method", metric)
-        for colour, (name, line) in zip(itertools.cycle(twenty_colours(look)), methods.items(), strict=False):
-            draw(axis, line, metric, "*-", markersize=11, linewidth=1.2, color=colour, label=name)
+        looks = itertools.cycle(itertools.product("*P", twenty_colours(look)))
+        for (marker, colour), (name, line) in zip(looks, methods.items(), strict=False):
+            draw(axis, line, metric, f"{marker}-", markersize=11, linewidth=1.2, color=colour, label=name)
         axis.set(xlabel="network calls per image", ylabel=label_of(metric))
         ticks = apart(sorted({round(row["calls"]) for row in rows if row["calls"] and row.get("kind") != "teacher"}))
         log_scale(axis.xaxis, ticks)
