@@ -10,6 +10,8 @@ from torch import Tensor
 from stepdistill.batch import Cond
 from stepdistill.families.base import Family
 
+TINY = 1e-12
+
 
 def check_range(guidance_range: Sequence[float], guidance_scale: float) -> None:
     """Raise ``ValueError`` if the range is no range, or the default scale is outside it; empty is none."""
@@ -33,3 +35,24 @@ def without_condition(family: Family, cond: Cond, dropped: Tensor) -> Cond:
         name: torch.where(dropped.reshape(-1, *[1] * (part.ndim - 1)).to(part.device), null[name], part)
         for name, part in cond.items()
     }
+
+
+@torch.no_grad()
+def guidance_followed(found: Tensor, guided: Tensor, conditional: Tensor, w: Tensor) -> Tensor:
+    """Return the slope of the guidance that clean images show over the guidance they were asked for.
+
+    1 is a student that follows its guidance input, 0 one that ignores it. What an image shows is the share of the
+    teacher's guidance ``guided - conditional`` in it, times ``w``: a least-squares line over the batch, each image as
+    heavy as the teacher's guidance in it. A batch of one weight has no line, and gives 0.
+
+    Args:
+        found: the student's images (B, ...) under ``w``.
+        guided: the teacher's images (B, ...) under ``w``.
+        conditional: the teacher's images (B, ...) without guidance.
+        w: guidance weights (B,).
+    """
+    asked, shown = ((x - conditional).float().flatten(1) for x in (guided, found))
+    heavy = asked.square().sum(1)
+    amount = w * (shown * asked).sum(1) / heavy.clamp(min=TINY)
+    deviation = w - (heavy * w).sum() / heavy.sum().clamp(min=TINY)
+    return (heavy * deviation * amount).sum() / (heavy * deviation.square()).sum().clamp(min=TINY)

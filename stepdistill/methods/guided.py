@@ -28,6 +28,7 @@ from stepdistill.diffusion.samplers import DDIM, DoubleStep, Sampler
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import GuidanceScale, PositiveFloat, PositiveInt
+from stepdistill.losses.guidance_input import guidance_followed
 from stepdistill.losses.progressive import halvings, needs_velocity, stage_grid, two_step_target
 from stepdistill.losses.regression import Weighting, mean_square, weighted, x0_weight
 from stepdistill.methods.base import Distiller, Losses, Stage, split_steps
@@ -118,13 +119,22 @@ class Guided(Distiller):
         w = draws.uniform(self.config.guidance_min - 1, self.config.guidance_max - 1)
         t, t_mid, s = self.draw_times(draws)
         x_t = self.schedule.add_noise(batch.x0, draws.normal_like(batch.x0), t)
+        if self.stage.name == MATCH:
+            return self.match(batch.cond, x_t, t, w)
         with torch.no_grad():
-            if self.stage.name == MATCH:
-                target = self.teacher.guided(batch.cond, w)(x_t, t).x0
-            else:
-                target = two_step_target(self.stage_teacher(batch.cond, w), x_t, t, t_mid, s, self.schedule)
-        error = mean_square(self.student(x_t, t, batch.cond, w=w).x0, target)
-        return Losses({"loss": weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), error)})
+            target = two_step_target(self.stage_teacher(batch.cond, w), x_t, t, t_mid, s, self.schedule)
+        return Losses({"loss": self.error(self.student(x_t, t, batch.cond, w=w).x0, target, t)})
+
+    def match(self, cond: Cond, x_t: Tensor, t: Tensor, w: Tensor) -> Losses:
+        """Return the error of the stage that learns guidance."""
+        with torch.no_grad():
+            guided, conditional = self.teacher.guided_and_conditional(x_t, t, cond, w)
+        found = self.student(x_t, t, cond, w=w).x0
+        followed = guidance_followed(found, guided.x0, conditional.x0, w)
+        return Losses({"loss": self.error(found, guided.x0, t)}, {"guidance_followed": followed})
+
+    def error(self, found: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        return weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), mean_square(found, target))
 
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Return start, middle and end (B,) of two steps of the teacher on its grid.

@@ -17,6 +17,7 @@ from stepdistill.diffusion.samplers import DoubleStep, sample
 from stepdistill.diffusion.schedule import expand
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import ConfigError
+from stepdistill.losses.guidance_input import guidance_followed
 from stepdistill.losses.progressive import halvings
 from stepdistill.methods.base import split_steps
 from stepdistill.methods.guided import MATCH, STOCHASTIC, Guided
@@ -156,6 +157,15 @@ def known_student(distiller):
         return ode_step(to_prediction(output, x, t, COSINE, "v_prediction"), COSINE, s)
 
     return GaussianOfWidth(see)
+
+
+def test_the_log_says_how_far_a_student_follows_its_guidance_input():
+    conditional, direction, w = torch.randn(16, 2, 3, 3), torch.randn(16, 2, 3, 3), torch.linspace(0, 2, 16)
+    guided = conditional + expand(w, conditional) * direction
+    for shown, follows in ((w, 1.0), (torch.zeros(16), 0.0), (torch.full((16,), 1.2), 0.0), (0.5 + 0.3 * w, 0.3)):
+        found = conditional + expand(shown, conditional) * direction
+        assert guidance_followed(found, guided, conditional, w).item() == pytest.approx(follows, abs=1e-5)
+    assert guidance_followed(guided, guided, conditional, torch.ones(16)) == 0
 
 
 @pytest.mark.parametrize("stage", ["4-steps", "2-steps", STOCHASTIC])
@@ -337,7 +347,10 @@ def test_the_student_that_has_learnt_guidance_sees_what_the_guided_teacher_sees(
             (prediction.x0 - target).square().mean()
             for prediction in (student.teacher(x_t, t, batch.cond), student.result(x_t, t, batch.cond, w=w))
         )
+        guided, conditional = student.teacher.guided_and_conditional(x_t, t, batch.cond, w)
+        found = student.result(x_t, t, batch.cond, w=w).x0
     assert after < 0.02 * before, (after, before)
+    assert guidance_followed(found, guided.x0, conditional.x0, w) > 0.9
 
 
 # ----------------------------------------------------------------------------------------------- whole runs
