@@ -52,7 +52,8 @@ def guidance_followed(found: Tensor, guided: Tensor, conditional: Tensor, w: Ten
         w: guidance weights (B,).
     """
     asked, shown = ((x - conditional).float().flatten(1) for x in (guided, found))
-    heavy = asked.square().sum(1)
+    heavy, w = asked.square().sum(1).double(), w.double()
     amount = w * (shown * asked).sum(1) / heavy.clamp(min=TINY)
     deviation = w - (heavy * w).sum() / heavy.sum().clamp(min=TINY)
-    return (heavy * deviation * amount).sum() / (heavy * deviation.square()).sum().clamp(min=TINY)
+    spread, size = ((heavy * x.square()).sum() for x in (deviation, w))
+    return ((heavy * deviation * amount).sum() / torch.maximum(spread, 1e-9 * size + TINY)).float()

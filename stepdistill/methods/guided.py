@@ -134,6 +134,7 @@ class Guided(Distiller):
         return Losses({"loss": self.error(found, guided.x0, t)}, {"guidance_followed": followed})
 
     def error(self, found: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Return the weighted squared error of clean images (B, ...) at times (B,)."""
         return weighted(x0_weight(self.schedule.log_snr(t), self.config.weighting), mean_square(found, target))
 
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,7 +165,10 @@ def test_the_log_says_how_far_a_student_follows_its_guidance_input():
     for shown, follows in ((w, 1.0), (torch.zeros(16), 0.0), (torch.full((16,), 1.2), 0.0), (0.5 + 0.3 * w, 0.3)):
         found = conditional + expand(shown, conditional) * direction
         assert guidance_followed(found, guided, conditional, w).item() == pytest.approx(follows, abs=1e-5)
-    assert guidance_followed(guided, guided, conditional, torch.ones(16)) == 0
+    for one in (0.0, 0.15, 1.0):
+        w = torch.full((16,), one)
+        guided = conditional + one * direction
+        assert guidance_followed(guided, guided, conditional, w).item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["4-steps", "2-steps", STOCHASTIC])
