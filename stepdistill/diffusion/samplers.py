@@ -118,6 +118,14 @@ class ConsistencySampler(Sampler):
         return alpha_s * prediction.x0 + sigma_s * noise(prediction.x0)
 
 
+class RenoiseAt(ConsistencySampler):
+    """Multistep consistency sampling at times of one's own: a call names those of a discrete process."""
+
+    def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
+        super().__init__(schedule, times)
+        self.pipeline_kwargs.update(schedule.explicit_timesteps(self.times[:-1]))
+
+
 class ConsistencyKarras(Sampler):
     """Multistep consistency sampling of EDM-style students (Song et al. 2023, Algorithm 1).
 

@@ -74,7 +74,7 @@ def _consistency(sampler: ConsistencySampler, teacher: Mapping[str, Any]) -> Any
             return _edm_euler(sampler, sampler.schedule, teacher)
     return LCMScheduler.from_config(
         noise_process(teacher),
-        original_inference_steps=origin_steps(sampler) if sampler.times[0] == 1 else timesteps_of(sampler),
+        original_inference_steps=timesteps_of(sampler) if sampler.pipeline_kwargs else origin_steps(sampler),
         timestep_scaling=1e4,  # c_skip < 1e-8 on every timestep but 0: the network's x_0 itself
         set_alpha_to_one=True,
         clip_sample=False,

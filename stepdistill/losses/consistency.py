@@ -24,9 +24,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler, rho_through
+from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, RenoiseAt, Sampler, rho_through
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
+from stepdistill.diffusion.trig import Trig
 from stepdistill.networks.denoiser import Denoiser
+
+EDM_MIDDLE = 0.821
+"""Noise level of the second of two steps in the papers of ``ict`` and ``ect``, for CIFAR-10."""
 
 
 def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
@@ -49,7 +53,9 @@ def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
     return torch.cat([grid[places], grid[-1:]])
 
 
-def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int, key: str) -> Sampler:
+def consistency_sampler(
+    schedule: NoiseSchedule, steps: int, intervals: int, key: str, mid_sigma: float | None = None
+) -> Sampler:
     """Return multistep consistency sampling (Song et al. 2023, Algorithm 1) at times out of ``intervals``.
 
     Args:
@@ -57,14 +63,44 @@ def consistency_sampler(schedule: NoiseSchedule, steps: int, intervals: int, key
         steps: sampling steps.
         intervals: intervals of the grid that the times are chosen from.
         key: the configuration key of ``intervals``.
+        mid_sigma: the noise level that the middle of the grid is moved to, off the times of training; None moves none.
 
     Raises:
         ValueError: see :func:`check_intervals`.
     """
     check_intervals(schedule, steps, intervals, key)
     if isinstance(schedule, Karras):
-        return ConsistencyKarras(schedule, steps, points=intervals + 1)
-    return ConsistencySampler(schedule, skip_grid(schedule, steps, intervals))
+        if mid_sigma is None:
+            return ConsistencyKarras(schedule, steps, points=intervals + 1)
+        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(mid_sigma, schedule))
+    return moved_sampler(schedule, skip_grid(schedule, steps, intervals), mid_sigma)
+
+
+def moved_sampler(schedule: NoiseSchedule, times: Tensor, mid_sigma: float | None) -> Sampler:
+    """Return multistep consistency sampling at ``times``, or at those that :func:`moved_to` makes of them."""
+    if mid_sigma is None or len(times) == 2:
+        return ConsistencySampler(schedule, times)
+    return RenoiseAt(schedule, moved_to(mid_sigma, schedule, times))
+
+
+def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """Return sampling times whose noise levels are multiplied by what takes that of time 1/2 to ``mid_sigma``.
+
+    The first and the last time stay. Those of a discrete process are whole timesteps. Of a flow this is its shift.
+
+    Raises:
+        ValueError: if two times fall together, or the schedule is TrigFlow, whose scheduler has a grid of its own.
+    """
+    if isinstance(schedule, Trig):
+        raise ValueError(f"method.mid_sigma: expected none for a TrigFlow teacher, got {mid_sigma}")
+    factor = mid_sigma / noise_to_signal(schedule, torch.tensor(0.5, dtype=torch.float64))
+    moved = schedule.inverse(-2 * (factor * noise_to_signal(schedule, times[1:-1])).log())
+    whole = schedule.shortened(moved, 1.0)[1]
+    result = torch.cat([times[:1], whole, times[-1:]])
+    if not (result.diff() < 0).all():
+        timesteps = schedule.timestep(result[:-1]).tolist()
+        raise ValueError(f"method.mid_sigma: expected a level that leaves {len(timesteps)} timesteps, got {timesteps}")
+    return result
 
 
 def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: str) -> None:
@@ -76,7 +112,7 @@ def check_intervals(schedule: NoiseSchedule, steps: int, intervals: int, key: st
         raise ValueError(f"method.{key}: expected at most the teacher's {limit} timesteps, got {intervals}")
 
 
-def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sigma: float) -> Sampler:
+def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sigma: float | None) -> Sampler:
     """Return multistep consistency sampling from the noise level ``sigma_max`` down.
 
     The first step is told that level, though its input is pure noise; the other times are those of the schedule's grid.
@@ -85,7 +121,7 @@ def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sig
         schedule: the networks' schedule.
         steps: sampling steps.
         sigma_max: ``sigma_t / alpha_t`` of the first step; a schedule that ends below it starts at its own end.
-        mid_sigma: for EDM, the noise level halfway down the grid.
+        mid_sigma: the noise level halfway down the grid; None is :data:`EDM_MIDDLE` for EDM, and moves no other grid.
 
     Raises:
         ValueError: if the second time is not below the first, an EDM schedule goes beyond ``sigma_max``, or no grid of
@@ -96,14 +132,15 @@ def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sig
     if isinstance(schedule, Karras):
         if schedule.sigma_max > sigma_max:
             raise ValueError(f"method.sigma_max: expected at least the teacher's {schedule.sigma_max}, got {sigma_max}")
-        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(mid_sigma, schedule))
+        middle = EDM_MIDDLE if mid_sigma is None else mid_sigma
+        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(middle, schedule))
     times = schedule.grid(steps).clone()
     times[0] = time_of_level(schedule, sigma_max)
     if times[0] <= times[1]:
         raise ValueError(
             f"method.sigma_max: {sigma_max} is below the second of {steps} steps; expected more, or fewer steps"
         )
-    return ConsistencySampler(schedule, times)
+    return moved_sampler(schedule, times, mid_sigma)
 
 
 def time_of_level(schedule: NoiseSchedule, sigma: float) -> float:

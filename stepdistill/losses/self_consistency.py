@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from stepdistill.batch import Cond
 from stepdistill.diffusion.ode import ode_step
 from stepdistill.diffusion.prediction import Prediction
-from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler, rho_through
+from stepdistill.diffusion.samplers import ConsistencyKarras, Sampler, rho_through
 from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.diffusion.trig import Trig
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt
+from stepdistill.losses.consistency import moved_sampler
 from stepdistill.losses.levels import log_normal_times
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
@@ -70,6 +71,8 @@ class ConsistencyOptions:
     """The tangent is divided by its root mean square over an image plus this (c)."""
     guidance_scale: GuidanceScale = 1.0
     """Guidance baked into the student; 1 is none."""
+    mid_sigma: PositiveFloat | None = None
+    """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even."""
 
 
 class TimeWeight(nn.Module):
@@ -264,12 +267,12 @@ def data_deviation(schedule: NoiseSchedule, otherwise: float) -> float:
     return schedule.sigma_data if isinstance(schedule, (Karras, Trig)) else otherwise
 
 
-def angle_sampler(steps: int, schedule: NoiseSchedule) -> Sampler:
-    """Return the sampler of a student of ``steps`` steps: even on its schedule; of EDM's levels the paper's."""
+def angle_sampler(steps: int, schedule: NoiseSchedule, mid_sigma: float | None) -> Sampler:
+    """Return the sampler of a student: even on its schedule, of EDM's levels the paper's, or moved to ``mid_sigma``."""
     if isinstance(schedule, Karras) and steps > 1:
-        rho = rho_through(schedule.sigma_data * math.tan(MIDDLE_ANGLE), schedule)
-        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho)
-    return ConsistencySampler(schedule, schedule.grid(steps))
+        middle = schedule.sigma_data * math.tan(MIDDLE_ANGLE) if mid_sigma is None else mid_sigma
+        return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(middle, schedule))
+    return moved_sampler(schedule, schedule.grid(steps), mid_sigma)
 
 
 def angle_grid(schedule: NoiseSchedule, angles: Sequence[float], sigma_data: float) -> Tensor:

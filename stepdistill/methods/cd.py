@@ -18,7 +18,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.ode import Solver, solver_step
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.files.ranges import Decay, GuidanceScale, PositiveInt
+from stepdistill.files.ranges import Decay, GuidanceScale, PositiveFloat, PositiveInt
 from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses
@@ -28,7 +28,7 @@ from stepdistill.randomness import Draws
 class CD(Distiller):
     """A student, its slowly moving target, and one teacher step between them."""
 
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -47,6 +47,8 @@ class CD(Distiller):
         an optional dependency."""
         target_ema: Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself."""
+        mid_sigma: PositiveFloat | None = None
+        """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even."""
 
         def __post_init__(self) -> None:
             if self.steps > 0 and self.intervals % self.steps:
@@ -54,7 +56,7 @@ class CD(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return consistency_sampler(family.schedule, config.steps, config.intervals, "intervals")
+        return consistency_sampler(family.schedule, config.steps, config.intervals, "intervals", config.mid_sigma)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

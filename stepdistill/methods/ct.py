@@ -21,7 +21,7 @@ from typing import Annotated
 from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.files.ranges import PositiveInt, Range
+from stepdistill.files.ranges import PositiveFloat, PositiveInt, Range
 from stepdistill.losses.consistency import consistency, consistency_sampler
 from stepdistill.losses.perceptual import ConsistencyDistance, check_resemblance, open_distance
 from stepdistill.methods.base import Distiller, Losses
@@ -49,7 +49,7 @@ def target_decay(points: int, first: int, decay: float) -> float:
 class CT(Distiller):
     """A student, its slowly moving target, and a time grid that becomes finer."""
 
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -66,6 +66,8 @@ class CT(Distiller):
         an optional dependency."""
         first_decay: Annotated[float, Range(above=0, below=1)] = 0.9
         """mu at the start (mu_0)."""
+        mid_sigma: PositiveFloat | None = None
+        """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even."""
 
         def __post_init__(self) -> None:
             if self.first_points > self.last_points:
@@ -75,7 +77,7 @@ class CT(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return consistency_sampler(family.schedule, config.steps, config.last_points, "last_points")
+        return consistency_sampler(family.schedule, config.steps, config.last_points, "last_points", config.mid_sigma)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

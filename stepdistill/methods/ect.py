@@ -43,7 +43,7 @@ def neighbour(sigma: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.
 class ECT(Distiller):
     """A student tuned from denoising to consistency."""
 
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -58,9 +58,9 @@ class ECT(Distiller):
         sigma_max: PositiveFloat = 80.0
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
-        mid_sigma: PositiveFloat = 0.821
-        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers
-        have 0.821 for CIFAR-10."""
+        mid_sigma: PositiveFloat | None = None
+        """Noise level halfway down the sampling grid, that of the second of two steps; by default the papers' 0.821 for
+        EDM teachers, and an even grid for others."""
         noise_mean: FiniteFloat = -1.1
         """Mean m of ln sigma; larger values favour few sampling steps."""
         noise_std: PositiveFloat = 2.0

@@ -54,7 +54,7 @@ def lognormal_shares(sigma: Tensor, mean: float, std: float) -> Tensor:
 class ICT(Distiller):
     """A student that is its own target."""
 
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -69,9 +69,9 @@ class ICT(Distiller):
         sigma_max: PositiveFloat = 80.0
         """Largest noise level ``sigma_t / alpha_t``, where training ends and sampling starts; 80 is EDM's. A short
         training does better with about 25 times the data's deviation."""
-        mid_sigma: PositiveFloat = 0.821
-        """Noise level halfway down the sampling grid, for EDM teachers: that of the second of two steps. The papers
-        have 0.821 for CIFAR-10."""
+        mid_sigma: PositiveFloat | None = None
+        """Noise level halfway down the sampling grid, that of the second of two steps; by default the papers' 0.821 for
+        EDM teachers, and an even grid for others."""
         noise_mean: FiniteFloat = -1.1
         """Mean of ln sigma."""
         noise_std: PositiveFloat = 2.0

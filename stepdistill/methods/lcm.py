@@ -28,7 +28,7 @@ from stepdistill.randomness import Draws
 class LCM(Distiller):
     """A student, its slowly moving target, and one DDIM step of the guided teacher between them."""
 
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -45,13 +45,17 @@ class LCM(Distiller):
         distance: regression.Distance = "huber"
         target_ema: ranges.Decay = 0.95
         """Decay of the target's average; at 0 the target is the student itself, as in LCM-LoRA."""
+        mid_sigma: ranges.PositiveFloat | None = None
+        """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even."""
 
         def __post_init__(self) -> None:
             guidance_input.check_range(self.guidance_range, self.guidance_scale)
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return consistency.consistency_sampler(family.schedule, config.steps, config.solver_steps, "solver_steps")
+        return consistency.consistency_sampler(
+            family.schedule, config.steps, config.solver_steps, "solver_steps", config.mid_sigma
+        )
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

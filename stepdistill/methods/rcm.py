@@ -54,7 +54,7 @@ class RCM(Distiller):
         "student": {"lr": 2e-6, "betas": (0.0, 0.999), "weight_decay": 0.01},
         "fake": {"lr": 4e-7, "betas": (0.0, 0.999), "weight_decay": 0.01},
     }
-    sampling_options = frozenset({"steps", "grid"})
+    sampling_options = frozenset({"steps", "grid", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(ConsistencyOptions):
@@ -88,13 +88,15 @@ class RCM(Distiller):
                 raise ValueError("student_update_interval: expected at least 2, or the fake score has no step, got 1")
             if self.grid == "paper" and self.steps > len(ANGLES):
                 raise ValueError(f"steps: expected at most {len(ANGLES)} with grid 'paper', got {self.steps}")
+            if self.grid == "paper" and self.mid_sigma is not None:
+                raise ValueError(f"mid_sigma: expected none with grid 'paper', got {self.mid_sigma}")
             if not self.consistency_weight and not self.matching_weight:
                 raise ValueError("matching_weight: expected above 0 where consistency_weight is 0, got 0")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         if config.grid == "even":
-            return angle_sampler(config.steps, family.schedule)
+            return angle_sampler(config.steps, family.schedule, config.mid_sigma)
         times = angle_grid(family.schedule, ANGLES[: config.steps], config.sigma_data)
         if isinstance(family.schedule, Karras) or not (times.diff() < 0).all():
             raise ValueError("method.grid: expected 'even' for a teacher that is not told these angles, got 'paper'")

@@ -52,7 +52,7 @@ class SanaSprint(Distiller):
 
     turn_names = ("student", "critic")
     optim_defaults: ClassVar = {"student": {"lr": 1e-6, "clip": 0.1}, "critic": {"betas": (0.0, 0.99)}}
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(ConsistencyOptions):
@@ -95,7 +95,7 @@ class SanaSprint(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return angle_sampler(config.steps, family.schedule)
+        return angle_sampler(config.steps, family.schedule, config.mid_sigma)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

@@ -47,7 +47,7 @@ class Scm(Distiller):
     """A student, and a loss weight that is learnt for every time."""
 
     optim_defaults: ClassVar = {"student": {"lr": 1e-4, "betas": (0.9, 0.99)}}
-    sampling_options = frozenset({"steps"})
+    sampling_options = frozenset({"steps", "mid_sigma"})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(ConsistencyOptions):
@@ -62,7 +62,7 @@ class Scm(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return angle_sampler(config.steps, family.schedule)
+        return angle_sampler(config.steps, family.schedule, config.mid_sigma)
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from stepdistill.diffusion.reading import FLOW_SCHEDULERS, VP_SCHEDULERS, read_schedule
-from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, sample
+from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, RenoiseAt, sample
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.diffusion.schedulers import to_diffusers
 from stepdistill.export.contract import call_arguments
@@ -28,8 +28,10 @@ from stepdistill.families.flux import Flux
 from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.families.sd3 import SD3
 from stepdistill.families.sdxl import SDXL
 from stepdistill.inference.solvers import make_solver
+from stepdistill.losses.consistency import moved_to
 from stepdistill.networks.copy_bank import CopyBank
 from stepdistill.networks.denoiser import Denoiser
 
@@ -157,6 +159,14 @@ def samplers(teacher):
 def test_a_family_samples_every_process_that_it_accepts(teachers):
     """RELIABILITY row 26."""
     assert walk(teachers, sorted(REPRESENTATIVE)) == (36, 24)
+
+
+@pytest.mark.parametrize("make", [SD.tiny, SDXL.tiny, Pixel.tiny, SD3.tiny])
+def test_a_family_samples_at_levels_of_ones_own(make):
+    teacher = make()
+    times = moved_to(1.4, teacher.schedule, teacher.schedule.grid(4))
+    assert not torch.equal(times, teacher.schedule.grid(4))
+    assert apart(teacher, RenoiseAt(teacher.schedule, times)) < 1e-4  # 0 levels of 255
 
 
 @pytest.mark.product

@@ -8,7 +8,14 @@ from oracles import SCHEDULES, VP_PROCESSES, Gaussian, native_types, teacher_den
 from stepdistill.diffusion.ode import invert_step, ode_step
 from stepdistill.diffusion.prediction import to_prediction
 from stepdistill.diffusion.reading import read_discrete_vp
-from stepdistill.diffusion.samplers import DDIM, ConsistencySampler, StrategicStochasticSampler, rollout, sample
+from stepdistill.diffusion.samplers import (
+    DDIM,
+    ConsistencySampler,
+    RenoiseAt,
+    StrategicStochasticSampler,
+    rollout,
+    sample,
+)
 from stepdistill.diffusion.schedule import Karras, RectifiedFlow, expand
 from stepdistill.diffusion.schedulers import to_diffusers
 
@@ -96,6 +103,14 @@ def test_renoising_from_below_pure_noise_equals_its_twin_at_named_timesteps(time
     schedule = SCHEDULES["linear"]
     sampler = ConsistencySampler(schedule, torch.tensor(times, dtype=torch.float64))
     assert sampler.pipeline_kwargs == {"timesteps": [round(1000 * t) - 1 for t in times[:-1]]}
+    scheduler = to_diffusers(sampler, {**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
+    assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.605, 0.0], [1.0, 0.817, 0.6, 0.333, 0.0]])
+def test_renoising_at_times_of_ones_own_equals_its_twin(times):
+    schedule = SCHEDULES["linear"]
+    sampler = RenoiseAt(schedule, torch.tensor(times, dtype=torch.float64))
     scheduler = to_diffusers(sampler, {**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
     assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
 
