@@ -84,22 +84,24 @@ def moved_sampler(schedule: NoiseSchedule, times: Tensor, mid_sigma: float | Non
 
 
 def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor) -> Tensor:
-    """Return sampling times whose noise levels are multiplied by what takes that of time 1/2 to ``mid_sigma``.
+    """Return sampling times whose noise levels are multiplied by what takes the middle of the grid to ``mid_sigma``.
 
-    The first and the last time stay. Those of a discrete process are whole timesteps. Of a flow this is its shift.
+    The first and the last time stay. Those of a discrete process are whole timesteps. On a flow it is one more shift.
 
     Raises:
         ValueError: if two times fall together, or the schedule is TrigFlow, whose scheduler has a grid of its own.
     """
     if isinstance(schedule, Trig):
         raise ValueError(f"method.mid_sigma: expected none for a TrigFlow teacher, got {mid_sigma}")
-    factor = mid_sigma / noise_to_signal(schedule, torch.tensor(0.5, dtype=torch.float64))
+    factor = mid_sigma / noise_to_signal(schedule, schedule.grid(2)[1])
     moved = schedule.inverse(-2 * (factor * noise_to_signal(schedule, times[1:-1])).log())
     whole = schedule.shortened(moved, 1.0)[1]
     result = torch.cat([times[:1], whole, times[-1:]])
     if not (result.diff() < 0).all():
         timesteps = schedule.timestep(result[:-1]).tolist()
-        raise ValueError(f"method.mid_sigma: expected a level that leaves {len(timesteps)} timesteps, got {timesteps}")
+        raise ValueError(
+            f"method.mid_sigma: expected one that leaves {len(timesteps)} timesteps apart, got {timesteps}"
+        )
     return result
 
 

@@ -44,7 +44,7 @@ def test_the_middle_of_a_grid_leaves_it_where_it_is():
 
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_the_second_of_two_steps_begins_at_the_middle(method):
-    for schedule in (COSINE, RectifiedFlow(), Karras()):
+    for schedule in (COSINE, RectifiedFlow(), RectifiedFlow(shift=3.0), Karras()):
         assert levels(SAMPLERS[method](schedule, 2, 1.4)).item() == pytest.approx(1.4, rel=0.01), schedule
 
 
