@@ -99,9 +99,7 @@ def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor) -> Tensor
     result = torch.cat([times[:1], whole, times[-1:]])
     if not (result.diff() < 0).all():
         timesteps = schedule.timestep(result[:-1]).tolist()
-        raise ValueError(
-            f"method.mid_sigma: expected one that leaves {len(timesteps)} timesteps apart, got {timesteps}"
-        )
+        raise ValueError(f"method.mid_sigma: expected a level that keeps the timesteps apart, got {timesteps}")
     return result
 
 
