@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -33,12 +33,15 @@ class RunIdentity:
     """What a checkpoint of an older version, which lacks a key, is taken to have had."""
     data: Inventory
     """What the data consists of, to tell what has changed; its digest is one of the values."""
+    free: Collection[str]
+    """Keys that may change; a checkpoint of an older version may hold them."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise ``CheckpointError`` naming every key in which the run of a checkpoint differs, and changed data."""
         before = dict(self.defaults)
         for key, value in checkpoint.state.config.items():
-            before[RENAMED.get(key, key)] = value
+            if key not in self.free:
+                before[RENAMED.get(key, key)] = value
         if start := before.get("bank.init_from"):  # older versions kept a ~
             before["bank.init_from"] = os.path.expanduser(start)
         unknown = sorted(key for key in self.values.keys() - before.keys() if key.endswith(")"))  # as of versions
@@ -77,7 +80,7 @@ def identify(config: RunConfig, method: type[Distiller], versions: Mapping[str, 
             defaults[key] = value
     for head, owner in method.heads.items():  # a run without a head's optimiser is taken to have had its owner's
         defaults |= flatten({f"optim.{head}": config.optim[owner]})
-    return RunIdentity(values, defaults, data)
+    return RunIdentity(values, defaults, data, free)
 
 
 def _declared_defaults(config: RunConfig) -> dict[str, Any]:

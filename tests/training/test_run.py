@@ -298,6 +298,15 @@ def test_a_run_that_had_no_heads_optimiser_is_resumed_by_one_that_has_its_owners
     )
 
 
+def test_a_checkpoint_may_hold_an_option_that_only_the_sampler_reads(tmp_path):
+    """As ``ict``'s middle level was once checked."""
+    run = Run(resolve(sections(tmp_path / "ict", teacher_for("ict"), "ict", steps=1)))
+    before = {**run.identity.values, "method.mid_sigma": 0.821}
+    run.identity.check(
+        Checkpoint(Path("checkpoint"), 1, SavedState(stage=0, stage_name="train", done=1, config=before))
+    )
+
+
 # -------------------------------------------------------------------------------------- keys of older versions
 
 OLD_KEYS = {
