@@ -33,7 +33,7 @@ class RunIdentity:
     """What a checkpoint of an older version, which lacks a key, is taken to have had."""
     data: Inventory
     """What the data consists of, to tell what has changed; its digest is one of the values."""
-    free: Collection[str]
+    free: Collection[str] = ()
     """Keys that may change; a checkpoint of an older version may hold them."""
 
     def check(self, checkpoint: Checkpoint) -> None:
