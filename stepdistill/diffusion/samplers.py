@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.ode import Noise, noise_up, ode_step
+from stepdistill.diffusion.picked import origin_steps
 from stepdistill.diffusion.prediction import Denoise, Prediction
-from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule, expand
 
 
 class Sampler(abc.ABC):
@@ -101,29 +102,21 @@ class TwoTimeDDIM(DDIM):
 class ConsistencySampler(Sampler):
     """Predict the clean image, then noise it afresh: the sampler of consistency models, DMD2 and ADD.
 
-    The grid of a discrete process may begin below pure noise, at whole timesteps. Schedulers never choose such a grid,
-    so a call must name its timesteps.
+    Where no scheduler chooses the grid of a discrete process, because it begins below pure noise or is uneven, a call
+    must name its timesteps.
     """
 
     name = "Renoise"
 
     def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
         super().__init__(schedule, times)
-        if self.times[0] < 1:
+        if isinstance(schedule, DiscreteVP) and origin_steps(self.times, schedule.num_timesteps) is None:
             self.pipeline_kwargs.update(schedule.explicit_timesteps(self.times[:-1]))
 
     def step(self, prediction: Prediction, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         del t
         alpha_s, sigma_s = self.schedule.coefficients(s, prediction.x0)
         return alpha_s * prediction.x0 + sigma_s * noise(prediction.x0)
-
-
-class RenoiseAt(ConsistencySampler):
-    """Multistep consistency sampling at times of one's own: a call names those of a discrete process."""
-
-    def __init__(self, schedule: NoiseSchedule, times: Tensor) -> None:
-        super().__init__(schedule, times)
-        self.pipeline_kwargs.update(schedule.explicit_timesteps(self.times[:-1]))
 
 
 class ConsistencyKarras(Sampler):

@@ -29,11 +29,14 @@ from __future__ import annotations
 import abc
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.picked import evenly_picked
 from stepdistill.diffusion.shift import shifted
+
+FINEST = 128
+"""Steps of the grid that steps of a student are made of: the jumps of shortcut models have the lengths of 1 to 64."""
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -45,14 +48,6 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
     """Return ``(c_skip, c_out, c_in)`` of EDM (Karras et al. 2022, Table 1)."""
     total = (sigma**2 + sigma_data**2).sqrt()
     return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
-
-
-def evenly_picked(length: int, steps: int) -> list[int]:
-    """Return the ``steps`` places that ``LCMScheduler`` and ``TCDScheduler`` pick in a list of ``length``.
-
-    They are ``floor(i length / steps)`` in numpy's floating point, which may put a whole number just below itself.
-    """
-    return np.floor(np.linspace(0, length, num=steps, endpoint=False)).astype(int).tolist()
 
 
 class NoiseSchedule(abc.ABC):
@@ -95,6 +90,10 @@ class NoiseSchedule(abc.ABC):
         if steps not in self._grids:
             self._grids[steps] = self._make_grid(steps)
         return self._grids[steps]
+
+    def student_grid(self, steps: int) -> Tensor:
+        """Return the grid of a student of a few deterministic steps; as :meth:`grid`, except for Karras' grids."""
+        return self.grid(steps)
 
     def renoising_grid(self, steps: int) -> Tensor:
         """Return the grid of a sampler that noises clean images again; as :meth:`grid`, unless LCM's picks others."""
@@ -328,6 +327,11 @@ class Karras(NoiseSchedule):
         """Compute EDM's Eq. 5: ``steps`` noise levels from sigma_max to sigma_min, then 0."""
         levels = torch.linspace(1, self.lowest_time, steps, dtype=torch.float64)
         return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+    def student_grid(self, steps: int) -> Tensor:
+        """Return every n-th time of a fine :meth:`grid`: the last of a few would be ``sigma_min``, nearly clean."""
+        stride = max(1, FINEST // steps)
+        return self.grid(steps * stride)[::stride]
 
     def trajectory(self, intervals: int) -> Tensor:
         """Return ``intervals + 1`` descending times from 1 to that of ``sigma_min``, where a trajectory ends."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.diffusion.picked import origin_steps
 from stepdistill.diffusion.policy import PolicySampler
 from stepdistill.diffusion.reading import EDM_KEYS, noise_process
 from stepdistill.diffusion.samplers import (
@@ -22,7 +23,7 @@ from stepdistill.diffusion.samplers import (
     Sampler,
     StrategicStochasticSampler,
 )
-from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow, evenly_picked
+from stepdistill.diffusion.schedule import DiscreteVP, Karras, RectifiedFlow
 from stepdistill.diffusion.trig import Trig
 
 
@@ -74,7 +75,7 @@ def _consistency(sampler: ConsistencySampler, teacher: Mapping[str, Any]) -> Any
             return _edm_euler(sampler, sampler.schedule, teacher)
     return LCMScheduler.from_config(
         noise_process(teacher),
-        original_inference_steps=timesteps_of(sampler) if sampler.pipeline_kwargs else origin_steps(sampler),
+        original_inference_steps=origin_steps(sampler.times, timesteps_of(sampler)) or timesteps_of(sampler),
         timestep_scaling=1e4,  # c_skip < 1e-8 on every timestep but 0: the network's x_0 itself
         set_alpha_to_one=True,
         clip_sample=False,
@@ -100,7 +101,7 @@ def _strategic_stochastic(sampler: StrategicStochasticSampler, teacher: Mapping[
         case DiscreteVP():
             from diffusers import TCDScheduler
 
-            origin = origin_steps(sampler)
+            origin = picked_from(sampler)
             return TCDScheduler.from_config(noise_process(teacher), original_inference_steps=origin, clip_sample=False)
     if sampler.gamma == 0:
         return to_diffusers(DDIM(sampler.schedule, sampler.times), teacher)
@@ -201,23 +202,18 @@ def check_trailing_grid(sampler: Sampler) -> None:
         )
 
 
-def origin_steps(sampler: Sampler) -> int:
-    """Return the finest grid out of which ``LCMScheduler`` and ``TCDScheduler`` pick exactly ``sampler.times``.
+def picked_from(sampler: Sampler) -> int:
+    """Return the finest grid out of which ``TCDScheduler`` picks exactly ``sampler.times``.
 
     Raises:
         ValueError: if there is none.
     """
-    total, steps = timesteps_of(sampler), sampler.steps
-    positions = (sampler.times[:-1] * total).round().long().tolist()
-    for origin in range(total, steps - 1, -1):
-        if total % origin == 0 and positions == _picked(origin, steps, total):
-            return origin
-    raise ValueError(
-        f"no stock scheduler samples at the timesteps {[i - 1 for i in positions]}: it takes every n-th of a grid "
-        f"whose number of steps must divide the teacher's {total} timesteps"
-    )
-
-
-def _picked(origin: int, steps: int, total: int) -> list[int]:
-    """Positions in 1 to ``total`` that the two schedulers pick for ``steps`` steps out of a grid of ``origin``."""
-    return [total - place * (total // origin) for place in evenly_picked(origin, steps)]
+    total = timesteps_of(sampler)
+    origin = origin_steps(sampler.times, total)
+    if origin is None:
+        timesteps = (sampler.times[:-1] * total - 1).round().long().tolist()
+        raise ValueError(
+            f"no stock scheduler samples at the timesteps {timesteps}: it takes every n-th of a grid whose number of "
+            f"steps must divide the teacher's {total} timesteps"
+        )
+    return origin

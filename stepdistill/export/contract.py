@@ -82,7 +82,7 @@ class Origin:
     method_facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further JSON values by name, which the method adds; also keys of an export that this version does not know."""
     selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Step, metric and value by which the best student was selected."""
+    """Step, metric and value by which the best student was selected, what it was measured on, and by which sampler."""
     results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Metrics of the exported student, and the number of samples."""
     measured_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, RenoiseAt, Sampler, rho_through
+from stepdistill.diffusion.samplers import ConsistencyKarras, ConsistencySampler, Sampler, rho_through
 from stepdistill.diffusion.schedule import DiscreteVP, Karras, NoiseSchedule
 from stepdistill.diffusion.trig import Trig
 from stepdistill.networks.denoiser import Denoiser
@@ -39,18 +39,25 @@ def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, w: Tenso
 
 
 def skip_grid(schedule: NoiseSchedule, steps: int, intervals: int) -> Tensor:
-    """Return ``steps + 1`` times of ``schedule.grid(intervals)``, chosen as ``LCMScheduler`` and ``TCDScheduler`` do.
+    """Return ``steps`` times of the trajectory in ``intervals``, at :func:`skip_places`, and 0.
 
     >>> from stepdistill.diffusion.schedule import DiscreteVP
     >>> vp = DiscreteVP((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
     >>> vp.timestep(skip_grid(vp, 4, 50))[:-1].round().int().tolist()
     [999, 759, 499, 259]
     """
-    grid = schedule.grid(intervals)
-    places = [intervals * i // steps for i in range(steps)]
-    if isinstance(schedule, Karras):  # whose scheduler takes even strides only
-        places = [intervals // steps * i for i in range(steps)]
-    return torch.cat([grid[places], grid[-1:]])
+    times = schedule.trajectory(intervals)[skip_places(schedule, steps, intervals)]
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def skip_places(schedule: NoiseSchedule, steps: int, intervals: int) -> list[int]:
+    """Return where in ``intervals`` each of ``steps`` begins, chosen as ``LCMScheduler`` and ``TCDScheduler`` do.
+
+    EDM's scheduler takes even strides only.
+    """
+    if isinstance(schedule, Karras):
+        return [intervals // steps * i for i in range(steps)]
+    return [intervals * i // steps for i in range(steps)]
 
 
 def consistency_sampler(
@@ -73,18 +80,19 @@ def consistency_sampler(
         if mid_sigma is None:
             return ConsistencyKarras(schedule, steps, points=intervals + 1)
         return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(mid_sigma, schedule))
-    return moved_sampler(schedule, skip_grid(schedule, steps, intervals), mid_sigma)
+    _, middle, _ = skip_grid(schedule, 2, intervals)
+    return moved_sampler(schedule, skip_grid(schedule, steps, intervals), middle, mid_sigma)
 
 
-def moved_sampler(schedule: NoiseSchedule, times: Tensor, mid_sigma: float | None) -> Sampler:
+def moved_sampler(schedule: NoiseSchedule, times: Tensor, middle: Tensor, mid_sigma: float | None) -> Sampler:
     """Return multistep consistency sampling at ``times``, or at those that :func:`moved_to` makes of them."""
-    if mid_sigma is None or len(times) == 2:
-        return ConsistencySampler(schedule, times)
-    return RenoiseAt(schedule, moved_to(mid_sigma, schedule, times))
+    if mid_sigma is not None and len(times) > 2:
+        times = moved_to(mid_sigma, schedule, times, middle)
+    return ConsistencySampler(schedule, times)
 
 
-def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor) -> Tensor:
-    """Return sampling times whose noise levels are multiplied by what takes the middle of the grid to ``mid_sigma``.
+def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor, middle: Tensor) -> Tensor:
+    """Return sampling times whose noise levels are multiplied by what takes that of ``middle`` to ``mid_sigma``.
 
     The first and the last time stay. Those of a discrete process are whole timesteps. On a flow it is one more shift.
 
@@ -93,7 +101,7 @@ def moved_to(mid_sigma: float, schedule: NoiseSchedule, times: Tensor) -> Tensor
     """
     if isinstance(schedule, Trig):
         raise ValueError(f"method.mid_sigma: expected none for a TrigFlow teacher, got {mid_sigma}")
-    factor = mid_sigma / noise_to_signal(schedule, schedule.grid(2)[1])
+    factor = mid_sigma / noise_to_signal(schedule, middle)
     moved = schedule.inverse(-2 * (factor * noise_to_signal(schedule, times[1:-1])).log())
     whole = schedule.shortened(moved, 1.0)[1]
     result = torch.cat([times[:1], whole, times[-1:]])
@@ -136,11 +144,11 @@ def level_sampler(schedule: NoiseSchedule, steps: int, sigma_max: float, mid_sig
         return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(middle, schedule))
     times = schedule.grid(steps).clone()
     times[0] = time_of_level(schedule, sigma_max)
-    if times[0] <= times[1]:
+    if mid_sigma is None and times[0] <= times[1]:
         raise ValueError(
             f"method.sigma_max: {sigma_max} is below the second of {steps} steps; expected more, or fewer steps"
         )
-    return moved_sampler(schedule, times, mid_sigma)
+    return moved_sampler(schedule, times, schedule.grid(2)[1], mid_sigma)
 
 
 def time_of_level(schedule: NoiseSchedule, sigma: float) -> float:

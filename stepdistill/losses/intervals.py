@@ -1,4 +1,4 @@
-"""Pairs of times that average velocities are trained on, and the grid that their students are sampled on."""
+"""Pairs of times that average velocities are trained on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedule import FINEST, NoiseSchedule
 from stepdistill.losses.levels import log_normal_times
-from stepdistill.losses.progressive import nested_grid
 from stepdistill.randomness import Draws
-
-FINEST = 128
-"""Steps of the finest grid of shortcut models; their jumps have the lengths of 1 to 64 steps."""
-
-
-def step_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Return ``steps + 1`` times from 1 to 0, out of a grid of about :data:`FINEST` steps."""
-    return nested_grid(schedule, steps * max(1, FINEST // steps), steps)
 
 
 def shifted_log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:

@@ -47,8 +47,9 @@ def matched_times_above(schedule: NoiseSchedule, draws: Draws, lowest: Tensor) -
 
 
 def shifted_times(schedule: NoiseSchedule, draws: Draws) -> Tensor:
-    """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED`."""
-    return shifted(draws.uniform(), schedule.shift).clamp(*MATCHED)
+    """Return uniform times (B,), shifted as the schedule's grid, in :data:`MATCHED` and at levels of training."""
+    low, high = MATCHED
+    return shifted(draws.uniform(), schedule.shift).clamp(max(low, schedule.lowest_time), high)
 
 
 def log_normal_times(schedule: NoiseSchedule, draws: Draws, mean: float, std: float) -> Tensor:

@@ -91,19 +91,13 @@ def ladder(start: int, via: Sequence[int], steps: int) -> tuple[int, ...]:
     return rungs
 
 
-def nested_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
+def stage_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
     """Return ``steps + 1`` of the times of ``schedule.grid(start)``, so that a student's times are its teacher's too.
 
     It is ``schedule.grid(steps)`` itself except for Karras' grids, which are not nested.
-    """
-    return schedule.grid(start)[:: start // steps]
-
-
-def stage_grid(schedule: NoiseSchedule, start: int, steps: int) -> Tensor:
-    """Return :func:`nested_grid`, if the teacher can take ``start`` steps.
 
     Raises:
-        ValueError: if it has fewer timesteps than that.
+        ValueError: if the teacher has fewer timesteps than ``start``.
     """
     check_intervals(schedule, steps, start, "start")
-    return nested_grid(schedule, start, steps)
+    return schedule.grid(start)[:: start // steps]

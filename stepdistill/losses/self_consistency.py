@@ -72,7 +72,8 @@ class ConsistencyOptions:
     guidance_scale: GuidanceScale = 1.0
     """Guidance baked into the student; 1 is none."""
     mid_sigma: PositiveFloat | None = None
-    """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even."""
+    """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even, for EDM
+    teachers the second step begins at the paper's angle of 1.1."""
 
 
 class TimeWeight(nn.Module):
@@ -272,7 +273,7 @@ def angle_sampler(steps: int, schedule: NoiseSchedule, mid_sigma: float | None) 
     if isinstance(schedule, Karras) and steps > 1:
         middle = schedule.sigma_data * math.tan(MIDDLE_ANGLE) if mid_sigma is None else mid_sigma
         return ConsistencyKarras(schedule, steps, points=steps + 1, rho=rho_through(middle, schedule))
-    return moved_sampler(schedule, schedule.grid(steps), mid_sigma)
+    return moved_sampler(schedule, schedule.grid(steps), schedule.grid(2)[1], mid_sigma)
 
 
 def angle_grid(schedule: NoiseSchedule, angles: Sequence[float], sigma_data: float) -> Tensor:

@@ -89,7 +89,7 @@ class CDM(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        return DDIM(family.schedule, family.schedule.grid(config.steps))
+        return DDIM(family.schedule, family.schedule.student_grid(config.steps))
 
     def build(self) -> None:
         config = self.config

@@ -154,7 +154,7 @@ class FlowMap(Distiller):
         schedule = family.schedule
         if config.slices == "two":
             return ConsistencySampler(schedule, schedule.grid(config.steps))
-        return TwoTimeDDIM(schedule, intervals.step_grid(schedule, config.steps))
+        return TwoTimeDDIM(schedule, schedule.student_grid(config.steps))
 
     @classmethod
     def check(cls, config: Config, family: Family) -> None:

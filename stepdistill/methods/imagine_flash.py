@@ -117,7 +117,7 @@ class ImagineFlash(Distiller):
         exact = known or isinstance(schedule, Karras)
         stock = not isinstance(schedule, DiscreteVP) or schedule.num_timesteps % steps == 0
         rule = DDIM if stock and (exact or steps == 1) else NoiseCorrected
-        return rule(schedule, schedule.grid(steps))
+        return rule(schedule, schedule.student_grid(steps))
 
     def build(self) -> None:
         config = self.config

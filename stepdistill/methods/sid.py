@@ -94,7 +94,7 @@ class SiD(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         schedule = family.schedule
         if config.noise == "ddim":
-            return DDIM(schedule, begun_at(schedule, schedule.grid(config.steps), config.first_time))
+            return DDIM(schedule, begun_at(schedule, schedule.student_grid(config.steps), config.first_time))
         times = begun_at(schedule, schedule.renoising_grid(config.steps), config.first_time)
         return ConsistencySampler(schedule, times)
 

@@ -46,7 +46,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.files.ranges import Decay, GuidanceScale, NonNegativeFloat, PositiveInt, Share
 from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.adversarial import AdversarialLoss
-from stepdistill.losses.consistency import check_intervals, skip_grid
+from stepdistill.losses.consistency import check_intervals, skip_grid, skip_places
 from stepdistill.losses.regression import Distance, distance
 from stepdistill.methods.base import HEAD, STUDENT, Distiller, Losses, Stage, split_steps
 from stepdistill.networks.denoiser import Denoiser
@@ -159,8 +159,8 @@ class TCD(Distiller):
     def segment_ends(self, device: torch.device) -> Tensor:
         """Return the index (solver_steps,) of the grid at which the segment of every grid time but the last ends."""
         steps, count = self.config.solver_steps, self.stage.value or 1
-        begins = torch.tensor([steps * m // count for m in range(1, count + 1)], device=device)
-        return begins[torch.searchsorted(begins, torch.arange(steps, device=device), right=True)]
+        ends = torch.tensor([*skip_places(self.schedule, count, steps)[1:], steps], device=device)
+        return ends[torch.searchsorted(ends, torch.arange(steps, device=device), right=True)]
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)

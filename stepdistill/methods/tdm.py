@@ -97,7 +97,7 @@ class TDM(Distiller):
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
-        grid = family.schedule.grid(config.steps)
+        grid = family.schedule.student_grid(config.steps)
         if config.first_time < 1:
             _, begins = family.schedule.shortened(config.first_time * grid[:-1], 1.0)
             grid = torch.cat([begins, grid[-1:]])
@@ -145,7 +145,7 @@ class TDM(Distiller):
 
     def level(self, m: Tensor, t: Tensor, draws: Draws) -> Tensor:
         """Return uniform times (B,) above ``m``: up to the segment's upper edge ``t``, or up to the first time."""
-        low = m.clamp(min=MATCHED[0])
+        low = m.clamp(min=max(MATCHED[0], self.schedule.lowest_time))
         top = t if self.config.interval == "within" else torch.full_like(t, self.config.first_time)
         high = (top - MARGIN).clamp(max=MATCHED[1])
         return low + (high - low).clamp(min=0) * draws.uniform()

@@ -45,6 +45,7 @@ from stepdistill.training.cost import TrainingCost
 from stepdistill.training.evaluation import Evaluation
 from stepdistill.training.heartbeat import naming_a_failed_start
 from stepdistill.training.identity import INVENTORY, RunIdentity, identify
+from stepdistill.training.length import check_length
 from stepdistill.training.memory import memory_plan
 from stepdistill.training.optimizers import check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
@@ -99,7 +100,7 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
-        self.distiller.stages(config.train.steps)  # which refuses too few
+        check_length(self.distiller, config.train.steps)
         check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))

@@ -53,24 +53,26 @@ class BestStudent:
         self.path = folder / FILE
         self.on = on
 
-    def offer(self, stage: str, step: int, values: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
-        """Keep ``weights`` if the first distance in ``values`` is below all that were measured so in this stage."""
+    def offer(
+        self, stage: str, step: int, values: Mapping[str, float], weights: Mapping[str, Tensor],
+        sampling: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        """Keep ``weights`` if the first distance in ``values`` is below all that were measured so in this stage.
+
+        ``sampling`` is the contract of the sampler that made the measured images.
+        """
         metric = next((name for name in values if name in DISTANCES), None)
         if metric is None or not math.isfinite(values[metric]):
             return
-        record = {"stage": stage, "step": step, "value": values[metric], "metric": metric, **self.on}
+        measured = {"metric": metric, **self.on, **sampling}
+        record = {"stage": stage, "step": step, "value": values[metric], **measured}
         best = self.record(stage)
-        if best is not None and self._comparable(best, metric) and best["value"] <= values[metric]:
+        if best is not None and _comparable(best, measured) and best["value"] <= values[metric]:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         record["sha256"] = _digest(tensors)
         with writing_to(self.path), atomic_write(self.path) as partial:
             save_file(tensors, partial, metadata={"record": json.dumps(record)})
-
-    def _comparable(self, record: Mapping[str, Any], metric: str) -> bool:
-        """Whether a record is of the same metric, measured on the same; older records may lack a key."""
-        measured = {"metric": metric, **self.on}
-        return all(record.get(name, value) == value for name, value in measured.items())
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """Return step, value and metric of the student kept from ``stage``, and what it was measured on; or None."""
@@ -114,6 +116,11 @@ class BestStudent:
     def forget(self) -> None:
         """Remove the student that another run left in the folder."""
         self.path.unlink(missing_ok=True)
+
+
+def _comparable(record: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
+    """Whether a record is of the same metric, measured on the same; older records may lack a key."""
+    return all(record.get(name, value) == value for name, value in measured.items())
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -286,7 +286,8 @@ class Trainer:
         if any(map(self.distiller.turns[STUDENT].when, range(self.step))):  # fake scores and critics may begin alone
             weights = self.parallelism.gather(self.result_weights())
             if self.accelerator.is_main_process:
-                self.evaluation.best.offer(self.distiller.stage.name, self.step, values, weights)
+                stage, sampling = self.distiller.stage.name, self.distiller.sampler().contract()
+                self.evaluation.best.offer(stage, self.step, values, weights, sampling)
         self.accelerator.wait_for_everyone()
 
     def _cost_so_far(self) -> dict[str, float]:

@@ -11,7 +11,6 @@ from stepdistill.diffusion.reading import read_discrete_vp
 from stepdistill.diffusion.samplers import (
     DDIM,
     ConsistencySampler,
-    RenoiseAt,
     StrategicStochasticSampler,
     rollout,
     sample,
@@ -107,17 +106,27 @@ def test_renoising_from_below_pure_noise_equals_its_twin_at_named_timesteps(time
     assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
 
 
-@pytest.mark.parametrize("times", [[1.0, 0.605, 0.0], [1.0, 0.817, 0.6, 0.333, 0.0]])
-def test_renoising_at_times_of_ones_own_equals_its_twin(times):
+@pytest.mark.parametrize(
+    ("times", "is_picked"),
+    [
+        ([1.0, 0.605, 0.0], False),
+        ([1.0, 0.6, 0.0], True),
+        ([1.0, 0.817, 0.6, 0.333, 0.0], False),
+        ([1.0, 0.75, 0.5, 0.25, 0.0], True),
+    ],
+)
+def test_renoising_at_times_of_ones_own_equals_its_twin(times, is_picked):
     schedule = SCHEDULES["linear"]
-    sampler = RenoiseAt(schedule, torch.tensor(times, dtype=torch.float64))
+    sampler = ConsistencySampler(schedule, torch.tensor(times, dtype=torch.float64))
+    assert (sampler.pipeline_kwargs == {}) == is_picked
     scheduler = to_diffusers(sampler, {**VP_PROCESSES["linear"], "prediction_type": "v_prediction"})
-    assert_twins(sampler, scheduler, "v_prediction", **sampler.pipeline_kwargs)
+    call = {"num_inference_steps": len(times) - 1} if is_picked else sampler.pipeline_kwargs
+    assert_twins(sampler, scheduler, "v_prediction", **call)
 
 
 @pytest.mark.parametrize(
     ("rule", "times"),
-    [(DDIM, [1.0, 0.7, 0.0]), (ConsistencySampler, [1.0, 0.7, 0.0]), (DDIM, None)],
+    [(DDIM, [1.0, 0.7, 0.0]), (lambda *of: StrategicStochasticSampler(*of, 0.2), [1.0, 0.7, 0.0]), (DDIM, None)],
 )
 def test_a_grid_that_no_stock_scheduler_samples_is_refused(rule, times):
     schedule = SCHEDULES["linear"]

@@ -175,6 +175,19 @@ def test_flow_grid_is_diffusers_shifted_grid(shift, steps):
     torch.testing.assert_close(RectifiedFlow(shift).grid(steps).float(), scheduler.sigmas, atol=1e-6, rtol=0)
 
 
+@every_schedule
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_every_step_of_a_student_has_work_to_do(schedule, steps):
+    """Karras' own grid of a few steps ends with one from ``sigma_min``."""
+    grid = schedule.student_grid(steps)
+    if isinstance(schedule, Karras):
+        strides = grid[:-1].diff()
+        assert len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
+        assert grid[-2] > 1.3 * schedule.lowest_time and (strides - strides[:1]).abs().sum() < 1e-12
+    else:
+        assert torch.equal(grid, schedule.grid(steps))
+
+
 @pytest.mark.parametrize("steps", [2, 5, 18])
 def test_karras_grid_is_diffusers(steps):
     scheduler = EDMEulerScheduler()

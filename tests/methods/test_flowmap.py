@@ -131,7 +131,7 @@ def test_shortcuts_are_the_steps_of_samplers_of_one_to_sixty_four_steps(name, ki
     t, s, r = intervals.dyadic_interval(schedule, Draws(0, 3000))
     assert (t > s).all() and (s > r).all()
     for steps in (1, 2, 4):
-        grid = intervals.step_grid(schedule, steps)
+        grid = schedule.student_grid(steps)
         for begin, end in zip(grid[:-1], grid[1:], strict=True):
             assert ((t == begin) & (r == end)).any()
 

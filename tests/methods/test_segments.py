@@ -32,10 +32,13 @@ def pcm(count, oracle, **options):
     return staged(make(TCD, oracle, oracle, steps=count, segments=(count,), **PCM, **options), count)
 
 
+@pytest.mark.parametrize("name", ["cosine", "karras"])
 @pytest.mark.parametrize(("steps", "count"), [(12, 4), (10, 4), (7, 7), (9, 1)])
-def test_a_segment_ends_where_a_sampler_of_as_many_steps_begins_the_next(steps, count):
-    distiller = pcm(count, Gaussian(TWO, 0.5, COSINE, "v_prediction"), solver_steps=steps)
-    grid, times = COSINE.trajectory(steps), distiller.sampler().times
+def test_a_segment_ends_where_a_sampler_of_as_many_steps_begins_the_next(name, steps, count):
+    schedule, prediction_type = SCHEDULES[name], "v_prediction" if name == "cosine" else "epsilon"
+    distiller = pcm(count, Gaussian(TWO, 0.5, schedule, prediction_type), solver_steps=steps)
+    grid, times = schedule.trajectory(steps), distiller.sampler().times
+    times = torch.cat([times[:-1], grid[-1:]])  # EDM's trajectory ends at sigma_min
     for i, end in enumerate(distiller.segment_ends(torch.device("cpu"))):
         below = times[times < grid[i] - 1e-9]  # an end of a segment belongs to the one above it
         assert grid[end] == below[0]

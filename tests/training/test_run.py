@@ -145,7 +145,8 @@ def test_the_plan_counts_what_a_role_holds(mapping):
 
 def test_dmd2_under_adapters_holds_little_more_than_its_teacher_and_the_plan_says_so(mapping):
     """Student, fake score and average of rank 1; at the embedded teacher's size, rank 3 is below 1.15."""
-    mapping |= {"method": {"name": "dmd2", "gan_weight": 0.0}, "bank": {"name": "adapter", "rank": 1}, "optim": {}}
+    method = {"name": "dmd2", "gan_weight": 0.0, "student_update_interval": 2}
+    mapping |= {"method": method, "bank": {"name": "adapter", "rank": 1}, "optim": {}}
     run = Run(resolve(mapping))
     base = sum(p.numel() for name, p in run.distiller.bank.named_parameters() if "lora_" not in name)
     held = sum(p.numel() for p in run.distiller.bank.parameters())
@@ -226,7 +227,8 @@ def test_a_run_does_not_write_its_pictures_among_its_images(mapping, tmp_path):
 def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     first = Run(resolve(mapping)).train()
     weights = load_file(first / "unet/diffusion_pytorch_model.safetensors")
-    sections = mapping | {"method": {"name": "dmd2", "steps": 1}, "optim": {}, "bank": {"init_from": str(first)}}
+    method = {"name": "dmd2", "steps": 1, "student_update_interval": 2}
+    sections = mapping | {"method": method, "optim": {}, "bank": {"init_from": str(first)}}
     sections["train"] = {**mapping["train"], "output_dir": str(tmp_path / "second"), "ema": 0.9}
     run = Run(resolve(sections))
     bank, name = run.distiller.bank, "conv_in.weight"

@@ -49,6 +49,16 @@ def test_what_was_measured_on_something_else_is_not_compared(tmp_path):
     assert BestStudent(tmp_path).record("train")["metric"] == "fid"
 
 
+def test_distances_of_other_samplers_are_not_compared(tmp_path):
+    """A run may be resumed with other sampling steps."""
+    best = BestStudent(tmp_path)
+    best.offer("train", 1, {"fd": 1.0}, weights(1.0), {"sampler": "Renoise", "steps": 4})
+    best.offer("train", 2, {"fd": 2.0}, weights(2.0), {"sampler": "Renoise", "steps": 4})
+    assert best.record("train")["step"] == 1
+    best.offer("train", 3, {"fd": 3.0}, weights(3.0), {"sampler": "Renoise", "steps": 1})
+    assert (best.record("train")["step"], best.record("train")["steps"]) == (3, 1)
+
+
 def test_without_a_distance_nothing_is_chosen(tmp_path):
     BestStudent(tmp_path).offer("train", 1, {"accuracy": 0.9}, weights(1.0))
     assert not list(tmp_path.iterdir())

@@ -97,6 +97,24 @@ def test_a_run_too_short_for_its_stages_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "steps", "stage"),
+    [
+        ("add", {"critic_warmup": 4}, 4, "train"),
+        ("dmd2", {"student_update_interval": 5}, 4, "train"),
+        ("sana_sprint", {}, 1, "train"),
+        ("lightning", {"start": 4, "via": [2], "steps": 1, "critic_warmup": 4}, 12, "1-steps-conditional"),
+    ],
+)
+def test_a_run_in_which_a_student_would_stay_as_it_is_is_refused(tmp_path, method, options, steps, stage):
+    mapping = sections(tmp_path, teacher_for(method), method, steps=steps)
+    mapping["method"] |= options
+    message = rf"train\.steps: expected enough to update the student in every stage, got {steps}, .*'{stage}' has \d"
+    with pytest.raises(ValueError, match=message):
+        Run(resolve(mapping))
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------- data
 
 
