@@ -254,7 +254,6 @@ def test_options_out_of_range_are_refused(options, message):
         ({"guidance_range": (1.0, 4.0)}, "unconditional"),
         ({"guidance_scale": 0.0}, "at least 1"),
         ({"steps": 51}, "expected 1 to solver_steps = 50"),
-        ({"steps": 3, "solver_steps": 30}, "must divide the teacher's 1000"),
         ({"solver_steps": 2000}, "1000 timesteps"),
     ],
 )
