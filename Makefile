@@ -19,8 +19,10 @@ STAMP := $(VENV)/.stepdistill-installed
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --config configs/demo.yaml
 
+# A test that is not done after ten minutes hangs: its process prints where, and ends.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --max-worker-restart 1 \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 check: $(STAMP)
 	$(BIN)/ruff check

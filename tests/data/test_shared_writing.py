@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training.processes import wait_until
 
 from stepdistill.data.shard_writing import lock_of, write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, shard_path
@@ -52,7 +53,7 @@ def test_several_processes_make_every_shard_once(tmp_path):
     together.mkdir()
     processes = [started(together) for _ in range(3)]
     for process in processes:
-        process.join()
+        process.join(60)
         assert process.exitcode == 0
     assert sorted(made(together)) == list(range(0, 22, 2))
     assert {path.name: path.read_bytes() for path in together.glob("shard-*")} == expected
@@ -66,15 +67,13 @@ def test_a_killed_process_leaves_its_shard_to_the_others(tmp_path):
     expected, folder = alone(tmp_path / "alone"), tmp_path / "killed"
     folder.mkdir()
     doomed = started(folder, stuck_at=4)
-    while not (folder / "made.txt").is_file() or 4 not in made(folder):
-        time.sleep(0.005)
+    wait_until(lambda: (folder / "made.txt").is_file() and 4 in made(folder))
     helper = started(folder)  # makes all others, and then waits
-    while len(list(folder.glob("shard-*.safetensors"))) < 10:
-        time.sleep(0.005)
+    wait_until(lambda: len(list(folder.glob("shard-*.safetensors"))) == 10)
     assert helper.is_alive()
     os.kill(doomed.pid, signal.SIGKILL)
-    doomed.join()
-    helper.join()
+    doomed.join(60)
+    helper.join(60)
     assert helper.exitcode == 0 and made(folder).count(4) == 2
     assert {path.name: path.read_bytes() for path in folder.glob("shard-*")} == expected
 
