@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 
 if TYPE_CHECKING:
     from contracts.stock import StockDiffusers
 
     from stepdistill.features.base import FeatureExtractor
 
+# By default progress bars share a lock with forked children, and a child that is killed while it holds it keeps it.
+TqdmDefaultWriteLock.mp_lock = None
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, which none of the above does
 # for networks this small a second thread costs more than it gives; TEST_THREADS=2 shows that nothing rests on it
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

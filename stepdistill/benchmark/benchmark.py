@@ -24,7 +24,7 @@ from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
 from stepdistill.benchmark.curves import ON_SEARCH
 from stepdistill.benchmark.judge import Judge
 from stepdistill.benchmark.results import read_benchmark_result
-from stepdistill.benchmark.samples import Samples, conditions_of
+from stepdistill.benchmark.samples import Samples, conditions_of, first_places, places_by_class
 from stepdistill.benchmark.shapes import check_shapes, side_to_crop_to, size_arguments
 from stepdistill.benchmark.solvers import SolverRow, check_solvers, solver_rows
 from stepdistill.benchmark.students import (
@@ -53,7 +53,6 @@ from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_w
 SHOWN = 20
 """Images per row of the picture."""
 
-
 TIMED = 4
 """Batches whose median is a row's seconds; the first is left out."""
 
@@ -72,10 +71,14 @@ class Benchmark:
         self.family = load_teacher(config.teacher)
         self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip, attributes=config.attributes)
         self.suite.check(config.metrics)
+        if "fd" not in config.metrics:
+            raise ValueError(f"metrics: expected 'fd', which the table is sorted by, among {list(config.metrics)}")
         self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
         self.held_out = ImageSet(EMBEDDED.get(config.held_out, config.held_out)) if config.held_out else None
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
+        labels = torch.arange(config.num_samples) % self.family.num_classes if self.family.num_classes else None
+        self.suite.check_conditions(config.metrics, labels, self.captions)
         check_shapes(config, self.family)
         check_solvers(config, self.family)
         self.size = size_arguments(config, self.family)
@@ -86,9 +89,12 @@ class Benchmark:
             **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
         )
         self.rows: list[Row] = self._finished_rows()
+        self.further: list[Row] = []
+        """Rows of the file that the configuration does not ask for (any more); they stay there."""
 
     def run(self) -> list[Row]:
         """Make the missing rows of the configuration, and return all of them."""
+        self.rows, self.further = [], [*self.rows, *self.further]
         if self.held_out is not None:
             self.add(f"{min(len(self.held_out), self.config.num_samples):,} held-out images", self.floor)
         elif self.suite.reference.images is not None:
@@ -107,7 +113,7 @@ class Benchmark:
 
     def add(self, name: str, make: Callable[[str], Row], same: Mapping[str, Any] | None = None) -> Row:
         """Return the row of this name, and make it unless there is one with the values that must be the ``same``."""
-        existing = next((row for row in self.rows if row["name"] == name), None)
+        existing = self._finished(lambda row: row["name"] == name)
         if existing is not None:
             if existing == {**existing, **(same or {})}:
                 return existing
@@ -120,7 +126,9 @@ class Benchmark:
     def add_student(self, row: StudentRow, **about: str) -> Row:
         """Return the row of an exported student, made again if the student was trained again."""
         same = {"sha256": fingerprint_pipeline(row.folder), **about}
-        return self.add(row.name, lambda name: self.student(name, row) | about, same)
+        student = self.add(row.name, lambda name: self.student(name, row) | about, same)
+        self._finished(lambda row: row["name"] == student.get("start"))
+        return student
 
     def judge_training(self) -> None:
         """Add what the students started from, and the teacher's metric on the samples of learning curves."""
@@ -139,7 +147,7 @@ class Benchmark:
         if start is None:
             return
         sha256 = fingerprint_start(start)
-        row = next((row for row in self.rows if row.get("start_sha256") == sha256), None)
+        row = self._finished(lambda row: row.get("start_sha256") == sha256)
         if row is None:
             make = functools.partial(self.start, folder=start)
             row = self.add(f"start of {student['name']}", make, {"start_sha256": sha256})
@@ -155,7 +163,16 @@ class Benchmark:
         self._write()
 
     def _write(self) -> None:
-        write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": self.rows})
+        write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": [*self.rows, *self.further]})
+
+    def _finished(self, is_wanted: Callable[[Row], bool]) -> Row | None:
+        """Return the finished row that is wanted, which from now on is one of the configuration's."""
+        for row in self.further:
+            if is_wanted(row):
+                self.further.remove(row)
+                self.rows.append(row)
+                return row
+        return next(filter(is_wanted, self.rows), None)
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -265,7 +282,8 @@ class Benchmark:
         config = self.config
         if config.judge is None:
             return None
-        kept = self.path.with_name(f"{self.path.stem}-{config.judge}.npz")
+        reference = str(self.suite.reference.about.get("sha256", ""))[:8]
+        kept = self.path.with_name(f"{self.path.stem}-{config.judge}-{reference}.npz")
         return Judge(config.judge, config.reference, config.judge_samples or config.num_samples, kept)
 
     def _finished_rows(self) -> list[Row]:
@@ -316,9 +334,9 @@ class Benchmark:
         real = self._real(len(self.held_out)) if self.held_out is not None else self.suite.reference.images
         assert real is not None
         if self.captions is not None and real.captions is not None:
-            chosen = _first_places(real.captions, self.captions[:count])
+            chosen = first_places(real.captions, self.captions[:count])
         elif real.labels is not None and number is not None:
-            chosen = _places_by_class(real.labels, number, count)
+            chosen = places_by_class(real.labels, number, count)
         else:
             chosen = list(range(min(count, len(real.pixels))))
         return real.pixels[torch.tensor(chosen)] / 255
@@ -330,18 +348,3 @@ def _renamed(call: Mapping[str, Any]) -> dict[str, Any]:
     if "num_inference_steps" in row:
         row["steps"] = row.pop("num_inference_steps")
     return row
-
-
-def _first_places(captions: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Return the place of each wanted caption; 0 if there is no such caption."""
-    places = dict(zip(captions, range(len(captions)), strict=True))
-    return [places.get(caption, 0) for caption in wanted]
-
-
-def _places_by_class(labels: Tensor, number: int, count: int) -> list[int]:
-    """Return places whose classes are 0, 1, ..., number - 1, 0, 1, ..."""
-    places = []
-    for index in range(count):
-        of_class = (labels == index % number).nonzero()
-        places.append(int(of_class[index // number]))
-    return places

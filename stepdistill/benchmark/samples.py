@@ -90,3 +90,18 @@ def _small(images: Tensor) -> np.ndarray:
 
 def _kind(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape}"
+
+
+def first_places(captions: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Return the place of each wanted caption; 0 if there is no such caption."""
+    places = dict(zip(captions, range(len(captions)), strict=True))
+    return [places.get(caption, 0) for caption in wanted]
+
+
+def places_by_class(labels: Tensor, number: int, count: int) -> list[int]:
+    """Return places whose classes are 0, 1, ..., number - 1, 0, 1, ..."""
+    places = []
+    for index in range(count):
+        of_class = (labels == index % number).nonzero()
+        places.append(int(of_class[index // number]))
+    return places

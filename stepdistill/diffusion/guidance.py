@@ -105,11 +105,16 @@ def guide(
 def rescaled(velocity: Tensor, like: Tensor, rescale: Literal["token", "global", "row"], amount: float = 1.0) -> Tensor:
     """Return velocities (B, C, H, W) with the norms of ``like``, per token, per row of pixels, or per image.
 
-    Per image only if that shortens them, to ``amount`` of the norm.
+    Per image only if that shortens them, to ``amount`` of the norm. A clip (B, C, F, H, W) has one norm; its tokens and
+    rows are those of its frames.
     """
     if rescale == "global":
-        ratio = amount * _norm(like, (1, 2, 3)) / _norm(velocity, (1, 2, 3))
+        axes = tuple(range(1, velocity.ndim))
+        ratio = amount * _norm(like, axes) / _norm(velocity, axes)
         return velocity * ratio.clamp(max=1)
+    if velocity.ndim == 5:
+        frames, wanted = (clips.transpose(1, 2).flatten(0, 1) for clips in (velocity, like))
+        return rescaled(frames, wanted, rescale).unflatten(0, (len(velocity), -1)).transpose(1, 2)
     if rescale == "row":
         return velocity * (_norm(like, (3,)) / _norm(velocity, (3,)))
     side = 2 if velocity.shape[2] % 2 == velocity.shape[3] % 2 == 0 else 1

@@ -40,6 +40,7 @@ def _held(path: Path, how: int) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not let go while a forked child has the descriptor, too
         os.close(descriptor)
 
 

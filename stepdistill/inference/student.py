@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.samplers import DDIM, sample
+from stepdistill.diffusion.schedule import DiscreteVP
 from stepdistill.export.model_card import SampleSheet
 from stepdistill.families.base import Family
 from stepdistill.families.latent import TextToImageFamily
@@ -78,11 +79,12 @@ def sample_sheet(distiller: Distiller, *, seed: int = 0) -> SampleSheet:
     with family.on_device(device):
         cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
         noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators_of(seed, indices)])
-        ddim = DDIM(schedule, schedule.grid(TEACHER_STEPS))
+        steps = min(TEACHER_STEPS, schedule.num_timesteps) if isinstance(schedule, DiscreteVP) else TEACHER_STEPS
+        ddim = DDIM(schedule, schedule.grid(steps))
         x0 = sample(distiller.teacher.guided(cond, guidance), ddim, schedule.initial_noise(noise.to(device)))
         teacher = torch.cat([family.decode(some).cpu() for some in x0.float().split(images_at_a_time(family))])
     picture = make_grid(torch.cat([student, teacher]), columns=SHEET)
-    return SampleSheet(picture, TEACHER_STEPS, conditions_of(family, indices))
+    return SampleSheet(picture, steps, conditions_of(family, indices))
 
 
 def conditions_of(family: Family, indices: range) -> list[str]:

@@ -13,6 +13,7 @@ from stepdistill.diffusion.prediction import Denoise
 from stepdistill.diffusion.samplers import DDIM, Sampler, Visit, rollout, visits
 from stepdistill.diffusion.schedule import NoiseSchedule, expand
 from stepdistill.families.base import MIN_ALPHA, Family
+from stepdistill.losses.consistency import check_intervals
 from stepdistill.losses.regression import mean_square
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.randomness import Draws
@@ -94,6 +95,11 @@ def landing_loss(teacher: Denoise, schedule: NoiseSchedule, first: Visit, steps:
         landed = rollout(teacher, ddim, first.x_t, steps, torch.zeros_like)
     end = ddim.times[steps].expand(len(first.t)).to(first.t)
     return mean_square(first.prediction.x0, invert_step(first.x_t, landed, first.t, end, schedule)).mean()
+
+
+def check_landing(schedule: NoiseSchedule, of: int) -> None:
+    """Raise ``ValueError`` unless the teacher has as many steps as :func:`landing_loss` counts to data."""
+    check_intervals(schedule, 1, of, "anchor_steps")
 
 
 def check_first_step(family: Family, t: float = 1.0) -> None:

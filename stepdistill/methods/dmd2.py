@@ -164,6 +164,12 @@ class DMD2(Distiller):
         return ConsistencySampler(family.schedule, times)
 
     @classmethod
+    def check(cls, config: Config, family: Family) -> None:
+        super().check(config, family)
+        if config.diversity:
+            student_inputs.check_landing(family.schedule, config.anchor_steps)
+
+    @classmethod
     def trains_on_images(cls, config: Config) -> bool:
         return config.gan_weight > 0
 

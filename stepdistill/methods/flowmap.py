@@ -132,6 +132,7 @@ class FlowMap(Distiller):
             alphas = ("alpha_least", "alpha_begin", "alpha_end")
             refuse_unread(self, alphas, self.target != "alpha", "without target 'alpha'")
             refuse_unread(self, ["guidance_mix"], not self.guides_itself, "without velocity 'data' and guidance")
+            refuse_unread(self, ["step"], self.target != "difference", "without target 'difference'")
             refuse_unread(self, ["to_clean", "from_noise"], self.target == "shortcut", "with target 'shortcut'")
 
         @property

@@ -28,6 +28,7 @@ from stepdistill.diffusion.schedule import Karras
 from stepdistill.diffusion.shift import shifted
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses import levels
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
 from stepdistill.losses.self_consistency import (
@@ -38,7 +39,7 @@ from stepdistill.losses.self_consistency import (
     angle_sampler,
     check_derivative,
 )
-from stepdistill.losses.student_inputs import diversity_ratio, simulation
+from stepdistill.losses.student_inputs import check_first_step, diversity_ratio, simulation
 from stepdistill.methods.base import Distiller, Losses, last_of
 from stepdistill.randomness import Draws
 
@@ -92,6 +93,7 @@ class RCM(Distiller):
                 raise ValueError(f"mid_sigma: expected none with grid 'paper', got {self.mid_sigma}")
             if not self.consistency_weight and not self.matching_weight:
                 raise ValueError("matching_weight: expected above 0 where consistency_weight is 0, got 0")
+            refuse_unread(self, ["warmup"], not self.consistency_weight, "without consistency_weight")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
@@ -105,6 +107,7 @@ class RCM(Distiller):
     @classmethod
     def check(cls, config: Config, family: Family) -> None:
         super().check(config, family)
+        check_first_step(family)  # of matching, whatever the grid
         check_derivative(config, family)
 
     def build(self) -> None:

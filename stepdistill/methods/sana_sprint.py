@@ -101,7 +101,19 @@ class SanaSprint(Distiller):
     def check(cls, config: Config, family: Family) -> None:
         super().check(config, family)
         family.check_guidance(max(config.guidance_range, default=1.0))
+        cls.check_retimed(config, family)
         check_derivative(config, cls.student_family(config, family))
+
+    @classmethod
+    def check_retimed(cls, config: Config, family: Family) -> None:
+        """Raise ``ValueError`` if the teacher's pipeline cannot sample a student that is told other times."""
+        student = cls.student_family(config, family)
+        try:
+            student.check_sampler(cls.make_sampler(config, student))
+        except ValueError as error:
+            if not config.retime:
+                raise
+            raise ValueError(f"method.retime: expected 0, got {config.retime}: {error}") from error
 
     @classmethod
     def extra_inputs(cls, config: Config) -> Inputs:

@@ -31,6 +31,7 @@ next time by the fraction gamma, then add noise to return to it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import ClassVar, Literal
 
 import torch
@@ -123,6 +124,10 @@ class TCD(Distiller):
             last = self.last_segments
             if self.steps != last and (last > 1 or self.target == "edge"):
                 raise ValueError(f"steps: expected the last number of segments, {last}, got {self.steps}")
+            falling = (self.solver_steps + 1, *self.segments)
+            if any(later >= earlier for earlier, later in itertools.pairwise(falling)):
+                limit, given = self.solver_steps, list(self.segments)
+                raise ValueError(f"segments: expected falling numbers, at most solver_steps = {limit}, got {given}")
             if self.gamma and last > 1:
                 raise ValueError(f"gamma: expected 0 with segments, which no jump leaves, got {self.gamma}")
             refuse_unread(self, ["adversarial"], not self.adversarial_weight, "without adversarial_weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def shared_dropout(bank: NetworkBank, role: str) -> Iterator[None]:
 
 def is_single_precision(bank: NetworkBank, role: str, device: torch.device) -> bool:
     """Return whether ``role`` computes in float32 or better now: no autocast, and no frozen weights of bfloat16."""
-    return not torch.is_autocast_enabled(device.type) and not _half_tensors(bank, role)
+    half = _half_tensors(bank, role) or _half_layers(bank, role)
+    return not torch.is_autocast_enabled(device.type) and not half
 
 
 def in_one_pass(bank: NetworkBank, role: str, device: torch.device) -> bool:
@@ -63,17 +65,30 @@ def single_precision(bank: NetworkBank, role: str, device: torch.device) -> Iter
     if any(map(is_share, half)):
         raise ValueError("teacher.dtype: expected float32 for a difference of two calls of divided networks, got less")
     types = [tensor.dtype for tensor in half]
+    layers = [(layer, layer.compute_dtype) for layer in _half_layers(bank, role)]
     for tensor in half:
         tensor.data = tensor.data.float()
+    for layer, _ in layers:
+        layer.compute_dtype = torch.float32
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for tensor, dtype in zip(half, types, strict=True):
             tensor.data = tensor.data.to(dtype)
+        for layer, dtype in layers:
+            layer.compute_dtype = dtype
+
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def _half_tensors(bank: NetworkBank, role: str) -> list[Tensor]:
-    half = (torch.bfloat16, torch.float16)
     with bank.using(role) as network:
-        return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.dtype in half]
+        return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.dtype in HALF]
+
+
+def _half_layers(bank: NetworkBank, role: str) -> list[Any]:
+    """Return the layers that cast their input to less than float32, as bitsandbytes' of 4 bits do."""
+    with bank.using(role) as network:
+        return [layer for layer in network.modules() if getattr(layer, "compute_dtype", None) in HALF]

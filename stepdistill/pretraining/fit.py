@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepdistill.files.ranges import Decay, PositiveFloat, PositiveInt, Seed
+from stepdistill.randomness import derive_seed
 
 WARMUP_STEPS = 200
 
@@ -112,6 +113,8 @@ def fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
+    if accelerator.num_processes > 1:  # losses draw noise and timesteps globally: from other numbers in every process
+        torch.manual_seed(derive_seed(config.seed, accelerator.process_index))
     losses = _LossLog(log)
     progress = tqdm(range(1, config.steps + 1), disable=not accelerator.is_main_process, desc=log.parent.name)
     for step in progress:

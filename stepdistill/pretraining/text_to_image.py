@@ -93,7 +93,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
             if accelerator.is_main_process:  # a folder is complete or absent
                 made.save_pretrained(folder / f"{name}.partial")
                 (folder / f"{name}.partial").replace(folder / name)
-            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # also where it was there: a slower process may have come after it was made
         return folder / name
 
     texts = list(itertools.chain.from_iterable(captions))
@@ -108,9 +108,10 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     vae = part("vae", functools.partial(train_vae, images, values, sizes, config.vae, accelerator))
     part("clip", functools.partial(clip, config.clip))
     part("judge", lambda log: clip(config.judge, log).half())
-    for name in ("clip", "judge"):
-        tokenizer.save_pretrained(folder / name)
-        image_processor(images.shape[-1]).save_pretrained(folder / name)
+    if accelerator.is_main_process:
+        for name in ("clip", "judge"):
+            tokenizer.save_pretrained(folder / name)
+            image_processor(images.shape[-1]).save_pretrained(folder / name)
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
     pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
     latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -90,11 +91,19 @@ class Reporter:
         Raises:
             DivergenceError: if the run has diverged, saying which checkpoint is from before.
         """
-        values = {name: round(float(value), 6) for name, value in self._unwritten.items()}
+        values = {name: round(value, 6) for name, value in self._averages().items()}
         self._unwritten = {}
         self.write_row(step, stage, {**values, **further, WAITING: self.waiting.take()})
         self._check_divergence(step, values)
         return values
+
+    def _averages(self) -> dict[str, float]:
+        """Return what was collected, of several processes the average: all judge the run by the same numbers."""
+        if self.accelerator.num_processes == 1 or not self._unwritten:
+            return {name: float(value) for name, value in self._unwritten.items()}
+        scalars = torch.stack([torch.as_tensor(value).float() for value in self._unwritten.values()])
+        means = self.accelerator.reduce(scalars.to(self.accelerator.device), reduction="mean")
+        return dict(zip(self._unwritten, means.tolist(), strict=True))
 
     def write_samples(self, step: int, images: Images) -> None:
         """Write a grid of a step's samples."""

@@ -24,7 +24,7 @@ from stepdistill.files.reading import parse_json
 from stepdistill.files.writing import atomic_write, writing_to
 from stepdistill.networks.sharding import write
 
-DISTANCES = ("fd", "fid", "kd", "kid", "cmmd")
+DISTANCES = ("fd", "fid", "kd", "kid", "cmmd", "mmd")
 """Metrics by which students are selected; lower is better."""
 
 

@@ -229,6 +229,8 @@ def test_what_a_teacher_has_not_is_refused_before_anything_is_measured(tmp_path)
     for changed, why in (
         ({"shapes": ((28, 28),)}, "shapes: expected none: .* takes no text, and samples one size"),
         ({"solvers": {"DDIM": (1,), "UniPCC": (4,)}}, "solver: got 'UniPCC'; did you mean 'UniPC'"),
+        ({"metrics": ("spread",)}, "metrics: expected 'fd', which the table is sorted by"),
+        ({"metrics": ("fd", "prompt_spread")}, "'prompt_spread' needs captions"),
         ({"teacher_steps": 1001}, "teacher_steps: expected at most 1000, on which .* was trained, got 1001"),
         ({"solvers": {"Heun": (4, 2001)}}, "solvers.Heun: expected at most 1000, on which .* was trained, got 1001"),
     ):
@@ -274,6 +276,18 @@ def test_rows_are_made_once_and_resumed(finished, monkeypatch):
     bench = Benchmark(config)
     bench.run()
     assert {row["name"]: row for row in bench.rows} == before
+
+
+def test_rows_that_are_not_asked_for_any_more_stay_in_the_file_only(finished, monkeypatch):
+    folder, config = finished
+    before = rows_of(folder)
+    monkeypatch.setattr(Benchmark, "_measure", lambda *args, **options: pytest.fail("measured again"))
+    fewer = Benchmark(dataclasses.replace(config, solvers={"UniPC": (4,)}))
+    names = [row["name"] for row in fewer.run()]
+    assert "UniPC, 4 calls" in names and "start of ours, 2 steps" in names and "Heun, 3 calls" not in names
+    fewer._write()
+    assert rows_of(folder) == before
+    assert {row["name"] for row in Benchmark(config).run()} == before.keys()
 
 
 def test_seconds_of_all_rows_are_taken_again_in_one_run_and_nothing_else_changes(finished, monkeypatch):

@@ -125,9 +125,11 @@ def test_a_kill_at_every_rename_leaves_whole_shards_and_their_hashes(tmp_path: P
     for kill in range(14):  # the manifest, and for each of three shards its hash and the shard, before and after
         folder, child = tmp_path / f"{kill}", os.fork()
         if child == 0:
-            _die_at(kill)
-            written(folder)
-            os._exit(0)
+            try:
+                _die_at(kill)
+                written(folder)
+            finally:
+                os._exit(0)  # the child must never go on as a second pytest
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         for path in folder.glob("shard-*.safetensors"):
             assert path.read_bytes() == (whole / path.name).read_bytes()

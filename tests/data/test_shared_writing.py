@@ -1,5 +1,6 @@
 """Shards that several processes write at once: each once, the same bytes, and whole after any kill."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -95,6 +96,18 @@ def test_a_lock_is_held_by_one(tmp_path):
     with try_locked(tmp_path / "a/.lock") as again:
         assert again
     assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
+
+
+def test_a_child_that_was_forked_meanwhile_holds_no_lock(tmp_path):
+    with locked(tmp_path / "lock"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        waiting = os.open(tmp_path / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while another descriptor's lock is there
+    finally:
+        os.close(waiting)
+        child.kill()
 
 
 def test_a_link_is_no_lock(tmp_path):

@@ -81,6 +81,16 @@ def test_rescaling_keeps_the_norm_of_every_token_or_never_lengthens_the_image(si
     assert torch.equal(rescaled(like, velocity, "global"), like)
 
 
+def test_a_clip_is_rescaled_as_one_image_or_by_the_tokens_of_its_frames():
+    velocity, like = 3 * torch.randn(2, 3, 5, 4, 6), torch.randn(2, 3, 5, 4, 6)
+    whole = (rescaled(velocity, like, "global") / velocity).flatten(1)
+    torch.testing.assert_close(whole, whole[:, :1].expand_as(whole))
+    for rescale in ("token", "row"):
+        seen = rescaled(velocity, like, rescale)
+        for frame in range(5):
+            torch.testing.assert_close(seen[:, :, frame], rescaled(velocity[:, :, frame], like[:, :, frame], rescale))
+
+
 # ------------------------------------------------------------------------------------------ matching and guidance
 
 

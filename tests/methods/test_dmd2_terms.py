@@ -3,6 +3,8 @@
 import pytest
 import torch
 from adversarial_students import taught_by
+from contracts.cases import train_student
+from diffusers import DDIMScheduler
 from network_calls import calls_of
 from oracles import SCHEDULES, Gaussian, teacher_denoiser, three_clusters
 
@@ -216,3 +218,19 @@ def test_a_teacher_that_is_guidance_distilled_has_no_guidance_to_split_off(metho
     method.check(method.Config(**options), teacher)
     with pytest.raises(ValueError, match="guidance"):
         method.check(method.Config(guidance_scale=3.0, **options), teacher)
+
+
+def few_timesteps():
+    """A teacher of twenty timesteps."""
+    options = {"beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 0.4, "prediction_type": "epsilon"}
+    return Pixel.tiny(prediction_type="epsilon", scheduler=DDIMScheduler(num_train_timesteps=20, **options).config)
+
+
+def test_an_anchor_of_more_steps_than_the_teacher_has_is_refused():
+    with pytest.raises(ValueError, match=r"method.anchor_steps: expected at most the teacher's 20 timesteps, got 30"):
+        DMD2.check(DMD2.Config(diversity=0.1), few_timesteps())
+
+
+def test_a_teacher_of_few_timesteps_is_drawn_with_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.inference.student.TEACHER_STEPS", 50)
+    assert train_student(tmp_path, few_timesteps(), "cdm", "copy").folder.joinpath("pipeline").is_dir()

@@ -273,7 +273,8 @@ def test_from_data_the_derivatives_target_is_right_in_the_mean_and_alphas_is_not
 @pytest.mark.parametrize(("name", "kind"), [pair for pair in KINDS if pair[0] != "karras"])
 @pytest.mark.parametrize("target", ["jvp", "difference"])
 def test_of_two_slices_the_exact_student_is_an_optimum(name, kind, target):
-    distiller, oracle = perfect(name, kind, family=TwoSlices, slices="two", target=target, step=1e-4, from_noise=0.0)
+    options = {"step": 1e-4} if target == "difference" else {}
+    distiller, oracle = perfect(name, kind, family=TwoSlices, slices="two", target=target, from_noise=0.0, **options)
     batch = batch_of(oracle, 64)
     losses = distiller("student", batch, Draws(0, 64)).terms
     assert losses["anchor"] < 1e-6 and losses["consistency"] < 1e-3

@@ -19,7 +19,7 @@ from stepdistill.losses.average_velocity import Interval
 from stepdistill.methods.flowmap import FlowMap
 from stepdistill.networks.adapter_bank import AdapterBank
 from stepdistill.networks.copy_bank import CopyBank
-from stepdistill.networks.modes import single_precision
+from stepdistill.networks.modes import is_single_precision, single_precision
 from stepdistill.randomness import Draws
 
 TARGETS = ["difference", "jvp", "alpha", "shortcut", "split"]
@@ -190,6 +190,17 @@ def test_a_difference_is_taken_in_float32_under_autocast():
     assert (low - expected).norm() > 0.1 * expected.norm()
     with single_precision(distiller.bank, "student", torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
+
+
+def test_layers_that_cast_their_input_compute_in_float32_for_a_difference():
+    """As bitsandbytes' layers of 4 bits do on a base of bfloat16; the difference was rounding noise."""
+    distiller, cpu = tiny(), torch.device("cpu")
+    layer = next(m for m in distiller.bank.networks["student"].modules() if isinstance(m, torch.nn.Linear))
+    layer.compute_dtype = torch.bfloat16
+    assert not is_single_precision(distiller.bank, "student", cpu)
+    with single_precision(distiller.bank, "student", cpu):
+        assert layer.compute_dtype == torch.float32 and is_single_precision(distiller.bank, "student", cpu)
+    assert layer.compute_dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------- weights

@@ -128,6 +128,8 @@ def test_a_student_with_the_papers_grid_is_exported_with_it(tmp_path):
 def test_the_papers_grid_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match=r"method\.grid: expected 'even'"):
         RCM.make_sampler(RCM.Config(grid="paper"), PIXELS["pixel-edm"]())
+    with pytest.raises(ValueError, match="pure noise"):  # where matching begins on any grid
+        RCM.check(RCM.Config(grid="paper", steps=2), Pixel.tiny(prediction_type="epsilon"))
     with pytest.raises(ValueError, match="steps: expected at most 4 with grid 'paper', got 5"):
         build(RCM.Config, {"grid": "paper", "steps": 5})
 
@@ -137,6 +139,8 @@ def test_a_configuration_that_cannot_be_meant_is_refused():
         build(RCM.Config, {"student_update_interval": 1})
     with pytest.raises(ValueError, match="matching_weight: expected above 0"):
         build(RCM.Config, {"matching_weight": 0.0, "consistency_weight": 0.0})
+    with pytest.raises(ValueError, match="warmup"):
+        build(RCM.Config, {"warmup": 2, "consistency_weight": 0.0})
 
 
 # ---------------------------------------------------------------------------------------- the known optimum

@@ -11,6 +11,7 @@ from stepdistill import load_pipeline
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.wan import Wan
 from stepdistill.files.schema import build
 from stepdistill.methods.base import Stage
 from stepdistill.methods.sana_sprint import RETIME, SanaSprint
@@ -150,6 +151,12 @@ def test_only_a_flow_can_be_retimed():
     with pytest.raises(ValueError, match=r"method\.retime: expected 0.*DiscreteVP"):
         SanaSprint.check(SanaSprint.Config(retime=0.5), Pixel.tiny())
     SanaSprint.check(SanaSprint.Config(retime=0.5), flow())
+
+
+def test_a_pipeline_that_takes_no_times_is_retimed_for_one_step_only():
+    SanaSprint.check(SanaSprint.Config(retime=0.5, steps=1), Wan.tiny())
+    with pytest.raises(ValueError, match=r"method\.retime: expected 0, got 0.5: .*takes no times"):
+        SanaSprint.check(SanaSprint.Config(retime=0.5, steps=2), Wan.tiny())
 
 
 def test_a_retimed_student_is_told_unit_times_and_differentiated_exactly():

@@ -229,3 +229,9 @@ def test_a_phased_student_with_a_critic_covers_all_modes():
     student, teacher = landing(distiller, oracle, 2, size=3000)
     assert mode_test(shares, 1) < 0.02 and stray < 0.1, shares
     assert student < 0.6 * teacher
+
+
+@pytest.mark.parametrize("segments", [[8, 4, 4], [4, 8], [64, 4], [4, 4]])
+def test_segments_fall_and_no_more_of_them_than_the_solver_has_steps(segments):
+    with pytest.raises(ValueError, match="segments: expected falling numbers, at most solver_steps = 50, got"):
+        build(TCD.Config, {"segments": segments, "solver_steps": 50, "steps": segments[-1]})

@@ -1,5 +1,6 @@
 """Teachers trained here: the parts of a text-to-image one, and the pipeline they make."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -29,6 +30,39 @@ from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_
 from stepdistill.pretraining.vae import encode, whiten
 
 CONFIG = "configs/teacher_faces.yaml"
+
+
+class Ranks:
+    """An accelerator that is one of two processes, and prepares nothing."""
+
+    num_processes, is_main_process, device = 2, False, torch.device("cpu")
+    autocast = staticmethod(contextlib.nullcontext)
+    clip_grad_norm_ = staticmethod(lambda *args: None)
+
+    def __init__(self, rank):
+        self.process_index = rank
+
+    def prepare(self, *parts):
+        return parts
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_every_process_trains_on_noise_of_its_own(tmp_path):
+    seen = {0: [], 1: []}
+    for rank, noise in seen.items():
+
+        def loss(network, index, generator, noise=noise):
+            noise.append(torch.randn(3))
+            return network.weight.square().sum()
+
+        torch.manual_seed(0)
+        config = FitConfig(model={}, steps=2, batch_size=2)
+        fit(torch.nn.Linear(1, 1), loss, count=8, config=config, accelerator=Ranks(rank), log=tmp_path / "log.jsonl")
+    assert all((mine != other).all() for mine, other in zip(seen[0], seen[1], strict=True))
+
+
 PARTS = ("vae", "clip", "judge", "unet", "together")
 
 

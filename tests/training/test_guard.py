@@ -1,10 +1,13 @@
 """The guard: after the first number that is not finite nothing is stepped, and the place is named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from stepdistill.training.divergence import ADVICE, DivergenceError, DivergenceGuard, patience_of
 from stepdistill.training.guards import FiniteGuard, NonFiniteError
+from stepdistill.training.reporting import Reporter
 
 NAN, INF = float("nan"), float("inf")
 
@@ -161,3 +164,16 @@ def test_rows_that_deceive_by_chance_stop_no_run():
     divergence = DivergenceGuard(patience=0)
     for step, deceived in enumerate(deceives):
         divergence.check(step, {"student/diversity_ratio": 0.02 if deceived else 0.7})
+
+
+def test_all_processes_judge_a_run_by_the_average_of_their_numbers(tmp_path):
+    told = []
+    accelerator = SimpleNamespace(
+        num_processes=2, is_main_process=False, device=torch.device("cpu"),
+        log=lambda values, step: told.append(values),
+        reduce=lambda scalars, reduction: (scalars + 3) / 2,  # the other process has 3 everywhere
+    )  # fmt: skip
+    reporter = Reporter(accelerator, tmp_path, 10)
+    reporter.collect({"student/loss": torch.tensor(1.0), "critic/loss": torch.tensor(5.0, dtype=torch.float64)})
+    assert reporter.write(1, SimpleNamespace(name="train"), {}) == {"student/loss": 2.0, "critic/loss": 4.0}
+    assert told[0]["critic/loss"] == 4.0 and reporter.write(2, SimpleNamespace(name="train"), {}) == {}

@@ -30,6 +30,12 @@ def test_only_a_better_measurement_replaces_what_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+def test_cmmd_on_other_features_than_a_clips_selects_too(tmp_path):
+    best = BestStudent(tmp_path)
+    best.offer("train", 1, {"mmd": 1.0, "mmd_low": 0.9}, weights(1.0))
+    assert best.record("train")["metric"] == "mmd"
+
+
 def test_a_later_stage_starts_anew_and_another_run_forgets(tmp_path):
     best = BestStudent(tmp_path)
     best.offer("8", 1, {"fd": 1.0}, weights(1.0))
