@@ -21,6 +21,7 @@ from stepdistill.diffusion.schedule import Karras, NoiseSchedule, expand
 from stepdistill.diffusion.trig import Trig
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import FiniteFloat, GuidanceScale, NonNegativeInt, PositiveFloat, PositiveInt
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.consistency import moved_sampler
 from stepdistill.losses.levels import log_normal_times
 from stepdistill.networks.copy_bank import CopyBank
@@ -74,6 +75,9 @@ class ConsistencyOptions:
     mid_sigma: PositiveFloat | None = None
     """Noise level halfway down the sampling grid, that of the second of two steps; by default the grid is even, for EDM
     teachers the second step begins at the paper's angle of 1.1."""
+
+    def __post_init__(self) -> None:
+        refuse_unread(self, ["difference"], self.tangent == "jvp", "with tangent 'jvp'")
 
 
 class TimeWeight(nn.Module):

@@ -34,6 +34,7 @@ from stepdistill.batch import Batch
 from stepdistill.diffusion.samplers import DDIM, Sampler, Visit
 from stepdistill.families.base import Family
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.distribution_matching import Matching, fake_score_loss
 from stepdistill.losses.levels import (
     MATCHED,
@@ -86,6 +87,9 @@ class CDM(Distiller):
         """Least value of the gradients' divisor m."""
         levels: Literal["full", "above"] = "full"
         """Where scores look at the image of a step: at all levels, or above the one that the next step begins at."""
+
+        def __post_init__(self) -> None:
+            refuse_unread(self, ["augmentation_weight"], self.guidance_scale == 1, "without guidance")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

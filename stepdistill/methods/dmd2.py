@@ -154,6 +154,10 @@ class DMD2(Distiller):
             if self.anchor > self.anchor_steps:
                 raise ValueError(f"anchor: expected at most anchor_steps = {self.anchor_steps}, got {self.anchor}")
             defaults = type(self)
+            if not self.gan_weight and self.critic_weight != defaults.critic_weight:
+                raise ValueError(
+                    f"critic_weight: expected {defaults.critic_weight} without gan_weight, got {self.critic_weight}"
+                )
             if not self.diversity and (self.anchor, self.anchor_steps) != (defaults.anchor, defaults.anchor_steps):
                 raise ValueError("diversity: expected above 0 with anchor or anchor_steps, got 0")
 

@@ -122,18 +122,18 @@ class FlowMap(Distiller):
             if self.guides_itself and self.slices == "two":
                 raise ValueError("guidance_scale: expected 1 with velocity 'data' and slices 'two', got guidance")
             if self.composes and self.equal == 0:
-                raise ValueError(
-                    f"equal: expected more than 0 with target {self.target!r}, which learns of no velocity"
-                )
+                raise ValueError(f"equal: expected above 0 with target {self.target!r}, which learns of no velocity")
             if self.slices == "two" and self.target not in ("difference", "jvp"):
                 raise ValueError(f"target: expected 'difference' or 'jvp' with slices 'two', got {self.target!r}")
             if self.alpha_begin >= self.alpha_end:
                 raise ValueError(f"alpha_end: expected above alpha_begin = {self.alpha_begin}, got {self.alpha_end}")
-            alphas = ("alpha_least", "alpha_begin", "alpha_end")
+            alphas, own = ("alpha_least", "alpha_begin", "alpha_end"), ("guidance_mix", "condition_dropout")
             refuse_unread(self, alphas, self.target != "alpha", "without target 'alpha'")
-            refuse_unread(self, ["guidance_mix"], not self.guides_itself, "without velocity 'data' and guidance")
+            refuse_unread(self, own, not self.guides_itself, "without velocity 'data' and guidance")
             refuse_unread(self, ["step"], self.target != "difference", "without target 'difference'")
             refuse_unread(self, ["to_clean", "from_noise"], self.target == "shortcut", "with target 'shortcut'")
+            refuse_unread(self, ["to_clean", "power", "floor"], self.slices == "two", "with slices 'two'")
+            refuse_unread(self, ["warmup"], self.composes, f"with target {self.target!r}, which has no derivative")
 
         @property
         def guides_itself(self) -> bool:

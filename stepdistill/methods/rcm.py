@@ -93,7 +93,10 @@ class RCM(Distiller):
                 raise ValueError(f"mid_sigma: expected none with grid 'paper', got {self.mid_sigma}")
             if not self.consistency_weight and not self.matching_weight:
                 raise ValueError("matching_weight: expected above 0 where consistency_weight is 0, got 0")
+            super().__post_init__()
             refuse_unread(self, ["warmup"], not self.consistency_weight, "without consistency_weight")
+            matching = ["most_steps", "matching_shift"]
+            refuse_unread(self, matching, not self.matching_weight, "without matching_weight")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

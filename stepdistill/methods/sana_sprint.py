@@ -85,6 +85,7 @@ class SanaSprint(Distiller):
         """Share of training in which the student of a flow teacher learns to be told times on unit scale; 0: none."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             guidance_input.check_range(self.guidance_range, self.guidance_scale)
             if self.student_update_interval == 1:
                 raise ValueError("student_update_interval: expected at least 2, or the critic has no step, got 1")

@@ -57,6 +57,7 @@ class Scm(Distiller):
         """Source of the path's direction: distillation (sCD), or training on data alone (sCT)."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.path == "data" and self.guidance_scale != 1:
                 raise ValueError(f"guidance_scale: expected 1 with path 'data', got {self.guidance_scale}")
 

@@ -534,7 +534,7 @@ def test_one_student_of_the_mixture_lands_on_it_in_one_two_and_four_calls(target
     [
         ({"velocity": "data", "guidance_scale": 2.0, "slices": "two"}, "expected 1 with velocity 'data' and slices"),
         ({"guidance_range": (3.0, 2.0)}, "1 <= low < high"),
-        ({"target": "split", "equal": 0.0}, "equal: expected more than 0 with target 'split'"),
+        ({"target": "split", "equal": 0.0}, "equal: expected above 0 with target 'split'"),
         ({"slices": "two", "target": "split"}, "target: expected 'difference' or 'jvp' with slices 'two', got 'split'"),
         ({"alpha_begin": 0.5}, "alpha_end: expected above alpha_begin = 0.5, got 0.4"),
         ({"step": 0.0}, "step: expected above 0"),
