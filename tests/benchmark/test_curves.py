@@ -16,6 +16,7 @@ from stepdistill.benchmark.publish import benchmark
 from stepdistill.benchmark.students import seed_lines, seed_students
 from stepdistill.benchmark.tables import compared, markdown
 from stepdistill.config import to_yaml
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.training.config import resolve
@@ -111,6 +112,13 @@ def test_starts_stand_in_the_table_once_each(finished):
     assert completed["lcm, 2 steps"]["against_start"] in ("worse", "not distinguishable") or completed["lcm, 2 steps"][
         "against_start"
     ].startswith("below, ")
+
+
+def test_the_second_judges_reference_is_kept_by_what_it_was_made_of(finished):
+    folder, config = finished
+    reference = MetricSuite.open(config.features, config.reference).reference.about["sha256"]
+    (kept,) = folder.glob("bench-embedded-*.npz")
+    assert kept.stem == f"bench-embedded-{reference[:8]}"
 
 
 def test_seeds_are_trained_beside_and_their_spread_is_shown(finished):
