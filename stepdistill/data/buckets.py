@@ -29,7 +29,7 @@ class Stretch:
         seed: of the order.
     """
 
-    samples: Sequence[int]
+    samples: Sequence[int] | np.ndarray
     position: int
     seed: int
 
@@ -62,7 +62,7 @@ class Buckets:
         bucket = int(order[place])
         taken = cycle * counts[bucket] + int(earlier[place])
         position = (taken * world + rank) * batch_size
-        return Stretch(self.samples[bucket].tolist(), position, derive_seed(seed, "bucket", bucket))
+        return Stretch(self.samples[bucket], position, derive_seed(seed, "bucket", bucket))
 
 
 @functools.lru_cache(maxsize=2)

@@ -45,8 +45,8 @@ def open_data(
     Raises:
         ValueError: naming the file, key or sample.
     """
-    _check_kind(config, takes_text)
-    _check_stated(config, channels, size)
+    check_stated(config, channels, size, takes_text=takes_text)
+    _check_clips_can_be_read(config, size)
     if config.name == "prompts":
         return PromptDataset(config, size=(channels, *size))
     if config.name == "noise":
@@ -61,7 +61,15 @@ def open_data(
     return dataset
 
 
-def _check_kind(config: DataConfig, takes_text: bool) -> None:
+def check_stated(config: DataConfig, channels: int, size: tuple[int, ...], *, takes_text: bool) -> None:
+    """Raise ``ValueError`` for keys that contradict a teacher's images (channels, size) or its kind of condition."""
+    height, width = size[-2:]
+    if config.fps is not None and len(size) == 2:
+        raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
+    if config.resolution not in (None, min(height, width)):
+        raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
+    if config.channels not in (None, channels):
+        raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
     if config.name == "prompts" and not takes_text:
         raise ValueError("data.name: expected 'images', got 'prompts', but the teacher takes no text")
     if config.name == "noise" and takes_text:
@@ -247,18 +255,11 @@ def _subset(length: int, max_samples: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
 
 
-def _check_stated(config: DataConfig, channels: int, size: tuple[int, ...]) -> None:
-    height, width = size[-2:]
+def _check_clips_can_be_read(config: DataConfig, size: tuple[int, ...]) -> None:
     if config.fps is not None:
         open_reader()
-        if len(size) == 2:
-            raise ValueError(f"data.fps: got {config.fps:g}, but the teacher makes images")
-    if config.resolution not in (None, min(height, width)):
-        raise ValueError(f"data.resolution: got {config.resolution}, but the teacher's images are {height}x{width}")
     if config.buckets and len(size) == 3 and config.fps is None:
         raise ValueError("data.buckets: expected none, or data.fps: clips in an .npz have one size")
-    if config.channels not in (None, channels):
-        raise ValueError(f"data.channels: got {config.channels}, but the teacher's images have {channels}")
 
 
 def _check_images(config: DataConfig, listing: Listing, channels: int, size: tuple[int, ...]) -> None:

@@ -80,7 +80,7 @@ def take_inventory(dataset: Dataset, root: str | None) -> Inventory:
     if dataset.version is not None:
         return Inventory(parts)
     if root is not None:
-        parts.update(_archives(Path(root)))
+        parts.update(archives(Path(root)))
         parts.update(_samples(dataset, root))
     columns = (("captions", dataset.captions), ("choices", dataset.choices), ("labels", dataset.labels))
     for name, column in columns:
@@ -98,7 +98,7 @@ def _samples(dataset: Dataset, root: str) -> Iterator[tuple[str, str]]:
             yield name.removeprefix(folder), _size(name)
 
 
-def _archives(path: Path) -> Iterator[tuple[str, str]]:
+def archives(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the files that hold several samples each, and their sizes or checksums."""
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive:

@@ -37,6 +37,7 @@ from stepdistill.data.cached_texts import (
     write_texts,
 )
 from stepdistill.data.columns import Texts, first_texts, several
+from stepdistill.data.inventory import archives
 from stepdistill.data.remote import is_address
 from stepdistill.data.shard_writing import write_or_check_manifest, write_shards
 from stepdistill.data.shards import ShardFormat, Shards, concatenate
@@ -80,7 +81,7 @@ def encoders(family: Family) -> dict[str, str]:
 
 
 def files(dataset: Dataset, root: str) -> str:
-    """Return a hash of the samples: names below ``root``, file sizes, captions, labels; and of the version.
+    """Return a hash of the samples: names below ``root``, file sizes, captions, labels; of archives and the version.
 
     The version of files at an address has their names; where copies of them lie, and a signature, do not matter.
     """
@@ -92,8 +93,7 @@ def files(dataset: Dataset, root: str) -> str:
         caption = stored_texts(dataset, index)
         label = None if dataset.labels is None else dataset.labels[index]
         digest.update(json.dumps([place, size, caption, label]).encode())
-    archives = [Path(root)] if os.path.isfile(root) else [*Path(root).glob("*.tar"), *Path(root).glob("*.arrow")]
-    digest.update(str([file.stat().st_size for file in sorted(archives)]).encode())
+    digest.update(str(list(archives(Path(root)))).encode())
     digest.update((dataset.version or "").encode())
     return digest.hexdigest()[:16]
 
@@ -234,6 +234,11 @@ class LatentCacheDataset(Dataset):
                 raise ValueError(f"data.path: {config.path}: {name}: expected F32 {row}, got {dtype} {shape}")
 
     def _check_content(self, config: DataConfig, needs_images: bool) -> None:
+        if config.max_samples is not None and config.max_samples < len(self):
+            raise ValueError(
+                f"data.max_samples: expected {len(self)}, all samples of {config.path}, got {config.max_samples}; make "
+                f"a cache of so many with {FORMAT.script}"
+            )
         if needs_images and "images" not in self.shards.names:
             raise ValueError(f"data.path: {config.path} was made of prompts; the method trains on images")
         if needs_images and (fit := self.shards.manifest.get("fit")) != config.fit:

@@ -19,7 +19,7 @@ import itertools
 import os
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -84,11 +84,16 @@ def _column(which: int, position: int, count: int, length: int, seed: int) -> li
     values = []
     for place in range(position, position + count):
         epoch, offset = divmod(place, length)
-        values.append(_epoch(seed, epoch, length)[which][offset])
+        values.append(_epochs(seed, length)(epoch)[which][offset])
     return values
 
 
-@functools.lru_cache(maxsize=64)  # a batch may end one epoch and begin the next, in every bucket
+@functools.lru_cache(maxsize=64)  # buckets have seeds of their own
+def _epochs(seed: int, length: int) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """Return :func:`_epoch` of one order; it keeps two epochs, because a batch may end one and begin the next."""
+    return functools.lru_cache(maxsize=2)(lambda epoch: _epoch(seed, epoch, length))
+
+
 def _epoch(seed: int, epoch: int, length: int) -> tuple[np.ndarray, ...]:
     """Return an epoch's order, by place: the sample, whether it is mirrored, and two numbers in [0, 1).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepdistill.data.base import DataConfig, Dataset, locate_data
-from stepdistill.data.datasets import open_data
+from stepdistill.data.datasets import check_stated, open_data
 from stepdistill.data.hf_datasets import is_saved
 from stepdistill.data.latent_cache import LatentCacheDataset
 from stepdistill.data.metadata import metadata_file
@@ -24,6 +24,8 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
     Raises:
         ValueError: naming the file, key or sample at fault.
     """
+    channels, *size = family.image_shape
+    check_stated(config, channels, tuple(size), takes_text=family.takes_text)
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
     if config.name == "pairs":
@@ -35,7 +37,6 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
         )
     for place, bucket in enumerate(config.buckets):
         family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
-    channels, *size = family.image_shape
     return open_data(
         locate_data(config), channels=channels, size=tuple(size), num_classes=family.num_classes,
         takes_text=family.takes_text,

@@ -57,8 +57,13 @@ def read_tars(
                 captions.add(_caption, parts, caption_key)
                 labels.add(_label, parts, label_key)
             else:
-                left_out.update(filter(None, (left_out_suffix(f"_{suffix}") for suffix in parts)))
+                left_out.update(filter(None, (_left_out(suffix, suffixes) for suffix in parts)))
     return TarSamples(images, captions, labels, count_words(left_out))
+
+
+def _left_out(suffix: str, suffixes: Sequence[str]) -> str:
+    """Return the ending of a file that is no image; of ``a.v2.png``, whose sample is ``a``, all after the first dot."""
+    return suffix if suffix.endswith(tuple(suffixes)) else left_out_suffix(f"_{suffix}")
 
 
 def _grouped(members: Iterable[TarMember]) -> Iterator[dict[str, TarMember]]:

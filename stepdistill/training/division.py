@@ -58,12 +58,13 @@ class Division:
         return Division(self.world, accumulation, each // accumulation)
 
 
-def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
+def resumed_division(checkpoint: Checkpoint, configured: Division, *, has_buckets: bool = False) -> Division:
     """Return the division with which a run goes on from a checkpoint: the same samples a step, by these processes.
 
     Args:
         checkpoint: its state tells the division before, unless it is older than this.
         configured: what the configuration and the number of processes would give a new run.
+        has_buckets: whether images have several sizes, whose order depends on the division.
 
     Raises:
         CheckpointError: if these processes cannot share the samples of a step.
@@ -83,9 +84,14 @@ def resumed_division(checkpoint: Checkpoint, configured: Division) -> Division:
             f"{_processes(configured.world)} cannot share evenly; resume on a number of processes that divides "
             f"{before.total}"
         )
+    rest = "every step has the same samples and noise, but dropout and rounding differ"
+    if has_buckets:
+        rest = (
+            "data.buckets have another order from here on, so that samples of this epoch may come twice or not at all"
+        )
     logger.warning(
         f"{checkpoint.path} was made by {_processes(before.world)} ({before}); resuming with {configured.world} "
-        f"({division}): every step has the same samples and noise, but dropout and rounding differ"
+        f"({division}): {rest}"
     )
     return division
 

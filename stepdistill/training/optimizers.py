@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.files.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from stepdistill.methods.base import Distiller
 from stepdistill.networks.sharding import is_share
 
 
@@ -116,6 +117,14 @@ def check_installed(optim: Mapping[str, OptimConfig]) -> None:
                 f"optim.{turn}.name: {config.name} needs the package {few.package}, which is not installed; run: pip "
                 f"install {few.package}"
             )
+
+
+def check_heads(distiller: Distiller, optim: Mapping[str, OptimConfig]) -> None:
+    """Raise ``ValueError`` for settings of a head's own where this training has none: nothing would read them."""
+    trained = {name for turn in distiller.turns.values() for name in turn.parts}
+    for head, owner in distiller.heads.items():
+        if head not in trained and optim[head] != optim[owner]:
+            raise ValueError(f"optim.{head}: expected none, because these options of the method train no head")
 
 
 def rate_of(optimizer: torch.optim.Optimizer) -> float:

@@ -47,7 +47,7 @@ from stepdistill.training.heartbeat import naming_a_failed_start
 from stepdistill.training.identity import INVENTORY, RunIdentity, identify
 from stepdistill.training.length import check_length
 from stepdistill.training.memory import memory_plan
-from stepdistill.training.optimizers import check_installed
+from stepdistill.training.optimizers import check_heads, check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
 from stepdistill.training.students import read_student, warn_of_a_student, warn_of_another_sampler
@@ -101,6 +101,7 @@ class Run:
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
         check_length(self.distiller, config.train.steps)
+        check_heads(self.distiller, config.optim)
         check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
@@ -175,7 +176,9 @@ class Run:
         trainer.accelerator.wait_for_everyone()
 
     def choose(self, trainer: Trainer) -> None:
-        """Restore the best student that was measured in the last stage, if any was."""
+        """Restore the best student that was measured in the last stage, if this run measures."""
+        if not self.config.eval.every:
+            return  # an earlier part of the run may have measured, which says nothing of the rest
         self.selected = self.evaluation.best.record(self.distiller.stage.name)
         if self.selected is not None:
             self.evaluation.best.restore(trainer.result_weights())

@@ -35,6 +35,7 @@ from stepdistill.training.guards import POLICIES, FiniteGuard, SkippedStepError
 from stepdistill.training.heartbeat import Heartbeat, naming_the_lost
 from stepdistill.training.identity import RunIdentity
 from stepdistill.training.interruption import ECHO, Agreement, StopSignal, exit_code
+from stepdistill.training.length import student_has_moved
 from stepdistill.training.offloading import Encoding
 from stepdistill.training.optimizer_state import optimizer_tensors, restore_optimizer
 from stepdistill.training.optimizers import rate_of, step_at
@@ -283,7 +284,7 @@ class Trainer:
         values = self.evaluation.measure(self.distiller) if self.parallelism.participates else {}
         row = {f"eval/{name}": value for name, value in values.items()}
         self.reporter.write_row(self.step, self.distiller.stage, row | self._cost_so_far())
-        if any(map(self.distiller.turns[STUDENT].when, range(self.step))):  # fake scores and critics may begin alone
+        if student_has_moved(self.distiller, self.config.steps, self.step):  # fake scores and critics may begin alone
             weights = self.parallelism.gather(self.result_weights())
             if self.accelerator.is_main_process:
                 stage, sampling = self.distiller.stage.name, self.distiller.sampler().contract()
@@ -320,7 +321,8 @@ class Trainer:
         if checkpoint is None:
             return Position()
         self.identity.check(checkpoint)
-        self.division = resumed_division(checkpoint, self.division)
+        has_buckets = self.dataset.buckets is not None
+        self.division = resumed_division(checkpoint, self.division, has_buckets=has_buckets)
         state, stages = checkpoint.state, self.distiller.stages(self.config.steps)
         state.check(checkpoint, stages)
         self.distiller.stage = stages[state.stage]

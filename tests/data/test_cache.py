@@ -6,6 +6,7 @@ import json
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from contracts.cases import save_images, sections
@@ -16,6 +17,7 @@ from stepdistill.data.base import DataConfig
 from stepdistill.data.datasets import open_data
 from stepdistill.data.latent_cache import CacheConfig, LatentCacheDataset, files, make_cache
 from stepdistill.data.loader import loader
+from stepdistill.data.opening import open_dataset
 from stepdistill.data.shards import shard_path
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
@@ -111,9 +113,33 @@ def test_what_does_not_fit_is_refused(tmp_path):
     save_images(family, tmp_path / "i.npz", count=12)
     with pytest.raises(ValueError, match=r"was made for other samples(.|\n)*count: was 17, is 13(.|\n)*files: was"):
         cached(family, tmp_path / "a", data)
+    with pytest.raises(ValueError, match=r"data\.max_samples: expected 16, all samples of .*, got 4; make a cache of"):
+        LatentCacheDataset(dataclasses.replace(section, max_samples=4), family)
     pixels = {"name": "noise", "max_samples": 4}
     with pytest.raises(ValueError, match="there is nothing to cache"):
         cached(Pixel.tiny(), tmp_path / "b", pixels)
+
+
+def test_keys_that_contradict_the_teacher_are_refused_as_for_files(tmp_path):
+    family = DiT.tiny()
+    data = {"name": "images", "path": str(save_images(family, tmp_path / "i.npz")), "batch_size": 4}
+    section = build(DataConfig, cached(family, tmp_path / "a", data))
+    for key, value in (("caption_dropout", 0.5), ("resolution", 999), ("channels", 7)):
+        with pytest.raises(ValueError, match=rf"data\.{key}: .*got {value}"):
+            open_dataset(dataclasses.replace(section, **{key: value}), family, needs_images=True)
+
+
+def test_other_images_of_one_shape_are_other_samples(tmp_path):
+    family = SD.tiny()
+    path = save_images(family, tmp_path / "i.npz")
+    data = {"name": "images", "path": str(path), "batch_size": 4}
+    cached(family, tmp_path / "a", data)
+    arrays = dict(np.load(path))
+    size = path.stat().st_size
+    np.savez(path, **arrays | {"images": 255 - arrays["images"]})
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"was made for other samples(.|\n)*files: was"):
+        cached(family, tmp_path / "a", data)
 
 
 def test_other_labels_and_another_tar_are_other_samples(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from stepdistill.batch import RawBatch
+from stepdistill.data import loader as order
 from stepdistill.data.base import DataConfig, Dataset
 from stepdistill.data.datasets import open_data
 from stepdistill.data.decoding import UnreadableImageError, read_pixels
@@ -676,3 +677,15 @@ def test_captions_are_dropped_by_their_position_and_mirrors_stay(tmp_path: Path)
     kept = [caption for caption in some if caption]
     assert 60 < len(kept) < 95 and all(a in (b, "") for a, b in zip(some, every, strict=True))
     assert captions(0.2, start=2)[:50] == some[50:] and set(captions(1.0)) == {""}
+
+
+def test_two_epochs_of_an_order_are_kept_and_no_more(monkeypatch) -> None:
+    """A million samples take 25 MB an epoch, in every process."""
+    made = []
+    monkeypatch.setattr(order, "_epoch", lambda seed, epoch, length: (made.append(epoch), np.arange(length))[1:])
+    order._epochs.cache_clear()
+    sample_indices(0, 50, 10, seed=9)
+    sample_indices(30, 20, 10, seed=9)
+    sample_indices(0, 5, 10, seed=9)
+    assert made == [0, 1, 2, 3, 4, 0]
+    order._epochs.cache_clear()

@@ -109,3 +109,9 @@ def test_proportions_are_cut_padded_or_given_up():
     assert padded[0, 4, 0] == 255 and padded[2, 4, 7] == 255  # both ends are there
     assert stretched[0, 0, 0] == stretched[0, 7, 0] == 255 and stretched[2, 4, 7] == 255
     assert (read_pixels(wide, 1, (8, 8), "pad")[:, 0] == 255).all()
+
+
+def test_an_image_with_a_second_dot_in_its_name_is_counted_as_left_out(tmp_path):
+    pack(tmp_path / "a.tar", {"a.png": png(1), "a.txt": b"one", "b.v2.png": png(2), "c.v2.png": png(3)})
+    with pytest.warns(UserWarning, match=r"left out, because no such files are read: 2 \.v2\.png$"):
+        assert len(opened(tmp_path / "a.tar")) == 1

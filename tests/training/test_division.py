@@ -110,6 +110,13 @@ def test_one_note_tells_what_changes(before, said, caplog, tmp_path):
     assert said is None or "noise" not in said or "dropout" in caplog.text
 
 
+def test_the_note_says_that_buckets_have_another_order(caplog, tmp_path):
+    make_run(tmp_path, "progressive").trainer()
+    with caplog.at_level(logging.WARNING):
+        resumed_division(recorded(Division(2, 1, 64)), Division(1, 1, 64), has_buckets=True)
+    assert "data.buckets have another order from here on" in caplog.text and "same samples" not in caplog.text
+
+
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
     """REPORTS 5: the batch of a step stays that of the checkpoint, and so does what is trained."""
     straight = make_run(tmp_path / "straight", "progressive", accumulation=2)

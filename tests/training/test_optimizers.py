@@ -128,3 +128,14 @@ def test_networks_that_are_divided_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"optim\.\*\.name: expected adamw or radam.*got adamw_4bit"):
         OptimConfig(name="adamw_4bit").make([parameters()])
     assert not is_share(parameters()[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"), [("dmd2", "gan_weight"), ("sid", "gan_weight"), ("tcd", "adversarial_weight")]
+)
+def test_settings_of_a_head_that_is_not_trained_are_refused(tmp_path, method, weight):
+    mapping = sections(tmp_path, teacher_for(method), method)
+    mapping["method"][weight] = 0
+    mapping["optim"] = {"head": {"lr": 1e-2}}
+    with pytest.raises(ValueError, match=r"^optim\.head: expected none, because these options of the method train no"):
+        Run(resolve(mapping))

@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import torch
-from contracts.cases import sections, teacher_for
+from contracts.cases import sections, teacher_for, train_until
 from safetensors.torch import load_file
 
 from stepdistill.features.loading import load_features
 from stepdistill.training.config import resolve
+from stepdistill.training.length import student_has_moved
 from stepdistill.training.run import Run
 from stepdistill.training.selection import FILE, BestStudent
 
@@ -96,3 +97,27 @@ def test_the_export_is_the_best_student_and_its_contract_says_on_what_it_was_cho
     assert len(students) > 2 and set(exported) == set(students[2])
     assert all(torch.equal(exported[name], students[2][name]) for name in exported)
     assert not all(torch.equal(students[4][name], students[2][name]) for name in exported)
+
+
+def test_a_student_that_rests_when_it_is_measured_is_measured_all_the_same(tmp_path):
+    """Whether lightning's student has a turn depends on the stage, so a later one cannot be asked about the past."""
+    mapping = sections(tmp_path, teacher_for("lightning"), "lightning", steps=21)
+    mapping["method"]["student_update_interval"] = 3
+    distiller = Run(resolve(mapping)).distiller
+    distiller.stage, distiller.step_in_stage = distiller.stages(21)[-1], 3
+    assert distiller.is_adversarial and not distiller.turns["student"].when(17)
+    assert [student_has_moved(distiller, 21, done) for done in (0, 1, 18, 21)] == [False, True, True, True]
+    assert (distiller.stage, distiller.step_in_stage) == (distiller.stages(21)[-1], 3)
+
+
+def test_a_run_that_no_longer_measures_exports_its_last_student(tmp_path):
+    mapping = sections(tmp_path, teacher_for("lcm"), "lcm", steps=4)
+    np.savez(tmp_path / "measured.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
+    mapping["eval"] = {"every": 1, "num_samples": 5, "reference": str(tmp_path / "measured.npz")}
+    train_until(Run(resolve(mapping)), 2)
+    run = Run(resolve(mapping | {"eval": {"every": 0}}))
+    folder = run.train()
+    assert run.selected is None and "selected" not in json.loads((folder / "stepdistill.json").read_text())
+    last = load_file(run.folder / "checkpoint-4/weights.safetensors")
+    student = run.distiller.bank.state("student")
+    assert all(torch.equal(tensor, last[f"student/{name}"]) for name, tensor in student.items())
