@@ -39,7 +39,7 @@ PROTOCOL_FLAGS = (
     ("attributes", str, "'faces', or the folder of an attribute reader; for the metric adherence"),
     ("size", COUNT, "resize and crop all images to a square of this side"),
     ("captions", str, "prompts: a file as for generate --prompt_file, or images with captions"),
-    ("guidance_scale", SCALE, "1 is no guidance; default: the pipeline's own"),
+    ("guidance_scale", SCALE, "1 is none, for Z-Image 0; default: the pipeline's own"),
     ("num_inference_steps", COUNT, "default: the pipeline's own"),
     ("rows", COUNT, "rows per call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
@@ -98,7 +98,7 @@ def flags_of_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num_inference_steps", type=COUNT, help="numbers other than the trained one may give worse images"
     )
-    command.add_argument("--guidance_scale", type=SCALE, help="1 is no guidance; default: the student's own")
+    command.add_argument("--guidance_scale", type=SCALE, help="1 is none, for Z-Image 0; default: the student's own")
     command.add_argument("--batch_size", type=COUNT, default=100, help="changes only the speed")
     command.add_argument("--seed", type=SEED, default=0)
     flag_of_compile(command)

@@ -20,7 +20,8 @@ def check_habits(contract: Contract, call: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if guidance is an input of the student, and out of the range that it was trained for.
     """
-    scale = call.get("guidance_scale")
+    name, none = guidance_argument(contract)
+    scale = call.get(name)
     if scale is None or contract.origin.method is None:
         return
     bounds = convert(contract.origin.method_facts.get("guidance_range", []), list[Number], "guidance_range")
@@ -31,13 +32,24 @@ def check_habits(contract: Contract, call: Mapping[str, Any]) -> None:
             )
         return
     baked_in = contract.origin.guidance_distilled
-    if scale > 1 and baked_in not in (None, 1):
+    if scale > none and baked_in not in (None, 1) and (name == "guidance_scale" or call.get("negative_prompt")):
         warnings.warn(
-            f"guidance_scale: got {scale:g}, but a scale of {baked_in:g} is baked into this student: it is guided "
-            "twice, with two network calls a step; leave the argument out, or give 1",
+            f"{name}: got {scale:g}, but a scale of {baked_in:g} is baked into this student: it is guided twice, with "
+            f"two network calls a step; leave the argument out, or give {none:g}",
             stacklevel=3,
         )
-    if scale <= 1 and call.get("negative_prompt"):
+    if scale <= none and call.get("negative_prompt"):
         warnings.warn(
-            f"negative_prompt: nothing reads it in a call without guidance (guidance_scale is {scale:g})", stacklevel=3
+            f"negative_prompt: nothing reads it in a call without guidance ({name} is {scale:g})", stacklevel=3
         )
+
+
+def guidance_argument(contract: Contract) -> tuple[str, float]:
+    """Return the name of a pipeline's guidance scale, and the value up to which a call is not guided.
+
+    Qwen-Image's is ``true_cfg_scale``, which does nothing without a negative prompt; Z-Image's counts from 0, as a
+    contract tells whose own call has less than 1.
+    """
+    name = "true_cfg_scale" if "true_cfg_scale" in contract.call else "guidance_scale"
+    usual = contract.call.get(name)
+    return name, 1.0 if usual is None else min(usual, 1.0)

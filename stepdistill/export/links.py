@@ -5,7 +5,7 @@ Such an export may be moved; its teacher may not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -71,4 +71,14 @@ def refuse_broken_links(folder: Path) -> None:
             raise ValueError(
                 f"{place}: broken link to {place.readlink()}; put the teacher back, or export the student again with "
                 "export.frozen=copy"
+            )
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` if one of these parts is a link in ``folder``: a save would overwrite the teacher's file."""
+    for name in sorted(names):
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"save_directory: expected another folder, got {folder}, where {name} is a link: what it leads to, the "
+                "teacher's, would be overwritten"
             )

@@ -12,7 +12,7 @@ from stepdistill.export.provenance import hub_id, public_name
 from stepdistill.families.config import several
 from stepdistill.files.words import shortened
 
-EXAMPLES = {"prompt": "'your prompt'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
+EXAMPLES = {"prompt": "prompt='your prompt'", "class_labels": "class_labels=[0, 1, 2]", "none": "batch_size=3"}
 """Arguments of an example call, by the kind of condition."""
 TASKS = {"prompt": "text-to-image"}
 """The hub's name of what a pipeline of images does, by the kind of condition; the hub has none for classes."""

@@ -27,7 +27,7 @@ from stepdistill.export.adapters import write_adapter
 from stepdistill.export.contract import CONTRACT, Contract, Origin, describe, read_contract, write_contract
 from stepdistill.export.generators import handed_on
 from stepdistill.export.habits import check_habits
-from stepdistill.export.links import NO_LINKS, link, refuse_broken_links
+from stepdistill.export.links import NO_LINKS, link, refuse_broken_links, refuse_links
 from stepdistill.export.model_card import SampleSheet, model_card
 from stepdistill.export.replacing import replacing
 from stepdistill.export.servers import mark_distilled
@@ -255,20 +255,13 @@ def apply_contract(pipeline: DiffusionPipeline, contract: Contract) -> Diffusion
                 "push_to_hub: expected False in save_pretrained of a student, got True: save it, then upload the "
                 f"folder with: stepdistill push --pipeline {shlex.quote(str(save_directory))} --push_to_hub USER/NAME"
             )
+        refuse_links(Path(save_directory), self.components)
         original.save_pretrained(self, save_directory, *args, **kwargs)
         add_to_index(Path(save_directory), add_our_files(self, Path(save_directory)))
         if contract.pipeline is not None:
             write_contract(dataclasses.replace(contract, linked={}), Path(save_directory))  # parts are copies there
 
     # Python looks __call__ up on the class; the name stays because save_pretrained writes it
-    pipeline.__class__ = type(
-        original.__name__,
-        (original,),
-        {
-            "__call__": call,
-            "save_pretrained": save,
-            "__module__": original.__module__,
-            "contract": contract,
-        },
-    )
+    members = {"__call__": call, "save_pretrained": save, "__module__": original.__module__, "contract": contract}
+    pipeline.__class__ = type(original.__name__, (original,), members)
     return pipeline

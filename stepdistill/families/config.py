@@ -12,8 +12,10 @@ Resolution: TypeAlias = PositiveInt | tuple[PositiveInt, PositiveInt]
 """Side of square images in pixels, or their height and width."""
 
 
-OPTIONS = ("config", "variant", "lora", "lora_weights", "embeddings", "guidance_rescale", "guidance_interval")
-"""Keys beside the path that say which weights a teacher has, and how it is guided."""
+OPTIONS = (
+    "config", "variant", "lora", "lora_weights", "embeddings", "null_class", "guidance_rescale", "guidance_interval",
+)  # fmt: skip
+"""Keys beside the path that say which weights and classes a teacher has, and how it is guided."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class TeacherConfig:
         return list(zip(paths, several(self.lora_weights) or (1.0,) * len(paths), strict=True))
 
     def options(self) -> dict[str, Any]:
-        """Return the keys beside :attr:`path` that say which weights and guidance a teacher has, where set."""
+        """Return the keys beside :attr:`path` that say which teacher it is (:data:`OPTIONS`), where set."""
         return {name: value for name in OPTIONS if (value := getattr(self, name)) not in (None, (), {})}
 
 

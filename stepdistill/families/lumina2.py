@@ -77,7 +77,7 @@ class Lumina2(PlainLatentFamily, TextToImageFamily):
     def forward(self, network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return -network(
             hidden_states=x_t,
-            timestep=1 - timestep / 1000,
+            timestep=1 - timestep / self.scheduler_config["num_train_timesteps"],
             encoder_hidden_states=cond["encoder_hidden_states"].to(x_t.dtype),
             encoder_attention_mask=cond["encoder_attention_mask"],
         ).sample

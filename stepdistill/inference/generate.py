@@ -21,6 +21,7 @@ from typing import Any
 from stepdistill.data.prompts import first_prompts, prompt_lines
 from stepdistill.data.text import decode_text
 from stepdistill.export.contract import contract_of, read_contract
+from stepdistill.export.habits import guidance_argument
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import OPTIONS, TeacherConfig
 from stepdistill.families.prompts import prompt_reader, warn_too_long
@@ -133,7 +134,7 @@ def open_pipeline(path: str, request: Request, trust: Mapping[str, bool]) -> Any
     if not takes_text and request.prompts:
         raise ValueError(f"{path} takes no text; give --class_labels, or nothing, in place of prompts")
     check_labels(pipeline, path, request)
-    check_negative_prompt(pipeline, path, request, "--guidance_scale")
+    check_negative_prompt(pipeline, path, request, "--guidance_scale", {**contract_of(pipeline).call, **request.call})
     warn_of_other_steps(pipeline, path, request)
     if takes_text:
         tokenizer, limit = prompt_reader(pipeline, contract_of(pipeline).call)
@@ -167,7 +168,7 @@ def warn_of_other_steps(pipeline: Any, path: str, request: Request) -> None:
         )
 
 
-def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str, scale: float | None = None) -> None:
+def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str, call: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` with the reason if a call of the pipeline would ignore the negative prompt.
 
     Args:
@@ -175,21 +176,38 @@ def check_negative_prompt(pipeline: Any, path: str, request: Request, flag: str,
         path: its folder.
         request: the images to generate.
         flag: the command-line flag that sets the guidance of the call.
-        scale: of the guidance, 1 being none; None is what the request or, without one, the pipeline says.
+        call: arguments of that call; the pipeline's defaults are those of the others.
     """
     if request.negative_prompt is None:
         return
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if "negative_prompt" not in accepted:
         raise ValueError(f"--negative_prompt: {path} ({type(pipeline).__name__}) takes none")
-    # FLUX.1 reads a negative prompt with true_cfg_scale only, which no student is trained for
-    if "true_cfg_scale" in accepted or network_of(pipeline).config.get("time_cond_proj_dim") is not None:
-        raise ValueError(f"--negative_prompt: {path}: guidance is at most an input of its network; nothing reads it")
-    if scale is None:
-        usual = contract_of(pipeline).call.get("guidance_scale", accepted["guidance_scale"].default)
-        scale = request.call.get("guidance_scale", usual)
-    if scale <= 1:
-        raise ValueError(f"--negative_prompt: expected {flag} above 1: {path} is called without guidance ({scale:g})")
+    if network_of(pipeline).config.get("time_cond_proj_dim") is not None:
+        raise ValueError(f"--negative_prompt: {path}: guidance is an input of its network; nothing reads it")
+    if "true_cfg_scale" in accepted:  # FLUX.1's is 1, and no student is trained for another
+        if (scale := call.get("true_cfg_scale", accepted["true_cfg_scale"].default)) <= 1:
+            raise ValueError(f"--negative_prompt: {path} is called with true_cfg_scale {scale:g}; nothing reads it")
+        return
+    _, none = guidance_argument(contract_of(pipeline))
+    scale = call.get("guidance_scale", accepted["guidance_scale"].default)
+    if scale <= none:
+        raise ValueError(
+            f"--negative_prompt: expected {flag} above {none:g}: {path} is called without guidance ({scale:g})"
+        )
+
+
+def check_condition(teacher: Any, name: str, request: Request, path: str, num_classes: int | None) -> None:
+    """Raise ``ValueError`` if a teacher's pipeline is conditioned otherwise than its student, at ``path``."""
+    takes_text = "prompt" in inspect.signature(type(teacher).__call__).parameters
+    if takes_text != bool(request.prompts):
+        takes = "generates images from text" if takes_text else "takes no text"
+        raise ValueError(f"--compare: expected a teacher of {path}, got {name}, which {takes}")
+    if request.labels is None and (classes := class_count(teacher)) != num_classes:
+        raise ValueError(
+            f"--compare: expected a teacher of {path}, which has {num_classes} classes, got {name}, which has "
+            f"{classes}; give --class_labels"
+        )
 
 
 def open_teacher(
@@ -221,14 +239,12 @@ def open_teacher(
     except ValueError as error:
         raise ValueError(f"--compare: {str(error).removeprefix('teacher.path: ')}") from error
     check_steps(pipeline.scheduler.config, steps, "--compare_steps", teacher)
+    check_condition(pipeline, teacher, request, path, contract.num_classes)
     accepted = inspect.signature(type(pipeline).__call__).parameters
-    if ("prompt" in accepted) != bool(request.prompts):
-        takes = "takes no text" if request.prompts else "generates images from text"
-        raise ValueError(f"--compare: expected a teacher of {path}, got {teacher}, which {takes}")
     call = {name: value for name, value in contract.call.items() if name in CONTENT_ARGUMENTS and name in accepted}
     guidance = contract.reproduced_guidance if guidance is None else guidance
-    check_negative_prompt(pipeline, teacher, request, "--compare_guidance_scale", guidance)
     call |= teacher_call(family, {"num_inference_steps": steps, "guidance_scale": guidance})
+    check_negative_prompt(pipeline, teacher, request, "--compare_guidance_scale", call)
     if request.negative_prompt is not None:
         call.pop("negative_prompt", None)  # the null prompt, with which some pipelines are told to guide
     return pipeline, dataclasses.replace(request, call=call)

@@ -80,7 +80,7 @@ def called_size(pipeline: Any) -> tuple[int, int]:
     if "height" not in parameters:
         return 1, 1
     usual = {name: parameter.default for name, parameter in parameters.items()} | dict(contract_of(pipeline).call)
-    frames = (usual.get("num_frames", 1) - 1) // getattr(pipeline, "vae_scale_factor_temporal", 1) + 1
+    frames = ((usual.get("num_frames") or 1) - 1) // getattr(pipeline, "vae_scale_factor_temporal", 1) + 1
     height, width = ((usual[name] or USUAL_SIDE) // latent_side(pipeline) for name in ("height", "width"))
     return frames * height, width
 

@@ -90,6 +90,7 @@ def save_images(images: Images, output: Path, *, seed: int, about: Mapping[str, 
         save_grid(images.pixels / 255, output)
         return
     output.mkdir(parents=True, exist_ok=True)
+    (output / TABLE).unlink(missing_ok=True)  # an earlier one would tell the wrong prompts if this call is interrupted
     rows: list[dict[str, Any]] = []
     for index, pixels in enumerate(images.pixels):
         facts = {**about, "seed": seed, "index": index, "generator_seed": derive_seed(seed, index)}

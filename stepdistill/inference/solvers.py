@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from stepdistill.diffusion.reading import noise_process, read_schedule
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.export.contract import read_contract
@@ -68,9 +70,24 @@ def make_solver(name: str, teacher: Mapping[str, Any]) -> Any:
         case "Euler":
             return EulerDiscreteScheduler.from_config(process, timestep_spacing="trailing")
         case "Heun":
-            return HeunDiscreteScheduler.from_config(process, timestep_spacing="trailing")
+            return HeunDiscreteScheduler.from_config(_in_betas(process), timestep_spacing="trailing")
         case _:
             raise ValueError(f"solver: got {name!r}{nearest(name, SOLVERS)}")
+
+
+def _in_betas(process: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a process with its betas written out if it was rescaled to zero terminal SNR, which Heun's would ignore.
+
+    They are those of Euler's scheduler, which ends just short of that.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    if not process.get("rescale_betas_zero_snr"):
+        return dict(process)
+    alphas_cumprod = EulerDiscreteScheduler.from_config(process).alphas_cumprod.double()
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return {"num_train_timesteps": len(alphas_cumprod), "trained_betas": (1 - alphas_cumprod / before).tolist(),
+            "prediction_type": process.get("prediction_type", "epsilon")}  # fmt: skip
 
 
 def make_flow_solver(name: str, flow: RectifiedFlow) -> Any:

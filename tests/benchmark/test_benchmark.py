@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from contracts.cases import pipeline_images, save_images, save_teacher, sections
+from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from transformers import CLIPModel
@@ -115,6 +116,15 @@ def test_a_row_takes_no_more_calls_than_its_name_says_and_no_fewer_than_it_could
             if n:
                 scheduler.set_timesteps(n)
                 assert (len(scheduler.timesteps) * (1 + guided) <= calls) is fits
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_is_on_its_teachers_process_at_zero_terminal_snr_too(solver):
+    process = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    teacher = DDIMScheduler(**process, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = make_solver(solver, {**teacher.config, "_class_name": "DDIMScheduler"})
+    torch.testing.assert_close(scheduler.alphas_cumprod, teacher.alphas_cumprod, atol=1e-6, rtol=0)
+    assert scheduler.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,16 @@ def test_a_linked_export_that_is_replaced_leaves_the_teacher_whole(teacher, tmp_
     assert {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()} == before
 
 
+def test_a_linked_export_is_not_saved_in_its_own_place(teacher, tmp_path):
+    before = {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
+    folder = export_linked(teacher, tmp_path / "student")
+    with pytest.raises(ValueError, match=r"save_directory: expected another folder, got .*, where .* is a link"):
+        load_pipeline(folder, dtype=torch.float16).save_pretrained(folder)
+    assert {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()} == before
+    load_pipeline(folder).save_pretrained(tmp_path / "whole")
+    assert not any(path.is_symlink() for path in (tmp_path / "whole").iterdir())
+
+
 def test_without_its_teacher_only_a_copy_loads(teacher, tmp_path):
     whole = shutil.copytree(export_linked(teacher, tmp_path / "student"), tmp_path / "whole")  # follows links: cp -rL
     shutil.rmtree(teacher)

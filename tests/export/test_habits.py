@@ -1,14 +1,19 @@
 """What callers do by habit with a few-step student of a text teacher: it works, or a sentence says why not."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from stepdistill.cli import main
 from stepdistill.diffusion.samplers import DDIM, ConsistencySampler
-from stepdistill.export.contract import Origin
+from stepdistill.export.contract import Contract, Origin
+from stepdistill.export.habits import check_habits
 from stepdistill.export.pipeline import export_pipeline, load_pipeline
 from stepdistill.families.base import Inputs
+from stepdistill.families.flux import Flux
+from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.sd import SD
 from stepdistill.losses.consistency import skip_grid
 
@@ -96,3 +101,30 @@ def test_a_student_in_stages_takes_another_number_of_steps(tmp_path):
     folder = export_pipeline(family, family.network, sampler, tmp_path / "pipeline", origin=origin)
     with pytest.warns(UserWarning, match="was made for 4"):
         generate(tmp_path / "a.png", folder, "--prompt", "a face", "--num_inference_steps", 8)
+
+
+def test_guidance_is_told_in_the_words_of_the_pipeline():
+    """Z-Image counts from 0; Qwen-Image's is another argument, which does nothing without a negative prompt."""
+    origin = Origin(method="dmd2", teacher="t", guidance_distilled=4.0)
+    z_image = Contract(call={"guidance_scale": 0.0}, origin=origin)
+    qwen = Contract(call={"true_cfg_scale": 1.0}, origin=origin)
+    for scale in (1.0, 4.0):
+        with pytest.warns(UserWarning, match=rf"guidance_scale: got {scale:g}, .* guided twice, .* or give 0$"):
+            check_habits(z_image, {"guidance_scale": scale, "negative_prompt": "mud"})
+    with pytest.warns(UserWarning, match="negative_prompt: nothing reads it"):
+        check_habits(z_image, {"guidance_scale": 0.0, "negative_prompt": "mud"})
+    with pytest.warns(UserWarning, match=r"true_cfg_scale: got 4, .* guided twice, .* or give 1$"):
+        check_habits(qwen, {"true_cfg_scale": 4.0, "negative_prompt": " "})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_habits(qwen, {"true_cfg_scale": 4.0, "guidance_scale": 4.0})
+        check_habits(z_image, {"guidance_scale": 0.0})
+
+
+def test_a_negative_prompt_is_read_where_the_pipelines_own_call_guides(tmp_path, capsys):
+    QwenImage.tiny().pipe.save_pretrained(tmp_path / "qwen")
+    generate(tmp_path / "a.png", tmp_path / "qwen", "--prompt", "a cat", "--negative_prompt", "mud",
+             "--num_inference_steps", 1)  # fmt: skip
+    Flux.tiny().pipe.save_pretrained(tmp_path / "flux")
+    message = refusal(capsys, tmp_path / "b.png", tmp_path / "flux", "--prompt", "a cat", "--negative_prompt", "mud")
+    assert message.endswith("is called with true_cfg_scale 1; nothing reads it")

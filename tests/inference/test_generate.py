@@ -1,5 +1,6 @@
 """Prompts in, images out: where prompts come from, what a file remembers, and the teacher on the right."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from families.unknown_pipelines import cog_video_x
 from PIL import Image
 
 from stepdistill.cli import main, make_parser
@@ -24,6 +26,7 @@ from stepdistill.families.base import Inputs
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.dit import DiT
 from stepdistill.families.flux import Flux
+from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.sd import SD
@@ -31,6 +34,7 @@ from stepdistill.families.sd3 import SD3
 from stepdistill.families.wan import Wan
 from stepdistill.families.zimage import ZImage
 from stepdistill.inference import generate as inference
+from stepdistill.inference import saving
 from stepdistill.inference.generate import Request, check_negative_prompt, collect_prompts, open_pipeline
 from stepdistill.inference.grids import make_grid, to_uint8
 from stepdistill.inference.sampling import Images
@@ -124,6 +128,45 @@ def test_images_of_the_user_and_their_table_are_never_replaced(tmp_path):
     (tmp_path / "ours/metadata.jsonl").write_text('{"file_name": "cat.png", "text": "a cat"}\n')
     with pytest.raises(ValueError, match=r"metadata\.jsonl:1: is of images that were made elsewhere"):
         check_places([tmp_path / "ours"])
+
+
+def test_an_interrupted_call_leaves_no_table_of_the_images_before(tmp_path, monkeypatch):
+    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), captions=["a cat", "a cat"])
+    save_images(images, tmp_path / "ours", seed=0, about={})
+    monkeypatch.setattr(saving, "save_sample", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_images(dataclasses.replace(images, captions=["a dog", "a dog"]), tmp_path / "ours", seed=0, about={})
+    assert not (tmp_path / "ours/metadata.jsonl").exists()
+    check_places([tmp_path / "ours"])
+
+
+def test_a_teacher_with_a_null_class_is_compared_class_by_class(tmp_path, capsys):
+    """The student's weights are the teacher's, so a column that differs has another class."""
+    folder = tmp_path / "teacher"
+    Pixel.tiny(size=64).network.save_pretrained(folder / "unet")
+    DDIMScheduler.from_config(Pixel.tiny().scheduler_config).save_pretrained(folder / "scheduler")
+    config = TeacherConfig(path=str(folder), null_class=3)
+    family = load_teacher(config)
+    origin = Origin(method="progressive", teacher=str(folder), teacher_options=config.options())
+    student = export_pipeline(
+        family, family.network, DDIM(family.schedule, family.schedule.grid(2)), tmp_path / "student", origin=origin
+    )
+    compare = ("--pipeline", student, "--num_images", 5, "--compare_steps", 2, "--compare")
+    generate(*compare, "teacher", "--output", tmp_path / "both")
+    for index in range(5):
+        ours, theirs = np.split(np.asarray(Image.open(tmp_path / f"both/{index:06d}.png")).astype(int), 2, axis=1)
+        assert abs(ours - theirs).max() <= 1
+    with pytest.raises(SystemExit):
+        generate(*compare, folder, "--output", tmp_path / "other")  # by its path alone it has one class more
+    assert "which has 3 classes, got" in capsys.readouterr().err
+
+
+def test_clips_of_unknown_length_are_sampled(tmp_path):
+    """CogVideoX's call names no number of frames, nor its network a size."""
+    cog_video_x().save_pretrained(tmp_path / "cog")
+    generate("--pipeline", tmp_path / "cog", "--prompt", "a cat", "--num_images", 1, "--num_inference_steps", 1,
+             "--output", tmp_path / "cog.png")  # fmt: skip
+    assert (tmp_path / "cog.png").is_file()
 
 
 def test_a_folder_of_other_files_gets_no_table_beside_them(tmp_path):
@@ -282,14 +325,14 @@ def test_pipelines_that_read_no_negative_prompt_say_so():
     embedded = SD.tiny()
     embedded.add_inputs(Inputs(w=(0.0, 2.0)))
     for pipeline, message in [
-        (Flux.tiny().pipe, "guidance is at most an input of its network"),
-        (Flux.tiny(guidance_embeds=False).pipe, "guidance is at most an input of its network"),
-        (embedded.pipe, "guidance is at most an input of its network"),
+        (Flux.tiny().pipe, "it is called with true_cfg_scale 1; nothing reads it"),
+        (Flux.tiny(guidance_embeds=False).pipe, "it is called with true_cfg_scale 1; nothing reads it"),
+        (embedded.pipe, "guidance is an input of its network"),
         (DiT.tiny().pipe, r"it \(DiTPipeline\) takes none"),
     ]:
         with pytest.raises(ValueError, match=message):
-            check_negative_prompt(pipeline, "it", request, "--guidance_scale")
-    check_negative_prompt(SD.tiny().pipe, "it", request, "--guidance_scale")
+            check_negative_prompt(pipeline, "it", request, "--guidance_scale", request.call)
+    check_negative_prompt(SD.tiny().pipe, "it", request, "--guidance_scale", request.call)
 
 
 def test_a_flow_is_compared_by_its_own_scheduler_at_the_students_size_and_guidance(tmp_path):

@@ -10,6 +10,7 @@ from oracles import SCHEDULES, three_clusters
 from stepdistill import load_pipeline
 from stepdistill.batch import Batch
 from stepdistill.diffusion.prediction import Prediction
+from stepdistill.families.lumina2 import Lumina2
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.wan import Wan
 from stepdistill.files.schema import build
@@ -183,9 +184,14 @@ def test_the_first_stage_teaches_the_student_its_new_times_and_leaves_the_critic
     assert 0 < losses[-1] < 0.5 * losses[0]
 
 
-@both_banks
-def test_a_retimed_student_is_exported_with_its_own_timesteps(tmp_path, bank):
-    run = train_student(tmp_path, flow(), "sana_sprint", bank, options={"retime": 0.5})
+@pytest.mark.parametrize(
+    ("family", "bank"),
+    [(flow, "copy"), (flow, "adapter"), (Lumina2.tiny, "adapter")],
+    ids=["sd3", "sd3-lora", "lumina2"],
+)
+def test_a_retimed_student_is_exported_with_its_own_timesteps(tmp_path, family, bank):
+    """Lumina 2's pipeline tells the network ``1 - t / num_train_timesteps``."""
+    run = train_student(tmp_path, family(), "sana_sprint", bank, options={"retime": 0.5})
     pipeline = load_pipeline(run.folder / "pipeline")
     assert pipeline.scheduler.config.num_train_timesteps == 1
     images = pipeline_images(pipeline, run.distiller.family, 3, seed=7)
