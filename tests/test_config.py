@@ -13,7 +13,7 @@ from stepdistill.evaluation.protocol import read_protocol
 from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError, build
 from stepdistill.files.words import nearest
-from stepdistill.training.config import resolve
+from stepdistill.training.config import EvalConfig, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -155,6 +155,13 @@ def test_metrics_are_checked_before_anything_is_opened(metrics, message, tmp_pat
     (tmp_path / "p.yaml").write_text(f"{{reference: none, metrics: {metrics}}}")
     with pytest.raises(ConfigError, match=f"protocol: {message}"):
         read_protocol(str(tmp_path / "p.yaml"), {})
+
+
+@pytest.mark.parametrize("metric", ["clip", "adherence", "adherence_unseen", "prompt_spread"])
+def test_metrics_of_prompts_are_not_measured_in_training(metric):
+    """No key of the section names a CLIP, prompts or a reader of attributes."""
+    with pytest.raises(ConfigError, match=f"eval: metrics: expected metrics of images alone, got '{metric}', which"):
+        build(EvalConfig, {"metrics": ["fd", metric]}, "eval")
 
 
 # --------------------------------------------------------------------------------------------- building

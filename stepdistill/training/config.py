@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
-from stepdistill.evaluation.metrics.table import check_metrics
+from stepdistill.evaluation.metrics.table import METRICS, check_metrics
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.places import Place
@@ -84,6 +84,10 @@ class BankConfig:
     their rank."""
 
 
+NOT_IN_TRAINING = frozenset({"clip", "captions", "attributes"})
+"""What metrics may need that the ``eval`` section does not name."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The ``eval`` section: what is measured during training, on the role that will be exported, from fixed seeds."""
@@ -99,6 +103,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
+        for name in self.metrics:
+            if not NOT_IN_TRAINING.isdisjoint(METRICS[name].needs):
+                raise ValueError(
+                    f"metrics: expected metrics of images alone, got {name!r}, which `stepdistill evaluate` measures on "
+                    "the finished student"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
