@@ -106,8 +106,8 @@ class EvalConfig:
         for name in self.metrics:
             if not NOT_IN_TRAINING.isdisjoint(METRICS[name].needs):
                 raise ValueError(
-                    f"metrics: expected metrics of images alone, got {name!r}, which `stepdistill evaluate` measures on "
-                    "the finished student"
+                    f"metrics: expected metrics of images alone, got {name!r}, which `stepdistill evaluate` measures "
+                    "on the finished student"
                 )
 
 
