@@ -25,7 +25,8 @@ def open_dataset(config: DataConfig, family: Family, *, needs_images: bool) -> D
         ValueError: naming the file, key or sample at fault.
     """
     channels, *size = family.image_shape
-    check_stated(config, channels, tuple(size), takes_text=family.takes_text)
+    if config.name in ("cache", "pairs"):
+        check_stated(config, channels, tuple(size), takes_text=family.takes_text)
     if config.name == "cache":
         return LatentCacheDataset(config, family, needs_images=needs_images)
     if config.name == "pairs":
