@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from stepdistill.evaluation.metrics.table import check_metrics
+from stepdistill.evaluation.metrics.table import check_sample
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
@@ -71,7 +71,7 @@ class BenchmarkConfig:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_metrics(self.metrics)
+        check_sample(self.metrics, self.num_samples)
         for place, shape in enumerate(self.shapes):
             if len(shape) != 2:
                 raise ValueError(f"shapes[{place}]: expected [height, width], got {list(shape)}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from stepdistill.assets import ASSETS
 from stepdistill.config import read_config
-from stepdistill.evaluation.metrics.table import METRICS, check_metrics
+from stepdistill.evaluation.metrics.table import METRICS, check_sample
 from stepdistill.files.places import Place
 from stepdistill.files.precision import Precision
 from stepdistill.files.ranges import NonNegativeFloat, PositiveInt, Range, Seed
@@ -63,7 +63,7 @@ class Protocol:
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_metrics(self.metrics)
+        check_sample(self.metrics, self.num_samples)
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that this protocol fixes."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from stepdistill import config as configuration
 from stepdistill.data.base import DataConfig
-from stepdistill.evaluation.metrics.table import METRICS, check_metrics
+from stepdistill.evaluation.metrics.table import METRICS, check_sample
 from stepdistill.export.pipeline import ExportConfig
 from stepdistill.families.config import TeacherConfig
 from stepdistill.files.places import Place
@@ -102,7 +102,7 @@ class EvalConfig:
     reference: Place = "embedded"
 
     def __post_init__(self) -> None:
-        check_metrics(self.metrics)
+        check_sample(self.metrics, self.num_samples)
         for name in self.metrics:
             if not NOT_IN_TRAINING.isdisjoint(METRICS[name].needs):
                 raise ValueError(

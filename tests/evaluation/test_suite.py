@@ -11,7 +11,7 @@ from stepdistill.evaluation.metrics.bootstrap import Interval
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import ROWS, FeatureRows
 from stepdistill.evaluation.metrics.scores import Score
-from stepdistill.evaluation.metrics.table import METRICS, directions
+from stepdistill.evaluation.metrics.table import METRICS, check_sample, directions
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.features.classifier import SmallConvNet
@@ -95,6 +95,18 @@ def test_a_metric_reports_what_its_table_says(suite, name):
     names = {value.name for value in METRICS[name].values}
     assert names <= found.keys()
     assert {key.removesuffix("_low").removesuffix("_high").removesuffix("_std") for key in found} == names
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "spread"])  # that one needs two of each class
+def test_the_least_images_of_a_metric_are_enough_and_no_more_than_it_needs(suite, name):
+    least = METRICS[name].least
+    check_sample([name], least)
+    suite.score(images(least), [name])
+    if least > 2:
+        with pytest.raises(ValueError, match=rf"^num_samples: expected at least {least} for '{name}', got {least - 1}$"):
+            check_sample([name], least - 1)
+        with pytest.raises(ValueError, match=f"expected at least {least} images, got {least - 1}"):
+            suite.score(images(least - 1), [name])
 
 
 def test_parts_give_the_numbers_of_the_whole(suite):

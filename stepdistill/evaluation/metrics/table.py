@@ -58,6 +58,7 @@ class Metric:
         needs: what it cannot be computed without.
         on_clip: computed on the features of the suite's CLIP, where it has one.
         plain: the metric that this is another name of, on Inception's features.
+        least: fewest images of a sample.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Metric:
     needs: tuple[Need, ...] = ()
     on_clip: bool = False
     plain: str | None = None
+    least: int = 2
 
     def compute(self, sample: Sample) -> dict[str, Score]:
         """Return a score for each of :attr:`values`, by its name."""
@@ -81,13 +83,13 @@ _ALL = (
     _FRECHET,
     _KERNEL,
     Metric("precision_recall", "precision_and_recall", (Value("precision", True), Value("recall", True)),
-           ("reference_images",)),
+           ("reference_images",), least=4),
     Metric("density_coverage", "density_and_coverage", (Value("density", True), Value("coverage", True)),
-           ("reference_images",)),
+           ("reference_images",), least=6),
     Metric("spread", "spread", (Value("spread", None),), ("reference_images", "reference_labels", "labels")),
     Metric("accuracy", "accuracy", (Value("accuracy", True),), ("classifier", "labels")),
     Metric("inception_score", "classifier_score",
-           (Value("classifier_score", True, {"inception": "inception_score"}),), ("classifier",)),
+           (Value("classifier_score", True, {"inception": "inception_score"}),), ("classifier",), least=10),
     Metric("cmmd", "gaussian_mmd", (Value("mmd", False, {"clip": "cmmd"}),), ("reference_images",), on_clip=True),
     Metric("copying", "copying", (Value("authenticity", True), Value("nearest_median", None),
                                   Value("nearest_min", None)), ("reference_images",)),
@@ -110,6 +112,14 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics: {name!r} is unknown{nearest(name, METRICS)}")
+
+
+def check_sample(names: Sequence[str], num_samples: int) -> None:
+    """Raise ``ValueError`` for names that :func:`check_metrics` refuses, or a sample too small for one of them."""
+    check_metrics(names)
+    for name in names:
+        if num_samples < METRICS[name].least:
+            raise ValueError(f"num_samples: expected at least {METRICS[name].least} for {name!r}, got {num_samples}")
 
 
 def directions() -> dict[str, bool]:
