@@ -21,6 +21,18 @@ BLUR = 0.25
 """Largest share of a blurred image in training images."""
 
 
+class Scoring(nn.Module):
+    """A reader's scores of images; as a module, so that processes share its gradient."""
+
+    def __init__(self, reader: AttributeReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the logits (B, values) of every attribute of images (B, C, H, W) in [0, 1]."""
+        return self.reader.attribute_logits(self.reader.embed_floats(images))
+
+
 def train_reader(
     network: AttributeReader, images: Tensor, attributes: Tensor, config: FitConfig, accelerator: Accelerator, log: Path
 ) -> AttributeReader:
@@ -36,14 +48,13 @@ def train_reader(
     """
 
     def loss(net: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        reader = accelerator.unwrap_model(net)
-        pictures = disturbed(images[index] / 255, generator).to(accelerator.device)
-        scores = reader.attribute_logits(reader.embed_floats(pictures))
+        scores = net(disturbed(images[index] / 255, generator).to(accelerator.device))
         targets = attributes[index].long().to(accelerator.device).unbind(1)
         losses = [nn.functional.cross_entropy(s, target) for s, target in zip(scores, targets, strict=True)]
         return torch.stack(losses).sum()
 
-    reader = fit(network, loss, count=len(images), config=config, accelerator=accelerator, log=log).eval()
+    scoring = fit(Scoring(network), loss, count=len(images), config=config, accelerator=accelerator, log=log)
+    reader = scoring.reader.eval()
     for average, trained in zip(reader.buffers(), network.buffers(), strict=True):  # of BatchNorm
         average.copy_(trained)
     return reader

@@ -5,13 +5,16 @@ prompts; a second CLIP of another seed, on which the teacher is not trained and 
 network, on latents that are computed once; and at last network and text encoder together. Trained together from the
 beginning, the text encoder drops what helps little in the first thousand steps, such as smiles, and does not find it
 again; never trained, it leaves rare words such as beards to chance. Of several captions an image every visit draws one.
-The same command again resumes at the first part that is missing.
+The same command again resumes at the first part that is missing; with other values for a part that is there it is
+refused (:mod:`stepdistill.pretraining.parts`).
 
     tokenizer/  vae/  clip/
     judge/                  the second CLIP, in half precision: what ``evaluate.py --clip`` and ``--features`` take
     unet/                   the network before the last training
     pipeline/               the teacher, its weights in half precision
+    *.partial/              what is being made
     *.jsonl                 the losses
+    config.json             what the parts were made with
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
+from stepdistill.pretraining.parts import check_parts, write_record
 from stepdistill.pretraining.readable import named_values
 from stepdistill.pretraining.vae import encode, train_vae
 
@@ -82,8 +86,15 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     """Train the parts that are missing, and return the pipeline's folder.
 
     Captions of more than ``max_tokens`` tokens are cut, and counted before anything is trained.
+
+    Raises:
+        ValueError: if a part that is there was made with other values, or from a part that is missing.
     """
     accelerator, folder = open_accelerator("no"), Path(config.output_dir)
+    check_parts(folder, config)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_record(folder, config)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
     values, sizes = named_values(_words(config.attributes), captions)
 
@@ -112,6 +123,8 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
         for name in ("clip", "judge"):
             tokenizer.save_pretrained(folder / name)
             image_processor(images.shape[-1]).save_pretrained(folder / name)
+    if (folder / "pipeline").is_dir():
+        return folder / "pipeline"
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
     pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
     latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
@@ -121,7 +134,11 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     unet = part("unet", lambda log: train(config.unet, log).unet)
     pipe.unet.load_state_dict(UNet2DConditionModel.from_pretrained(unet, use_safetensors=True).state_dict())
     pipe.text_encoder.requires_grad_(True)
-    train(config.together, folder / "pipeline.jsonl", functools.partial(save_halved, pipe, folder / "pipeline"))
+    partial = folder / "pipeline.partial"
+    train(config.together, folder / "pipeline.jsonl", functools.partial(save_halved, pipe, partial))
+    if accelerator.is_main_process:
+        partial.replace(folder / "pipeline")
+    accelerator.wait_for_everyone()
     return folder / "pipeline"
 
 

@@ -27,6 +27,25 @@ READ_WEIGHT = 0.2
 """Weight of the mean cross-entropy of the attributes, likewise."""
 
 
+class ReadVae(nn.Module):
+    """The loss of an autoencoder and the reader of its latents; as a module, so that processes share its gradient."""
+
+    def __init__(self, vae: AutoencoderKL, reader: LatentReader | None) -> None:
+        super().__init__()
+        self.vae, self.reader = vae, reader
+
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        """Return the loss of images ``x`` (B, C, H, W) in [-1, 1] with attributes ``values`` (B, attributes)."""
+        posterior = self.vae.encode(x).latent_dist
+        z = posterior.sample()
+        error = self.vae.decode(z).sample - x
+        total = error.abs().mean() + SQUARED_WEIGHT * error.square().mean()
+        total = total + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
+        if self.reader is not None:
+            total = total + READ_WEIGHT * self.reader.loss(z, values)
+        return total
+
+
 def train_vae(
     images: Tensor, values: Tensor, sizes: Sequence[int], config: FitConfig, accelerator: Accelerator, log: Path
 ) -> AutoencoderKL:
@@ -43,22 +62,13 @@ def train_vae(
 
     def loss(network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         del generator
-        x = images[index].to(accelerator.device)
-        model, reader = accelerator.unwrap_model(network)
-        posterior = model.encode(x).latent_dist
-        z = posterior.sample()
-        error = model.decode(z).sample - x
-        total = error.abs().mean() + SQUARED_WEIGHT * error.square().mean()
-        total = total + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
-        if sizes:
-            total = total + READ_WEIGHT * reader.loss(z, values[index].to(accelerator.device))
-        return total
+        value: Tensor = network(images[index].to(accelerator.device), values[index].to(accelerator.device))
+        return value
 
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(**config.model, scaling_factor=1.0)
-    reader = LatentReader(latent_numbers(vae), sizes)
-    parts = nn.ModuleList([vae, reader])
-    vae = fit(parts, loss, count=len(images), config=config, accelerator=accelerator, log=log)[0].eval()
+    parts = ReadVae(vae, LatentReader(latent_numbers(vae), sizes) if sizes else None)
+    vae = fit(parts, loss, count=len(images), config=config, accelerator=accelerator, log=log).vae.eval()
     whiten(vae, encode(vae, images, accelerator.device))
     return vae
 

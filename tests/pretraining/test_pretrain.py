@@ -20,14 +20,18 @@ from stepdistill.families.config import TeacherConfig
 from stepdistill.families.loading import load_teacher
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.features.attributes import AttributeReader
 from stepdistill.features.clip import Clip
+from stepdistill.features.vocabulary import Vocabulary
 from stepdistill.files.schema import ConfigError, build
-from stepdistill.pretraining import pixel
+from stepdistill.pretraining import pixel, text_to_image
 from stepdistill.pretraining.classifier import check_sets, read_labelled_images
 from stepdistill.pretraining.clip import shifted, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, fit, flow_matching_loss
+from stepdistill.pretraining.parts import FIRST_PARTS
+from stepdistill.pretraining.reader import train_reader
 from stepdistill.pretraining.text_to_image import TextTeacherConfig, train_text_teacher
-from stepdistill.pretraining.vae import encode, whiten
+from stepdistill.pretraining.vae import encode, train_vae, whiten
 
 CONFIG = "configs/teacher_faces.yaml"
 
@@ -61,6 +65,33 @@ def test_every_process_trains_on_noise_of_its_own(tmp_path):
         config = FitConfig(model={}, steps=2, batch_size=2)
         fit(torch.nn.Linear(1, 1), loss, count=8, config=config, accelerator=Ranks(rank), log=tmp_path / "log.jsonl")
     assert all((mine != other).all() for mine, other in zip(seen[0], seen[1], strict=True))
+
+
+class Counting(Ranks):
+    """An accelerator of one process, whose prepared module counts its calls."""
+
+    num_processes, calls = 1, 0
+
+    def prepare(self, module, optimizer):
+        return lambda *inputs: self.count(module, *inputs), optimizer
+
+    def count(self, module, *inputs):
+        self.calls += 1
+        return module(*inputs)
+
+
+def test_autoencoders_and_readers_are_called_as_they_were_prepared(tmp_path):
+    """Several processes share a gradient only through the module that accelerate wrapped."""
+    config = FitConfig(model=read_config(CONFIG)["vae"]["model"], steps=2, batch_size=2)
+    images, counting = torch.rand(4, 3, 16, 16) * 2 - 1, Counting(0)
+    vae = train_vae(images, torch.zeros(4, 1, dtype=torch.long), [2], config, counting, tmp_path / "log.jsonl")
+    assert isinstance(vae, AutoencoderKL) and counting.calls == 2
+    train_vae(images, torch.zeros(4, 0, dtype=torch.long), [], config, counting, tmp_path / "log.jsonl")
+    assert counting.calls == 4
+    reader = AttributeReader(Vocabulary(attributes={"hat": {"no": None, "yes": "hat"}}), width=4, num_features=4)
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    train_reader(reader, pixels, torch.zeros(4, 1, dtype=torch.long), config, counting, tmp_path / "log.jsonl")
+    assert counting.calls == 6
 
 
 PARTS = ("vae", "clip", "judge", "unet", "together")
@@ -137,12 +168,46 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
     clip, judge = (Clip.open(str(tmp_path / name)) for name in ("clip", "judge"))
     assert not torch.equal(clip.embed_captions(["a face"])[0], judge.embed_captions(["a face"])[0])
 
-    parts = ("tokenizer/tokenizer.json", "vae/diffusion_pytorch_model.safetensors", "clip/model.safetensors")
+    parts = (
+        "tokenizer/tokenizer.json", "vae/diffusion_pytorch_model.safetensors", "clip/model.safetensors",
+        "pipeline/unet/diffusion_pytorch_model.safetensors",
+    )  # fmt: skip
     kept = [(tmp_path / part).stat().st_mtime_ns for part in parts]
     train_text_teacher(config)
     assert [(tmp_path / part).stat().st_mtime_ns for part in parts] == kept
+    train_text_teacher(dataclasses.replace(config, unet=dataclasses.replace(config.unet, save_every=7)))
+    with pytest.raises(ValueError, match=r"^together\.steps: .*pipeline was made with 2, now 3; move it"):
+        train_text_teacher(dataclasses.replace(config, together=dataclasses.replace(config.together, steps=3)))
+    with pytest.raises(ValueError, match=r"^vocabulary: .*tokenizer was made with 700, now 500; move it and what was"):
+        train_text_teacher(dataclasses.replace(config, vocabulary=500))
+    (tmp_path / "vae").rename(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"unet was made from 'vae', which is missing; move it away, too"):
+        train_text_teacher(config)
+    (tmp_path / "old").rename(tmp_path / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert tokenizer.get_vocab() == pipeline.tokenizer.get_vocab()
+
+
+def test_every_key_of_a_text_teacher_belongs_to_a_part():
+    keys = {field.name for field in dataclasses.fields(TextTeacherConfig)}
+    assert keys - {"output_dir"} == FIRST_PARTS.keys()
+
+
+def test_a_stopped_last_training_leaves_no_pipeline(tmp_path, monkeypatch):
+    small = [f"{part}.{key}" for part in PARTS for key in ("steps=2", "batch_size=4", "save_every=1")]
+    config = build(TextTeacherConfig, read_config(CONFIG, [*small, f"output_dir={tmp_path}", "data.max_samples=8"]))
+    halve = text_to_image.halve
+
+    def stopped(file):
+        halve(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_to_image, "halve", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_text_teacher(config)
+    assert (tmp_path / "unet").is_dir() and not (tmp_path / "pipeline").exists()
+    monkeypatch.setattr(text_to_image, "halve", halve)
+    assert (train_text_teacher(config) / "model_index.json").is_file() and not (tmp_path / "pipeline.partial").exists()
 
 
 def test_long_captions_are_cut_and_counted_before_anything_is_trained(tmp_path, monkeypatch):
