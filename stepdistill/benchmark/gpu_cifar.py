@@ -78,7 +78,9 @@ def cifar_rows(folder: Path, data: Path, *, tiny: bool) -> Iterator[tuple[str, d
 
 
 def train_features(folder: Path, data: Path, sizes: dict[str, Any]) -> None:
-    """Train the classifier whose features measure."""
+    """Train the classifier whose features measure, unless a stopped report has done so."""
+    if (folder / "model.safetensors").is_file():
+        return
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     images, labels = read_labelled_images(data)
     images, labels = images[: sizes["images"]].to(device), labels[: sizes["images"]].to(device)
@@ -88,7 +90,9 @@ def train_features(folder: Path, data: Path, sizes: dict[str, Any]) -> None:
 
 
 def train_small_teacher(folder: Path, data: Path, sizes: dict[str, Any]) -> None:
-    """Train a class-conditional teacher with a null class."""
+    """Train a class-conditional teacher with a null class, unless a stopped report has done so."""
+    if (folder / "pipeline").is_dir():
+        return
     images, labels = read_labelled_images(data)
     channels, classes = sizes["channels"], int(labels.max()) + 1
     down = ["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * (len(channels) - 2)]

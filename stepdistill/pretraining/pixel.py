@@ -60,9 +60,11 @@ def train_teacher(config: PretrainConfig) -> Path:
     Raises:
         ValueError: if the data is damaged or of another shape than the network's, a label is not one of its classes,
             ``model`` and ``scheduler`` make no teacher, ``init_from`` is no such teacher, or ``output_dir`` is a
-            pipeline.
+            pipeline or holds a finished teacher.
     """
     folder = Path(config.output_dir)
+    if (folder / "pipeline").is_dir():
+        raise ValueError(f"output_dir: {folder / 'pipeline'} is a finished teacher; move it, or choose another folder")
     if (folder / "model_index.json").is_file():
         raise ValueError(f"output_dir: expected a folder of its own, got the pipeline {config.output_dir!r}")
     accelerator = open_accelerator({"fp32": "no", "bf16": "bf16"}[config.precision], {PRECISION: config.precision})

@@ -251,6 +251,9 @@ def test_colours_stay_in_their_channels_and_labels_in_their_range(tmp_path, monk
     options = {"model": model, "scheduler": {}, "steps": 1, "batch_size": 2, "output_dir": str(tmp_path / "t")}
     pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
     assert (seen[0][:, 0] == 1).all() and (seen[0][:, 1:] == -1).all()
+    with pytest.raises(ValueError, match=r"^output_dir: .*t/pipeline is a finished teacher; move it, or choose"):
+        pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
+    options["output_dir"] = str(tmp_path / "u")
     path = colour_archive(tmp_path / "b.npz", [0, 2] * 4)
     with pytest.raises(ValueError, match=r"b\.npz: labels: expected 0 to 1, the network's classes, got 0 to 2"):
         pixel.train_teacher(pixel.PretrainConfig(data=str(path), **options))
@@ -343,6 +346,7 @@ def test_a_flow_begins_from_the_weights_of_any_teacher(tmp_path):
     assert (family.null_class, whole.null_class) == (None, 2)  # a guided student needs the whole one
     for name, value in network.state_dict().items():
         torch.testing.assert_close(family.network.state_dict()[name], value, atol=1e-6, rtol=0)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "u"))
     wider = dataclasses.replace(config, model={**options["model"], "block_out_channels": [8, 24]})
     with pytest.raises(ValueError, match=r"init_from: expected the weights of a network of 'model', got others in"):
         pixel.train_teacher(wider)
