@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from stepdistill.benchmark.results import Row
 from stepdistill.config import fingerprint_json, flatten, read_config
 from stepdistill.export.contract import read_contract
 from stepdistill.files.reading import read_yaml
@@ -158,8 +159,23 @@ def run_to(config: Path, steps: int) -> Run:
     return Run(resolve(read_config(config, [f"method.steps={steps}", "eval.every=0"])))
 
 
+def fingerprints(folder: str) -> Row:
+    """Return what tells the images of two students apart, as values of their rows: hashes of weights and sampling."""
+    return {"sha256": fingerprint_pipeline(folder), "sampling": fingerprint_sampling(Path(folder))}
+
+
+def is_of(row: Row, folder: str) -> bool:
+    """Whether a row is of the student that lies in a folder; one of an older version does not say how it sampled."""
+    now = fingerprints(folder)
+    return row.get("sha256") == now["sha256"] and row.get("sampling", now["sampling"]) == now["sampling"]
+
+
 def fingerprint_start(folder: Path) -> str:
-    """Return what tells the images of two starts apart: a hash of their weights, sampler and call."""
+    """Return what tells the images of two starts apart: hashes of their weights and sampling."""
+    return "-".join(fingerprints(str(folder)).values())
+
+
+def fingerprint_sampling(folder: Path) -> str:
+    """Return a hash of a student's sampler and call."""
     facts = read_contract(folder)
-    sampling = [facts.sampler, facts.timesteps, facts.gamma, facts.guidance_scale, facts.call]
-    return f"{fingerprint_pipeline(folder)}-{fingerprint_json(sampling)}"
+    return fingerprint_json([facts.sampler, facts.timesteps, facts.gamma, facts.guidance_scale, facts.call])
