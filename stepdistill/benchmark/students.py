@@ -56,6 +56,24 @@ def check_students(students: Mapping[str, str]) -> None:
             raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
 
 
+def check_awaited(students: Mapping[str, str], runs: Sequence[str]) -> None:
+    """Raise ``ValueError`` for the first of the named folders that holds no pipeline, and lies in no run's folder.
+
+    Args:
+        students: folders by name.
+        runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
+    """
+    outputs = [resolved(line).train.output_dir for line in runs]
+    written = [Path(output).resolve() for output in outputs]
+    for name, folder in students.items():
+        place = Path(folder)
+        if not is_pipeline(place) and not can_be_exported(place) and place.resolve().parent not in written:
+            raise ValueError(
+                f"students.{name}: expected a pipeline, or a folder in the train.output_dir of a run that comes first, "
+                f"got {folder}{nearest(folder, [f'{output}/pipeline' for output in outputs])}"
+            )
+
+
 def train_runs(runs: Mapping[str, RunConfig]) -> None:
     """Train runs, by their lines, in turn."""
     for command, config in runs.items():
@@ -127,9 +145,14 @@ def seed_students(seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, str
 def export_missing(students: Mapping[str, str]) -> None:
     """Export students for other numbers of steps, which the names of missing folders tell: ``pipeline-2-steps``."""
     for folder in map(Path, students.values()):
-        steps, config = re.fullmatch(r"pipeline-(\d+)-steps?", folder.name), folder.parent / "config.yaml"
-        if steps and config.is_file() and not is_pipeline(folder):
-            Run(resolve(read_config(config, [f"method.steps={steps[1]}"]))).export_checkpoint(folder)
+        if can_be_exported(folder) and not is_pipeline(folder):
+            steps = folder.name.split("-")[1]
+            Run(resolve(read_config(folder.parent / "config.yaml", [f"method.steps={steps}"]))).export_checkpoint(folder)
+
+
+def can_be_exported(folder: Path) -> bool:
+    """Whether a folder's name tells a number of steps, and it lies beside the configuration of a run."""
+    return bool(re.fullmatch(r"pipeline-\d+-steps?", folder.name)) and (folder.parent / "config.yaml").is_file()
 
 
 def start_of(folder: Path) -> Path | None:

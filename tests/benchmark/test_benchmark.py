@@ -499,6 +499,7 @@ def test_several_processes_would_write_one_result(monkeypatch, tmp_path):
         ({"features": "none.pt2"}, "none.pt2"),
         ({"document": "none.md"}, "document: none.md has no lines"),
         ({"output": "table.md"}, r"table.md: expected a file to write whose name ends in \.json"),
+        ({"students": {"ours": "rnu/pipeline"}}, r"students\.ours: expected a pipeline, or .*, got rnu/pipeline"),
     ],
 )
 def test_what_is_wrong_with_a_benchmark_is_said_before_its_students_are_trained(tmp_path, monkeypatch, changed, why):

@@ -152,6 +152,20 @@ def test_a_demo_that_could_draw_nothing_is_refused_before_its_training(tmp_path,
         demo(written(tmp_path / "pixel", Pixel.tiny(), "progressive"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"reference": "none.npz"}, "reference: no file or folder 'none.npz'"),
+        ({"captions": "none.txt"}, "captions: no file or folder 'none.txt'"),
+        ({"solvers": {"UniPCC": [1]}}, "solver: got 'UniPCC'; did you mean 'UniPC'"),
+    ],
+)
+def test_what_is_wrong_with_what_is_measured_is_said_before_the_training(tmp_path, family, monkeypatch, changed, why):
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=why):
+        demo(written(tmp_path, SD(family.pipe), **changed))
+
+
 def test_captions_have_at_most_four_lines():
     assert caption(" ") == "(empty prompt)"
     assert len(caption("a face with " * 20).splitlines()) == 4 and caption("a face with " * 20).endswith(" ...")
