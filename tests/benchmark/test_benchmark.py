@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.schema import build
 from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within, teacher_call
 from stepdistill.methods import method_names
@@ -466,6 +468,20 @@ def test_no_solver_is_known_for_edm():
 def test_shipped_configurations_are_valid(name):
     config = build(BenchmarkConfig, read_config(f"configs/benchmark_{name}.yaml"))
     assert set(config.solvers) <= set(SOLVERS)
+
+
+def test_the_training_of_the_header_of_cifar_10_measures_in_colour(tmp_path, monkeypatch):
+    path = Path("configs/benchmark_cifar10.yaml")
+    line = next(line for line in path.read_text().replace("\\\n#", "").splitlines() if "pixel_progressive" in line)
+    config = read_config("configs/pixel_progressive.yaml", [word for word in line.split() if "=" in word])
+    monkeypatch.chdir(tmp_path)
+    family = Pixel.tiny(size=32, channels=3, num_classes=10)
+    save_teacher(family, tmp_path / config["teacher"]["path"])
+    (tmp_path / "data").mkdir()
+    save_images(family, tmp_path / config["data"]["path"])
+    SmallConvNet(3, 10).save_pretrained(tmp_path / config["eval"]["features"])
+    evaluation = Run(resolve(config)).evaluation
+    assert evaluation.suite.reference.about["shape"] == [3, 32, 32]
 
 
 def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeypatch):
