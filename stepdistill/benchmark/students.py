@@ -146,8 +146,8 @@ def export_missing(students: Mapping[str, str]) -> None:
     """Export students for other numbers of steps, which the names of missing folders tell: ``pipeline-2-steps``."""
     for folder in map(Path, students.values()):
         if can_be_exported(folder) and not is_pipeline(folder):
-            steps = folder.name.split("-")[1]
-            Run(resolve(read_config(folder.parent / "config.yaml", [f"method.steps={steps}"]))).export_checkpoint(folder)
+            steps, config = folder.name.split("-")[1], folder.parent / "config.yaml"
+            Run(resolve(read_config(config, [f"method.steps={steps}"]))).export_checkpoint(folder)
 
 
 def can_be_exported(folder: Path) -> bool:
