@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"))
     args = parser.parse_args()
     report = Report(folder=args.output_dir, data=args.data, tiny=args.tiny)
+    report.check(args.parts)
     passed = [report.run(part) for part in args.parts]
     print(report.write())
     if not all(passed):

@@ -11,7 +11,6 @@ took them: :meth:`Benchmark.time` takes those of all rows again.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,35 +19,39 @@ import torch
 from torch import Tensor
 
 from stepdistill.assets import EMBEDDED
-from stepdistill.benchmark.config import FREE_KEYS, BenchmarkConfig
+from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.curves import ON_SEARCH
-from stepdistill.benchmark.judge import Judge
-from stepdistill.benchmark.results import read_benchmark_result
-from stepdistill.benchmark.samples import Samples, conditions_of, first_places, places_by_class
-from stepdistill.benchmark.shapes import check_shapes, side_to_crop_to, size_arguments
+from stepdistill.benchmark.judge import Judge, plain_name
+from stepdistill.benchmark.real_images import RealImages
+from stepdistill.benchmark.samples import Samples, conditions_of
+from stepdistill.benchmark.setting import contents_of, finished_rows
+from stepdistill.benchmark.shapes import at_shapes, check_shapes, side_to_crop_to, size_arguments
 from stepdistill.benchmark.solvers import SolverRow, check_solvers, solver_rows
 from stepdistill.benchmark.students import (
     StudentRow,
     check_students,
     fingerprint_start,
+    fingerprints,
+    is_of,
+    is_pipeline,
     seed_students,
     start_of,
     student_rows,
 )
 from stepdistill.benchmark.tables import Row, of_kind
-from stepdistill.config import flatten, to_dict
+from stepdistill.config import to_dict
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.results import write_result
-from stepdistill.evaluation.sources import PipelineSource, read_captions
+from stepdistill.evaluation.sources import PipelineSource, read_captions, resized
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
-from stepdistill.files.words import shown
+from stepdistill.inference.processes import open_state
 from stepdistill.inference.sampling import Images, sample_images
 from stepdistill.inference.solvers import solver_of, teacher_call, teacher_pipeline
-from stepdistill.networks.fingerprint import fingerprint_pipeline, fingerprint_weights
+from stepdistill.networks.fingerprint import fingerprint_weights
 
 SHOWN = 20
 """Images per row of the picture."""
@@ -69,12 +72,16 @@ class Benchmark:
         self.config = config
         check_students(config.students)
         self.family = load_teacher(config.teacher)
-        self.suite = MetricSuite.open(config.features, config.reference, clip=config.clip, attributes=config.attributes)
+        self.device = open_state().device
+        self.suite = MetricSuite.open(
+            config.features, config.reference, device=self.device, clip=config.clip, attributes=config.attributes
+        )
         self.suite.check(config.metrics)
         if "fd" not in config.metrics:
             raise ValueError(f"metrics: expected 'fd', which the table is sorted by, among {list(config.metrics)}")
         self.captions = read_captions(config.captions, config.num_samples) if config.captions else None
-        self.held_out = ImageSet(EMBEDDED.get(config.held_out, config.held_out)) if config.held_out else None
+        held_out = ImageSet(EMBEDDED.get(config.held_out, config.held_out)) if config.held_out else None
+        self.real = RealImages(held_out, self.suite.reference, config.num_samples)
         if self.family.takes_text and self.captions is None:
             raise ValueError(f"captions: missing; {config.teacher.path} takes text")
         labels = torch.arange(config.num_samples) % self.family.num_classes if self.family.num_classes else None
@@ -82,23 +89,30 @@ class Benchmark:
         check_shapes(config, self.family)
         check_solvers(config, self.family)
         self.size = size_arguments(config, self.family)
+        self.crop = side_to_crop_to(self.size, self.suite.reference.about)
         self.metric = self.suite.distance
         self.path = Path(config.output)
         self.judge = self._open_judge()
-        self.setting = self.suite.describe_setting(
-            **to_dict(config), teacher_sha256=fingerprint_weights(self.family.network)
-        )
-        self.rows: list[Row] = self._finished_rows()
+        self.fingerprints = {
+            "teacher_sha256": fingerprint_weights(self.family.network),
+            "contents": contents_of(self.suite, self.captions, self.real.measured() if held_out else None),
+        }
+        self.setting = self.setting_of(config)
+        self.rows = finished_rows(self.path, self.setting)
+        for other in at_shapes(config):  # or their files would be refused after everything else was measured
+            finished_rows(Path(other.output), self.setting_of(other))
         self.further: list[Row] = []
         """Rows of the file that the configuration does not ask for (any more); they stay there."""
+
+    def setting_of(self, config: BenchmarkConfig) -> dict[str, Any]:
+        """Return what all rows of a result file share, of this benchmark or of it at another shape."""
+        return self.suite.describe_setting(**to_dict(config), **self.fingerprints)
 
     def run(self) -> list[Row]:
         """Make the missing rows of the configuration, and return all of them."""
         self.rows, self.further = [], [*self.rows, *self.further]
-        if self.held_out is not None:
-            self.add(f"{min(len(self.held_out), self.config.num_samples):,} held-out images", self.floor)
-        elif self.suite.reference.images is not None:
-            self.add("real images", self.floor)
+        if self.real.name is not None:
+            self.add(self.real.name, self.floor)
         for scale in self.config.teacher_guidance_scales:
             self.add(self.teacher_name(scale), functools.partial(self.teacher, scale=scale))
         for student in student_rows(self.config.students, self.config.student_calls):
@@ -111,11 +125,11 @@ class Benchmark:
             self.add(row.name, functools.partial(self.solver, row=row))
         return self.rows
 
-    def add(self, name: str, make: Callable[[str], Row], same: Mapping[str, Any] | None = None) -> Row:
-        """Return the row of this name, and make it unless there is one with the values that must be the ``same``."""
+    def add(self, name: str, make: Callable[[str], Row], is_same: Callable[[Row], bool] = lambda row: True) -> Row:
+        """Return the row of this name, and make it unless there is one that ``is_same``."""
         existing = self._finished(lambda row: row["name"] == name)
         if existing is not None:
-            if existing == {**existing, **(same or {})}:
+            if is_same(existing):
                 return existing
             self.rows.remove(existing)
         row = make(name)
@@ -124,9 +138,12 @@ class Benchmark:
         return row
 
     def add_student(self, row: StudentRow, **about: str) -> Row:
-        """Return the row of an exported student, made again if the student was trained again."""
-        same = {"sha256": fingerprint_pipeline(row.folder), **about}
-        student = self.add(row.name, lambda name: self.student(name, row) | about, same)
+        """Return the row of an exported student, made again if the student was trained or exported otherwise."""
+        student = self.add(
+            row.name, lambda name: self.student(name, row) | about,
+            lambda found: is_of(found, row.folder) and about.items() <= found.items(),
+        )  # fmt: skip
+        self._update(student, pipeline=row.folder)  # it may have been moved
         self._finished(lambda row: row["name"] == student.get("start"))
         return student
 
@@ -147,13 +164,16 @@ class Benchmark:
         if start is None:
             return
         sha256 = fingerprint_start(start)
-        row = self._finished(lambda row: row.get("start_sha256") == sha256)
+
+        def is_same(row: Row) -> bool:
+            return row.get("start_sha256") == sha256
+
+        row = self._finished(is_same)
         if row is None:
-            make = functools.partial(self.start, folder=start)
-            row = self.add(f"start of {student['name']}", make, {"start_sha256": sha256})
-        if student.get("start") != row["name"]:
-            student["start"] = row["name"]
-            self._write()
+            row = self.add(f"start of {student['name']}", functools.partial(self.start, folder=start), is_same)
+        if not is_pipeline(Path(row["pipeline"])):
+            self._update(row, pipeline=str(start))
+        self._update(student, start=row["name"])
 
     def time(self) -> None:
         """Take the seconds per image of every row again, one after another, on an otherwise idle machine."""
@@ -161,6 +181,11 @@ class Benchmark:
             if row["kind"] != "floor":
                 row["seconds_per_image"] = self.sample(row, TIMED * self.config.batch_size).seconds
         self._write()
+
+    def _update(self, row: Row, **values: str) -> None:
+        if not values.items() <= row.items():
+            row.update(values)
+            self._write()
 
     def _write(self) -> None:
         write_result(self.path, {"metric": self.metric, "setting": self.setting, "rows": [*self.rows, *self.further]})
@@ -178,23 +203,11 @@ class Benchmark:
 
     def floor(self, name: str) -> Row:
         """Return the row of as many real images: the metric of a perfect generator."""
-        images = self._real(self.config.num_samples)
+        images = self.real.measured()
         self.suite.check_shape(images.pixels.shape[1:])
         metrics = ("fd",) if self.suite.clip is None else ("fd", "clip")
         judged = {} if self.judge is None else self.judge.judge_images(images)
         return {"name": name, "kind": "floor", "calls": 0, **self.suite.score(images, metrics), **judged}
-
-    def _real(self, count: int) -> Images:
-        """Return the first held-out images, or otherwise the first of the reference."""
-        if self.held_out is not None:
-            return self.held_out.read(range(min(len(self.held_out), count)))
-        real, first = self.suite.reference.images, slice(count)
-        assert real is not None
-        return Images(
-            real.pixels[first],
-            None if real.labels is None else real.labels[first],
-            captions=None if real.captions is None else real.captions[first],
-        )
 
     def teacher_name(self, scale: float = 1.0) -> str:
         """Return the name of a teacher's row."""
@@ -212,7 +225,7 @@ class Benchmark:
         facts = contract.to_json()
         about = {"teacher_guidance": contract.reproduced_guidance}
         about |= {key: facts[key] for key in ("method", "steps", "guidance_scale", "training") if key in facts}
-        source = {"kind": "student", "pipeline": row.folder, "sha256": fingerprint_pipeline(row.folder)}
+        source = {"kind": "student", "pipeline": row.folder, **fingerprints(row.folder)}
         call = {} if row.calls is None else {"num_inference_steps": row.calls}
         return about | self._measure(name, self.open_student(row.folder), call) | source
 
@@ -225,7 +238,7 @@ class Benchmark:
 
     def open_student(self, folder: str) -> Any:
         """Return an exported student's pipeline; its code is trusted as far as the teacher's is."""
-        return load_pipeline(folder, trust_remote_code=self.config.teacher.trust_remote_code)
+        return load_pipeline(folder, trust_remote_code=self.config.teacher.trust_remote_code).to(self.device)
 
     def solver(self, name: str, row: SolverRow) -> Row:
         """Return the row of a training-free solver of the teacher, at its best guidance scale if guided."""
@@ -257,8 +270,8 @@ class Benchmark:
     def solver_pipeline(self, solver: str) -> Any:
         """Return the teacher's pipeline with a solver's scheduler."""
         if self.family.takes_text:
-            return teacher_pipeline(self.config.teacher, solver)
-        return self.family.teacher_pipeline(solver_of(self.family, solver))
+            return teacher_pipeline(self.config.teacher, solver).to(self.device)
+        return self.family.teacher_pipeline(solver_of(self.family, solver)).to(self.device)
 
     def _measure(self, name: str, pipeline: Any, call: Mapping[str, Any]) -> Row:
         """Return a pipeline's row, by both judges."""
@@ -270,7 +283,7 @@ class Benchmark:
         return PipelineSource(
             pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision,
             call={**self.size, **teacher_call(self.family, call)}, captions=self.captions, name=name,
-            size=side_to_crop_to(self.size, self.suite.reference.about), **sampling,
+            size=self.crop, **sampling,
         )  # fmt: skip
 
     def _row(self, source: PipelineSource, metrics: Sequence[str]) -> Row:
@@ -283,28 +296,17 @@ class Benchmark:
         if config.judge is None:
             return None
         reference = str(self.suite.reference.about.get("sha256", ""))[:8]
-        kept = self.path.with_name(f"{self.path.stem}-{config.judge}-{reference}.npz")
-        return Judge(config.judge, config.reference, config.judge_samples or config.num_samples, kept)
-
-    def _finished_rows(self) -> list[Row]:
-        if not self.path.is_file():
-            return []
-        result = read_benchmark_result(self.path)
-        before, now = flatten(result["setting"]), flatten(json.loads(json.dumps(self.setting)))
-        for key, value in now.items():
-            added = key not in before and value in (None, [], False)  # an older version lacks it, and it asks nothing
-            if key.partition(".")[0] not in FREE_KEYS and not added and before.get(key) != value:
-                raise ValueError(
-                    f"{self.path} was measured with another {key}: {shown(before.get(key))}, now {shown(value)}; "
-                    "move it away, choose another output, or restore the setting"
-                )
-        return list(result["rows"])
+        kept = self.path.with_name(f"{self.path.stem}-{plain_name(config.judge)}-{reference}.npz")
+        samples = config.judge_samples or config.num_samples
+        return Judge(config.judge, config.reference, samples, kept, self.device)
 
     # ---------------------------------------------------------------------------------------------- pictures
 
     def images(self, row: Row, count: int = SHOWN) -> Tensor:
         """Return images (N, C, H, W) in [0, 1] of a row; seeds and classes are the same for all rows."""
-        return self.real_images(count) if row["kind"] == "floor" else self.sample(row, count).pixels / 255
+        if row["kind"] == "floor":
+            return self.real.like(count, self.captions, self.family.num_classes)
+        return self.sample(row, count).pixels / 255
 
     def write_samples(self, images: Mapping[str, Tensor]) -> None:
         """Write the images of :func:`~stepdistill.benchmark.pictures.pictures` for the page, beside the result."""
@@ -315,31 +317,22 @@ class Benchmark:
         """Return the pipeline of a student's, a start's, a solver's or the teacher's row, and its call's arguments."""
         if "pipeline" in row:
             call = {"num_inference_steps": row["steps"]} if self.config.student_calls else {}
-            return self.open_student(row["pipeline"]), call
+            return self.open_student(row["pipeline"]), {**self.size, **call}
         call = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
-        return self.solver_pipeline(row["solver"]), teacher_call(self.family, call)
+        return self.solver_pipeline(row["solver"]), {**self.size, **teacher_call(self.family, call)}
 
     def sample(self, row: Row, count: int) -> Images:
-        """Sample the first images of a student's, a solver's or the teacher's row; seeds and classes are the same."""
+        """Sample the first images of a student's, a solver's or the teacher's row, as large as they are measured.
+
+        Seeds and classes are the same for all rows.
+        """
         pipeline, call = self.opened(row)
-        return sample_images(
+        images = sample_images(
             pipeline, count, seed=self.config.seed, batch_size=self.config.batch_size,
             num_classes=self.family.num_classes, captions=self.captions, precision=self.config.precision, call=call,
             rows=min(count, self.config.batch_size), description=row["name"],
         )  # fmt: skip
-
-    def real_images(self, count: int) -> Tensor:
-        """Return real images (N, C, H, W) in [0, 1], of the same classes or captions as the samples if known."""
-        number = self.family.num_classes
-        real = self._real(len(self.held_out)) if self.held_out is not None else self.suite.reference.images
-        assert real is not None
-        if self.captions is not None and real.captions is not None:
-            chosen = first_places(real.captions, self.captions[:count])
-        elif real.labels is not None and number is not None:
-            chosen = places_by_class(real.labels, number, count)
-        else:
-            chosen = list(range(min(count, len(real.pixels))))
-        return real.pixels[torch.tensor(chosen)] / 255
+        return resized(images, self.crop)
 
 
 def _renamed(call: Mapping[str, Any]) -> dict[str, Any]:

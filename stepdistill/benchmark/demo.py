@@ -21,6 +21,7 @@ from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.benchmark.poster import Shown, draw_poster, images_of, poster_rows
 from stepdistill.benchmark.report import write_report
 from stepdistill.benchmark.samples import Samples
+from stepdistill.benchmark.students import is_pipeline
 from stepdistill.benchmark.tables import Row, compared, of_kind, text
 from stepdistill.config import read_config
 from stepdistill.export.contract import read_contract
@@ -72,7 +73,7 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     check_alone("demo")
     began = time.perf_counter()
     config = demo_of(read_config(path, overrides))
-    train(config.run)
+    train(config)
     print(f"2 of 3: measuring on {config.measured.num_samples:,} samples a row ...", flush=True)
     bench = Benchmark(config.measured)
     rows = compared(bench.run(), bench.metric)
@@ -89,12 +90,14 @@ def demo(path: str, overrides: Sequence[str] = ()) -> Path:
     return picture
 
 
-def train(config: RunConfig) -> None:
-    """Train the student, unless that is done."""
-    run = Run(config)
+def train(config: Demo) -> None:
+    """Train the student, unless that is done; refuse before it what would fail after it."""
+    run, teacher = Run(config.run), config.run.teacher.path
     if not run.family.takes_text:
-        raise ValueError(f"teacher.path: expected a teacher that takes text, got {config.teacher.path}")
-    print(f"1 of 3: distilling {visible(config.teacher.path)!r} by {config.method_name} ...", flush=True)
+        raise ValueError(f"teacher.path: expected a teacher that takes text, got {teacher}")
+    if not is_pipeline(run.folder / "pipeline"):
+        Benchmark(dataclasses.replace(config.measured, students={}))
+    print(f"1 of 3: distilling {visible(teacher)!r} by {config.run.method_name} ...", flush=True)
     run.train()
 
 

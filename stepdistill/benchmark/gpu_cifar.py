@@ -48,6 +48,12 @@ SOLVERS = (("DDIM", 1), ("DDIM", 2), ("DDIM", 4), ("UniPC", 2), ("UniPC", 4))
 """Training-free solvers and their steps."""
 
 
+def check_data(data: Path) -> None:
+    """Raise ``ValueError`` if there is no such file."""
+    if not data.is_file():
+        raise ValueError(f"--data: expected an .npz with 'images' and 'labels', got {data}, which is no file")
+
+
 def cifar_rows(folder: Path, data: Path, *, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield seconds of the trainings, then a row per student, solver and teacher.
 
@@ -60,8 +66,7 @@ def cifar_rows(folder: Path, data: Path, *, tiny: bool) -> Iterator[tuple[str, d
         ValueError: if there is no such file.
     """
     sizes, data = (TINY, ASSETS / "fashion/train_subset.npz") if tiny else (CIFAR, data)
-    if not data.is_file():
-        raise ValueError(f"--data: expected an .npz with 'images' and 'labels', got {data}, which is no file")
+    check_data(data)
     for name, train in (("features", train_features), ("teacher", train_small_teacher)):
         start = time.perf_counter()
         train(folder / name, data, sizes)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepdistill.benchmark.gpu_checks import check_rows
-from stepdistill.benchmark.gpu_cifar import cifar_rows
+from stepdistill.benchmark.gpu_cifar import check_data, cifar_rows
 from stepdistill.benchmark.gpu_steps import CASES, reference_rows, step_rows
 from stepdistill.benchmark.tables import markdown_table
 from stepdistill.evaluation.results import machine, versions, write_result
@@ -39,6 +39,11 @@ class Report:
     folder: Path
     data: Path
     tiny: bool
+
+    def check(self, parts: Collection[str]) -> None:
+        """Raise ``ValueError`` if one of the parts lacks its data."""
+        if "cifar" in parts and not self.tiny:
+            check_data(self.data)
 
     def rows(self, part: str) -> Rows:
         """Return the rows of a part, which are made as they are taken."""

@@ -13,6 +13,7 @@ import torch
 
 from stepdistill.assets import EMBEDDED
 from stepdistill.benchmark.results import Row
+from stepdistill.config import fingerprint_json
 from stepdistill.evaluation.metrics.frechet import Moments, frechet_distance
 from stepdistill.evaluation.sources import Source
 from stepdistill.evaluation.suite import MetricSuite
@@ -30,11 +31,14 @@ class Judge:
         reference: images; the embedded ones have statistics on the embedded features only, so theirs are made.
         samples: images of a row that are judged.
         kept: file that keeps the reference's statistics, which are made once.
+        device: where features are computed.
     """
 
-    def __init__(self, features: str, reference: str, samples: int, kept: Path) -> None:
+    def __init__(
+        self, features: str, reference: str, samples: int, kept: Path, device: torch.device | str = "cpu"
+    ) -> None:
         images = str(EMBEDDED["embedded"]) if reference == "embedded" else reference
-        self.suite = MetricSuite.open(features, str(kept) if kept.is_file() else images)
+        self.suite = MetricSuite.open(features, str(kept) if kept.is_file() else images, device=device)
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
             self.suite.statistics().write(kept)
@@ -59,6 +63,16 @@ class Judge:
 
     def _distance(self, features: Sequence[torch.Tensor]) -> Row:
         return {self.key: frechet_distance(self.suite.reference.moments, Moments.of(torch.cat(list(features))))}
+
+
+def plain_name(place: str) -> str:
+    """Return the name of a feature network as a part of a file's name: of a path its end, and digits of the whole.
+
+    >>> plain_name("efficientnet"), plain_name("facebook/dinov2-base")
+    ('efficientnet', 'dinov2-base-e742f3c1')
+    """
+    name = Path(place).name
+    return name if name == place else f"{name}-{fingerprint_json(place)[:8]}"
 
 
 JUDGED = "fd_on_"

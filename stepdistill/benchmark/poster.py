@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepdistill.benchmark.benchmark import Benchmark
 from stepdistill.benchmark.tables import Row, best_solver, of_kind, text
+from stepdistill.evaluation.sources import resized
 from stepdistill.files.ranges import Seed
 from stepdistill.files.writing import atomic_write
 from stepdistill.inference.sampling import sample_images
@@ -77,7 +78,7 @@ def images_of(bench: Benchmark, row: Row, shown: Sequence[Shown]) -> Tensor:
             pipeline, 1, seed=one.seed, captions=[one.prompt], precision=bench.config.precision, call=call,
             description=row["name"],
         )  # fmt: skip
-        images.append(sampled.pixels)
+        images.append(resized(sampled, bench.crop).pixels)
     return torch.cat(images)
 
 

@@ -14,7 +14,7 @@ from stepdistill.benchmark.judge import disagreements
 from stepdistill.benchmark.pictures import labelled, pictures
 from stepdistill.benchmark.plots import plot_calls, plot_pareto
 from stepdistill.benchmark.shapes import at_shapes
-from stepdistill.benchmark.students import export_missing, missing_runs, seed_lines, train_runs
+from stepdistill.benchmark.students import check_awaited, export_missing, missing_runs, seed_lines, train_runs
 from stepdistill.benchmark.tables import caption, compared, insert, markdown, split_at
 from stepdistill.files.writing import atomic_write, check_new_file
 from stepdistill.inference.grids import save_comparison
@@ -37,6 +37,7 @@ def benchmark(config: BenchmarkConfig, *, time: bool = False) -> Path:
     check_alone("benchmark")
     lines = [*config.runs, *itertools.chain.from_iterable(seed_lines(config.seed_runs).values())]
     check_places(config)
+    check_awaited(config.students, lines)
     missing = missing_runs(lines)
     if missing:
         Benchmark(dataclasses.replace(config, students={}))  # refuses what would fail after the trainings

@@ -99,9 +99,12 @@ def first_places(captions: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 
 def places_by_class(labels: Tensor, number: int, count: int) -> list[int]:
-    """Return places whose classes are 0, 1, ..., number - 1, 0, 1, ..."""
+    """Return places whose classes are 0, 1, ..., number - 1, 0, 1, ...
+
+    A class with few images is shown by the same ones again, and one without by any.
+    """
     places = []
     for index in range(count):
-        of_class = (labels == index % number).nonzero()
-        places.append(int(of_class[index // number]))
+        of_class = (labels == index % number).nonzero().flatten().tolist() or range(len(labels))
+        places.append(of_class[index // number % len(of_class)])
     return places

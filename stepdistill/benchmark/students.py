@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from stepdistill.benchmark.results import Row
 from stepdistill.config import fingerprint_json, flatten, read_config
 from stepdistill.export.contract import read_contract
 from stepdistill.files.reading import read_yaml
@@ -53,6 +54,24 @@ def check_students(students: Mapping[str, str]) -> None:
         if not is_pipeline(Path(folder)):
             siblings = [str(path) for path in Path(folder).parent.glob("pipeline*")]
             raise ValueError(f"students.{name}: no pipeline in {folder}{nearest(folder, siblings)}")
+
+
+def check_awaited(students: Mapping[str, str], runs: Sequence[str]) -> None:
+    """Raise ``ValueError`` for the first of the named folders that holds no pipeline, and lies in no run's folder.
+
+    Args:
+        students: folders by name.
+        runs: the path of a configuration each, followed by ``key=value`` for the keys that are changed.
+    """
+    outputs = [resolved(line).train.output_dir for line in runs]
+    written = [Path(output).resolve() for output in outputs]
+    for name, folder in students.items():
+        place = Path(folder)
+        if not is_pipeline(place) and not can_be_exported(place) and place.resolve().parent not in written:
+            raise ValueError(
+                f"students.{name}: expected a pipeline, or a folder in the train.output_dir of a run that comes first, "
+                f"got {folder}{nearest(folder, [f'{output}/pipeline' for output in outputs])}"
+            )
 
 
 def train_runs(runs: Mapping[str, RunConfig]) -> None:
@@ -126,9 +145,14 @@ def seed_students(seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, str
 def export_missing(students: Mapping[str, str]) -> None:
     """Export students for other numbers of steps, which the names of missing folders tell: ``pipeline-2-steps``."""
     for folder in map(Path, students.values()):
-        steps, config = re.fullmatch(r"pipeline-(\d+)-steps?", folder.name), folder.parent / "config.yaml"
-        if steps and config.is_file() and not is_pipeline(folder):
-            Run(resolve(read_config(config, [f"method.steps={steps[1]}"]))).export_checkpoint(folder)
+        if can_be_exported(folder) and not is_pipeline(folder):
+            steps, config = folder.name.split("-")[1], folder.parent / "config.yaml"
+            Run(resolve(read_config(config, [f"method.steps={steps}"]))).export_checkpoint(folder)
+
+
+def can_be_exported(folder: Path) -> bool:
+    """Whether a folder's name tells a number of steps, and it lies beside the configuration of a run."""
+    return bool(re.fullmatch(r"pipeline-\d+-steps?", folder.name)) and (folder.parent / "config.yaml").is_file()
 
 
 def start_of(folder: Path) -> Path | None:
@@ -158,8 +182,23 @@ def run_to(config: Path, steps: int) -> Run:
     return Run(resolve(read_config(config, [f"method.steps={steps}", "eval.every=0"])))
 
 
+def fingerprints(folder: str) -> Row:
+    """Return what tells the images of two students apart, as values of their rows: hashes of weights and sampling."""
+    return {"sha256": fingerprint_pipeline(folder), "sampling": fingerprint_sampling(Path(folder))}
+
+
+def is_of(row: Row, folder: str) -> bool:
+    """Whether a row is of the student that lies in a folder; one of an older version does not say how it sampled."""
+    now = fingerprints(folder)
+    return row.get("sha256") == now["sha256"] and row.get("sampling", now["sampling"]) == now["sampling"]
+
+
 def fingerprint_start(folder: Path) -> str:
-    """Return what tells the images of two starts apart: a hash of their weights, sampler and call."""
+    """Return what tells the images of two starts apart: hashes of their weights and sampling."""
+    return "-".join(fingerprints(str(folder)).values())
+
+
+def fingerprint_sampling(folder: Path) -> str:
+    """Return a hash of a student's sampler and call."""
     facts = read_contract(folder)
-    sampling = [facts.sampler, facts.timesteps, facts.gamma, facts.guidance_scale, facts.call]
-    return f"{fingerprint_pipeline(folder)}-{fingerprint_json(sampling)}"
+    return fingerprint_json([facts.sampler, facts.timesteps, facts.gamma, facts.guidance_scale, facts.call])

@@ -331,11 +331,12 @@ def write_page(output: str | None, result: Path) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Run ``stepdistill demo``."""
-    from stepdistill.benchmark.demo import demo
+    from stepdistill.benchmark.demo import demo, demo_of
+    from stepdistill.config import read_config
 
     check_new_file(args.report, ".html")
-    picture = demo(args.config, args.overrides)
-    write_page(args.report, picture.with_name("result.json"))
+    demo(args.config, args.overrides)
+    write_page(args.report, Path(demo_of(read_config(args.config, args.overrides)).measured.output))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from stepdistill.benchmark.pictures import shown_rows
 from stepdistill.benchmark.plots import pareto_front
 from stepdistill.benchmark.publish import benchmark, shape_tables
 from stepdistill.benchmark.report import write_report
-from stepdistill.benchmark.samples import COLUMNS
+from stepdistill.benchmark.samples import COLUMNS, places_by_class
 from stepdistill.benchmark.shapes import at_shapes
 from stepdistill.benchmark.solvers import solver_rows
 from stepdistill.benchmark.students import export_missing, missing_runs, train_runs
@@ -35,11 +38,13 @@ from stepdistill.benchmark.tables import (
 )
 from stepdistill.config import read_config, to_yaml
 from stepdistill.diffusion.samplers import DDIM
+from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.export.contract import Origin
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.loading import families
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
+from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.schema import build
 from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within, teacher_call
 from stepdistill.methods import method_names
@@ -209,6 +214,10 @@ def test_a_teacher_that_takes_text_is_asked_with_captions(tmp_path, clip_folder)
     real = np.load(images)["images"]  # the picture's real images are those of the captions, in their order
     shown = (bench.images(rows["real images"], 5) * 255).round().permute(0, 2, 3, 1)
     assert np.array_equal(shown.numpy(), real[:5])
+    assert bench.setting["contents"]["clip"] == bench.suite.clip.images.sha256
+    np.savez(images, images=real, captions=np.array([f"another picture {i}" for i in range(20)]))
+    with pytest.raises(ValueError, match=r"another contents\.captions"):
+        Benchmark(config)
 
 
 def test_students_are_measured_at_shapes_they_were_not_trained_at_beside_the_teacher(tmp_path, clip_folder):
@@ -227,10 +236,17 @@ def test_students_are_measured_at_shapes_they_were_not_trained_at_beside_the_tea
     assert f"{side} by {2 * side} pixels" in table and "**mine**" in table and "teacher, 2 steps" in table
     (other,) = at_shapes(config)
     bench = Benchmark(other)  # of finished rows
+    assert bench.setting == Benchmark(config).setting_of(other)
     seen = bench._source("mine", bench.open_student(str(student)), {}, count=4).take(range(2)).pixels
     whole = bench.open_student(str(student))("x", height=side, width=2 * side, output_type="np").images
     assert whole.shape == (1, side, 2 * side, 3) and seen.shape == (2, 3, side, side)
     assert [row["name"] for row in bench.rows] == ["real images", "teacher, 2 steps", "mine"]
+    for row in bench.rows:  # pictures and seconds, too
+        assert bench.images(row, 2).shape == (2, 3, side, side)
+    assert all(bench.opened(row)[1].items() >= bench.size.items() for row in bench.rows[1:])
+    other_seed = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match=rf"bench-{side}x{2 * side}\.json was measured with another seed"):
+        Benchmark(other_seed)  # nothing of the main file was measured yet
     with pytest.raises(ValueError, match=r"shapes\[0\]: expected multiples of 2, got"):
         Benchmark(dataclasses.replace(config, shapes=((side, side + 1),)))
 
@@ -256,14 +272,17 @@ def test_held_out_images_are_the_row_of_real_images(tmp_path, monkeypatch):
     held_out, reference = tmp_path / "held_out.npz", tmp_path / "reference.npz"
     for file, brightest in ((held_out, 128), (reference, 256)):
         np.savez(file, images=rng.integers(0, brightest, (20, 28, 28), dtype=np.uint8))
-    monkeypatch.setattr(Benchmark, "teacher", lambda self, name, scale: {"name": name, "kind": "teacher"})
+    monkeypatch.setattr(Benchmark, "teacher", lambda self, name, scale: made_up(name, "teacher", 50, 0.5))
     shared = {"reference": str(reference), "metrics": ["fd"], "solvers": {}}
     own = Benchmark(config_of(tmp_path / "own", **shared))
     others = Benchmark(config_of(tmp_path / "others", **shared, held_out=str(held_out)))
     floors = [own.run()[0], others.run()[0]]
     assert [row["name"] for row in floors] == ["real images", "20 held-out images"]
     assert floors[0]["fd"] < 1e-6 < 1 < floors[1]["fd"]
-    assert others.real_images(20).max() < 0.5 < own.real_images(20).max()  # the picture's, too
+    assert others.images(floors[1]).max() < 0.5 < own.images(floors[0]).max()  # the picture's, too
+    np.savez(held_out, images=rng.integers(0, 128, (20, 28, 28), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"another contents\.held_out"):
+        Benchmark(others.config)
 
 
 def test_an_unconditional_teacher_has_no_guided_rows():
@@ -317,7 +336,7 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     folder, config = finished
     measured = []
     bench = Benchmark(config)
-    monkeypatch.setattr("stepdistill.benchmark.benchmark.fingerprint_pipeline", lambda folder: "other")
+    monkeypatch.setattr("stepdistill.benchmark.students.fingerprint_pipeline", lambda folder: "other")
     monkeypatch.setattr(Benchmark, "student", lambda self, name, row: measured.append(name) or {"name": name})
     monkeypatch.setattr("stepdistill.benchmark.benchmark.write_result", lambda *args: None)
     bench.run()
@@ -325,11 +344,79 @@ def test_a_student_that_was_trained_again_is_measured_again(finished, monkeypatc
     assert [row["name"] for row in bench.rows].count("ours, 2 steps") == 1
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A finished benchmark whose result file and student may change."""
+    folder, config = finished
+    student = shutil.copytree(config.students["ours, 2 steps"], tmp_path / "pipeline")
+    output = shutil.copy(folder / "result/bench.json", tmp_path / "bench.json")
+    return dataclasses.replace(config, students={"ours, 2 steps": str(student)}, output=str(output))
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_student_that_was_exported_with_another_sampler_is_measured_again(copied, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(Benchmark, "student", lambda self, name, row: measured.append(name) or {"name": name})
+    edit_json(tmp_path / "pipeline/stepdistill.json", lambda contract: contract["timesteps"].reverse())
+    older = shutil.copy(tmp_path / "bench.json", tmp_path / "older.json")
+    edit_json(older, lambda result: [row.pop("sampling", None) for row in result["rows"]])
+    Benchmark(dataclasses.replace(copied, output=str(older))).run()
+    assert measured == []  # a row of an older version does not say how its student sampled
+    Benchmark(copied).run()
+    assert measured == ["ours, 2 steps"]
+
+
+def test_a_student_that_was_moved_is_shown_from_its_new_folder(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(Benchmark, "_measure", lambda *args, **options: pytest.fail("measured again"))
+    bench = Benchmark(copied)
+    (student,) = (row for row in bench.run() if row["kind"] == "student")
+    assert student["pipeline"] == str(tmp_path / "pipeline")
+    written = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert student in written and len(written) == len(bench.rows) + len(bench.further)
+
+
+def test_pipelines_and_judges_are_on_the_device_of_this_process(finished, monkeypatch):
+    _, config = finished
+    opened, open_suite = [], MetricSuite.open.__func__
+
+    def remember(cls, *args, device, **options):
+        opened.append(device)
+        return open_suite(cls, *args, **options)
+
+    monkeypatch.setattr(MetricSuite, "open", classmethod(remember))
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.Judge", lambda *args: opened.append(args[-1]))
+    monkeypatch.setattr(
+        "stepdistill.benchmark.benchmark.open_state", lambda: types.SimpleNamespace(device=torch.device("meta"))
+    )
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.finished_rows", lambda *args: [])
+    bench = Benchmark(dataclasses.replace(config, judge="embedded"))
+    assert opened == [torch.device("meta")] * 2
+    for pipeline in (bench.solver_pipeline("DDIM"), bench.open_student(config.students["ours, 2 steps"])):
+        assert pipeline.device.type == "meta"
+
+
+@pytest.mark.parametrize("judge", ["efficientnet", "folder/judge", "facebook/dinov2-base"])
+def test_the_file_of_a_judge_lies_beside_the_result(finished, tmp_path, monkeypatch, judge):
+    monkeypatch.setattr("stepdistill.benchmark.benchmark.Judge", lambda *args: args[3])
+    bench = Benchmark(dataclasses.replace(finished[1], judge=judge, output=str(tmp_path / "bench.json")))
+    assert bench.judge.parent == tmp_path and bench.judge.name.startswith(f"bench-{judge.rpartition('/')[2]}-")
+
+
+def test_classes_with_few_real_images_or_none_have_a_picture():
+    assert places_by_class(torch.tensor([1, 1, 0]), 3, 9) == [2, 0, 0, 2, 1, 1, 2, 0, 2]
+
+
 def test_rows_of_a_version_without_a_key_go_on_while_the_key_says_nothing(finished, tmp_path):
     folder, config = finished
     result = json.loads((folder / "result/bench.json").read_text())
     for key in ("resolution", "lora", "trust_pickles"):
         del result["setting"]["teacher"][key]
+    del result["setting"]["contents"]
     older = tmp_path / "older.json"
     older.write_text(json.dumps(result))
     assert Benchmark(dataclasses.replace(config, output=str(older))).rows == result["rows"]
@@ -383,6 +470,20 @@ def test_shipped_configurations_are_valid(name):
     assert set(config.solvers) <= set(SOLVERS)
 
 
+def test_the_training_of_the_header_of_cifar_10_measures_in_colour(tmp_path, monkeypatch):
+    path = Path("configs/benchmark_cifar10.yaml")
+    line = next(line for line in path.read_text().replace("\\\n#", "").splitlines() if "pixel_progressive" in line)
+    config = read_config("configs/pixel_progressive.yaml", [word for word in line.split() if "=" in word])
+    monkeypatch.chdir(tmp_path)
+    family = Pixel.tiny(size=32, channels=3, num_classes=10)
+    save_teacher(family, tmp_path / config["teacher"]["path"])
+    (tmp_path / "data").mkdir()
+    save_images(family, tmp_path / config["data"]["path"])
+    SmallConvNet(3, 10).save_pretrained(tmp_path / config["eval"]["features"])
+    evaluation = Run(resolve(config)).evaluation
+    assert evaluation.suite.reference.about["shape"] == [3, 32, 32]
+
+
 def test_what_is_missing_is_trained_and_nothing_else(finished, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(Run, "train", lambda run: trained.append(run.folder))
@@ -414,6 +515,7 @@ def test_several_processes_would_write_one_result(monkeypatch, tmp_path):
         ({"features": "none.pt2"}, "none.pt2"),
         ({"document": "none.md"}, "document: none.md has no lines"),
         ({"output": "table.md"}, r"table.md: expected a file to write whose name ends in \.json"),
+        ({"students": {"ours": "rnu/pipeline"}}, r"students\.ours: expected a pipeline, or .*, got rnu/pipeline"),
     ],
 )
 def test_what_is_wrong_with_a_benchmark_is_said_before_its_students_are_trained(tmp_path, monkeypatch, changed, why):

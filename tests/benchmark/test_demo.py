@@ -14,6 +14,7 @@ from stepdistill.benchmark.demo import demo, demo_of
 from stepdistill.benchmark.poster import GAP, LABEL, LINE, SIDE, TITLE, caption, images_of, poster_rows
 from stepdistill.benchmark.students import student_rows
 from stepdistill.benchmark.tables import of_kind
+from stepdistill.cli import main
 from stepdistill.config import read_config, to_yaml
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.config import TeacherConfig
@@ -150,6 +151,29 @@ def test_a_demo_that_could_draw_nothing_is_refused_before_its_training(tmp_path,
         demo(written(tmp_path, SD(family.pipe), shown=[{"prompt": "a face", "sed": 1}]))
     with pytest.raises(ValueError, match=r"teacher\.path: expected a teacher that takes text"):
         demo(written(tmp_path / "pixel", Pixel.tiny(), "progressive"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"reference": "none.npz"}, "reference: no file or folder 'none.npz'"),
+        ({"captions": "none.txt"}, "captions: no file or folder 'none.txt'"),
+        ({"solvers": {"UniPCC": [1]}}, "solver: got 'UniPCC'; did you mean 'UniPC'"),
+    ],
+)
+def test_what_is_wrong_with_what_is_measured_is_said_before_the_training(tmp_path, family, monkeypatch, changed, why):
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=why):
+        demo(written(tmp_path, SD(family.pipe), **changed))
+
+
+def test_the_page_is_of_the_result_wherever_it_lies(tmp_path, family, monkeypatch):
+    written_pages = []
+    monkeypatch.setattr("stepdistill.benchmark.demo.demo", lambda path, overrides: None)
+    monkeypatch.setattr("stepdistill.cli.write_page", lambda page, result: written_pages.append(result))
+    place = tmp_path / "elsewhere/numbers.json"
+    main(["demo", "--config", written(tmp_path, SD(family.pipe)), f"demo.output={place}"])
+    assert written_pages == [place]
 
 
 def test_captions_have_at_most_four_lines():

@@ -1,5 +1,6 @@
 """The report of ``make gpu``: its checks hold on this machine's device, and all of it runs small on a CPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -76,6 +77,16 @@ def test_a_tar_of_images_becomes_an_npz(tmp_path):
 def test_without_its_images_the_last_part_says_which_it_wants(tmp_path):
     with pytest.raises(ValueError, match=r"--data: expected an \.npz with 'images' and 'labels', got .*none\.npz"):
         next(cifar_rows(tmp_path, tmp_path / "none.npz", tiny=False))
+
+
+def test_missing_images_are_said_before_the_first_part(tmp_path):
+    report = Report(folder=tmp_path, data=tmp_path / "none.npz", tiny=False)
+    with pytest.raises(ValueError, match="--data: expected"):
+        report.check(PARTS)
+    report.check(["checks", "steps"])
+    dataclasses.replace(report, tiny=True).check(PARTS)
+    (tmp_path / "none.npz").touch()
+    report.check(PARTS)
 
 
 @pytest.mark.product
