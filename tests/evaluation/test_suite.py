@@ -103,7 +103,9 @@ def test_the_least_images_of_a_metric_are_enough_and_no_more_than_it_needs(suite
     check_sample([name], least)
     suite.score(images(least), [name])
     if least > 2:
-        with pytest.raises(ValueError, match=rf"^num_samples: expected at least {least} for '{name}', got {least - 1}$"):
+        with pytest.raises(
+            ValueError, match=rf"^num_samples: expected at least {least} for '{name}', got {least - 1}$"
+        ):
             check_sample([name], least - 1)
         with pytest.raises(ValueError, match=f"expected at least {least} images, got {least - 1}"):
             suite.score(images(least - 1), [name])

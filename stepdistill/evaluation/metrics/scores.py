@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.bootstrap import Interval, mean_interval
+from stepdistill.evaluation.metrics.bootstrap import Interval, deviation_interval, mean_interval
 from stepdistill.evaluation.metrics.classifier import inception_score
 from stepdistill.evaluation.metrics.diversity import authentic, nearest_distance, within_class_deviations
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
@@ -126,7 +126,7 @@ def spread(sample: Sample) -> dict[str, Score]:
     if sample.labels is None or sample.real_labels is None:
         raise ValueError("metrics: 'spread' needs class labels of the samples and of the reference")
     values = within_class_deviations(sample.reference, sample.real_labels, sample.features, sample.labels)
-    return {"spread": mean_score(values, sample.labels)}
+    return {"spread": Score(values.mean().item(), deviation_interval(values, sample.labels))}
 
 
 def accuracy(sample: Sample) -> dict[str, Score]:
@@ -190,4 +190,4 @@ def prompt_spread(sample: Sample) -> dict[str, Score]:
     if sample.prompts is None:
         raise ValueError("metrics: 'prompt_spread' needs captions: give --captions, or images with captions")
     values, prompts = within_prompt_deviations(sample.features, sample.prompts, sample.moments)
-    return {"prompt_spread": mean_score(values, prompts)}
+    return {"prompt_spread": Score(values.mean().item(), deviation_interval(values, prompts))}
