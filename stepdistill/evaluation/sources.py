@@ -31,6 +31,7 @@ from stepdistill.files.words import visible
 from stepdistill.inference.rows import network_of
 from stepdistill.inference.sampling import ROWS, Images, class_count, cycle_labels, sample_images
 from stepdistill.networks.compilation import is_compiled
+from stepdistill.networks.fingerprint import sha256_of_weights
 
 
 class Source(abc.ABC):
@@ -112,10 +113,9 @@ class PipelineSource(Source):
         return resized(images, self.size)
 
     def setting(self) -> dict[str, Any]:
-        hashed = None if self.captions is None else hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
         return {
             "num_samples": self.count, "seed": self.seed, "precision": self.precision, "size": self.size,
-            "rows": self.rows, "captions": hashed,
+            "rows": self.rows, "captions": hashed(self.captions),
         }  # fmt: skip
 
     def subject(self) -> dict[str, Any]:
@@ -153,14 +153,20 @@ class FileSource(Source):
         return self.images.read(indices)
 
     def setting(self) -> dict[str, Any]:
-        unknown = dict.fromkeys(("seed", "precision", "rows", "captions"))
-        return {"num_samples": self.count, "size": self.size, **unknown}
+        unknown = dict.fromkeys(("seed", "precision", "rows"))
+        captions = hashed(self.images.captions_in_order())
+        return {"num_samples": self.count, "size": self.size, **unknown, "captions": captions}
 
     def subject(self) -> dict[str, Any]:
-        return {"kind": "images", "path": self.images.path}
+        return {"kind": "images", "path": self.images.path, "files": self.images.fingerprint()}
 
     def timing(self) -> dict[str, Any]:
         return machine(torch.device("cpu"))
+
+
+def hashed(captions: Sequence[str] | None) -> str | None:
+    """Return the SHA-256 of captions, in their order; None where there are none."""
+    return None if captions is None else hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
 def resized(images: Images, size: int | None) -> Images:
@@ -174,14 +180,16 @@ def resized(images: Images, size: int | None) -> Images:
 
 def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pipeline's images depend on, as JSON values: weights, scheduler, configuration, call."""
-    weights = hashlib.sha256()
-    for key, tensor in network_of(pipeline).state_dict().items():
-        weights.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    network, others = network_of(pipeline), {}
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and part is not network:
+            others[name] = sha256_of_weights(part)
     config = {key: value for key, value in public(pipeline.config).items() if _is_plain(value)}
     return {
         "kind": "pipeline",
         "pipeline": type(pipeline).__name__,
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": sha256_of_weights(network),
+        "other_weights_sha256": others,
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_config": fingerprint_json(public(pipeline.scheduler.config)),
         "config": config,

@@ -2,11 +2,13 @@
 
 import functools
 import json
+import os
 import tarfile
 
 import fsspec
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import PartialState
@@ -21,10 +23,11 @@ from stepdistill.evaluation.extraction import CHUNK
 from stepdistill.evaluation.image_set import ImageSet
 from stepdistill.evaluation.protocol import PRESETS, Protocol, read_protocol
 from stepdistill.evaluation.reference import Reference
-from stepdistill.evaluation.sources import FileSource, PipelineSource, read_captions
+from stepdistill.evaluation.sources import FileSource, PipelineSource, describe_pipeline, read_captions
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.evaluation.summary import lines
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.inference.rows import fixed_rows
 from stepdistill.inference.sampling import Images, class_count, sample_images
@@ -47,8 +50,8 @@ def evaluate_pipeline(piped, suite, *, metrics=("fd",), work=None, **sampling):
     return evaluate(PipelineSource(pipeline=piped, **sampling), suite, metrics=metrics, name="pipeline", work=work)
 
 
-def evaluate_files(images, suite, metrics=("fd",)):
-    return evaluate(FileSource(images), suite, metrics=metrics, name="images")
+def evaluate_files(images, suite, metrics=("fd",), work=None):
+    return evaluate(FileSource(images), suite, metrics=metrics, name="images", work=work)
 
 
 TIMED = ("seconds_per_image", "peak_memory_mb", "timing")
@@ -200,6 +203,60 @@ def test_chunks_of_another_setting_are_not_used(tmp_path, suite):
     assert len(list(tmp_path.glob("work/*/chunk-*.safetensors"))) == 4
 
 
+def test_chunks_of_other_images_in_the_same_files_are_not_used(tmp_path, suite):
+    made, work = archive(tmp_path / "made.npz", 30, seed=1), tmp_path / "work"
+    first, again = (evaluate_files(ImageSet(made), suite, work=work)["fd"] for _ in range(2))
+    assert first == again and len(list(work.glob("*/chunk-*.safetensors"))) == 1
+    archive(made, 30, seed=2)
+    other = evaluate_files(ImageSet(made), suite, work=work)["fd"]
+    assert other == evaluate_files(ImageSet(made), suite)["fd"] != first
+
+
+def as_tar(folder):
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+    return folder.with_suffix(".tar")
+
+
+def as_parquet(folder):
+    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(folder.glob("*.png"))]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), folder.with_suffix(".parquet"))
+    return folder.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize("form", [None, as_tar, as_parquet], ids=["folder", "tar", "parquet"])
+def test_a_set_of_files_is_another_once_one_of_them_was_written_again(tmp_path, form):
+    folder = pngs(tmp_path / "some")
+    path = folder if form is None else form(folder)
+    before = ImageSet(path).fingerprint()
+    (tmp_path / "some" / "result.json").write_text("{}")  # no image
+    assert ImageSet(path).fingerprint() == before
+    os.utime(folder / "3.png" if form is None else path, ns=(0, 0))
+    assert ImageSet(path).fingerprint() != before
+
+
+def test_a_set_of_files_is_another_with_other_captions(tmp_path):
+    folder, found = pngs(tmp_path / "some"), []
+    for text in ("a", "a", "b"):
+        rows = [{"file_name": f"{i}.png", "text": f"{text} {i}"} for i in range(6)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found.append(ImageSet(folder))
+    first, same, other = (images.fingerprint() for images in found)
+    assert first == same != other
+
+
+def test_a_pipeline_is_another_with_another_decoder_or_text_encoder():
+    piped = SD.tiny().pipe
+    seen = [describe_pipeline(piped, {})]
+    for part in (piped.vae, piped.text_encoder):
+        with torch.no_grad():
+            next(part.parameters()).mul_(2)
+        seen.append(describe_pipeline(piped, {}))
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+    assert len({about["weights_sha256"] for about in seen}) == 1
+
+
 def test_a_damaged_chunk_is_made_again(tmp_path, suite):
     expected = evaluate_pipeline(pipeline(), suite, count=10, work=tmp_path / "work")
     (chunk,) = tmp_path.glob("work/*/chunk-*.safetensors")
@@ -308,6 +365,21 @@ def test_compare_says_what_chance_does_not_allow_to_say():
     assert "recall: b 0.8, a 0.5: b is better" in compare([a, better])
     with pytest.raises(ValueError, match="not comparable: num_samples is 10 in 'a', 20 in 'b'"):
         compare([a, b | {"setting": {"num_samples": 20}}])
+
+
+def test_images_are_compared_with_a_pipeline_on_the_same_captions(tmp_path):
+    prompts = ["a cat", "a dog", "a bird"]
+    piped = PipelineSource(pipeline=SD.tiny().pipe, count=3, captions=prompts)
+    folder, settings = pngs(tmp_path / "some", 3), [piped.setting()]
+    for texts in (prompts, [*prompts[:2], "a fish"]):
+        rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        settings.append(FileSource(ImageSet(folder)).setting())
+    row = {"clip_score": 20.0, "clip_score_low": 19.0, "clip_score_high": 21.0}
+    first, same, other = ({"name": name, "setting": found, **row} for name, found in zip("abc", settings, strict=True))
+    assert "clip_score: a 20, b 20: not distinguishable" in compare([first, same])
+    with pytest.raises(ValueError, match="not comparable: captions is '.*' in 'b', '.*' in 'c'"):
+        compare([same, other])
 
 
 # ------------------------------------------------------------------------------------------------------- protocols

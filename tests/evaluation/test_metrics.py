@@ -233,14 +233,13 @@ def test_within_class_spread_is_the_ratio_of_variances():
 
 
 def spreads(fake, groups):
-    """Spread within classes and within prompts, both against a reference of unit covariance, of mean 0 in each class."""
+    """Spread within classes and within prompts, of a reference of unit covariance, also in each class."""
     d = fake.shape[1]
     corners = torch.eye(d, dtype=torch.float64) * (d - 0.5) ** 0.5
-    real, labels = torch.cat([corners, -corners]), groups.unique().repeat_interleave(2 * d)
-    sample = Sample(
-        fake, groups, Moments(None, torch.zeros(d).double(), torch.eye(d).double()), real.repeat(len(labels) // (2 * d), 1),
-        labels, lambda rows: rows, prompts=groups,
-    )  # fmt: skip
+    names = groups.unique()
+    real, labels = torch.cat([corners, -corners]).repeat(len(names), 1), names.repeat_interleave(2 * d)
+    moments = Moments(None, torch.zeros(d).double(), torch.eye(d).double())
+    sample = Sample(fake, groups, moments, real, labels, lambda rows: rows, prompts=groups)
     return [*spread(sample).values(), *prompt_spread(sample).values()]
 
 
