@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -195,6 +196,16 @@ def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
         "config": config,
         "call": {**contract_of(pipeline).call, **call},
     }
+
+
+def check_guidance(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a call asks for guidance by an argument that the pipeline does not read."""
+    scale, accepted = call.get("guidance_scale", 1.0), inspect.signature(type(pipeline).__call__).parameters
+    if scale > 1 and "true_cfg_scale" in accepted and not network_of(pipeline).config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance_scale: expected none, since {type(pipeline).__name__} reads true_cfg_scale instead, got "
+            f"{scale:g}; a teacher is guided by it if it is given as --teacher"
+        )
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

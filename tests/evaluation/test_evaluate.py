@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import PartialState
+from contracts.cases import save_teacher
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
 
 from stepdistill.assets import FASHION
@@ -27,6 +28,7 @@ from stepdistill.evaluation.sources import FileSource, PipelineSource, describe_
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.evaluation.summary import lines
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.sd import SD
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.inference.rows import fixed_rows
@@ -415,6 +417,21 @@ def test_a_teacher_is_asked_for_no_more_steps_than_it_has(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--teacher", "embedded", *steps])
     assert "num_inference_steps: expected at most 1000, on which embedded was trained" in capsys.readouterr().err
+
+
+def test_a_teacher_is_asked_for_guidance_in_the_words_of_its_pipeline(tmp_path, monkeypatch, capsys):
+    save_teacher(QwenImage.tiny(), tmp_path / "teacher")
+    calls = []
+    monkeypatch.setattr("stepdistill.evaluation.evaluate.run_protocol", lambda *args, call, **_: calls.append(call))
+    monkeypatch.setattr("stepdistill.evaluation.summary.summary", str)
+    asked = [str(tmp_path / "teacher"), "--output", str(tmp_path / "result.json"), "--num_inference_steps", "2"]
+    main(["evaluate", "--teacher", *asked, "--guidance_scale", "4"])
+    main(["evaluate", "--pipeline", *asked, "--guidance_scale", "1"])
+    assert calls[0] == {"num_inference_steps": 2, "true_cfg_scale": 4.0, "negative_prompt": " "}
+    assert calls[1] == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--pipeline", *asked, "--guidance_scale", "4"])
+    assert "guidance_scale: expected none, since QwenImagePipeline reads true_cfg_scale" in capsys.readouterr().err
 
 
 def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, capsys):
