@@ -19,7 +19,9 @@ from accelerate.utils import broadcast_object_list
 from stepdistill.evaluation.cost import flops_per_image
 from stepdistill.evaluation.extraction import collect, remove_chunks
 from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import Protocol
+from stepdistill.evaluation.reference import check_size
 from stepdistill.evaluation.results import versions, write_result
 from stepdistill.evaluation.sources import FileSource, PipelineSource, Source, read_captions
 from stepdistill.evaluation.suite import MetricSuite
@@ -70,9 +72,14 @@ def run_protocol(
         batch_size: images per call of the pipeline.
         write_reference: where to write the reference's statistics.
     """
+    assert protocol.reference is not None, "read_protocol refuses this"
+    check_size(protocol.reference, protocol.size)
     state = PartialState(cpu=not torch.accelerator.is_available())  # or processes on CPUs would not find each other
     source = open_source(protocol, pipeline, images, call=call or {}, name=name, batch_size=batch_size)
-    suite = MetricSuite.of_protocol(protocol, state.device)
+    networks = Networks.of_protocol(protocol, state.device)
+    networks.check_conditions(protocol.metrics, source.labels, source.captions)
+    networks.refuse_critic(source.critic)
+    suite = MetricSuite.of_protocol(protocol, networks)  # takes hours for a large reference, so all else comes before
     work = output.with_suffix(".work")
     result = evaluate(source, suite, metrics=protocol.metrics, name=name, work=work)
     if isinstance(source, PipelineSource):

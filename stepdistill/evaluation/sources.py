@@ -30,7 +30,7 @@ from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
 from stepdistill.files.words import visible
 from stepdistill.inference.rows import network_of
-from stepdistill.inference.sampling import ROWS, Images, class_count, cycle_labels, sample_images
+from stepdistill.inference.sampling import ROWS, Images, check_captions, class_count, cycle_labels, sample_images
 from stepdistill.networks.compilation import is_compiled
 from stepdistill.networks.fingerprint import sha256_of_weights
 
@@ -98,6 +98,7 @@ class PipelineSource(Source):
     name: str = "pipeline"
 
     def __post_init__(self) -> None:
+        check_captions(self.pipeline, self.captions)
         self.critic = contract_of(self.pipeline).origin.critic
         self.num_classes = class_count(self.pipeline)
         if self.num_classes is not None:

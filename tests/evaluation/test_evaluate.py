@@ -22,6 +22,7 @@ from stepdistill.evaluation.cost import flops_per_image, parameter_count
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.extraction import CHUNK
 from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import PRESETS, Protocol, read_protocol
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.sources import FileSource, PipelineSource, describe_pipeline, read_captions
@@ -692,13 +693,14 @@ def test_clip_score_and_cmmd_come_with_the_other_metrics(tmp_path, clip_folder, 
     protocol = Protocol(
         features=str(clip_folder), clip=str(clip_folder), reference=real, metrics=("fd", "clip", "cmmd"), num_samples=8
     )
-    suite = MetricSuite.of_protocol(protocol)
+    suite = MetricSuite.of_protocol(protocol, Networks.of_protocol(protocol))
     result = evaluate_files(ImageSet(folder), suite, metrics=protocol.metrics)
     assert result["clip_score_low"] <= result["clip_score"] <= result["clip_score_high"]
     assert result["captions_cut"] == 1 and result["cmmd"] > 0
     assert len(result["setting"]["clip"]["sha256"]) == 64
     with pytest.raises(ValueError, match="'clip' needs captions"):
         evaluate_files(ImageSet(pngs(tmp_path / "bare", 8, 8, "RGB")), suite, metrics=protocol.metrics)
+    assert evaluate_files(ImageSet(tmp_path / "bare"), suite, metrics=("cmmd",))["cmmd"] > 0  # which reads none
 
 
 def test_a_clip_without_its_halves_is_refused(clip_folder, tmp_path, network):

@@ -13,7 +13,7 @@ from stepdistill.evaluation.metrics.diversity import authentic, nearest_distance
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
 from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_influence, kernel_distance, kernel_influence
 from stepdistill.evaluation.metrics.manifold import ball_counts, manifold_hits
-from stepdistill.evaluation.metrics.words import adherence_values, within_prompt_deviations
+from stepdistill.evaluation.metrics.words import adherence_values, check_unseen, within_prompt_deviations
 from stepdistill.features.clip import clip_scores
 
 
@@ -155,7 +155,8 @@ def copying(sample: Sample) -> dict[str, Score]:
 
 def clip(sample: Sample) -> dict[str, Score]:
     """Compute the CLIP score of images and their captions."""
-    assert sample.captions is not None and sample.cut is not None
+    if sample.captions is None or sample.cut is None:
+        raise ValueError("metrics: 'clip' needs captions: give --captions, or images with captions")
     return {
         "clip_score": mean_score(clip_scores(sample.features, sample.captions)),
         "captions_cut": Score(int(sample.cut.sum())),
@@ -173,8 +174,7 @@ def adherence_unseen(sample: Sample) -> dict[str, Score]:
     shown, asked = _shown_and_asked(sample)
     assert sample.is_unseen is not None
     unseen = sample.is_unseen(asked)
-    if not unseen.any():
-        raise ValueError("metrics: 'adherence_unseen' needs prompts of held-out combinations; none of the prompts is")
+    check_unseen(unseen)
     return {"adherence_unseen": mean_score(adherence_values(shown[unseen], asked[unseen]))}
 
 
