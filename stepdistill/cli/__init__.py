@@ -39,7 +39,7 @@ PROTOCOL_FLAGS = (
     ("attributes", str, "'faces', or the folder of an attribute reader; for the metric adherence"),
     ("size", COUNT, "resize and crop all images to a square of this side"),
     ("captions", str, "prompts: a file as for generate --prompt_file, or images with captions"),
-    ("guidance_scale", SCALE, "1 is none, for Z-Image 0; default: the pipeline's own"),
+    ("guidance_scale", SCALE, "1 is none, for --pipeline of Z-Image 0; default: the pipeline's own"),
     ("num_inference_steps", COUNT, "default: the pipeline's own"),
     ("rows", COUNT, "rows per call of the network; fewer need less memory"),
     ("precision", str, "fp32 or bf16"),
@@ -244,12 +244,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from stepdistill.evaluation.protocol import read_protocol
     from stepdistill.evaluation.reference import check_reference_place
     from stepdistill.evaluation.results import check_result_place
+    from stepdistill.evaluation.sources import check_guidance
     from stepdistill.evaluation.summary import summary
     from stepdistill.export.pipeline import load_pipeline
     from stepdistill.families.config import TeacherConfig
     from stepdistill.files.schema import build
     from stepdistill.inference.rows import network_of
-    from stepdistill.inference.solvers import check_steps, teacher_pipeline
+    from stepdistill.inference.solvers import called_teacher, check_steps
     from stepdistill.networks.compilation import compile_blocks
 
     check_flags_of_evaluate(args)
@@ -258,18 +259,20 @@ def evaluate(args: argparse.Namespace) -> None:
     check_new_file(args.report, ".html")
     flags = {name: getattr(args, name) for name, _, _ in PROTOCOL_FLAGS}
     protocol, about = read_protocol(args.protocol, flags, of_files=args.images is not None)
-    pipeline = None
+    pipeline, call = None, protocol.call()
     if args.pipeline is not None:
         pipeline = load_pipeline(args.pipeline, **trust_of(args))
+        check_guidance(pipeline, call)
     elif args.teacher is not None:
         teacher = build(TeacherConfig, {"path": args.teacher, **trust_of(args)}, "--teacher")
-        pipeline = teacher_pipeline(teacher, args.solver or "DDIM")
+        pipeline, call = called_teacher(teacher, args.solver or "DDIM", call)
         check_steps(pipeline.scheduler.config, protocol.num_inference_steps or 1, "num_inference_steps", args.teacher)
     if args.compile and pipeline is not None:
         compile_blocks(network_of(pipeline), "--compile")
     result = run_protocol(
-        protocol, about, output=args.output, pipeline=pipeline, images=args.images, batch_size=args.batch_size or 100,
-        name=args.pipeline or args.teacher or args.images, write_reference=args.write_reference,
+        protocol, about, output=args.output, pipeline=pipeline, call=call, images=args.images,
+        batch_size=args.batch_size or 100, name=args.pipeline or args.teacher or args.images,
+        write_reference=args.write_reference,
     )  # fmt: skip
     if not PartialState().is_main_process:
         return

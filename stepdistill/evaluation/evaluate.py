@@ -19,7 +19,9 @@ from accelerate.utils import broadcast_object_list
 from stepdistill.evaluation.cost import flops_per_image
 from stepdistill.evaluation.extraction import collect, remove_chunks
 from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import Protocol
+from stepdistill.evaluation.reference import check_size
 from stepdistill.evaluation.results import versions, write_result
 from stepdistill.evaluation.sources import FileSource, PipelineSource, Source, read_captions
 from stepdistill.evaluation.suite import MetricSuite
@@ -53,8 +55,9 @@ def evaluate(
 
 
 def run_protocol(
-    protocol: Protocol, about: Mapping[str, Any], *, output: Path, pipeline: Any = None, images: str | None = None,
-    name: str, batch_size: int = 100, write_reference: Path | None = None,
+    protocol: Protocol, about: Mapping[str, Any], *, output: Path, pipeline: Any = None,
+    call: Mapping[str, Any] | None = None, images: str | None = None, name: str, batch_size: int = 100,
+    write_reference: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a pipeline, or otherwise a folder of ``images``, by a protocol, and write the result file.
 
@@ -63,14 +66,20 @@ def run_protocol(
         about: the protocol's name and what was overridden, see :func:`stepdistill.evaluation.protocol.read_protocol`.
         output: the result file; finished chunks are kept beside it until it is written.
         pipeline: what is measured.
+        call: arguments of its calls, see :meth:`stepdistill.evaluation.protocol.Protocol.call`.
         images: what is measured where there is no pipeline.
         name: of the result.
         batch_size: images per call of the pipeline.
         write_reference: where to write the reference's statistics.
     """
+    assert protocol.reference is not None, "read_protocol refuses this"
+    check_size(protocol.reference, protocol.size)
     state = PartialState(cpu=not torch.accelerator.is_available())  # or processes on CPUs would not find each other
-    source = open_source(protocol, pipeline, images, name=name, batch_size=batch_size)
-    suite = MetricSuite.of_protocol(protocol, state.device)
+    source = open_source(protocol, pipeline, images, call=call or {}, name=name, batch_size=batch_size)
+    networks = Networks.of_protocol(protocol, state.device)
+    networks.check_conditions(protocol.metrics, source.labels, source.captions)
+    networks.refuse_critic(source.critic)
+    suite = MetricSuite.of_protocol(protocol, networks)  # takes hours for a large reference, so all else comes before
     work = output.with_suffix(".work")
     result = evaluate(source, suite, metrics=protocol.metrics, name=name, work=work)
     if isinstance(source, PipelineSource):
@@ -85,13 +94,15 @@ def run_protocol(
     return result
 
 
-def open_source(protocol: Protocol, pipeline: Any, images: str | None, *, name: str, batch_size: int) -> Source:
+def open_source(
+    protocol: Protocol, pipeline: Any, images: str | None, *, call: Mapping[str, Any], name: str, batch_size: int
+) -> Source:
     """Return the images that a protocol measures: of a pipeline, on this process's device, or of files."""
     if images is not None:
         return FileSource(ImageSet(images, size=protocol.size, limit=protocol.num_samples), protocol.size)
     captions = read_captions(protocol.captions, protocol.num_samples) if protocol.captions else None
     return PipelineSource(
         pipeline=pipeline.to(PartialState().device), count=protocol.num_samples, seed=protocol.seed,
-        batch_size=batch_size, precision=protocol.precision, call=protocol.call(), captions=captions,
+        batch_size=batch_size, precision=protocol.precision, call=call, captions=captions,
         size=protocol.size, rows=protocol.rows, name=name,
     )  # fmt: skip

@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from stepdistill.config import fingerprint_json
 from stepdistill.data.base import DataConfig
 from stepdistill.data.columns import first_texts
 from stepdistill.data.decoding import UnreadableImageError, read_pixels, read_shape
 from stepdistill.data.listing import list_samples, sample_name
 from stepdistill.data.remote import is_address, shown
+from stepdistill.data.tars import TarMember
 from stepdistill.inference.sampling import Images
 
 
@@ -41,7 +44,9 @@ class ImageSet:
             asked = " (--num_samples)" if limit else ""
             raise ValueError(f"{self.path}: expected at least {max(limit or 0, 2)} images{asked}, got {found}")
         order = torch.randperm(found, generator=torch.Generator().manual_seed(0))[:limit].tolist()
+        self._order = order
         self._sources = [listing.images[row] for row in order]
+        self._files, self._version = _files_of(self._sources, Path(path)), listing.version
         self._names = [sample_name(listing.images, row, path) for row in order]
         if listing.no_labels:
             warnings.warn(f"labels are not used: {listing.no_labels}", stacklevel=2)
@@ -77,6 +82,18 @@ class ImageSet:
             captions=None if self.captions is None else [self.captions[row] for row in rows],
         )
 
+    def captions_in_order(self) -> list[str] | None:
+        """Return the captions in the order of the files, which is that of a file of prompts if they were made of it."""
+        if self.captions is None:
+            return None
+        return [caption for _, caption in sorted(zip(self._order, self.captions, strict=True))]
+
+    def fingerprint(self) -> str:
+        """Return twelve hex digits that change with labels, captions, and the files: names, sizes, times of change."""
+        states = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in self._files]
+        labels = None if self.labels is None else self.labels.tolist()
+        return fingerprint_json([self._version, states, labels, self.captions])
+
     def _read_shapes(self) -> list[tuple[int, int, int]]:
         """Return the (C, H, W) of every image; reading every header finds all broken files at once."""
         shapes, broken = [], []
@@ -95,6 +112,17 @@ class ImageSet:
                     f"{self.path}: expected images of one size and mode, got {self._names[0]} with "
                     f"{format_shape(shapes[0])}, {name} with {format_shape(shape)}; --size resizes and crops them"
                 )
+
+
+def _files_of(sources: Sequence[Any], path: Path) -> list[Path]:
+    """Return the files on this machine that hold images, which were listed at ``path``."""
+    files = {source for source in sources if isinstance(source, str)}
+    files |= {source.tar for source in sources if isinstance(source, TarMember)}
+    if files:
+        return [Path(file) for file in sorted(files)]
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".parquet"))
 
 
 def _refuse(broken: list[str]) -> None:

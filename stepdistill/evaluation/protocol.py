@@ -36,7 +36,8 @@ class Protocol:
         reference_images: reference images that metrics beyond the Fréchet distance use, at most.
         size: samples and reference images are resized (short side) and cropped to a square of this side.
         captions: a file of prompts, see :mod:`stepdistill.data.prompts`, or images with captions.
-        guidance_scale: of the pipeline's calls; None leaves it to the pipeline.
+        guidance_scale: of the pipeline's calls, of a teacher's in the words of its own pipeline; None leaves it to the
+            pipeline.
         num_inference_steps: of the pipeline's calls; None leaves it to the pipeline.
         rows: rows that the network sees at a time (a guided image is two): what the memory must hold, and what the last
             digits depend on.
@@ -66,7 +67,7 @@ class Protocol:
         check_sample(self.metrics, self.num_samples)
 
     def call(self) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call that this protocol fixes."""
+        """Return the arguments of a call that this protocol fixes."""
         fixed = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.num_inference_steps}
         return {key: value for key, value in fixed.items() if value is not None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.assets import EMBEDDED, FASHION
 from stepdistill.data.remote import downloaded, ending, is_address
-from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.image_set import ImageSet, format_shape
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.rows import FeatureRows
 from stepdistill.features.base import FeatureExtractor
@@ -54,6 +54,32 @@ def check_reference_place(path: Path | None) -> None:
         return
     if not {"mu", "sigma", "features"} <= array_headers(path).keys():
         raise ValueError(f"{path}: expected a new file or earlier statistics to replace, got another .npz")
+
+
+def check_size(spec: str, size: int | None) -> None:
+    """Raise ``ValueError`` if ``size`` is asked of a reference whose images have another and are not resized.
+
+    Args:
+        spec: as :meth:`Reference.open` takes it.
+        size: side that images are resized to; None leaves them as they are.
+    """
+    own = None if size is None else _fixed_shape(spec)
+    if own is not None and list(own[1:]) != [size, size]:
+        raise ValueError(
+            f"size: expected none, or that of reference {spec!r}, which is {format_shape(own)} and not resized, got "
+            f"{size}"
+        )
+
+
+def _fixed_shape(spec: str) -> Sequence[int] | None:
+    """Return the shape (C, H, W) of a reference that is not resized; None of any other, and where it is unknown."""
+    if spec == "embedded":
+        return ImageSet(FASHION / "train_subset.npz", limit=2).shape
+    path = Path(spec)
+    if path.suffix != ".npz" or not path.is_file() or not holds_statistics(path):
+        return None
+    facts = _about(read_arrays(path, ("images",)), "images", ImageFacts, f"reference {spec!r}") or {}
+    return facts.get("shape")
 
 
 @dataclass(frozen=True)

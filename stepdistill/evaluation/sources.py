@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,9 @@ from stepdistill.evaluation.results import machine
 from stepdistill.export.contract import contract_of
 from stepdistill.files.words import visible
 from stepdistill.inference.rows import network_of
-from stepdistill.inference.sampling import ROWS, Images, class_count, cycle_labels, sample_images
+from stepdistill.inference.sampling import ROWS, Images, check_captions, class_count, cycle_labels, sample_images
 from stepdistill.networks.compilation import is_compiled
+from stepdistill.networks.fingerprint import sha256_of_weights
 
 
 class Source(abc.ABC):
@@ -96,6 +98,7 @@ class PipelineSource(Source):
     name: str = "pipeline"
 
     def __post_init__(self) -> None:
+        check_captions(self.pipeline, self.captions)
         self.critic = contract_of(self.pipeline).origin.critic
         self.num_classes = class_count(self.pipeline)
         if self.num_classes is not None:
@@ -112,10 +115,9 @@ class PipelineSource(Source):
         return resized(images, self.size)
 
     def setting(self) -> dict[str, Any]:
-        hashed = None if self.captions is None else hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
         return {
             "num_samples": self.count, "seed": self.seed, "precision": self.precision, "size": self.size,
-            "rows": self.rows, "captions": hashed,
+            "rows": self.rows, "captions": hashed(self.captions),
         }  # fmt: skip
 
     def subject(self) -> dict[str, Any]:
@@ -153,14 +155,20 @@ class FileSource(Source):
         return self.images.read(indices)
 
     def setting(self) -> dict[str, Any]:
-        unknown = dict.fromkeys(("seed", "precision", "rows", "captions"))
-        return {"num_samples": self.count, "size": self.size, **unknown}
+        unknown = dict.fromkeys(("seed", "precision", "rows"))
+        captions = hashed(self.images.captions_in_order())
+        return {"num_samples": self.count, "size": self.size, **unknown, "captions": captions}
 
     def subject(self) -> dict[str, Any]:
-        return {"kind": "images", "path": self.images.path}
+        return {"kind": "images", "path": self.images.path, "files": self.images.fingerprint()}
 
     def timing(self) -> dict[str, Any]:
         return machine(torch.device("cpu"))
+
+
+def hashed(captions: Sequence[str] | None) -> str | None:
+    """Return the SHA-256 of captions, in their order; None where there are none."""
+    return None if captions is None else hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
 def resized(images: Images, size: int | None) -> Images:
@@ -174,19 +182,31 @@ def resized(images: Images, size: int | None) -> Images:
 
 def describe_pipeline(pipeline: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pipeline's images depend on, as JSON values: weights, scheduler, configuration, call."""
-    weights = hashlib.sha256()
-    for key, tensor in network_of(pipeline).state_dict().items():
-        weights.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    network, others = network_of(pipeline), {}
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and part is not network:
+            others[name] = sha256_of_weights(part)
     config = {key: value for key, value in public(pipeline.config).items() if _is_plain(value)}
     return {
         "kind": "pipeline",
         "pipeline": type(pipeline).__name__,
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": sha256_of_weights(network),
+        "other_weights_sha256": others,
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_config": fingerprint_json(public(pipeline.scheduler.config)),
         "config": config,
         "call": {**contract_of(pipeline).call, **call},
     }
+
+
+def check_guidance(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a call asks for guidance by an argument that the pipeline does not read."""
+    scale, accepted = call.get("guidance_scale", 1.0), inspect.signature(type(pipeline).__call__).parameters
+    if scale > 1 and "true_cfg_scale" in accepted and not network_of(pipeline).config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance_scale: expected none, since {type(pipeline).__name__} reads true_cfg_scale instead, got "
+            f"{scale:g}; a teacher is guided by it if it is given as --teacher"
+        )
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

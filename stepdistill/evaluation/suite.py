@@ -5,6 +5,7 @@ Each image passes each network once, whatever the number of metrics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from stepdistill.evaluation.image_set import format_shape
 from stepdistill.evaluation.metrics.diversity import check_classes
 from stepdistill.evaluation.metrics.scores import Sample
-from stepdistill.evaluation.metrics.table import METRICS, Metric, check_metrics
-from stepdistill.evaluation.metrics.words import check_shared, prompt_keys
+from stepdistill.evaluation.metrics.table import METRICS, Metric
+from stepdistill.evaluation.metrics.words import prompt_keys
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.reference import Reference, ReferenceStatistics
 from stepdistill.evaluation.results import versions
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.features.clip import Clip
-from stepdistill.features.loading import load_features, load_reader
 from stepdistill.inference.sampling import Images
 
 
@@ -45,8 +46,8 @@ class MetricSuite:
         attributes: FeatureExtractor | None = None,
         clip_reference: Reference | None = None,
     ) -> None:
-        self.features = features.eval()
-        self.reader = self.features if attributes is None else attributes.eval()
+        self.networks = Networks(features.eval(), clip, None if attributes is None else attributes.eval())
+        self.features, self.reader = self.networks.features, self.networks.reader
         self.reference = reference
         self.clip, self.clip_reference = clip, clip_reference
         self._one_network = clip is not None and clip.images.sha256 == self.features.sha256
@@ -76,90 +77,47 @@ class MetricSuite:
             clip: folder or hub id of a CLIP.
             attributes: see :func:`stepdistill.features.loading.load_reader`.
         """
-        network = load_features(features, resize).to(device)
-        opened = Reference.open(network, reference, max_images=max_images, size=size)
-        return cls(
-            network, opened, clip=Clip.open(clip, device) if clip else None,
-            attributes=load_reader(attributes).to(device) if attributes else None,
-        )  # fmt: skip
+        networks = Networks.open(features, resize=resize, clip=clip, attributes=attributes, device=device)
+        opened = Reference.open(networks.features, reference, max_images=max_images, size=size)
+        return cls(networks.features, opened, clip=networks.clip, attributes=networks.attributes)
 
     @classmethod
-    def of_protocol(cls, protocol: Protocol, device: torch.device | str = "cpu") -> MetricSuite:
-        """Open what a protocol names.
+    def of_protocol(cls, protocol: Protocol, networks: Networks) -> MetricSuite:
+        """Open the reference that a protocol names, on the networks that it names.
 
         Raises:
             ValueError: if one of its metrics cannot be computed.
         """
-        assert protocol.reference is not None, "read_protocol refuses this"
-        suite = cls.open(
-            protocol.features, protocol.reference, max_images=protocol.reference_images, resize=protocol.resize,
-            size=protocol.size, device=device, clip=protocol.clip, attributes=protocol.attributes,
-        )  # fmt: skip
-        if suite.clip is not None and "cmmd" in protocol.metrics:
-            suite.clip_reference = Reference.open(
-                suite.clip.images, protocol.reference, max_images=protocol.reference_images, size=protocol.size
-            )
+        spec, clip = protocol.reference, networks.clip
+        assert spec is not None, "read_protocol refuses this"
+        open_on = functools.partial(Reference.open, spec=spec, max_images=protocol.reference_images, size=protocol.size)
+        reference = open_on(networks.features)
+        clip_reference = None if clip is None or "cmmd" not in protocol.metrics else open_on(clip.images)
+        suite = cls(
+            networks.features, reference, clip=clip, attributes=networks.attributes, clip_reference=clip_reference
+        )
         suite.check(protocol.metrics)
         return suite
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ``ValueError`` for a metric that is unknown or lacks something it needs; name both."""
-        check_metrics(names)
+        self.networks.check(names)
         for name in names:
-            missing = self._missing(METRICS[name])
-            if missing is not None:
-                raise ValueError(f"metrics: {missing}")
-
-    def _missing(self, metric: Metric) -> str | None:
-        """Say what ``metric`` needs and this suite lacks."""
-        reference = self._reference(metric)
-        if "clip" in metric.needs and self.clip is None:
-            return f"{metric.name!r} needs a CLIP: give --clip, a folder or hub id"
-        if "inception" in metric.needs and self.features.kind != "inception":
-            return (
-                f"{metric.name!r} is {metric.plain!r} on Inception's features; these are {self.features.name!r}. "
-                f"Give --features inception, or ask for {metric.plain!r}"
-            )
-        if "classifier" in metric.needs and self.features.num_classes is None:
-            return f"{metric.name!r} needs a classifier; features {self.features.name!r} have no classes"
-        if "attributes" in metric.needs and self.reader.vocabulary is None:
-            return (
-                f"{metric.name!r} needs a network that reads attributes: give --attributes, such as 'faces'; "
-                f"{self.reader.name!r} reads none"
-            )
-        if "reference_images" in metric.needs and reference.rows is None:
-            return f"{metric.name!r} needs the reference's images; the reference holds statistics only"
-        if "reference_labels" in metric.needs and reference.labels is None:
-            return f"{metric.name!r} needs class labels; the reference has none"
-        return None
+            needs, reference = METRICS[name].needs, self._reference(METRICS[name])
+            if "reference_images" in needs and reference.rows is None:
+                raise ValueError(f"metrics: {name!r} needs the reference's images; the reference holds statistics only")
+            if "reference_labels" in needs and reference.labels is None:
+                raise ValueError(f"metrics: {name!r} needs class labels; the reference has none")
 
     def check_conditions(self, names: Sequence[str], labels: Tensor | None, captions: Sequence[str] | None) -> None:
-        """Raise ``ValueError`` for a metric that lacks something of the images, before they are made.
-
-        Args:
-            names: of metrics.
-            labels: class that each image is asked for; None if there are no classes.
-            captions: likewise its prompt.
-        """
-        for name in names:
-            if "labels" in METRICS[name].needs and labels is None:
-                raise ValueError(f"metrics: {name!r} needs the class labels that were asked for; the images have none")
-            if "captions" in METRICS[name].needs and captions is None:
-                raise ValueError(f"metrics: {name!r} needs captions: give --captions, or images with captions")
+        """Raise ``ValueError`` as :meth:`Networks.check_conditions` does, or for classes with too few images."""
+        self.networks.check_conditions(names, labels, captions)
         if "spread" in names and labels is not None and self.reference.labels is not None:
             check_classes(self.reference.labels, labels)
-        if "prompt_spread" in names and captions is not None:
-            check_shared(prompt_keys(captions))
 
     def refuse_critic(self, critic: Mapping[str, str]) -> None:
-        """Raise ``ValueError`` if a network of this suite is among those, by sha256, that trained what is measured."""
-        networks = [self.features, self.reader] if self.clip is None else [self.features, self.reader, self.clip.images]
-        for network in networks:
-            if network.sha256 in critic.values():
-                raise ValueError(
-                    f"features: {network.name!r} is the feature network of the critic that trained this student, which "
-                    "has learnt to please it; expected another network"
-                )
+        """Raise ``ValueError`` as :meth:`Networks.refuse_critic` does."""
+        self.networks.refuse_critic(critic)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ``ValueError`` if images (C, H, W) differ from the reference's: a distance would measure that."""
@@ -174,7 +132,7 @@ class MetricSuite:
         """Return all that metrics need of some images, rows (N, ...) by name, on the CPU.
 
         Raises:
-            ValueError: if the images differ in shape from the reference's, or a CLIP finds no captions.
+            ValueError: if the images differ in shape from the reference's.
         """
         self.check_shape(images.pixels.shape[1:])
         return self._embed(images)
@@ -187,10 +145,9 @@ class MetricSuite:
             found |= self._embed_words(images, found["features"])
         if self.clip is None:
             return found
-        if images.captions is None:
-            raise ValueError("metrics: 'clip' needs captions: give --captions, or images with a metadata.jsonl")
         found["clip"] = found["features"].clone() if self._one_network else self.clip.images.extract(images.pixels)
-        found["captions"], found["cut"] = self.clip.embed_captions(images.captions)
+        if images.captions is not None:
+            found["captions"], found["cut"] = self.clip.embed_captions(images.captions)
         return found
 
     def _embed_words(self, images: Images, features: Tensor) -> dict[str, Tensor]:

@@ -133,18 +133,23 @@ def condition_of(pipeline: Any, indices: range, labels: Tensor | None, prompts: 
     Raises:
         ValueError: if a text-to-image pipeline has no captions, or another pipeline has some.
     """
+    check_captions(pipeline, prompts)
     accepted = inspect.signature(type(pipeline).__call__).parameters
-    if ("prompt" in accepted) != (prompts is not None):
-        expected, found = (
-            ("a file of prompts, or images with captions", "none") if prompts is None else ("none", "some")
-        )
-        raise ValueError(f"captions: {type(pipeline).__name__}: expected {expected}, got {found}")
     condition: dict[str, Any] = {"batch_size": len(indices)} if "batch_size" in accepted else {}
     if labels is not None:
         condition["class_labels"] = labels[indices]
     if prompts is not None:
         condition["prompt"] = list(prompts)
     return condition
+
+
+def check_captions(pipeline: Any, captions: Sequence[str] | None) -> None:
+    """Raise ``ValueError`` if a text-to-image pipeline has no captions, or another pipeline has some."""
+    takes_text = "prompt" in inspect.signature(type(pipeline).__call__).parameters
+    if takes_text == (captions is not None):
+        return
+    expected, found = ("a file of prompts, or images with captions", "none") if takes_text else ("none", "some")
+    raise ValueError(f"captions: {type(pipeline).__name__}: expected {expected}, got {found}")
 
 
 def cycle_labels(count: int, labels: Sequence[int]) -> Tensor:

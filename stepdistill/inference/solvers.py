@@ -169,6 +169,12 @@ def teacher_pipeline(config: TeacherConfig, solver: str) -> Any:
     return pipeline_under(load_to_call(config), config, solver)
 
 
+def called_teacher(config: TeacherConfig, solver: str, call: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return :func:`pipeline_under` of a teacher that is opened for it, and :func:`teacher_call` of ``call``."""
+    family = load_to_call(config)
+    return pipeline_under(family, config, solver), teacher_call(family, call)
+
+
 def pipeline_under(family: Family, config: TeacherConfig, solver: str) -> Any:
     """Return a teacher's pipeline under a solver; a bare call has the size and guidance of its section.
 

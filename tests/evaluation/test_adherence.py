@@ -6,6 +6,7 @@ import torch
 from stepdistill.evaluation.metrics.bootstrap import mean_interval
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.metrics.words import adherence_values, prompt_keys, within_prompt_deviations
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import read_protocol
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.sources import read_captions
@@ -123,5 +124,5 @@ def test_what_adherence_lacks_is_named(suite):
 
 def test_the_protocol_of_faces_can_be_computed_and_has_its_prompts():
     protocol, _ = read_protocol("faces", {"reference": "faces-held-out"})
-    suite = MetricSuite.of_protocol(protocol)
+    suite = MetricSuite.of_protocol(protocol, Networks.of_protocol(protocol))
     assert suite.clip is not None and len(read_captions(protocol.captions, 5000)) == 5000

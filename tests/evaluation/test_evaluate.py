@@ -2,14 +2,17 @@
 
 import functools
 import json
+import os
 import tarfile
 
 import fsspec
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import PartialState
+from contracts.cases import save_teacher
 from diffusers import DDIMScheduler, DiTPipeline, UNet2DModel
 
 from stepdistill.assets import FASHION
@@ -19,12 +22,15 @@ from stepdistill.evaluation.cost import flops_per_image, parameter_count
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.extraction import CHUNK
 from stepdistill.evaluation.image_set import ImageSet
+from stepdistill.evaluation.networks import Networks
 from stepdistill.evaluation.protocol import PRESETS, Protocol, read_protocol
 from stepdistill.evaluation.reference import Reference
-from stepdistill.evaluation.sources import FileSource, PipelineSource, read_captions
+from stepdistill.evaluation.sources import FileSource, PipelineSource, describe_pipeline, read_captions
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.evaluation.summary import lines
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.qwen_image import QwenImage
+from stepdistill.families.sd import SD
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.inference.rows import fixed_rows
 from stepdistill.inference.sampling import Images, class_count, sample_images
@@ -47,8 +53,8 @@ def evaluate_pipeline(piped, suite, *, metrics=("fd",), work=None, **sampling):
     return evaluate(PipelineSource(pipeline=piped, **sampling), suite, metrics=metrics, name="pipeline", work=work)
 
 
-def evaluate_files(images, suite, metrics=("fd",)):
-    return evaluate(FileSource(images), suite, metrics=metrics, name="images")
+def evaluate_files(images, suite, metrics=("fd",), work=None):
+    return evaluate(FileSource(images), suite, metrics=metrics, name="images", work=work)
 
 
 TIMED = ("seconds_per_image", "peak_memory_mb", "timing")
@@ -200,6 +206,60 @@ def test_chunks_of_another_setting_are_not_used(tmp_path, suite):
     assert len(list(tmp_path.glob("work/*/chunk-*.safetensors"))) == 4
 
 
+def test_chunks_of_other_images_in_the_same_files_are_not_used(tmp_path, suite):
+    made, work = archive(tmp_path / "made.npz", 30, seed=1), tmp_path / "work"
+    first, again = (evaluate_files(ImageSet(made), suite, work=work)["fd"] for _ in range(2))
+    assert first == again and len(list(work.glob("*/chunk-*.safetensors"))) == 1
+    archive(made, 30, seed=2)
+    other = evaluate_files(ImageSet(made), suite, work=work)["fd"]
+    assert other == evaluate_files(ImageSet(made), suite)["fd"] != first
+
+
+def as_tar(folder):
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+    return folder.with_suffix(".tar")
+
+
+def as_parquet(folder):
+    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(folder.glob("*.png"))]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), folder.with_suffix(".parquet"))
+    return folder.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize("form", [None, as_tar, as_parquet], ids=["folder", "tar", "parquet"])
+def test_a_set_of_files_is_another_once_one_of_them_was_written_again(tmp_path, form):
+    folder = pngs(tmp_path / "some")
+    path = folder if form is None else form(folder)
+    before = ImageSet(path).fingerprint()
+    (tmp_path / "some" / "result.json").write_text("{}")  # no image
+    assert ImageSet(path).fingerprint() == before
+    os.utime(folder / "3.png" if form is None else path, ns=(0, 0))
+    assert ImageSet(path).fingerprint() != before
+
+
+def test_a_set_of_files_is_another_with_other_captions(tmp_path):
+    folder, found = pngs(tmp_path / "some"), []
+    for text in ("a", "a", "b"):
+        rows = [{"file_name": f"{i}.png", "text": f"{text} {i}"} for i in range(6)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found.append(ImageSet(folder))
+    first, same, other = (images.fingerprint() for images in found)
+    assert first == same != other
+
+
+def test_a_pipeline_is_another_with_another_decoder_or_text_encoder():
+    piped = SD.tiny().pipe
+    seen = [describe_pipeline(piped, {})]
+    for part in (piped.vae, piped.text_encoder):
+        with torch.no_grad():
+            next(part.parameters()).mul_(2)
+        seen.append(describe_pipeline(piped, {}))
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+    assert len({about["weights_sha256"] for about in seen}) == 1
+
+
 def test_a_damaged_chunk_is_made_again(tmp_path, suite):
     expected = evaluate_pipeline(pipeline(), suite, count=10, work=tmp_path / "work")
     (chunk,) = tmp_path.glob("work/*/chunk-*.safetensors")
@@ -310,6 +370,21 @@ def test_compare_says_what_chance_does_not_allow_to_say():
         compare([a, b | {"setting": {"num_samples": 20}}])
 
 
+def test_images_are_compared_with_a_pipeline_on_the_same_captions(tmp_path):
+    prompts = ["a cat", "a dog", "a bird"]
+    piped = PipelineSource(pipeline=SD.tiny().pipe, count=3, captions=prompts)
+    folder, settings = pngs(tmp_path / "some", 3), [piped.setting()]
+    for texts in (prompts, [*prompts[:2], "a fish"]):
+        rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        settings.append(FileSource(ImageSet(folder)).setting())
+    row = {"clip_score": 20.0, "clip_score_low": 19.0, "clip_score_high": 21.0}
+    first, same, other = ({"name": name, "setting": found, **row} for name, found in zip("abc", settings, strict=True))
+    assert "clip_score: a 20, b 20: not distinguishable" in compare([first, same])
+    with pytest.raises(ValueError, match="not comparable: captions is '.*' in 'b', '.*' in 'c'"):
+        compare([same, other])
+
+
 # ------------------------------------------------------------------------------------------------------- protocols
 
 
@@ -343,6 +418,21 @@ def test_a_teacher_is_asked_for_no_more_steps_than_it_has(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--teacher", "embedded", *steps])
     assert "num_inference_steps: expected at most 1000, on which embedded was trained" in capsys.readouterr().err
+
+
+def test_a_teacher_is_asked_for_guidance_in_the_words_of_its_pipeline(tmp_path, monkeypatch, capsys):
+    save_teacher(QwenImage.tiny(), tmp_path / "teacher")
+    calls = []
+    monkeypatch.setattr("stepdistill.evaluation.evaluate.run_protocol", lambda *args, call, **_: calls.append(call))
+    monkeypatch.setattr("stepdistill.evaluation.summary.summary", str)
+    asked = [str(tmp_path / "teacher"), "--output", str(tmp_path / "result.json"), "--num_inference_steps", "2"]
+    main(["evaluate", "--teacher", *asked, "--guidance_scale", "4"])
+    main(["evaluate", "--pipeline", *asked, "--guidance_scale", "1"])
+    assert calls[0] == {"num_inference_steps": 2, "true_cfg_scale": 4.0, "negative_prompt": " "}
+    assert calls[1] == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--pipeline", *asked, "--guidance_scale", "4"])
+    assert "guidance_scale: expected none, since QwenImagePipeline reads true_cfg_scale" in capsys.readouterr().err
 
 
 def test_the_console_measures_pipeline_teacher_and_folder(tmp_path, network, capsys):
@@ -603,13 +693,14 @@ def test_clip_score_and_cmmd_come_with_the_other_metrics(tmp_path, clip_folder, 
     protocol = Protocol(
         features=str(clip_folder), clip=str(clip_folder), reference=real, metrics=("fd", "clip", "cmmd"), num_samples=8
     )
-    suite = MetricSuite.of_protocol(protocol)
+    suite = MetricSuite.of_protocol(protocol, Networks.of_protocol(protocol))
     result = evaluate_files(ImageSet(folder), suite, metrics=protocol.metrics)
     assert result["clip_score_low"] <= result["clip_score"] <= result["clip_score_high"]
     assert result["captions_cut"] == 1 and result["cmmd"] > 0
     assert len(result["setting"]["clip"]["sha256"]) == 64
     with pytest.raises(ValueError, match="'clip' needs captions"):
         evaluate_files(ImageSet(pngs(tmp_path / "bare", 8, 8, "RGB")), suite, metrics=protocol.metrics)
+    assert evaluate_files(ImageSet(tmp_path / "bare"), suite, metrics=("cmmd",))["cmmd"] > 0  # which reads none
 
 
 def test_a_clip_without_its_halves_is_refused(clip_folder, tmp_path, network):

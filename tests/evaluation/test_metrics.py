@@ -12,12 +12,13 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from stepdistill.evaluation.metrics.bootstrap import Interval
+from stepdistill.evaluation.metrics.bootstrap import Interval, deviation_interval, mean_interval
 from stepdistill.evaluation.metrics.classifier import class_accuracy, inception_score
 from stepdistill.evaluation.metrics.diversity import authenticity, nearest_distance, within_class_spread
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
 from stepdistill.evaluation.metrics.kernel import cmmd, kernel_distance
 from stepdistill.evaluation.metrics.manifold import density_coverage, precision_recall
+from stepdistill.evaluation.metrics.scores import Sample, prompt_spread, spread
 from stepdistill.evaluation.reference import ReferenceStatistics
 from stepdistill.features.classifier import SmallConvNet
 
@@ -231,6 +232,41 @@ def test_within_class_spread_is_the_ratio_of_variances():
         within_class_spread(real, labels, real[labels < 4][:4].repeat(2, 1)[:7], torch.tensor([0, 0, 1, 1, 2, 2, 3]))
 
 
+def spreads(fake, groups):
+    """Spread within classes and within prompts, of a reference of unit covariance, also in each class."""
+    d = fake.shape[1]
+    corners = torch.eye(d, dtype=torch.float64) * (d - 0.5) ** 0.5
+    names = groups.unique()
+    real, labels = torch.cat([corners, -corners]).repeat(len(names), 1), names.repeat_interleave(2 * d)
+    moments = Moments(None, torch.zeros(d).double(), torch.eye(d).double())
+    sample = Sample(fake, groups, moments, real, labels, lambda rows: rows, prompts=groups)
+    return [*spread(sample).values(), *prompt_spread(sample).values()]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2] * 60, [3] * 40, [5] * 20, [50] * 3, [2] * 30 + [3] * 20 + [9] * 6], ids=["2", "3", "5", "50", "mixed"]
+)
+def test_intervals_of_spread_hold_the_truth_whatever_the_size_of_a_group(sizes):
+    """Of Gaussian images; their unbiased variance has the variance 2 sigma^4 / (n - 1) in each dimension."""
+    d, sizes = 8, torch.tensor(sizes)
+    groups = torch.arange(len(sizes)).repeat_interleave(sizes)
+    scores = [spreads(normal(len(groups), d, seed), groups) for seed in range(40)]
+    each = (torch.ones(len(sizes)).double() / len(sizes), sizes / sizes.sum())  # classes count alike, prompts by images
+    for found, share in zip(zip(*scores, strict=True), each, strict=True):
+        width = 3.92 * (share.square() * 2 / (d * (sizes - 1))).sum().sqrt().item()
+        mean_width = sum(score.interval.high - score.interval.low for score in found) / len(found)
+        assert mean_width == pytest.approx(width, rel=0.12)
+        assert sum(score.interval.low <= 1 <= score.interval.high for score in found) >= 34
+
+
+def test_the_interval_of_spread_with_many_images_a_class_is_that_of_a_mean():
+    classes = torch.arange(1000) % 2
+    values = normal(1000, 1).square()[:, 0]
+    found, plain = deviation_interval(values, classes), mean_interval(values, labels=classes)
+    assert found == pytest.approx(plain, rel=0.002)
+    assert deviation_interval(values[:2], classes[:1].repeat(2)) is None
+
+
 def test_nearest_distance_finds_the_copy():
     training, queries = normal(50), normal(7, seed=1)
     queries[3] = training[20]
@@ -263,6 +299,19 @@ def test_inception_score_of_sure_and_of_equal_classes():
     assert inception_score(torch.zeros(100, 10)).mean == pytest.approx(1)
     sorted_by_class = sure[sure.argmax(1).argsort()]
     assert inception_score(sorted_by_class).mean > 9  # unshuffled splits would hold one class each: a score of 1
+
+
+@pytest.mark.parametrize("count", [20, 29, 1001])
+def test_inception_score_has_as_many_parts_as_asked_for_of_every_number_of_images(count):
+    logits = 4 * normal(count, 10)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    parts = np.array_split(logits[order].softmax(1).numpy(), 10)
+    scores = [np.exp((p * np.log(p / p.mean(0))).sum(1).mean()) for p in parts]
+    assert len({len(part) for part in parts}) <= 2 and min(map(len, parts)) > 1
+    found = inception_score(logits)
+    assert found.mean == pytest.approx(np.mean(scores)) and found.std == pytest.approx(np.std(scores, ddof=1))
+    with pytest.raises(ValueError, match="expected at least 20 images, got 19"):
+        inception_score(logits[:19])
 
 
 def test_a_collapsed_generator_is_caught():
@@ -392,10 +441,10 @@ def test_one_image_has_no_covariance():
 
 def test_nan_features_are_counted_and_located():
     """RELIABILITY row 33: NaN features."""
-    features = normal(9)
+    features = normal(20)
     features[4, 2] = math.nan
     for metric in (Moments.of, inception_score, lambda x: cmmd(normal(9), x), lambda x: precision_recall(normal(9), x)):
-        with pytest.raises(ValueError, match="1 of 9|at least 10"):
+        with pytest.raises(ValueError, match="1 of 20 images"):
             metric(features)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,3 +59,32 @@ def mean_interval(
         sums += torch.cat(parts)
     means, tail = sums / len(x), (1 - level) / 2
     return Interval(means.quantile(tail).item(), means.quantile(1 - tail).item(), level)
+
+
+def deviation_interval(values: Tensor, groups: Tensor) -> Interval | None:
+    """Return the 95 % interval of the mean of squared deviations from the mean of their group; the groups are fixed.
+
+    The deviations of a group of n lean on each other. Drawn one by one, they vary by (n - 2) / n of what the group's
+    variance does (exactly so for Gaussian features), and are stretched by that. Both of a pair are equal, and tell
+    nothing of how much its variance varies: pairs are drawn among all pairs, for which the interval is too wide if
+    their true variances differ. A single pair among larger groups counts as certain.
+
+    Args:
+        values: (N,).
+        groups: (N,) int, at least two images of each.
+
+    Returns:
+        The interval, cut at 0; None if there is nothing but a single pair.
+    """
+    if len(values) == 2:
+        return None
+    _, group, counts = groups.cpu().unique(return_inverse=True, return_counts=True)
+    in_pair = counts[group] == 2
+    stratum, stretched = torch.where(in_pair, -1, group), values.double().cpu().clone()
+    for rows in strata(stratum, len(values)):
+        together = 2 if in_pair[rows[0]] else 1
+        stretch = math.sqrt(together * len(rows) / max(len(rows) - 2, 1))
+        centre = stretched[rows].mean()
+        stretched[rows] = centre + stretch * (stretched[rows] - centre)
+    low, high, level = mean_interval(stretched, labels=stratum)
+    return Interval(max(low, 0.0), high, level)

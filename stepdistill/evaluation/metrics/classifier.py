@@ -17,13 +17,16 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Estim
 
     Args:
         logits: (N, classes).
-        splits: number of parts of the N images.
+        splits: number of parts of the N images, which differ by one image at most.
         seed: of the shuffle.
+
+    Raises:
+        ValueError: if a part would have a single image, whose score is always 1.
     """
-    x = checked(logits, least=splits)
+    x = checked(logits, least=2 * splits)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     scores = []
-    for log_p in x[order].log_softmax(1).chunk(splits):
+    for log_p in x[order].log_softmax(1).tensor_split(splits):
         p = log_p.exp()
         scores.append((p * (log_p - p.mean(0).log())).nansum(1).mean().exp())
     return estimate(torch.stack(scores))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.bootstrap import Interval, mean_interval
+from stepdistill.evaluation.metrics.bootstrap import Interval, deviation_interval, mean_interval
 from stepdistill.evaluation.metrics.classifier import inception_score
 from stepdistill.evaluation.metrics.diversity import authentic, nearest_distance, within_class_deviations
 from stepdistill.evaluation.metrics.frechet import Moments, bootstrap_interval, frechet_distance
 from stepdistill.evaluation.metrics.kernel import cmmd, cmmd_influence, kernel_distance, kernel_influence
 from stepdistill.evaluation.metrics.manifold import ball_counts, manifold_hits
-from stepdistill.evaluation.metrics.words import adherence_values, within_prompt_deviations
+from stepdistill.evaluation.metrics.words import adherence_values, check_unseen, within_prompt_deviations
 from stepdistill.features.clip import clip_scores
 
 
@@ -126,7 +126,7 @@ def spread(sample: Sample) -> dict[str, Score]:
     if sample.labels is None or sample.real_labels is None:
         raise ValueError("metrics: 'spread' needs class labels of the samples and of the reference")
     values = within_class_deviations(sample.reference, sample.real_labels, sample.features, sample.labels)
-    return {"spread": mean_score(values, sample.labels)}
+    return {"spread": Score(values.mean().item(), deviation_interval(values, sample.labels))}
 
 
 def accuracy(sample: Sample) -> dict[str, Score]:
@@ -155,7 +155,8 @@ def copying(sample: Sample) -> dict[str, Score]:
 
 def clip(sample: Sample) -> dict[str, Score]:
     """Compute the CLIP score of images and their captions."""
-    assert sample.captions is not None and sample.cut is not None
+    if sample.captions is None or sample.cut is None:
+        raise ValueError("metrics: 'clip' needs captions: give --captions, or images with captions")
     return {
         "clip_score": mean_score(clip_scores(sample.features, sample.captions)),
         "captions_cut": Score(int(sample.cut.sum())),
@@ -173,8 +174,7 @@ def adherence_unseen(sample: Sample) -> dict[str, Score]:
     shown, asked = _shown_and_asked(sample)
     assert sample.is_unseen is not None
     unseen = sample.is_unseen(asked)
-    if not unseen.any():
-        raise ValueError("metrics: 'adherence_unseen' needs prompts of held-out combinations; none of the prompts is")
+    check_unseen(unseen)
     return {"adherence_unseen": mean_score(adherence_values(shown[unseen], asked[unseen]))}
 
 
@@ -190,4 +190,4 @@ def prompt_spread(sample: Sample) -> dict[str, Score]:
     if sample.prompts is None:
         raise ValueError("metrics: 'prompt_spread' needs captions: give --captions, or images with captions")
     values, prompts = within_prompt_deviations(sample.features, sample.prompts, sample.moments)
-    return {"prompt_spread": mean_score(values, prompts)}
+    return {"prompt_spread": Score(values.mean().item(), deviation_interval(values, prompts))}

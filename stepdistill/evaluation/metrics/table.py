@@ -89,7 +89,7 @@ _ALL = (
     Metric("spread", "spread", (Value("spread", None),), ("reference_images", "reference_labels", "labels")),
     Metric("accuracy", "accuracy", (Value("accuracy", True),), ("classifier", "labels")),
     Metric("inception_score", "classifier_score",
-           (Value("classifier_score", True, {"inception": "inception_score"}),), ("classifier",), least=10),
+           (Value("classifier_score", True, {"inception": "inception_score"}),), ("classifier",), least=20),
     Metric("cmmd", "gaussian_mmd", (Value("mmd", False, {"clip": "cmmd"}),), ("reference_images",), on_clip=True),
     Metric("copying", "copying", (Value("authenticity", True), Value("nearest_median", None),
                                   Value("nearest_min", None)), ("reference_images",)),

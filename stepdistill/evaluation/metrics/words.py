@@ -25,13 +25,24 @@ def adherence_values(shown: Tensor, asked: Tensor) -> Tensor:
     Raises:
         ValueError: if no prompt asks for anything.
     """
+    check_asked(asked)
     wanted = (asked != UNASKED).double()
-    if not wanted.any():
-        raise ValueError("metrics: 'adherence' needs prompts that ask for an attribute; none of the prompts does")
     hits = (wanted * (shown == asked)).sum(1)
     number = wanted.sum(1)
     share = hits.sum() / number.sum()
     return share + (hits - share * number) / number.mean()
+
+
+def check_asked(asked: Tensor) -> None:
+    """Raise ``ValueError`` if no prompt asks for anything, by what they ask for (N, attributes) int."""
+    if not (asked != UNASKED).any():
+        raise ValueError("metrics: 'adherence' needs prompts that ask for an attribute; none of the prompts does")
+
+
+def check_unseen(unseen: Tensor) -> None:
+    """Raise ``ValueError`` if none of the prompts asks for a held-out combination, by whether it does (N,) bool."""
+    if not unseen.any():
+        raise ValueError("metrics: 'adherence_unseen' needs prompts of held-out combinations; none of the prompts is")
 
 
 def prompt_keys(prompts: Sequence[str]) -> Tensor:
