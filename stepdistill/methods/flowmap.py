@@ -185,9 +185,9 @@ class FlowMap(Distiller):
         interval = Interval(self.state(batch.x0, noise, t), t, r)
         cond, w = self.guidance(batch.cond, draws)
         error = mean_square(*self.student_and_target(interval, s, Prediction(batch.x0, noise), cond, w))
-        weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
+        weight = average_velocity.alpha_weight(interval, self.alpha(), self.config.power)
         loss = average_velocity.normalised(error, self.config.power, self.config.floor)
-        return Losses({"loss": weight * loss.mean()}, {"error": error.detach().mean()})
+        return Losses({"loss": (weight * loss).mean()}, {"error": error.detach().mean()})
 
     def two_slice_loss(self, batch: Batch, draws: Draws) -> Losses:
         """Return FACM's losses: of the step to clean data, and of the velocity, told apart by the sign of the time."""
