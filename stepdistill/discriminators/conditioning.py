@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, one_hot
 
+
 def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
     """Return the conditions of a batch as vectors (B, D); without conditions, D = 0.
 

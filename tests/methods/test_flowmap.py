@@ -443,11 +443,6 @@ def test_above_a_time_the_velocity_is_not_guided():
         torch.testing.assert_close(found[rows], expected[rows])
 
 
-def test_without_guidance_that_time_costs_nothing_and_needs_no_null_condition():
-    distiller = tiny(guidance_until=0.5)
-    assert calls_of(distiller, "student", BATCH, Draws(0, 4))["teacher"] == 1
-
-
 @pytest.mark.parametrize("options", [{"target": target} for target in TARGETS] + [{"slices": "two"}])
 def test_a_student_that_is_told_the_scale_regresses_the_velocity_of_that_scale(options, monkeypatch):
     distiller, told = tiny(guidance_range=(1.0, 5.0), guidance_scale=2.0, equal=1.0, **options), []
