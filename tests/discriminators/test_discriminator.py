@@ -26,6 +26,7 @@ from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.wan import Wan
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.features.identity import refuse_same_weights
 from stepdistill.features.loading import load_features
@@ -392,6 +393,13 @@ def test_a_missing_feature_network_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_a_feature_network_of_images_is_refused_for_a_teacher_of_clips():
+    family = Wan.tiny()
+    teacher = Denoiser(family, CopyBank(family.network), "teacher")
+    with pytest.raises(ValueError, match=r"method\.features: expected 'teacher' for a teacher of clips, got 'faces'"):
+        open_feature_source("faces", family, teacher, augment=True)
 
 
 def test_augmentation_is_differentiable_and_each_images_own():
