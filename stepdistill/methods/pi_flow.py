@@ -76,7 +76,7 @@ class PiFlow(Distiller):
         self.add_turn("student", self.loss)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        times = self.sampler().times.to(draws.device)
+        times = self.sampler().times_on(draws.device)
         i = draws.integers(0, self.config.steps)
         t, s = times[i], times[i + 1]
         x_t = self.begin(batch, i, t, draws)

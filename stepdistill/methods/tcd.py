@@ -161,11 +161,11 @@ class TCD(Distiller):
         times = skip_grid(self.schedule, self.stage.value, self.config.solver_steps)
         return StrategicStochasticSampler(self.schedule, times, 0.0, two_time=self.config.two_time)
 
-    def segment_ends(self, device: torch.device) -> Tensor:
-        """Return the index (solver_steps,) of the grid at which the segment of every grid time but the last ends."""
-        steps, count = self.config.solver_steps, self.stage.value or 1
-        ends = torch.tensor([*skip_places(self.schedule, count, steps)[1:], steps], device=device)
-        return ends[torch.searchsorted(ends, torch.arange(steps, device=device), right=True)]
+    def segment_ends(self, count: int) -> Tensor:
+        """Return the index (solver_steps,) at which the segment, of ``count``, of every grid time but the last ends."""
+        steps = self.config.solver_steps
+        ends = torch.tensor([*skip_places(self.schedule, count, steps)[1:], steps])
+        return ends[torch.searchsorted(ends, torch.arange(steps), right=True)]
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)
@@ -180,7 +180,7 @@ class TCD(Distiller):
         steps = self.config.solver_steps
         grid = self.times(self.schedule.trajectory, steps, draws.device)
         i = draws.integers(0, steps)
-        j = self.segment_ends(draws.device)[i]
+        j = self.times(self.segment_ends, self.stage.value or 1, draws.device)[i]
         if self.config.target == "random":
             j = i + 1 + (draws.uniform() * (j - i)).long()  # uniform over the segment's grid points below t
         t, t_next, s = grid[i], grid[i + 1], grid[j]
