@@ -176,9 +176,6 @@ class LatentFamily(Family):
                 "which this sampler needs; expected a method whose sampler does not (lcm, progressive, ...)"
             )
 
-    def passes_eta(self) -> bool:
-        return "eta" in inspect.signature(self.pipe.__call__).parameters
-
     def add_inputs(self, inputs: Inputs) -> None:
         if inputs.w is not None:
             super().add_inputs(inputs)

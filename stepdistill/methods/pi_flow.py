@@ -56,7 +56,8 @@ class PiFlow(Distiller):
         window: PositiveInt = 3
         """Steps over which the policy's velocity is averaged."""
         start: Literal["data", "rollout"] = "data"
-        """Where a segment begins: in noised data, or where the student itself gets from noise, without data."""
+        """Where a segment begins: in noised data, or where the student itself gets from noise. Then images are needed
+        all the same, for their sizes and conditions alone."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
 

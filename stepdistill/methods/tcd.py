@@ -78,9 +78,9 @@ def jump(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSch
     return torch.where(expand(s == t, x_t) > 0, x_t, ode_step(prediction, schedule, s))
 
 
-def default_gamma(family: Family) -> float:
-    """Return the paper's gamma, or 0 for flows, EDM and DiT, whose schedulers or pipelines add no noise back."""
-    return USUAL_GAMMA if isinstance(family.schedule, DiscreteVP) and family.passes_eta() else 0.0
+def default_gamma(schedule: NoiseSchedule) -> float:
+    """Return the paper's gamma, or 0 for flows and EDM, whose stock schedulers add no noise back."""
+    return USUAL_GAMMA if isinstance(schedule, DiscreteVP) else 0.0
 
 
 class TCD(Distiller):
@@ -105,8 +105,7 @@ class TCD(Distiller):
         """Guidance baked into the student; 1 is none."""
         gamma: Share | None = None
         """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more. By default 0.2,
-        or 0 with several segments in the last stage, or for a teacher whose stock scheduler or pipeline adds no noise
-        back, see :func:`default_gamma`."""
+        or 0 with several segments in the last stage, or for flows and EDM, whose stock schedulers add no noise back."""
         segments: tuple[PositiveInt, ...] = ()
         """Stages of training by their number of segments: [4] for PCM, [8, 4, 2, 1] for Hyper-SD; by default one."""
         target: Literal["random", "edge"] = "random"
@@ -141,7 +140,7 @@ class TCD(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
-        usual = default_gamma(family) if config.last_segments == 1 else 0.0
+        usual = default_gamma(family.schedule) if config.last_segments == 1 else 0.0
         gamma = usual if config.gamma is None else config.gamma
         return StrategicStochasticSampler(family.schedule, times, gamma, two_time=config.two_time)
 
