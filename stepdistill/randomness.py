@@ -62,7 +62,8 @@ class Draws:
 
     def beta(self, a: float, b: float) -> Tensor:
         """Return numbers (B,) in [0, 1] of the distribution Beta(a, b), float64."""
-        shapes = torch.tensor([[a], [b]], dtype=torch.float64, device=self.device)
+        shapes = torch.full((2, 1), a, dtype=torch.float64, device=self.device)
+        shapes[1] = b
         x, y = torch._standard_gamma(shapes.expand(2, self.world * self.batch_size), generator=self.generator)
         return self._rows(x / (x + y))
 

@@ -50,6 +50,7 @@ class Sampler(abc.ABC):
             raise ValueError(f"sampler times: expected strictly descending times that end at 0, got {times.tolist()}")
         self.schedule = schedule
         self.times = times
+        self._times_on = {times.device: times}
         self.pipeline_kwargs: dict[str, Any] = {}
         """Arguments, besides the number of steps, that a call of the exported pipeline must pass to its scheduler."""
 
@@ -57,6 +58,12 @@ class Sampler(abc.ABC):
     def steps(self) -> int:
         """Number of steps, each one network call."""
         return len(self.times) - 1
+
+    def times_on(self, device: torch.device) -> Tensor:
+        """Return the times (steps + 1,) on a device; they are copied there once."""
+        if device not in self._times_on:
+            self._times_on[device] = self.times.to(device)
+        return self._times_on[device]
 
     def target_time(self, s: Tensor) -> Tensor | None:
         """Return the second time that a two-time network takes on a step to ``s`` (B,); None for all other networks."""
@@ -220,7 +227,7 @@ class DoubleStep(Sampler):
 
     def landing(self, s: Tensor) -> Tensor:
         """Return the times (B,) that steps ending at grid times ``s`` (B,) jump to: one grid point below, or 0."""
-        times = self.times.to(s.device)
+        times = self.times_on(s.device)
         nearest = (times - s[:, None]).abs().argmin(1)
         return times[(nearest + 1).clamp(max=self.steps)]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, one_hot
-
-MASK = "encoder_attention_mask"
-"""Name of the mask of a prompt's tokens among the conditions."""
 
 
 def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | None) -> Tensor:
@@ -18,22 +15,29 @@ def condition_vector(cond: Mapping[str, Tensor], size: int, num_classes: int | N
     A class becomes one of ``num_classes`` unit vectors, and "no class" the zero vector. An embedding (B, d), or the
     mean of one (B, n, d) over its unmasked tokens, is normalised to mean 0 and variance 1.
     """
+    masks = [value for name, value in cond.items() if is_mask(name)]
     parts = [torch.zeros(size, 0)]
     for name, value in sorted(cond.items()):
         if name == "class_labels" and num_classes is not None:
             parts.append(one_hot(value, num_classes + 1)[:, :num_classes].float())
-        elif value.is_floating_point() and name != MASK:
-            pooled = value.float() if value.ndim == 2 else _mean_token(value.float(), cond.get(MASK))
+        elif value.is_floating_point() and not is_mask(name):
+            pooled = value.float() if value.ndim == 2 else _mean_token(value.float(), masks)
             parts.append(layer_norm(pooled, pooled.shape[1:]))
     return torch.cat([part.to(parts[-1].device) for part in parts], 1)
 
 
-def _mean_token(embedding: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean (B, d) of the tokens (B, n, d) whose mask (B, n) is 1."""
-    if mask is None:
-        return embedding.mean(1)
-    kept = mask.to(embedding)[..., None]
-    return (embedding * kept).sum(1) / kept.sum(1).clamp(min=1)
+def is_mask(name: str) -> bool:
+    """Return whether a condition is the mask of a prompt's tokens, such as ``encoder_attention_mask``; of any type."""
+    return name.rpartition("_")[2] == "mask"
+
+
+def _mean_token(embedding: Tensor, masks: Iterable[Tensor]) -> Tensor:
+    """Return the mean (B, d) of the tokens (B, n, d) at which the mask of their number (B, n), if any, is 1."""
+    for mask in masks:
+        if mask.shape == embedding.shape[:2]:
+            kept = mask.to(embedding)[..., None]
+            return (embedding * kept).sum(1) / kept.sum(1).clamp(min=1)
+    return embedding.mean(1)
 
 
 def check_classes(cond: Mapping[str, Tensor], num_classes: int | None) -> None:

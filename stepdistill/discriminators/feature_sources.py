@@ -145,5 +145,8 @@ def open_feature_source(
         return TeacherFeatureSource(teacher, max_blocks)
     device = next(family.network.parameters()).device
     with torch.no_grad():
-        channels, height, width = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]
+        channels, *size = family.decode(torch.zeros(1, *family.sample_shape, device=device)).shape[1:]
+    if len(size) != 2:
+        raise ValueError(f"method.features: expected 'teacher' for a teacher of clips, got {features!r}, of images")
+    height, width = size
     return ImageFeatureSource(family, open_backbone(features, channels, (height, width)), augment=augment)

@@ -29,7 +29,7 @@ from stepdistill.discriminators.feature_sources import MAX_BLOCKS, spaced_featur
 from stepdistill.discriminators.heads import Heads
 from stepdistill.losses.adversarial import AdversarialLoss, Logits, critic_loss, critic_metrics, generator_loss
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.features import CLEAN
+from stepdistill.networks.features import clean_time
 from stepdistill.randomness import Draws
 
 
@@ -88,7 +88,7 @@ class PairCritic(nn.Module):
 
     def level(self, context: StepContext) -> Tensor:
         """Return the times (B,) that landed states are noised up to."""
-        return torch.maximum(context.level, context.s).clamp(min=CLEAN)
+        return torch.maximum(context.level, context.s).clamp(min=clean_time(self.schedule))
 
     def logits(self, landed: list[Tensor], context: StepContext) -> Logits:
         """Return logits (B, positions) of the features of landed states, per head."""

@@ -179,10 +179,6 @@ class Family(abc.ABC):
         """Raise ``ValueError`` if no scheduler, or no call of the pipeline, can express the sampler."""
         to_diffusers(sampler, self.scheduler_config)
 
-    def passes_eta(self) -> bool:
-        """Return whether a call of the pipeline hands ``eta``, the share of fresh noise, on to its scheduler."""
-        return True
-
     def later_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the noise (B, C, H, W) that a step adds, drawn as the scheduler of this family's pipeline draws it."""
         shape = self.pack(torch.empty(1, *self.sample_shape)).shape[1:]

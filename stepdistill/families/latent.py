@@ -8,6 +8,7 @@ scaled latents; the VAE's config defines the scaling.
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -175,9 +176,6 @@ class LatentFamily(Family):
                 "which this sampler needs; expected a method whose sampler does not (lcm, progressive, ...)"
             )
 
-    def passes_eta(self) -> bool:
-        return "eta" in inspect.signature(self.pipe.__call__).parameters
-
     def add_inputs(self, inputs: Inputs) -> None:
         if inputs.w is not None:
             super().add_inputs(inputs)
@@ -260,7 +258,19 @@ class TextToImageFamily(LatentFamily):
         return self.embed(raw.captions)
 
     def null_cond(self, cond: Mapping[str, Tensor]) -> Cond:
-        return {name: self.null[name].to(value).expand_as(value) for name, value in cond.items()}
+        return {name: self._null_like(name, value).expand_as(value) for name, value in cond.items()}
+
+    @functools.cached_property
+    def _nulls(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
+        """The parts of the null condition where they are used."""
+        return {}
+
+    def _null_like(self, name: str, value: Tensor) -> Tensor:
+        """Return a part of the null condition in the type and on the device of ``value``; it is copied there once."""
+        key = name, value.dtype, value.device
+        if key not in self._nulls:  # a copy in every call would make the host wait for the GPU
+            self._nulls[key] = self.null[name].to(value)
+        return self._nulls[key]
 
     def example_prompts(self, indices: Sequence[int]) -> list[str]:
         """Return the prompts of :meth:`example_cond`."""

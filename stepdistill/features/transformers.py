@@ -33,12 +33,16 @@ class TransformersFeatures(FeatureExtractor):
 
     in_channels = 3
     repeats_grey = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: Any, settings: dict[str, Any], name: str) -> None:
         super().__init__()
         self.name, self.settings = name, settings
         self.kind = "clip" if network.config.model_type.startswith("clip") else "other"
         self.network: Any = network.requires_grad_(False).eval()
+        for name in ("mean", "std"):  # on the network's device: a copy for every batch would be a host sync
+            self.register_buffer(name, torch.tensor(settings[name]).view(1, -1, 1, 1), persistent=False)
         self.num_features = self.embed(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
 
     @classmethod
@@ -136,9 +140,7 @@ class TransformersFeatures(FeatureExtractor):
 
     def _scale(self, x: Tensor) -> Tensor:
         """Scale and normalise images (B, 3, h, w) in [0, 255]."""
-        mean = x.new_tensor(self.settings["mean"]).view(1, -1, 1, 1)
-        std = x.new_tensor(self.settings["std"]).view(1, -1, 1, 1)
-        return (x * self.settings["scale"] - mean) / std
+        return (x * self.settings["scale"] - self.mean.to(x)) / self.std.to(x)
 
     def preprocessing(self) -> dict[str, Any]:
         """Return size, resampling, crop, scale, mean and standard deviation."""

@@ -180,6 +180,15 @@ def normalised(error: Tensor, power: float, floor: float) -> Tensor:
     return error / (error.detach() + floor) ** power
 
 
+def alpha_weight(interval: Interval, alpha: float, power: float) -> Tensor:
+    """Return the weight (B,) of normalised errors under which a gradient's length knows no alpha (alpha-Flow).
+
+    A residual has alpha as a factor, so its gradient has ``alpha^(1 - 2 power)``. That of an empty interval has none,
+    and its weight is 1, as that of all is without an alpha (0).
+    """
+    return torch.where(interval.t == interval.r, 1.0, (alpha or 1.0) ** (2 * power - 1))
+
+
 def flow_anchored(
     velocity: Tensor, mean: Tensor, anchor: Tensor, path: Tensor, tau: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -93,7 +93,7 @@ def landing_loss(teacher: Denoise, schedule: NoiseSchedule, first: Visit, steps:
     ddim = DDIM(schedule, schedule.grid(of))
     with torch.no_grad():
         landed = rollout(teacher, ddim, first.x_t, steps, torch.zeros_like)
-    end = ddim.times[steps].expand(len(first.t)).to(first.t)
+    end = torch.full_like(first.t, ddim.times[steps].item())
     return mean_square(first.prediction.x0, invert_step(first.x_t, landed, first.t, end, schedule)).mean()
 
 

@@ -35,6 +35,7 @@ from stepdistill.families.base import MIN_ALPHA, Family
 from stepdistill.features.base import FeatureExtractor
 from stepdistill.files.places import Place
 from stepdistill.files.ranges import GuidanceScale, NonNegativeFloat, NonNegativeInt, PositiveInt
+from stepdistill.files.schema import refuse_unread
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import mean_square, weighted
 from stepdistill.losses.student_inputs import diversity_ratio, student_input
@@ -101,6 +102,10 @@ class ADD(Distiller):
         """Training steps of the critic alone, before the student's first: it must know the student to lead it."""
 
         def __post_init__(self) -> None:
+            taught, own = ("weighting", "guidance_scale", "decoded"), self.features == "teacher"
+            refuse_unread(self, taught, not self.distillation, "without distillation")
+            refuse_unread(self, ["max_blocks"], not own, "with features that are not the teacher's")
+            refuse_unread(self, ["augment"], own, "with the teacher's features")
             if self.negative_prompt and self.weighting != "nfsd":
                 raise ValueError(f"negative_prompt: expected only with weighting 'nfsd', got {self.weighting!r}")
             if self.weighting == "nfsd" and self.guidance_scale != 1:
@@ -145,10 +150,11 @@ class ADD(Distiller):
     def student_loss(self, batch: Batch, draws: Draws) -> Losses:
         x0, t = self.generate(batch, draws)
         seen = self.critic.see(x0)
-        adversarial = self.critic.student_loss(seen, batch, t, draws)
-        images = seen if self.features.decodes or not self.config.decoded else self.family.decode(x0)
-        distillation = self.config.distillation * self.distillation_loss(x0, images, batch.cond, draws)
-        terms = {"adversarial": adversarial, "distillation": distillation}
+        terms = {"adversarial": self.critic.student_loss(seen, batch, t, draws)}
+        if self.config.distillation:
+            images = seen if self.features.decodes or not self.config.decoded else self.family.decode(x0)
+            distillation = self.distillation_loss(x0, images, batch.cond, draws)
+            terms["distillation"] = self.config.distillation * distillation
         return Losses(terms, {"diversity_ratio": diversity_ratio(x0, batch.x0)})
 
     def critic_loss(self, batch: Batch, draws: Draws) -> Losses:

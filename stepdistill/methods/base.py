@@ -296,7 +296,7 @@ class Distiller(nn.Module, abc.ABC):
         return self.teacher.guided(cond, self.config.guidance_scale - 1)
 
     def times(self, grid: Callable[[int], Tensor], intervals: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return ``grid(intervals)``, a grid of the schedule, on a device; it is computed once."""
+        """Return ``grid(intervals)``, a grid of the schedule or places on it, on a device; it is computed once."""
         key = grid, intervals, str(device)
         if key not in self._times:
             self._times[key] = grid(intervals).to(device)

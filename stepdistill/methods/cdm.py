@@ -90,6 +90,9 @@ class CDM(Distiller):
 
         def __post_init__(self) -> None:
             refuse_unread(self, ["augmentation_weight"], self.guidance_scale == 1, "without guidance")
+            augments = self.guidance_scale != 1 and self.augmentation_weight
+            if not (augments or self.matching_weight or self.off_trajectory_weight):
+                raise ValueError("matching_weight: expected above 0 where no other term has a weight, got 0")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

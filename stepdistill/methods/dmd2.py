@@ -122,9 +122,10 @@ class DMD2(Distiller):
                     "student_update_interval: expected at least 2 with fake_update 'alternate', or the fake score has "
                     "no step, got 1"
                 )
-            if self.augmentation_levels != "below" and not self.split:
+            if self.augmentation_levels != "below" and not (self.split and self.guidance_scale != 1):
                 raise ValueError(
-                    f"augmentation_levels: expected 'below' without split, got {self.augmentation_levels!r}"
+                    "augmentation_levels: expected 'below' without split or without guidance, got "
+                    f"{self.augmentation_levels!r}"
                 )
             if self.guidance_rescale != "none" and self.guidance_scale == 1:
                 raise ValueError(

@@ -130,6 +130,8 @@ class FlowMap(Distiller):
             alphas, own = ("alpha_least", "alpha_begin", "alpha_end"), ("guidance_mix", "condition_dropout")
             refuse_unread(self, alphas, self.target != "alpha", "without target 'alpha'")
             refuse_unread(self, own, not self.guides_itself, "without velocity 'data' and guidance")
+            unguided = self.guidance_scale == 1 and not self.guidance_range
+            refuse_unread(self, ["guidance_until"], unguided, "without guidance")
             refuse_unread(self, ["step"], self.target != "difference", "without target 'difference'")
             refuse_unread(self, ["to_clean", "from_noise"], self.target == "shortcut", "with target 'shortcut'")
             refuse_unread(self, ["to_clean", "power", "floor"], self.slices == "two", "with slices 'two'")
@@ -185,9 +187,9 @@ class FlowMap(Distiller):
         interval = Interval(self.state(batch.x0, noise, t), t, r)
         cond, w = self.guidance(batch.cond, draws)
         error = mean_square(*self.student_and_target(interval, s, Prediction(batch.x0, noise), cond, w))
-        weight = (self.alpha() or 1.0) ** (2 * self.config.power - 1)  # the gradient's length knows no alpha
+        weight = average_velocity.alpha_weight(interval, self.alpha(), self.config.power)
         loss = average_velocity.normalised(error, self.config.power, self.config.floor)
-        return Losses({"loss": weight * loss.mean()}, {"error": error.detach().mean()})
+        return Losses({"loss": (weight * loss).mean()}, {"error": error.detach().mean()})
 
     def two_slice_loss(self, batch: Batch, draws: Draws) -> Losses:
         """Return FACM's losses: of the step to clean data, and of the velocity, told apart by the sign of the time."""
@@ -214,8 +216,7 @@ class FlowMap(Distiller):
         at = intervals.shifted_log_normal_times(self.schedule, draws, *levels)
         if config.target == "shortcut":
             t, s, r = intervals.dyadic_interval(self.schedule, draws)
-        t, s, r = (torch.where(equal, at, time) for time in (t, s, r))
-        return t, s, r
+        return torch.where(equal, at, t), torch.where(equal, at, s), torch.where(equal, at, r)
 
     def state(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return ``x_t``; under a teacher, at t = 1, a sampler's initial state."""
@@ -254,7 +255,7 @@ class FlowMap(Distiller):
 
     def where_guided(self, w: Tensor | float, t: Tensor) -> Tensor | float:
         """Return guidance weights, (B,) or one, that are 0 where times (B,) are above ``guidance_until``."""
-        if self.config.guidance_until == 1 or (self.config.guidance_scale == 1 and not self.inputs.w):
+        if self.config.guidance_until == 1:
             return w
         return (average_velocity.flow_time(self.schedule, t) < self.config.guidance_until) * w
 
@@ -317,10 +318,9 @@ class FlowMap(Distiller):
         """Return the derivative (B, ...) of the average velocity by flow time along the path, at fixed r."""
         x_t, t, r = interval
         if self.config.target == "difference":  # in float32: rounding would be as large as the difference
+            average, step = self.average(cond, w), self.config.step
             with single_precision(self.bank, self.target.role, x_t.device):
-                return average_velocity.central_difference(
-                    self.average(cond, w), path, interval, self.config.step, self.schedule
-                )
+                return average_velocity.central_difference(average, path, interval, step, self.schedule)
         t, dx, dt = average_velocity.direction(self.schedule, path, t)
         with self.computing_target(self.target):
             return self.target.jvp(x_t, t, cond, dx, dt, **self.conditioning(w, r))[1].flow()

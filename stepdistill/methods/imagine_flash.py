@@ -100,8 +100,9 @@ class ImagineFlash(Distiller):
         def __post_init__(self) -> None:
             shifts, plain = ("shift_power", "shift_top"), self.reconstruction == "plain"
             refuse_unread(self, shifts, plain, "without reconstruction 'shifted'")
-            critics = ("location", "scale")
-            refuse_unread(self, critics, self.features != "teacher", "with features that are not the teacher's")
+            critics, own = ("location", "scale", "max_blocks"), self.features == "teacher"
+            refuse_unread(self, critics, not own, "with features that are not the teacher's")
+            refuse_unread(self, ["augment"], own, "with the teacher's features")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

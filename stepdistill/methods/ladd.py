@@ -74,6 +74,7 @@ class LADD(Distiller):
 
         def __post_init__(self) -> None:
             refuse_unread(self, ["r1_distance"], not self.r1, "without r1")
+            refuse_unread(self, ["first_share", "warmup"], self.steps == 1, "with one step")
 
     @classmethod
     def make_sampler(cls, config: Config, family: Family) -> Sampler:

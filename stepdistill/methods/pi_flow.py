@@ -56,7 +56,8 @@ class PiFlow(Distiller):
         window: PositiveInt = 3
         """Steps over which the policy's velocity is averaged."""
         start: Literal["data", "rollout"] = "data"
-        """Where a segment begins: in noised data, or where the student itself gets from noise, without data."""
+        """Where a segment begins: in noised data, or where the student itself gets from noise. Then images are needed
+        all the same, for their sizes and conditions alone."""
         guidance_scale: GuidanceScale = 1.0
         """Guidance baked into the student; 1 is none."""
 
@@ -76,7 +77,7 @@ class PiFlow(Distiller):
         self.add_turn("student", self.loss)
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
-        times = self.sampler().times.to(draws.device)
+        times = self.sampler().times_on(draws.device)
         i = draws.integers(0, self.config.steps)
         t, s = times[i], times[i + 1]
         x_t = self.begin(batch, i, t, draws)

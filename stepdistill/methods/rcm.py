@@ -94,7 +94,9 @@ class RCM(Distiller):
             if not self.consistency_weight and not self.matching_weight:
                 raise ValueError("matching_weight: expected above 0 where consistency_weight is 0, got 0")
             super().__post_init__()
-            refuse_unread(self, ["warmup"], not self.consistency_weight, "without consistency_weight")
+            # sigma_data is the paper's grid's, too
+            consistency = ["log_sigma_mean", "log_sigma_std", "tangent", "difference", "warmup", "norm_floor"]
+            refuse_unread(self, consistency, not self.consistency_weight, "without consistency_weight")
             matching = ["most_steps", "matching_shift"]
             refuse_unread(self, matching, not self.matching_weight, "without matching_weight")
 
@@ -111,7 +113,8 @@ class RCM(Distiller):
     def check(cls, config: Config, family: Family) -> None:
         super().check(config, family)
         check_first_step(family)  # of matching, whatever the grid
-        check_derivative(config, family)
+        if config.consistency_weight:
+            check_derivative(config, family)
 
     def build(self) -> None:
         self.fake = self.add_role("fake")

@@ -78,9 +78,9 @@ def jump(denoise: Denoise, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSch
     return torch.where(expand(s == t, x_t) > 0, x_t, ode_step(prediction, schedule, s))
 
 
-def default_gamma(family: Family) -> float:
-    """Return the paper's gamma, or 0 for flows, EDM and DiT, whose schedulers or pipelines add no noise back."""
-    return USUAL_GAMMA if isinstance(family.schedule, DiscreteVP) and family.passes_eta() else 0.0
+def default_gamma(schedule: NoiseSchedule) -> float:
+    """Return the paper's gamma, or 0 for flows and EDM, whose stock schedulers add no noise back."""
+    return USUAL_GAMMA if isinstance(schedule, DiscreteVP) else 0.0
 
 
 class TCD(Distiller):
@@ -105,8 +105,7 @@ class TCD(Distiller):
         """Guidance baked into the student; 1 is none."""
         gamma: Share | None = None
         """Share of fresh noise in sampling, from 0 (none) to 1 (all, as in LCM); more steps need more. By default 0.2,
-        or 0 with several segments in the last stage, or for a teacher whose stock scheduler or pipeline adds no noise
-        back, see :func:`default_gamma`."""
+        or 0 with several segments in the last stage, or for flows and EDM, whose stock schedulers add no noise back."""
         segments: tuple[PositiveInt, ...] = ()
         """Stages of training by their number of segments: [4] for PCM, [8, 4, 2, 1] for Hyper-SD; by default one."""
         target: Literal["random", "edge"] = "random"
@@ -141,7 +140,7 @@ class TCD(Distiller):
     def make_sampler(cls, config: Config, family: Family) -> Sampler:
         check_intervals(family.schedule, config.steps, config.solver_steps, "solver_steps")
         times = skip_grid(family.schedule, config.steps, config.solver_steps)
-        usual = default_gamma(family) if config.last_segments == 1 else 0.0
+        usual = default_gamma(family.schedule) if config.last_segments == 1 else 0.0
         gamma = usual if config.gamma is None else config.gamma
         return StrategicStochasticSampler(family.schedule, times, gamma, two_time=config.two_time)
 
@@ -161,11 +160,11 @@ class TCD(Distiller):
         times = skip_grid(self.schedule, self.stage.value, self.config.solver_steps)
         return StrategicStochasticSampler(self.schedule, times, 0.0, two_time=self.config.two_time)
 
-    def segment_ends(self, device: torch.device) -> Tensor:
-        """Return the index (solver_steps,) of the grid at which the segment of every grid time but the last ends."""
-        steps, count = self.config.solver_steps, self.stage.value or 1
-        ends = torch.tensor([*skip_places(self.schedule, count, steps)[1:], steps], device=device)
-        return ends[torch.searchsorted(ends, torch.arange(steps, device=device), right=True)]
+    def segment_ends(self, count: int) -> Tensor:
+        """Return the index (solver_steps,) at which the segment, of ``count``, of every grid time but the last ends."""
+        steps = self.config.solver_steps
+        ends = torch.tensor([*skip_places(self.schedule, count, steps)[1:], steps])
+        return ends[torch.searchsorted(ends, torch.arange(steps), right=True)]
 
     def build(self) -> None:
         self.target = self.add_target(self.config.target_ema)
@@ -180,7 +179,7 @@ class TCD(Distiller):
         steps = self.config.solver_steps
         grid = self.times(self.schedule.trajectory, steps, draws.device)
         i = draws.integers(0, steps)
-        j = self.segment_ends(draws.device)[i]
+        j = self.times(self.segment_ends, self.stage.value or 1, draws.device)[i]
         if self.config.target == "random":
             j = i + 1 + (draws.uniform() * (j - i)).long()  # uniform over the segment's grid points below t
         t, t_next, s = grid[i], grid[i + 1], grid[j]

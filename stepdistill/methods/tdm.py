@@ -116,7 +116,7 @@ class TDM(Distiller):
         student = self.student.conditioned(batch.cond)
         with torch.no_grad():
             way = torch.stack([*states(student, sampler, start, sampler.steps - 1, draws.normal_like)])
-        times = sampler.times.to(draws.device)
+        times = sampler.times_on(draws.device)
         t, m = times[i], times[i + 1]
         return self.noised_up(student(way[i, rows], t), m, t, draws)
 
@@ -130,8 +130,8 @@ class TDM(Distiller):
         student, every = self.student.conditioned(batch.cond), range(sampler.steps)
         visited = visits(student, sampler, start, sampler.steps, draws.normal_like, learns_at=every)
         landed = []
-        for visit, m in zip(visited, sampler.times[1:].to(start.device), strict=True):
-            landed.append(self.noised_up(visit.prediction, m.expand(batch.size), visit.t, draws))
+        for visit in visited:
+            landed.append(self.noised_up(visit.prediction, visit.end, visit.t, draws))
         x0, eps = torch.cat([one.student.x0 for one in landed]), torch.cat([one.student.eps for one in landed])
         x, t = torch.cat([one.x for one in landed]), torch.cat([one.t for one in landed])
         return Landing(Prediction(x0, eps), x, t, torch.cat([one.noise for one in landed]))

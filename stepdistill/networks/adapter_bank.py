@@ -117,7 +117,8 @@ class AdapterBank(NetworkBank):
             if not hasattr(layer, "lora_A"):
                 continue
             down, up, own = layer.lora_A[role].weight, layer.lora_B[role].weight, layer.get_base_layer().weight
-            difference = weights[f"{name}.weight"].to(own).float() - own.float()
+            # in float32: to a base of 16 bits, the student would be rounded by more than it differs
+            difference = weights[f"{name}.weight"].to(own.device, torch.float32) - own.float()
             u, s, vh = torch.linalg.svd(difference.flatten(1), full_matrices=False)
             rank, root = min(len(s), self.rank), s[: self.rank].sqrt()
             down.zero_().flatten(1)[:rank] = root[:, None] * vh[:rank]

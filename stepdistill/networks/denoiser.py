@@ -106,9 +106,10 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], dx: Tensor, dt: Tensor, *,
         w: Tensor | None = None, s: Tensor | None = None,
     ) -> tuple[Prediction, Prediction]:  # fmt: skip
-        """Return the prediction, and its derivative along ``(dx, dt)``, in float32 and without a gradient.
+        """Return the prediction, and its derivative along ``(dx, dt)``, without autocast and without a gradient.
 
-        The derivative is at fixed ``w`` and ``s``, also for a network that is told the difference of both times.
+        Both are computed in the precision of the network's weights: of adapters, in that of their base. The derivative
+        is at fixed ``w`` and ``s``, also for a network that is told the difference of both times.
 
         Args:
             x_t: noisy images (B, ...).
@@ -180,7 +181,7 @@ class LeaningTeacher(Denoiser):
 
 @contextlib.contextmanager
 def forward_mode(device: torch.device) -> Iterator[None]:
-    """Make networks differentiable in forward mode: full precision, as they are written."""
+    """Make networks differentiable in forward mode: uncompiled, without autocast, in the precision of their weights."""
     with torch.autocast(device.type, enabled=False), uncompiled():
         yield
 

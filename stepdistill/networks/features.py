@@ -11,11 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.hooks import capture_outputs
 
 CLEAN = 0.02
-"""The time given to a network on clean images: at lower times its features carry little information."""
+"""The lowest time at which a network's features carry much information."""
+
+
+def clean_time(schedule: NoiseSchedule) -> float:
+    """Return the time given to a network on clean images: almost no noise, but no less than it was trained on."""
+    return max(CLEAN, schedule.lowest_time)
 
 
 class BlockFeatures:
@@ -41,7 +47,7 @@ class BlockFeatures:
 
     def clean(self, x0: Tensor, cond: Mapping[str, Tensor]) -> list[Tensor]:
         """Return features of clean images (B, ...), at a time of almost no noise."""
-        return self(x0, torch.full((len(x0),), CLEAN, device=x0.device), cond)
+        return self(x0, torch.full((len(x0),), clean_time(self.denoiser.schedule), device=x0.device), cond)
 
     @torch.no_grad()
     def shapes(self) -> list[torch.Size]:

@@ -141,6 +141,12 @@ def test_times_that_do_not_descend_to_zero_are_refused(times):
         DDIM(RectifiedFlow(), torch.tensor(times))
 
 
+def test_times_are_copied_to_a_device_once():
+    sampler, device = DDIM(RectifiedFlow(), torch.tensor([1.0, 0.5, 0.0])), torch.device("meta")
+    assert sampler.times_on(device) is sampler.times_on(device)
+    assert sampler.times_on(device).device == device and sampler.times_on(sampler.times.device) is sampler.times
+
+
 def test_the_contract_says_what_a_caller_needs():
     schedule = SCHEDULES["linear"]
     assert DDIM(schedule, schedule.grid(4)).contract() == {

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from contracts.cases import PIXELS
 from oracles import SCHEDULES, OracleFamily, PointNet
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
@@ -19,11 +20,13 @@ from stepdistill.discriminators.conditioning import check_classes, condition_vec
 from stepdistill.discriminators.critics import CleanCritic, RenoisedCritic
 from stepdistill.discriminators.feature_sources import TeacherFeatureSource, open_feature_source
 from stepdistill.discriminators.heads import Head, Heads, SpectralNorm
+from stepdistill.discriminators.pairs import PairCritic
 from stepdistill.evaluation.metrics.frechet import Moments
 from stepdistill.evaluation.reference import Reference
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.pixart import PixArt
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.wan import Wan
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.features.identity import refuse_same_weights
 from stepdistill.features.loading import load_features
@@ -182,10 +185,18 @@ def test_conditions_become_vectors():
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.float32])
-def test_padding_says_nothing_of_a_prompt(kind):
+@pytest.mark.parametrize("name", ["encoder_attention_mask", "attention_mask", "encoder_hidden_states_mask"])
+def test_padding_says_nothing_of_a_prompt(name, kind):
     tokens, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]).to(kind)
-    found = condition_vector({"encoder_hidden_states": tokens, "encoder_attention_mask": mask}, 2, None)
+    found = condition_vector({"encoder_hidden_states": tokens, name: mask}, 2, None)
     torch.testing.assert_close(found, condition_vector({"encoder_hidden_states": tokens[:, :2]}, 2, None))
+
+
+def test_each_of_two_prompts_has_the_mask_of_its_length():
+    tokens, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
+    masks = {"clip_mask": torch.ones(2, 3), "t5_mask": mask}
+    found = condition_vector({"a": tokens[:, :3], "b": tokens, **masks}, 2, None)
+    torch.testing.assert_close(found, condition_vector({"a": tokens[:, :3], "b": tokens[:, :2]}, 2, None))
 
 
 def test_a_batch_of_one_class_is_refused_unless_it_may_be_chance():
@@ -230,6 +241,24 @@ def test_gradients_pass_through_a_teachers_blocks_to_the_image_and_stay_there(ba
     sum(feature.square().sum() for feature in features).backward()
     assert x.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in bank.parameters())
+
+
+@pytest.mark.parametrize(("teacher", "time"), [("pixel", 0.02), ("pixel-edm", (0.002 / 20) ** (1 / 7))])
+def test_the_time_of_clean_images_is_one_that_the_teacher_knows(teacher, time, monkeypatch):
+    """At EDM's 0.02, the noise would be 1e-11."""
+    family, seen = PIXELS[teacher](), []
+    blocks, timestep = BlockFeatures(Denoiser(family, CopyBank(family.network), "teacher")), family.schedule.timestep
+    monkeypatch.setattr(family.schedule, "timestep", lambda t: seen.append(t) or timestep(t))
+    blocks.clean(torch.zeros(2, *family.sample_shape), family.example_cond([0, 1]))
+    assert seen[0].tolist() == pytest.approx([time, time])
+
+
+@pytest.mark.parametrize("teacher", ["pixel", "pixel-edm"])
+def test_a_critic_of_steps_sees_the_cleanest_states_as_clean_images(teacher):
+    family, low = PIXELS[teacher](), torch.zeros(2, dtype=torch.float64)
+    critic = PairCritic(Denoiser(family, CopyBank(family.network), "teacher"))
+    level = critic.level(critic.alone(low, low, family.example_cond([0, 1])))
+    assert level.tolist() == [max(0.02, family.schedule.lowest_time)] * 2
 
 
 def test_adapters_of_other_roles_do_not_change_what_the_teacher_sees():
@@ -364,6 +393,13 @@ def test_a_missing_feature_network_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_a_feature_network_of_images_is_refused_for_a_teacher_of_clips():
+    family = Wan.tiny()
+    teacher = Denoiser(family, CopyBank(family.network), "teacher")
+    with pytest.raises(ValueError, match=r"method\.features: expected 'teacher' for a teacher of clips, got 'faces'"):
+        open_feature_source("faces", family, teacher, augment=True)
 
 
 def test_augmentation_is_differentiable_and_each_images_own():

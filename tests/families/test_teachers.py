@@ -233,3 +233,15 @@ def test_exports_with_a_class_of_ours_are_loaded_by_many_threads_at_once(tmp_pat
     load_pipeline(folder)  # not by way of the cache
     run = sections(tmp_path / "run", family, "lcm", steps=1)
     Run(resolve(run | {"bank": {"name": "copy", "init_from": str(folder)}}))
+
+
+def test_the_null_condition_is_copied_once_for_every_type_that_is_asked_for():
+    """On a GPU, a copy in every call would make the host wait for it."""
+    family = SD.tiny()
+    for kind in (torch.float32, torch.float64):
+        cond = {name: tensor.to(kind) for name, tensor in family.example_cond([0, 1]).items()}
+        first, second = family.null_cond(cond), family.null_cond(cond)
+        for name, tensor in cond.items():
+            assert first[name].dtype == kind and first[name].shape == tensor.shape
+            assert first[name].data_ptr() == second[name].data_ptr()
+            assert torch.equal(first[name], family.null[name].to(kind).expand_as(tensor))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from adversarial_students import mode_shares, mode_test, taught_by, train_adversarially
 from mixtures import batch_of
+from network_calls import calls_of
 from oracles import CENTRES, SCHEDULES, Gaussian, Oracle, three_clusters
 
 from stepdistill.batch import Batch
@@ -161,6 +162,15 @@ def test_weights_scale_their_terms():
     assert ratio == pytest.approx({"adversarial": 1, "distillation": 3, "loss": 1, "r1": 2}, rel=1e-4)
     free = ADD(family, CopyBank(family.network), ADD.Config(r1=0.0))
     assert set(free("critic", family_batch(family, 8), Draws(3, 8)).terms) == {"loss"}
+
+
+def test_without_distillation_the_teacher_is_not_asked():
+    """It shows the critic its blocks, which are no calls of it."""
+    family = Pixel.tiny()
+    distiller = ADD(family, CopyBank(family.network), ADD.Config(distillation=0.0))
+    batch = family_batch(family, 4)
+    assert calls_of(distiller, "student", batch, Draws(3, 4)) == {"student with gradient": 1}
+    assert set(distiller("student", batch, Draws(3, 4)).terms) == {"adversarial"}
 
 
 def test_of_latents_the_teachers_part_compares_images_where_that_is_wanted():

@@ -392,7 +392,7 @@ def test_the_first_step_learns_from_diversity_alone(bank):
         ({"levels": "above", "split": True}, "levels: expected 'full' with split .* got 'above'"),
         ({"levels": "above", "off_trajectory": 1.0}, "levels: expected 'full' with off_trajectory"),
         ({"alignment": 0.97, "fake_scale": 2.0}, "fake_scale: expected 1 with alignment"),
-        ({"augmentation_levels": "full"}, "augmentation_levels: expected 'below' without split, got 'full'"),
+        ({"augmentation_levels": "full"}, "augmentation_levels: expected 'below' without split or without guidance"),
         ({"guidance_rescale": "token"}, "guidance_rescale: expected 'none' without guidance"),
         ({"anchor": 31}, "anchor: expected at most anchor_steps = 30, got 31"),
         ({"alignment": 1.5}, "alignment: expected at least 0"),

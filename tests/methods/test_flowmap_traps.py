@@ -220,8 +220,8 @@ def test_the_derivative_grows_from_nothing_over_the_warm_up():
 
 @pytest.mark.parametrize(("power", "weight"), [(0.0, 2.0), (0.5, 1.0), (1.0, 0.5)])
 def test_the_weight_of_alphas_loss_is_alpha_to_the_power_of_twice_p_less_one(power, weight):
-    """14.2."""
-    distiller = guided("flow", "flow", target="alpha", alpha_least=0.5, alpha_end=0.01, power=power, equal=0.2)
+    """14.2; no alpha is in the residual of a pair of equal times, whose weight is 1."""
+    distiller = guided("flow", "flow", target="alpha", alpha_least=0.5, alpha_end=0.01, power=power, equal=0.5)
     plain, distiller.step_in_stage = average_velocity.normalised, 100
     oracle = Gaussian(torch.zeros(2).double(), 0.7, SCHEDULES["flow"], "flow")
     batch = Batch(batch_of(oracle, 8).x0, {"class_labels": torch.zeros(8).long()}, 8)
@@ -229,7 +229,11 @@ def test_the_weight_of_alphas_loss_is_alpha_to_the_power_of_twice_p_less_one(pow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(average_velocity, "normalised", lambda *given: seen.append(plain(*given)) or seen[0])
         loss = distiller("student", batch, Draws(0, 8)).terms["loss"]
-    torch.testing.assert_close(loss, weight * seen[0].mean())
+    draws = Draws(0, 8)
+    draws.normal_like(batch.x0)
+    t, _, r = distiller.draw_times(draws)
+    assert 0 < (t == r).sum() < 8
+    torch.testing.assert_close(loss, (torch.where(t == r, 1.0, weight) * seen[0]).mean())
 
 
 @pytest.mark.parametrize(("name", "kind"), [("cosine", "v_prediction"), ("linear", "epsilon")])

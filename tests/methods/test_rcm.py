@@ -15,6 +15,7 @@ from stepdistill.diffusion.trig import Trig
 from stepdistill.families.pixel import Pixel
 from stepdistill.files.schema import build
 from stepdistill.losses.distribution_matching import denoising_loss
+from stepdistill.methods import rcm
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.rcm import RCM
 from stepdistill.methods.scm import Scm
@@ -61,6 +62,14 @@ def test_without_consistency_it_is_dmd2_bit_for_bit(bank):
         assert set(losses[0]) == {"matching"} and torch.equal(losses[0]["matching"], losses[1]["matching"])
         losses = [one("fake", BATCH, Draws(seed, 4)).terms["denoising"] for one in (whole, part)]
         assert torch.equal(*losses)
+
+
+def test_without_consistency_no_teacher_need_be_differentiated(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rcm, "check_derivative", lambda config, family: asked.append(config))
+    for config in (RCM.Config(), RCM.Config(consistency_weight=0.0)):
+        RCM.check(config, Pixel.tiny())
+    assert asked == [RCM.Config()]
 
 
 def test_scores_are_compared_at_uniform_times_moved_towards_noise_by_five():

@@ -39,9 +39,18 @@ def test_a_segment_ends_where_a_sampler_of_as_many_steps_begins_the_next(name, s
     distiller = pcm(count, Gaussian(TWO, 0.5, schedule, prediction_type), solver_steps=steps)
     grid, times = schedule.trajectory(steps), distiller.sampler().times
     times = torch.cat([times[:-1], grid[-1:]])  # EDM's trajectory ends at sigma_min
-    for i, end in enumerate(distiller.segment_ends(torch.device("cpu"))):
+    for i, end in enumerate(distiller.segment_ends(count)):
         below = times[times < grid[i] - 1e-9]  # an end of a segment belongs to the one above it
         assert grid[end] == below[0]
+
+
+def test_where_segments_end_is_computed_once_a_stage(monkeypatch):
+    oracle, counts, plain = three_clusters(COSINE, "v_prediction"), [], TCD.segment_ends
+    monkeypatch.setattr(TCD, "segment_ends", lambda self, count: counts.append(count) or plain(self, count))
+    distiller = pcm(2, oracle, solver_steps=20)
+    for _ in range(2):
+        loss_of(distiller, batch_of(oracle, 4))
+    assert counts == [2]
 
 
 def test_of_one_segment_it_is_lcm():
@@ -65,7 +74,7 @@ def test_the_exact_solution_to_the_segments_end_is_an_optimum(count):
     oracle, losses = Gaussian(TWO, 0.5, COSINE, "v_prediction"), []
     for n in (16, 128):
         distiller = pcm(count, oracle, solver_steps=n, distance="l2")
-        grid, ends = COSINE.trajectory(n), distiller.segment_ends(torch.device("cpu"))
+        grid, ends = COSINE.trajectory(n), distiller.segment_ends(count)
 
         def end(x_t, t, labels, grid=grid, ends=ends):
             """The clean image whose DDIM step lands where the exact path is at the segment's end."""

@@ -113,6 +113,21 @@ def test_adapters_imitate_the_best_that_their_rank_can_hold(x):
     assert missed.norm().item() == pytest.approx(singular[1:].norm().item(), rel=1e-3) and singular[1] > 0.1
 
 
+def test_adapters_of_a_network_of_16_bits_imitate_a_student_finer_than_its_rounding():
+    banks = [AdapterBank(tiny().network.bfloat16(), rank=2, targets=tiny().lora_targets) for _ in range(2)]
+    for bank in banks:
+        bank.fork("student")
+    for tensor in banks[0].state("student").values():
+        tensor.normal_(std=0.02)
+    student = banks[0].extract("student").state_dict()
+    with warnings.catch_warnings(action="error"):
+        banks[1].load_or_project("student", student)
+    teacher, found = (banks[1].extract(role).state_dict() for role in ("teacher", "student"))
+    name = "mid_block.resnets.0.conv1.weight"
+    missed, all_of_it = (student[name] - other[name] for other in (found, teacher))
+    assert missed.norm() < 0.02 * all_of_it.norm()
+
+
 def test_changing_one_role_changes_no_other(bank, x):
     for role in ("student", "fake"):
         bank.fork(role)
