@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
 
 from stepdistill.config import flatten
 from stepdistill.files.reading import read_json
@@ -24,6 +26,41 @@ FIRST_PARTS = {
 
 FREE_KEYS = ("log_every", "save_every", "num_workers")
 """Last names of keys that change no part."""
+
+
+def open_parts(folder: Path, config: Any, accelerator: Accelerator) -> None:
+    """Check the parts in ``folder``, and note the configuration; raise ``ValueError`` as :func:`check_parts` does."""
+    check_parts(folder, config)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_record(folder, config)
+
+
+def make_part(folder: Path, accelerator: Accelerator, name: str, train: Callable[[Path], Any]) -> Path:
+    """Return the folder of a part, which is trained unless it is there.
+
+    Args:
+        folder: of all parts.
+        accelerator: of all processes, each of which calls this.
+        name: of the part.
+        train: takes the file of the losses, and returns what has ``save_pretrained``.
+    """
+    if not (folder / name).is_dir():
+        made = train(folder / f"{name}.jsonl")
+        if accelerator.is_main_process:
+            made.save_pretrained(folder / f"{name}.partial")
+    return finish_part(folder, name, accelerator)
+
+
+def finish_part(folder: Path, name: str, accelerator: Accelerator) -> Path:
+    """Give a part that was saved as ``<name>.partial`` its name, and return its folder.
+
+    Every process waits, also where the part was there: a slower one may have come after it was made.
+    """
+    if accelerator.is_main_process and not (folder / name).is_dir():
+        (folder / f"{name}.partial").replace(folder / name)
+    accelerator.wait_for_everyone()
+    return folder / name
 
 
 def check_parts(folder: Path, config: Any) -> None:

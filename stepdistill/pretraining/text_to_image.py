@@ -46,7 +46,7 @@ from stepdistill.files.ranges import NonNegativeInt, PositiveInt, Range, Share
 from stepdistill.networks.launcher import open_accelerator
 from stepdistill.pretraining.clip import CaptionTokens, image_processor, train_clip, train_tokenizer
 from stepdistill.pretraining.fit import FitConfig, denoising_loss, fit
-from stepdistill.pretraining.parts import check_parts, write_record
+from stepdistill.pretraining.parts import finish_part, make_part, open_parts
 from stepdistill.pretraining.readable import named_values
 from stepdistill.pretraining.vae import encode, train_vae
 
@@ -91,22 +91,11 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
         ValueError: if a part that is there was made with other values, or from a part that is missing.
     """
     accelerator, folder = open_accelerator("no"), Path(config.output_dir)
-    check_parts(folder, config)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_record(folder, config)
+    open_parts(folder, config, accelerator)
     images, captions = read_all(config.data, config.vae.model["sample_size"])
     values, sizes = named_values(_words(config.attributes), captions)
 
-    def part(name: str, train: Callable[[Path], Any]) -> Path:
-        if not (folder / name).is_dir():
-            made = train(folder / f"{name}.jsonl")
-            if accelerator.is_main_process:  # a folder is complete or absent
-                made.save_pretrained(folder / f"{name}.partial")
-                (folder / f"{name}.partial").replace(folder / name)
-        accelerator.wait_for_everyone()  # also where it was there: a slower process may have come after it was made
-        return folder / name
-
+    part = functools.partial(make_part, folder, accelerator)
     texts = list(itertools.chain.from_iterable(captions))
     part("tokenizer", lambda log: train_tokenizer(texts, config.vocabulary, config.max_tokens))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -125,6 +114,7 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
             image_processor(images.shape[-1]).save_pretrained(folder / name)
     if (folder / "pipeline").is_dir():
         return folder / "pipeline"
+
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", use_safetensors=True)
     pipe = assemble(config, AutoencoderKL.from_pretrained(vae, use_safetensors=True), text_encoder, tokenizer)
     latents = encode(pipe.to(accelerator.device).vae, images, accelerator.device)
@@ -134,12 +124,9 @@ def train_text_teacher(config: TextTeacherConfig) -> Path:
     unet = part("unet", lambda log: train(config.unet, log).unet)
     pipe.unet.load_state_dict(UNet2DConditionModel.from_pretrained(unet, use_safetensors=True).state_dict())
     pipe.text_encoder.requires_grad_(True)
-    partial = folder / "pipeline.partial"
-    train(config.together, folder / "pipeline.jsonl", functools.partial(save_halved, pipe, partial))
-    if accelerator.is_main_process:
-        partial.replace(folder / "pipeline")
-    accelerator.wait_for_everyone()
-    return folder / "pipeline"
+    save = functools.partial(save_halved, pipe, folder / "pipeline.partial")
+    train(config.together, folder / "pipeline.jsonl", save)
+    return finish_part(folder, "pipeline", accelerator)
 
 
 def _words(reader: str | None) -> Vocabulary:
