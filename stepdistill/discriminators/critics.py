@@ -42,9 +42,6 @@ from stepdistill.randomness import Draws
 
 Conditioning = Literal["none", "condition", "both"]
 
-MIN_TIME = 1e-3
-"""The lowest time at which images are judged."""
-
 TIME_WAVES = 4
 """Cosines of the time that the heads are conditioned on."""
 
@@ -230,7 +227,8 @@ class RenoisedCritic(Critic):
 
     def sample_times(self, draws: Draws) -> Tensor:
         """Return times (B,) whose signal-to-noise ratio is that of a flow at logit-normal times."""
-        return log_normal_times(self.schedule, draws, self.location, self.scale).clamp(MIN_TIME, 1.0)
+        times = log_normal_times(self.schedule, draws, self.location, self.scale)
+        return times.clamp(self.schedule.lowest_time, 1.0)
 
     def extract(self, seen: Tensor, cond: Cond, view: Tensor, draws: Draws) -> list[Tensor]:
         return self.blocks(self.schedule.add_noise(seen, draws.normal_like(seen), view), view, cond)

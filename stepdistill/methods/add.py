@@ -49,9 +49,6 @@ NFSD_SCALE = 7.5
 NFSD_LATE = 0.2
 """Below this time, the unconditional prediction itself is NFSD's delta_D."""
 
-MIN_TIME = 1e-3
-"""The lowest time at which the teacher judges."""
-
 
 def distillation_weight(schedule: NoiseSchedule, t: Tensor, kind: DistillationWeight) -> Tensor:
     """Return ``c(t)`` (B,), float64: alpha_t, or ``alpha_t w(t) / (2 sigma_t)`` with ``w(t) = sigma_t^2``.
@@ -167,7 +164,7 @@ class ADD(Distiller):
 
         With ``decoded``, ``x`` are the ``images`` that ``x0`` was decoded to.
         """
-        t = draws.uniform(MIN_TIME, 1.0)
+        t = draws.uniform(self.schedule.lowest_time, 1.0)
         noise = draws.normal_like(x0)
         with torch.no_grad():
             target = self.distillation_target(x0.detach(), noise, t, cond)

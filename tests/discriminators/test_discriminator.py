@@ -511,6 +511,8 @@ def test_noise_levels_are_logit_normal_in_a_flows_time(name, kind):
     logit = -family.schedule.log_snr(t) / 2  # log(t / (1 - t)) of the flow with the same ratio of noise to signal
     assert logit.mean().item() == pytest.approx(1.0, abs=0.02)
     assert logit.std().item() == pytest.approx(0.5, abs=0.02)
+    critic.location = -30.0
+    assert (critic.sample_times(Draws(0, 4)) == family.schedule.lowest_time).all()  # a network knows no less noise
 
 
 def test_a_renoised_critics_r1_is_that_of_its_logit_in_the_image(monkeypatch):

@@ -49,6 +49,15 @@ def test_weights_are_the_papers(name):
     assert distillation_weight(COSINE, t, "sds").allclose(COSINE(t)[0] * COSINE(t)[1] / 2)
 
 
+def test_the_teacher_judges_at_no_time_below_those_it_knows(monkeypatch):
+    distiller, seen = teacher_of({}), []
+    monkeypatch.setattr(type(distiller.schedule), "lowest_time", 0.7)
+    monkeypatch.setattr(distiller, "distillation_target", lambda x0, noise, t, cond: seen.append(t) or x0)
+    x0 = torch.randn(100, 2, 1, 1, dtype=torch.float64)
+    distiller.distillation_loss(x0, x0, {}, Draws(0, 100))
+    assert 0.7 <= seen[0].min() < 0.72
+
+
 @pytest.mark.parametrize("weighting", ["exponential", "sds"])
 def test_the_gradient_is_two_c_times_the_difference_and_no_path_leads_through_the_renoised_image(weighting):
     distiller = teacher_of({"weighting": weighting})
