@@ -142,7 +142,8 @@ def make_pairs(folder, out, trust):
 def benchmark(folder, out, trust):
     section = {"teacher": teacher_section(folder, trust), "output": str(out / "bench.json")}
     config = build(BenchmarkConfig, section)
-    opened = SimpleNamespace(config=config, family=load_teacher(config.teacher))  # and no judge, who takes seconds
+    family = load_teacher(config.teacher)
+    opened = SimpleNamespace(config=config, family=family, device="cpu")  # and no judge, who takes seconds
     Benchmark.solver_pipeline(opened, "DDIM")
 
 
