@@ -72,13 +72,13 @@ def check_parts(folder: Path, config: Any) -> None:
     record = folder / "config.json"
     if not record.is_file():
         return
-    before = read_json(record)
-    for key, value in parts_config(config).items():
-        part = FIRST_PARTS[key.partition(".")[0]]
-        if (folder / part).is_dir() and before.get(key) != value:
+    before, now = read_json(record), parts_config(config)
+    for key in before | now:
+        part = FIRST_PARTS.get(key.partition(".")[0], "")
+        if part and (folder / part).is_dir() and before.get(key) != now.get(key):
             raise ValueError(
-                f"{key}: {folder / part} was made with {shown(before.get(key))}, now {shown(value)}; move it and what "
-                "was made from it away, choose another output_dir, or restore the value"
+                f"{key}: {folder / part} was made with {shown(before.get(key))}, now {shown(now.get(key))}; move it "
+                "and what was made from it away, choose another output_dir, or restore the value"
             )
 
 

@@ -180,6 +180,9 @@ def test_one_command_makes_a_pipeline_that_stock_diffusers_loads(tmp_path):
         train_text_teacher(dataclasses.replace(config, together=dataclasses.replace(config.together, steps=3)))
     with pytest.raises(ValueError, match=r"^vocabulary: .*tokenizer was made with 700, now 500; move it and what was"):
         train_text_teacher(dataclasses.replace(config, vocabulary=500))
+    smaller = {key: value for key, value in config.vae.model.items() if key != "mid_block_add_attention"}
+    with pytest.raises(ValueError, match=r"^vae\.model\.mid_block_add_attention: .*vae was made with False, now None"):
+        train_text_teacher(dataclasses.replace(config, vae=dataclasses.replace(config.vae, model=smaller)))
     (tmp_path / "vae").rename(tmp_path / "old")
     with pytest.raises(ValueError, match=r"unet was made from 'vae', which is missing; move it away, too"):
         train_text_teacher(config)
