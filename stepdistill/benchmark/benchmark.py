@@ -49,7 +49,7 @@ from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.loading import load_teacher
 from stepdistill.inference.processes import open_state
-from stepdistill.inference.sampling import Images, sample_images
+from stepdistill.inference.sampling import ROWS, Images, sample_images
 from stepdistill.inference.solvers import solver_of, teacher_call, teacher_pipeline
 from stepdistill.networks.fingerprint import fingerprint_weights
 
@@ -283,7 +283,7 @@ class Benchmark:
         return PipelineSource(
             pipeline=pipeline, batch_size=self.config.batch_size, precision=self.config.precision,
             call={**self.size, **teacher_call(self.family, call)}, captions=self.captions, name=name,
-            size=self.crop, **sampling,
+            size=self.crop, rows=self.config.rows or ROWS, **sampling,
         )  # fmt: skip
 
     def _row(self, source: PipelineSource, metrics: Sequence[str]) -> Row:

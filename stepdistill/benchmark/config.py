@@ -67,6 +67,8 @@ class BenchmarkConfig:
     """A network that reads attributes, for the metric ``adherence``."""
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     batch_size: PositiveInt = 100
+    rows: PositiveInt | None = None
+    """Rows that the network sees at a time, see :class:`stepdistill.evaluation.protocol.Protocol`; by default as there."""
     precision: Precision = "fp32"
     seed: Seed = 0
 

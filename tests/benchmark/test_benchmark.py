@@ -46,6 +46,7 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.features.classifier import SmallConvNet
 from stepdistill.files.schema import build
+from stepdistill.inference.sampling import ROWS
 from stepdistill.inference.solvers import SOLVERS, make_solver, steps_within, teacher_call
 from stepdistill.methods import method_names
 from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
@@ -109,6 +110,14 @@ def test_rows_of_a_teacher_are_sampled_so(finished, monkeypatch):
     assert [source.call["guidance_scale"] for source in sources] == [15.0]
     teacher = next(row for row in bench.rows if row["kind"] == "teacher")
     assert bench.opened(teacher)[1]["guidance_scale"] == 10 * teacher["guidance_scale"]
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(None, ROWS), (7, 7)])
+def test_the_network_sees_as_many_rows_at_a_time_as_the_configuration_says(tmp_path, monkeypatch, rows, seen):
+    bench, sources = Benchmark(config_of(tmp_path, rows=rows)), []
+    monkeypatch.setattr(bench, "_row", lambda source, metrics: sources.append(source) or {"fd": 0.0})
+    bench.teacher("teacher", 1.0)
+    assert [source.rows for source in sources] == [seen]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
