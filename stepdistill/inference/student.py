@@ -69,22 +69,44 @@ def images_at_a_time(family: Family) -> int:
     return max(1, PIXELS // math.prod(family.image_shape[1:]))
 
 
-@torch.no_grad()
-def sample_sheet(distiller: Distiller, *, seed: int = 0) -> SampleSheet:
-    """Return the first samples of the student, above the teacher's by DDIM from the same noise and conditions."""
-    family, device = distiller.family, next(distiller.parameters()).device
-    student = student_images(distiller, SHEET, seed=seed, device=device).pixels / 255
-    schedule, indices = distiller.schedule, range(SHEET)
-    guidance = distiller.result.w or getattr(distiller.config, "guidance_scale", 1.0) - 1
-    with family.on_device(device):
-        cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
-        noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators_of(seed, indices)])
-        steps = min(TEACHER_STEPS, schedule.num_timesteps) if isinstance(schedule, DiscreteVP) else TEACHER_STEPS
-        ddim = DDIM(schedule, schedule.grid(steps))
-        x0 = sample(distiller.teacher.guided(cond, guidance), ddim, schedule.initial_noise(noise.to(device)))
-        teacher = torch.cat([family.decode(some).cpu() for some in x0.float().split(images_at_a_time(family))])
-    picture = make_grid(torch.cat([student, teacher]), columns=SHEET)
-    return SampleSheet(picture, steps, conditions_of(family, indices))
+class SampleSheets:
+    """The first samples of a run's student, above its teacher's by DDIM from the same noise and conditions.
+
+    The teacher's half is made once for a guidance, however often the student is exported.
+
+    Args:
+        distiller: of the run.
+        seed: of the noise.
+    """
+
+    def __init__(self, distiller: Distiller, seed: int) -> None:
+        self.distiller, self.seed = distiller, seed
+        schedule = distiller.schedule
+        limited = isinstance(schedule, DiscreteVP)
+        self.teacher_steps = min(TEACHER_STEPS, schedule.num_timesteps) if limited else TEACHER_STEPS
+        self.by_guidance: dict[float, Tensor] = {}
+
+    def make(self) -> SampleSheet:
+        """Return the sheet of the student as it is now."""
+        distiller, device = self.distiller, next(self.distiller.parameters()).device
+        student = student_images(distiller, SHEET, seed=self.seed, device=device).pixels / 255
+        guidance = distiller.result.w or getattr(distiller.config, "guidance_scale", 1.0) - 1
+        if guidance not in self.by_guidance:
+            self.by_guidance[guidance] = self.teacher_images(guidance, device)
+        picture = make_grid(torch.cat([student, self.by_guidance[guidance]]), columns=SHEET)
+        return SampleSheet(picture, self.teacher_steps, conditions_of(distiller.family, range(SHEET)))
+
+    @torch.no_grad()
+    def teacher_images(self, guidance: float, device: torch.device) -> Tensor:
+        """Return the teacher's images (N, C, H, W), in [0, 1], at this guidance, on the CPU."""
+        family, schedule, indices = self.distiller.family, self.distiller.schedule, range(SHEET)
+        generators = generators_of(self.seed, indices)
+        noise = torch.stack([torch.randn(family.sample_shape, generator=one) for one in generators])
+        ddim = DDIM(schedule, schedule.grid(self.teacher_steps))
+        with family.on_device(device):
+            cond = {name: value.to(device) for name, value in family.example_cond(indices).items()}
+            x0 = sample(self.distiller.teacher.guided(cond, guidance), ddim, schedule.initial_noise(noise.to(device)))
+            return torch.cat([family.decode(some).cpu() for some in x0.float().split(images_at_a_time(family))])
 
 
 def conditions_of(family: Family, indices: range) -> list[str]:

@@ -30,7 +30,7 @@ from stepdistill.families.base import Family, Inputs
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
 from stepdistill.files.writing import atomic_write, check_writable, writing_to
-from stepdistill.inference.student import sample_sheet
+from stepdistill.inference.student import SampleSheets
 from stepdistill.methods import find_method
 from stepdistill.methods.base import Stage
 from stepdistill.networks.adapter_bank import AdapterBank
@@ -105,6 +105,7 @@ class Run:
         check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
+        self.sheets = SampleSheets(self.distiller, config.train.seed)
         self.selected: dict[str, Any] | None = None
         """Step and measurement by which the exported student was selected; None for the last student."""
         self.evaluation.check_independent(self.distiller.feature_networks())
@@ -242,7 +243,7 @@ class Run:
             results=self.evaluation.results(self.distiller),
             measured_on=self.evaluation.measured_on(),
         )
-        samples = sample_sheet(self.distiller, seed=self.config.train.seed)
+        samples = self.sheets.make()
         with self.distiller.bank.beside_teacher(self.distiller.result_role):
             network, lora = self.distiller.bank.extract(self.distiller.result_role), self.lora()
         if not is_main():  # this process has only contributed its shards of the weights

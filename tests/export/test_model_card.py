@@ -5,6 +5,7 @@ import importlib.util
 import re
 
 import pytest
+import torch
 from contracts.cases import sections
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -134,6 +135,25 @@ def test_an_export_shows_the_student_above_its_teacher_and_no_path_of_the_machin
     shown, expected = Image.open(folder / "samples.png"), make_grid(student, columns=8)
     assert shown.size[0] == expected.size[0] and shown.size[1] > 2 * expected.size[1]
     assert shown.crop((0, 0, *expected.size)).tobytes() == expected.tobytes()
+
+
+def test_the_teachers_samples_are_made_once_for_all_exports_of_a_run(tmp_path, monkeypatch):
+    run = Run(resolve(sections(tmp_path, Pixel.tiny(), "progressive", steps=2)))
+    guidances, make = [], run.sheets.teacher_images
+
+    def counted(guidance, device):
+        guidances.append(guidance)
+        return make(guidance, device)
+
+    monkeypatch.setattr(run.sheets, "teacher_images", counted)
+    before = run.sheets.make().picture
+    with torch.no_grad():
+        for weight in run.distiller.bank.params(run.distiller.result_role):
+            weight.mul_(1.5)
+    after = run.sheets.make().picture
+    half = (0, before.size[1] // 2 + 1, *before.size)
+    assert before.tobytes() != after.tobytes() and before.crop(half).tobytes() == after.crop(half).tobytes()
+    assert guidances == [0.0]
 
 
 CANARY = "canary-7f3a9d51"
