@@ -68,7 +68,7 @@ class BenchmarkConfig:
     num_samples: Annotated[int, Range(at_least=2)] = 5000
     batch_size: PositiveInt = 100
     rows: PositiveInt | None = None
-    """Rows that the network sees at a time, see :class:`stepdistill.evaluation.protocol.Protocol`; by default as there."""
+    """Rows that the network sees at a time, as in :class:`stepdistill.evaluation.protocol.Protocol`, and by default."""
     precision: Precision = "fp32"
     seed: Seed = 0
 
