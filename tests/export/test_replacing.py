@@ -90,6 +90,15 @@ def test_a_run_finds_out_before_it_opens_its_teacher(tmp_path):
         Run(resolve(wanted))
 
 
+@pytest.mark.parametrize("name", ["pipeline.partial", "pipeline.old"])
+def test_a_run_finds_out_likewise_what_would_be_in_the_way_at_its_end(tmp_path, name):
+    wanted = sections(tmp_path, Pixel.tiny(), "lcm", steps=1)
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=f"run/{name}: is in the way of the export"):
+        Run(resolve(wanted))
+
+
 def test_a_run_does_not_begin_over_a_configuration_of_the_user(tmp_path):
     wanted = resolve(sections(tmp_path, Pixel.tiny(), "lcm", steps=1))
     config = tmp_path / "run/config.yaml"
