@@ -18,7 +18,7 @@ from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import encoders
 from stepdistill.data.opening import check_apart, open_dataset
 from stepdistill.discriminators.backbones import check_sizes
-from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.contract import Origin
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import ExportConfig, export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
@@ -50,7 +50,7 @@ from stepdistill.training.memory import memory_plan
 from stepdistill.training.optimizers import check_heads, check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
-from stepdistill.training.students import read_student, warn_of_a_student, warn_of_another_sampler
+from stepdistill.training.students import cost_of, read_student, warn_of_a_student, warn_of_another_sampler
 from stepdistill.training.trainer import Trainer
 
 
@@ -96,6 +96,7 @@ class Run:
         self.family.add_inputs(self.method.extra_inputs(config.method))
         self.family.widen(self.method.head_points(config.method))
         bank = make_bank(self.family, config.bank)
+        self.start_cost = cost_of(config.bank.init_from)
         start = (
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
@@ -221,9 +222,8 @@ class Run:
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the pipeline of the student as it is now, with what it cost; return its folder."""
-        start = self.config.bank.init_from
-        earlier = {} if start is None else read_contract(Path(start)).origin.training
-        cost += TrainingCost(**earlier)
+        start, cost = self.config.bank.init_from, cost + self.start_cost
+        earlier = dataclasses.asdict(self.start_cost) if self.start_cost.steps else {}
         critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
         origin = Origin(
             method=self.config.method_name,

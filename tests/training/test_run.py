@@ -20,6 +20,7 @@ from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError
 from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import RENAMED, resolve
+from stepdistill.training.cost import TrainingCost
 from stepdistill.training.run import Run
 from stepdistill.training.run_state import SavedState
 
@@ -239,6 +240,16 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     contract, before = read_contract(run.train()), read_contract(first)
     assert contract.origin.start == {"path": str(first), "training": before.origin.training}
     assert contract.origin.training["steps"] == 2 * before.origin.training["steps"]
+
+
+def test_what_a_start_has_cost_is_read_before_the_training(mapping, tmp_path):
+    family, training = Pixel.tiny(), dict.fromkeys(("steps", "images", "teacher_forwards", "wall_minutes"), 7)
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    start = mapping | {"bank": {"init_from": str(tmp_path / "student")}}
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=Origin(training=training))
+    assert Run(resolve(start)).start_cost == TrainingCost(**training)
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=Origin(training={"step": "7"}))
+    refused(start, r"student/stepdistill\.json: training\.step: unknown key; did you mean 'steps'")
 
 
 def test_a_student_as_the_teacher_is_asked_at_its_own_steps_or_warned_of(mapping, tmp_path):
