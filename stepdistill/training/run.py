@@ -77,6 +77,7 @@ class Run:
         self.family = load_teacher(config.teacher)
         warn_of_a_student(config.teacher, getattr(config.method, "start", None))
         self.triggers = triggers(config.teacher)  # now, while the files are there
+        self.license = teacher_license(locate(config.teacher))
         copied = config.export.frozen == "copy"
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
         self.method = find_method(config.method_name)
@@ -231,7 +232,7 @@ class Run:
             teacher_options=self.config.teacher.options(),
             triggers=self.triggers,
             teacher_sha256=self.teacher_fingerprint,
-            license=teacher_license(locate(self.config.teacher)),
+            license=self.license,
             data=None if self.config.data.path is None else public_name(self.config.data.path),
             guidance_distilled=getattr(self.config.method, "guidance_scale", 1.0),
             config_hash=configuration.fingerprint_json(self.config.as_sections()),

@@ -73,6 +73,14 @@ def test_a_resolved_configuration_written_and_read_is_itself(mapping):
     assert resolve(parse_yaml(to_yaml(config.as_sections()))) == config
 
 
+def test_a_teacher_that_is_moved_while_it_is_distilled_is_no_longer_needed(tmp_path):
+    mapping = sections(tmp_path, Pixel.tiny(), "lcm", steps=1)
+    (tmp_path / "teacher/README.md").write_text("---\nlicense: mit\n---\n")
+    run = Run(resolve(mapping))
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    assert read_contract(run.train()).origin.license == {"license": "mit"}
+
+
 # ---------------------------------------------------------------------------- refused before the first step
 
 
