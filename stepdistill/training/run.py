@@ -66,7 +66,7 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
-        check_replaceable(self.folder / "pipeline")
+        check_output(self.folder / "pipeline", config)
         check_apart(config.data, self.folder)
         check_environment()
         check_tracker(config.train.tracker)
@@ -102,15 +102,22 @@ class Run:
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
-        check_length(self.distiller, config.train.steps)
-        check_heads(self.distiller, config.optim)
-        check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
+        self._check_distiller()
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
         self.sheets = SampleSheets(self.distiller, config.train.seed)
         self.selected: dict[str, Any] | None = None
         """Step and measurement by which the exported student was selected; None for the last student."""
-        self.evaluation.check_independent(self.distiller.feature_networks())
+
+    def _check_distiller(self) -> None:
+        """Raise ``ValueError`` for what the method's stages, turns and networks would make fail later."""
+        config, networks = self.config, self.distiller.feature_networks()
+        check_length(self.distiller, config.train.steps)
+        for stage in self.exported_stages():
+            check_output(self.stage_folder(stage), config)
+        check_heads(self.distiller, config.optim)
+        check_sizes(networks, self.family.image_shape[0], config.data.buckets)
+        self.evaluation.check_independent(networks)
 
     @property
     def identity(self) -> RunIdentity:
@@ -186,12 +193,21 @@ class Run:
         if self.selected is not None:
             self.evaluation.best.restore(trainer.result_weights())
 
+    def exported_stages(self) -> list[Stage]:
+        """Return the stages, without the last, after which a student of other steps than the finished one is there."""
+        *earlier, _ = self.distiller.stages(self.config.train.steps)
+        finished = self.config.method.steps
+        return [stage for stage in earlier if isinstance(stage.value, int) and stage.value != finished]
+
+    def stage_folder(self, stage: Stage) -> Path:
+        """Return where the student of a stage is exported to."""
+        return self.folder / f"pipeline-{stage.name}"
+
     def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
         """Export the student of every stage but the last that has a sampler diffusers can express."""
-        is_last = stage == self.distiller.stages(self.config.train.steps)[-1]
-        if isinstance(stage.value, int) and stage.value != self.config.method.steps and not is_last:
+        if stage in self.exported_stages():
             try:
-                self.export(self.folder / f"pipeline-{stage.name}", cost)
+                self.export(self.stage_folder(stage), cost)
             except ValueError as reason:
                 print(f"stage {stage.name} is not exported: {reason}")
 
