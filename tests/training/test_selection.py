@@ -31,6 +31,16 @@ def test_only_a_better_measurement_replaces_what_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+def test_a_measurement_reads_no_weights_of_the_best_one(tmp_path, monkeypatch):
+    best = BestStudent(tmp_path)
+    best.offer("train", 1, {"fd": 2.0}, weights(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr("stepdistill.training.selection.load_file", None)
+        best.offer("train", 2, {"fd": 3.0}, weights(2.0))
+        best.offer("train", 3, {"fd": 1.0}, weights(3.0))
+    assert best.record("train")["step"] == 3
+
+
 def test_cmmd_on_other_features_than_a_clips_selects_too(tmp_path):
     best = BestStudent(tmp_path)
     best.offer("train", 1, {"mmd": 1.0, "mmd_low": 0.9}, weights(1.0))
