@@ -186,12 +186,14 @@ class Run:
         trainer.accelerator.wait_for_everyone()
 
     def choose(self, trainer: Trainer) -> None:
-        """Restore the best student that was measured in the last stage, if this run measures."""
-        if not self.config.eval.every:
+        """Restore the best student that was measured in the last stage, if this run measures distances."""
+        if not (distances := self.evaluation.distances):
             return  # an earlier part of the run may have measured, which says nothing of the rest
-        self.selected = self.evaluation.best.record(self.distiller.stage.name)
-        if self.selected is not None:
-            self.evaluation.best.restore(trainer.result_weights())
+        record = self.evaluation.best.record(self.distiller.stage.name)
+        if record is None or record["metric"] not in distances:
+            return
+        self.selected = record
+        self.evaluation.best.restore(trainer.result_weights())
 
     def exported_stages(self) -> list[Stage]:
         """Return the stages, without the last, after which a student of other steps than the finished one is there."""
