@@ -22,7 +22,8 @@ SIGNS_OF_MORE = (".git", "config.yaml", "checkpoint-*")
 def check_replaceable(folder: Path, keep: tuple[str | Path, ...] = ()) -> None:
     """Raise ``ValueError`` unless an export may be written to ``folder``: it is new, empty, or itself an export.
 
-    Nor may it lie in another pipeline: what replaces that would remove it.
+    Nor may it lie in another pipeline: what replaces that would remove it. Beside it, nothing of the
+    user's may have the names that are used while it is written.
 
     Args:
         folder: where to write.
@@ -48,6 +49,8 @@ def check_replaceable(folder: Path, keep: tuple[str | Path, ...] = ()) -> None:
     for sign in SIGNS_OF_MORE:
         for found in sorted(folder.glob(sign)):
             raise ValueError(f"{folder}: holds more than an export, {found.name}; choose another folder")
+    for place in _beside(folder):
+        _check_left(place)
 
 
 def is_export(folder: Path) -> bool:
@@ -69,7 +72,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         ValueError: if ``folder`` is no export, as :func:`check_replaceable` does, or something else is in the way.
     """
     folder = Path(os.path.abspath(folder))
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    partial, old = _beside(folder)
     _take_up(folder, old)
     check_replaceable(folder)
     _remove(partial)
@@ -79,6 +82,19 @@ def replacing(folder: Path) -> Iterator[Path]:
         _swap(partial, folder, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Return where an export is written, and where an earlier one waits to be removed."""
+    return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+
+
+def _check_left(place: Path) -> None:
+    """Raise ``ValueError`` unless nothing is at a place beside an export, or what a killed process left there."""
+    if not os.path.lexists(place):
+        return
+    if place.is_symlink() or not place.is_dir() or not ((place / CONTRACT).is_file() or _is_empty(place)):
+        raise ValueError(f"{place}: is in the way of the export and was not left by one; move it away")
 
 
 def _take_up(folder: Path, old: Path) -> None:
@@ -103,10 +119,9 @@ def _swap(partial: Path, folder: Path, old: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove what this module has put beside an export, the contract last; of links, this removes the links."""
-    if not os.path.lexists(folder):
+    _check_left(folder)
+    if not folder.exists():
         return
-    if folder.is_symlink() or not folder.is_dir() or not ((folder / CONTRACT).is_file() or _is_empty(folder)):
-        raise ValueError(f"{folder}: is in the way of the export and was not left by one; move it away")
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -203,6 +203,7 @@ def check_condition(teacher: Any, name: str, request: Request, path: str, num_cl
     if takes_text != bool(request.prompts):
         takes = "generates images from text" if takes_text else "takes no text"
         raise ValueError(f"--compare: expected a teacher of {path}, got {name}, which {takes}")
+    check_labels(teacher, name, request)
     if request.labels is None and (classes := class_count(teacher)) != num_classes:
         raise ValueError(
             f"--compare: expected a teacher of {path}, which has {num_classes} classes, got {name}, which has "

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from stepdistill.export.contract import contract_of
 from stepdistill.export.generators import patched
 
-SHARED = ("img_ids", "txt_ids")
+SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 """Arguments of transformers that all rows share, whatever their length."""
 
 CONDITIONING = ("text_encoder", "text_encoder_2", "text_encoder_3", "condition_embedding")

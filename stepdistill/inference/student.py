@@ -81,9 +81,9 @@ class SampleSheets:
 
     def __init__(self, distiller: Distiller, seed: int) -> None:
         self.distiller, self.seed = distiller, seed
-        schedule = distiller.schedule
-        limited = isinstance(schedule, DiscreteVP)
-        self.teacher_steps = min(TEACHER_STEPS, schedule.num_timesteps) if limited else TEACHER_STEPS
+        schedule, self.teacher_steps = distiller.schedule, TEACHER_STEPS
+        if isinstance(schedule, DiscreteVP):
+            self.teacher_steps = min(TEACHER_STEPS, schedule.num_timesteps)
         self.by_guidance: dict[float, Tensor] = {}
 
     def make(self) -> SampleSheet:

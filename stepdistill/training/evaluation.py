@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from stepdistill.evaluation.image_set import format_shape
+from stepdistill.evaluation.metrics.table import METRICS
 from stepdistill.evaluation.suite import MetricSuite
 from stepdistill.families.base import Family
 from stepdistill.features.identity import refuse_same_weights
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller
 from stepdistill.training.config import EvalConfig
-from stepdistill.training.selection import BestStudent
+from stepdistill.training.selection import DISTANCES, BestStudent
 
 
 class Evaluation:
@@ -66,6 +67,16 @@ class Evaluation:
     def is_due(self, step: int, *, finished: bool) -> bool:
         """Whether to measure after ``step``: every ``config.every`` steps, and at the end of the run."""
         return self.suite is not None and (finished or step % self.config.every == 0)
+
+    @property
+    def distances(self) -> list[str]:
+        """Return the distances by which it selects, as they are called on its features; none where none is measured."""
+        if self.suite is None:
+            return []
+        names: list[str] = []
+        for metric in self.config.metrics:
+            names += [value.name_on(self.suite.features.kind) for value in METRICS[metric].values]
+        return [name for name in names if name in DISTANCES]
 
     def measure(self, distiller: Distiller) -> dict[str, float]:
         """Return the metrics of the student as it is now, from fixed seeds; none where nothing is measured."""

@@ -91,7 +91,7 @@ class Reporter:
         Raises:
             DivergenceError: if the run has diverged, saying which checkpoint is from before.
         """
-        values = {name: round(value, 6) for name, value in self._averages().items()}
+        values = {name: float(f"{value:.6g}") for name, value in self._averages().items()}
         self._unwritten = {}
         self.write_row(step, stage, {**values, **further, WAITING: self.waiting.take()})
         self._check_divergence(step, values)

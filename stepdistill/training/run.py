@@ -18,7 +18,7 @@ from stepdistill.data.inventory import take_inventory
 from stepdistill.data.latent_cache import encoders
 from stepdistill.data.opening import check_apart, open_dataset
 from stepdistill.discriminators.backbones import check_sizes
-from stepdistill.export.contract import Origin, read_contract
+from stepdistill.export.contract import Origin
 from stepdistill.export.links import check_links, frozen_folders
 from stepdistill.export.pipeline import ExportConfig, export_pipeline
 from stepdistill.export.provenance import public_name, teacher_license
@@ -50,7 +50,7 @@ from stepdistill.training.memory import memory_plan
 from stepdistill.training.optimizers import check_heads, check_installed
 from stepdistill.training.parallelism import check_tracker, tracking
 from stepdistill.training.run_lock import RunLock
-from stepdistill.training.students import read_student, warn_of_a_student, warn_of_another_sampler
+from stepdistill.training.students import cost_of, read_student, warn_of_a_student, warn_of_another_sampler
 from stepdistill.training.trainer import Trainer
 
 
@@ -66,7 +66,7 @@ class Run:
         self.folder = Path(config.train.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"train.output_dir: expected a folder, got the file {self.folder}")
-        check_replaceable(self.folder / "pipeline")
+        check_output(self.folder / "pipeline", config)
         check_apart(config.data, self.folder)
         check_environment()
         check_tracker(config.train.tracker)
@@ -77,6 +77,7 @@ class Run:
         self.family = load_teacher(config.teacher)
         warn_of_a_student(config.teacher, getattr(config.method, "start", None))
         self.triggers = triggers(config.teacher)  # now, while the files are there
+        self.license = teacher_license(locate(config.teacher))
         copied = config.export.frozen == "copy"
         self.links = {} if copied else frozen_folders(locate(config.teacher), self.family, config.teacher)
         self.method = find_method(config.method_name)
@@ -96,19 +97,27 @@ class Run:
         self.family.add_inputs(self.method.extra_inputs(config.method))
         self.family.widen(self.method.head_points(config.method))
         bank = make_bank(self.family, config.bank)
+        self.start_cost = cost_of(config.bank.init_from)
         start = (
             None if config.bank.init_from is None else read_student(config.bank.init_from, config.teacher, self.family)
         )
         self.distiller = self.method(self.family, bank, config.method, ema=config.train.ema > 0, start=start)
-        check_length(self.distiller, config.train.steps)
-        check_heads(self.distiller, config.optim)
-        check_sizes(self.distiller.feature_networks(), self.family.image_shape[0], config.data.buckets)
+        self._check_distiller()
         quantize(bank, config.teacher.quantization)
         warn_of_another_sampler(config.bank.init_from, self.method.make_sampler(config.method, self.family))
         self.sheets = SampleSheets(self.distiller, config.train.seed)
         self.selected: dict[str, Any] | None = None
         """Step and measurement by which the exported student was selected; None for the last student."""
-        self.evaluation.check_independent(self.distiller.feature_networks())
+
+    def _check_distiller(self) -> None:
+        """Raise ``ValueError`` for what the method's stages, turns and networks would make fail later."""
+        config, networks = self.config, self.distiller.feature_networks()
+        check_length(self.distiller, config.train.steps)
+        for stage in self.exported_stages():
+            check_output(self.stage_folder(stage), config)
+        check_heads(self.distiller, config.optim)
+        check_sizes(networks, self.family.image_shape[0], config.data.buckets)
+        self.evaluation.check_independent(networks)
 
     @property
     def identity(self) -> RunIdentity:
@@ -177,19 +186,30 @@ class Run:
         trainer.accelerator.wait_for_everyone()
 
     def choose(self, trainer: Trainer) -> None:
-        """Restore the best student that was measured in the last stage, if this run measures."""
-        if not self.config.eval.every:
+        """Restore the best student that was measured in the last stage, if this run measures distances."""
+        if not (distances := self.evaluation.distances):
             return  # an earlier part of the run may have measured, which says nothing of the rest
-        self.selected = self.evaluation.best.record(self.distiller.stage.name)
-        if self.selected is not None:
-            self.evaluation.best.restore(trainer.result_weights())
+        record = self.evaluation.best.record(self.distiller.stage.name)
+        if record is None or record["metric"] not in distances:
+            return
+        self.selected = record
+        self.evaluation.best.restore(trainer.result_weights())
+
+    def exported_stages(self) -> list[Stage]:
+        """Return the stages, without the last, after which a student of other steps than the finished one is there."""
+        *earlier, _ = self.distiller.stages(self.config.train.steps)
+        finished = self.config.method.steps
+        return [stage for stage in earlier if isinstance(stage.value, int) and stage.value != finished]
+
+    def stage_folder(self, stage: Stage) -> Path:
+        """Return where the student of a stage is exported to."""
+        return self.folder / f"pipeline-{stage.name}"
 
     def export_stage(self, stage: Stage, cost: TrainingCost) -> None:
         """Export the student of every stage but the last that has a sampler diffusers can express."""
-        is_last = stage == self.distiller.stages(self.config.train.steps)[-1]
-        if isinstance(stage.value, int) and stage.value != self.config.method.steps and not is_last:
+        if stage in self.exported_stages():
             try:
-                self.export(self.folder / f"pipeline-{stage.name}", cost)
+                self.export(self.stage_folder(stage), cost)
             except ValueError as reason:
                 print(f"stage {stage.name} is not exported: {reason}")
 
@@ -221,9 +241,8 @@ class Run:
 
     def export(self, folder: Path, cost: TrainingCost) -> Path:
         """Write the pipeline of the student as it is now, with what it cost; return its folder."""
-        start = self.config.bank.init_from
-        earlier = {} if start is None else read_contract(Path(start)).origin.training
-        cost += TrainingCost(**earlier)
+        start, cost = self.config.bank.init_from, cost + self.start_cost
+        earlier = dataclasses.asdict(self.start_cost) if self.start_cost.steps else {}
         critic = {key: network.sha256 for key, network in self.distiller.feature_networks().items()}
         origin = Origin(
             method=self.config.method_name,
@@ -231,7 +250,7 @@ class Run:
             teacher_options=self.config.teacher.options(),
             triggers=self.triggers,
             teacher_sha256=self.teacher_fingerprint,
-            license=teacher_license(locate(self.config.teacher)),
+            license=self.license,
             data=None if self.config.data.path is None else public_name(self.config.data.path),
             guidance_distilled=getattr(self.config.method, "guidance_scale", 1.0),
             config_hash=configuration.fingerprint_json(self.config.as_sections()),

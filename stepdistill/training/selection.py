@@ -7,10 +7,11 @@ optimistic, so the contract of an export tells how it was selected; measure a fi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -66,8 +67,8 @@ class BestStudent:
             return
         measured = {"metric": metric, **self.on, **sampling}
         record = {"stage": stage, "step": step, "value": values[metric], **measured}
-        best = self.record(stage)
-        if best is not None and _comparable(best, measured) and best["value"] <= values[metric]:
+        best = self._header() if self.path.is_file() else {}
+        if best.get("stage") == stage and _comparable(best, measured) and best["value"] <= values[metric]:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         record["sha256"] = _digest(tensors)
@@ -96,22 +97,33 @@ class BestStudent:
         for name, tensor in weights.items():
             write(tensor, kept[name])
 
-    def _read(self) -> Kept:
-        """Read the whole file, so that damage is found before hours of training and not after them."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                text = (file.metadata() or {})["record"]
-            tensors = load_file(self.path)
-        except KeyError:
-            raise ValueError(f"{self.path}: expected a student that a run kept, got other weights; {REMEDY}") from None
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.path}: cannot be read: {error}; {REMEDY}") from error
+    def _header(self) -> dict[str, Any]:
+        """Read the record and the hash without the weights, which every measurement would wait for."""
+        with self._reading(), safe_open(self.path, framework="pt") as file:
+            text = (file.metadata() or {}).get("record")
+        if text is None:
+            raise ValueError(f"{self.path}: expected a student that a run kept, got other weights; {REMEDY}")
         record = parse_json(text, str(self.path))
         if not {"stage", "step", "value", "metric"} <= record.keys():
             raise ValueError(f"{self.path}: its record lacks stage, step, value or metric; {REMEDY}")
+        return record
+
+    def _read(self) -> Kept:
+        """Read the whole file, so that damage is found before hours of training and not after them."""
+        record = self._header()
+        with self._reading():
+            tensors = load_file(self.path)
         if record.pop("sha256", None) not in (None, _digest(tensors)):
             raise ValueError(f"{self.path}: the content has changed since it was written (SHA-256 differs); {REMEDY}")
         return Kept(record, tensors)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what is said of a file that cannot be read into a sentence."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path}: cannot be read: {error}; {REMEDY}") from error
 
     def forget(self) -> None:
         """Remove the student that another run left in the folder."""

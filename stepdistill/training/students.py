@@ -9,11 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from stepdistill.diffusion.samplers import Sampler
-from stepdistill.export.contract import read_contract
+from stepdistill.export.contract import CONTRACT, read_contract
 from stepdistill.families.base import Family
 from stepdistill.families.config import TeacherConfig
 from stepdistill.families.hub import locate
 from stepdistill.families.loading import load_teacher
+from stepdistill.files.schema import build
+from stepdistill.training.cost import TrainingCost
 
 
 def warn_of_a_student(teacher: TeacherConfig, start: int | None) -> None:
@@ -48,6 +50,18 @@ def warn_of_another_sampler(start: str | None, sampler: Sampler) -> None:
             f"for {named}, which begins with worse images than its own (step 0 of eval.every shows them)",
             stacklevel=3,
         )
+
+
+def cost_of(start: str | None) -> TrainingCost:
+    """Return what the student in the folder ``start`` has cost; nothing if there is none, or it does not say.
+
+    Raises:
+        ConfigError: if its contract says it with other keys or types, naming the file and the key.
+    """
+    if start is None:
+        return TrainingCost()
+    folder = Path(start)
+    return build(TrainingCost, read_contract(folder).origin.training, f"{folder / CONTRACT}: training")
 
 
 def read_student(folder: str, teacher: TeacherConfig, family: Family) -> dict[str, Tensor]:

@@ -149,6 +149,21 @@ def test_fixed_rows_change_the_order_of_nothing():
     assert "forward" not in vars(unet)
 
 
+class Rotated(torch.nn.Module):
+    """Takes cosines and sines of its places, as the networks of Hunyuan-DiT and CogVideoX do."""
+
+    def forward(self, hidden_states, image_rotary_emb):
+        cosines, sines = image_rotary_emb
+        return hidden_states * cosines + hidden_states.flip(1) * sines
+
+
+def test_what_all_rows_share_is_not_cut_if_it_is_as_long_as_the_batch():
+    network, x, angles = Rotated(), torch.randn(6, 6), torch.randn(6)
+    expected = network(x, image_rotary_emb=(angles.cos(), angles.sin()))
+    with fixed_rows(network, 4):
+        assert torch.equal(network(hidden_states=x, image_rotary_emb=(angles.cos(), angles.sin())), expected)
+
+
 def test_results_are_equal_for_every_batch_size(suite):
     results = [evaluate_pipeline(pipeline(), suite, metrics=EVERYTHING, count=70, batch_size=b) for b in (7, 64)]
     assert plain(results[0]) == plain(results[1])

@@ -90,6 +90,33 @@ def test_a_run_finds_out_before_it_opens_its_teacher(tmp_path):
         Run(resolve(wanted))
 
 
+@pytest.mark.parametrize("name", ["pipeline.partial", "pipeline.old"])
+def test_a_run_finds_out_likewise_what_would_be_in_the_way_at_its_end(tmp_path, name):
+    wanted = sections(tmp_path, Pixel.tiny(), "lcm", steps=1)
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=f"run/{name}: is in the way of the export"):
+        Run(resolve(wanted))
+
+
+def test_a_run_finds_out_the_same_of_the_folder_of_a_stage(tmp_path):
+    wanted = resolve(sections(tmp_path, Pixel.tiny(), "progressive"))
+    (tmp_path / "run/pipeline-4-steps").mkdir(parents=True)
+    (tmp_path / "run/pipeline-4-steps/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"run/pipeline-4-steps: expected a new or empty folder"):
+        Run(wanted)
+
+
+def test_a_run_does_not_replace_its_teacher_or_its_start(tmp_path):
+    wanted, student = sections(tmp_path, Pixel.tiny(), "progressive"), str(export(tmp_path / "run/pipeline"))
+    for changes in ({"teacher": {"path": student}}, {"bank": {"init_from": student}}):
+        with pytest.raises(ValueError, match=f"the export would replace {student}"):
+            Run(resolve(wanted | changes))
+    shutil.move(student, tmp_path / "run/pipeline-4-steps")
+    with pytest.raises(ValueError, match="the export would replace .*4-steps"):
+        Run(resolve(wanted | {"bank": {"init_from": str(tmp_path / "run/pipeline-4-steps")}}))
+
+
 def test_a_run_does_not_begin_over_a_configuration_of_the_user(tmp_path):
     wanted = resolve(sections(tmp_path, Pixel.tiny(), "lcm", steps=1))
     config = tmp_path / "run/config.yaml"

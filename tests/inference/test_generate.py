@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from contracts.cases import save_teacher
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from families.unknown_pipelines import cog_video_x
 from PIL import Image
@@ -159,6 +160,19 @@ def test_a_teacher_with_a_null_class_is_compared_class_by_class(tmp_path, capsys
     with pytest.raises(SystemExit):
         generate(*compare, folder, "--output", tmp_path / "other")  # by its path alone it has one class more
     assert "which has 3 classes, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (3, "--class_labels: expected 0 to 2, the classes of .*teacher, got 5"),
+        (None, "--class_labels: .*teacher .*takes none"),
+    ],
+)
+def test_a_teacher_is_asked_whether_it_has_the_labels_before_the_student_is_sampled(tmp_path, classes, message):
+    teacher = str(save_teacher(Pixel.tiny(num_classes=classes), tmp_path / "teacher"))
+    with pytest.raises(ValueError, match=message):
+        inference.open_teacher(str(tmp_path), teacher, Request(labels=[5]), 2, None, {})
 
 
 def test_clips_of_unknown_length_are_sampled(tmp_path):

@@ -68,7 +68,7 @@ def test_a_run_that_begins_again_has_one_start(tmp_path):
 
 
 def test_a_start_made_for_another_sampler_is_named(tmp_path):
-    student = make_run(tmp_path, "progressive").train()
+    student = make_run(tmp_path, "progressive").train().rename(tmp_path / "student")
     assert read_contract(student).sampler == "DDIM"
     mapping = sections(tmp_path, teacher_for("lcm"), "lcm")
     mapping["bank"]["init_from"] = str(student)

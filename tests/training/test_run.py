@@ -20,6 +20,7 @@ from stepdistill.files.reading import parse_yaml
 from stepdistill.files.schema import ConfigError
 from stepdistill.training.checkpoint import Checkpoint
 from stepdistill.training.config import RENAMED, resolve
+from stepdistill.training.cost import TrainingCost
 from stepdistill.training.run import Run
 from stepdistill.training.run_state import SavedState
 
@@ -70,6 +71,14 @@ def test_a_resolved_configuration_written_and_read_is_itself(mapping):
 
     config = resolve(mapping)
     assert resolve(parse_yaml(to_yaml(config.as_sections()))) == config
+
+
+def test_a_teacher_that_is_moved_while_it_is_distilled_is_no_longer_needed(tmp_path):
+    mapping = sections(tmp_path, Pixel.tiny(), "lcm", steps=1)
+    (tmp_path / "teacher/README.md").write_text("---\nlicense: mit\n---\n")
+    run = Run(resolve(mapping))
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    assert read_contract(run.train()).origin.license == {"license": "mit"}
 
 
 # ---------------------------------------------------------------------------- refused before the first step
@@ -239,6 +248,16 @@ def test_a_student_may_start_from_a_finished_one(mapping, tmp_path):
     contract, before = read_contract(run.train()), read_contract(first)
     assert contract.origin.start == {"path": str(first), "training": before.origin.training}
     assert contract.origin.training["steps"] == 2 * before.origin.training["steps"]
+
+
+def test_what_a_start_has_cost_is_read_before_the_training(mapping, tmp_path):
+    family, training = Pixel.tiny(), dict.fromkeys(("steps", "images", "teacher_forwards", "wall_minutes"), 7)
+    sampler = DDIM(family.schedule, family.schedule.grid(2))
+    start = mapping | {"bank": {"init_from": str(tmp_path / "student")}}
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=Origin(training=training))
+    assert Run(resolve(start)).start_cost == TrainingCost(**training)
+    export_pipeline(family, family.network, sampler, tmp_path / "student", origin=Origin(training={"step": "7"}))
+    refused(start, r"student/stepdistill\.json: training\.step: unknown key; did you mean 'steps'")
 
 
 def test_a_student_as_the_teacher_is_asked_at_its_own_steps_or_warned_of(mapping, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 import torch
 from contracts.cases import sections, teacher_for, train_until
 from safetensors.torch import load_file
@@ -29,6 +30,16 @@ def test_only_a_better_measurement_replaces_what_is_kept(tmp_path):
     best.restore(into)
     assert all((tensor == 1).all() for tensor in into.values())
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_measurement_reads_no_weights_of_the_best_one(tmp_path, monkeypatch):
+    best = BestStudent(tmp_path)
+    best.offer("train", 1, {"fd": 2.0}, weights(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr("stepdistill.training.selection.load_file", None)
+        best.offer("train", 2, {"fd": 3.0}, weights(2.0))
+        best.offer("train", 3, {"fd": 1.0}, weights(3.0))
+    assert best.record("train")["step"] == 3
 
 
 def test_cmmd_on_other_features_than_a_clips_selects_too(tmp_path):
@@ -110,12 +121,13 @@ def test_a_student_that_rests_when_it_is_measured_is_measured_all_the_same(tmp_p
     assert (distiller.stage, distiller.step_in_stage) == (distiller.stages(21)[-1], 3)
 
 
-def test_a_run_that_no_longer_measures_exports_its_last_student(tmp_path):
+@pytest.mark.parametrize("changes", [{"every": 0}, {"metrics": ["precision_recall"]}])
+def test_a_run_that_no_longer_measures_distances_exports_its_last_student(tmp_path, changes):
     mapping = sections(tmp_path, teacher_for("lcm"), "lcm", steps=4)
     np.savez(tmp_path / "measured.npz", images=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8))
     mapping["eval"] = {"every": 1, "num_samples": 5, "reference": str(tmp_path / "measured.npz")}
     train_until(Run(resolve(mapping)), 2)
-    run = Run(resolve(mapping | {"eval": {"every": 0}}))
+    run = Run(resolve(mapping | {"eval": mapping["eval"] | changes}))
     folder = run.train()
     assert run.selected is None and "selected" not in json.loads((folder / "stepdistill.json").read_text())
     last = load_file(run.folder / "checkpoint-4/weights.safetensors")
