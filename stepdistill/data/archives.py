@@ -64,7 +64,7 @@ def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) ->
 
 def _captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
     column = Column[Texts]()
-    one = captions if captions is None or captions.ndim == 1 or not captions.size else captions[:, 0]
+    one = captions if captions is None or captions.ndim < 2 or not captions.size else captions[:, 0]
     if problem := _unlike(one, count, "U", f"{path}: captions: expected str"):
         column.fail(problem)
     elif captions is not None:

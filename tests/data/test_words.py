@@ -113,7 +113,7 @@ def test_an_npz_holds_several_captions_an_image(tmp_path):
     assert data.captions == ["a cat", "one dog", "two birds", "red"]
     assert {text for index, text in visits(data, 80) if index == 3} == {"red", "blue"}
     images = np.zeros((4, 16, 16, 3), np.uint8)
-    for captions in (np.zeros((4, 0), "U1"), np.zeros((3, 2), "U1"), np.zeros((4, 2), int)):
+    for captions in (np.zeros((4, 0), "U1"), np.zeros((3, 2), "U1"), np.zeros((4, 2), int), np.array("one")):
         np.savez(tmp_path / "bad.npz", images=images, captions=captions)
         refused(r"bad\.npz: captions: expected str \(4,\), got", tmp_path / "bad.npz")
 
