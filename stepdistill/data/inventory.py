@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def _read(path: Path) -> dict[str, str]:
             for line in file:
                 size, _, name = line.rstrip("\n").partition(" ")
                 parts[name] = size
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: expected an inventory of the data: {error}; remove the file") from error
     return parts
 
