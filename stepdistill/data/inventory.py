@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.data.base import Dataset
+from stepdistill.data.image_files import visible_files
 from stepdistill.files.writing import atomic_write
 
 SHOWN = 5
@@ -106,7 +107,7 @@ def archives(path: Path) -> Iterator[tuple[str, str]]:
             for member in archive.infolist():
                 yield member.filename, f"{member.file_size}-{member.CRC:08x}"
         return
-    found = [path] if path.is_file() else sorted([*path.glob("*.tar"), *path.glob("*.arrow")])
+    found = [path] if path.is_file() else sorted([*visible_files(path, "*.tar"), *visible_files(path, "*.arrow")])
     for file in found:
         yield file.name, _size(file)
 

@@ -42,7 +42,7 @@ from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.data.clips import VIDEO_SUFFIXES
 from stepdistill.data.columns import Column, Texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
-from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images
+from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images, visible_files
 from stepdistill.data.metadata import (
     caption_column,
     find_files,
@@ -112,7 +112,7 @@ def list_samples(config: DataConfig) -> Listing:
         raise ValueError(f"data.download: expected an address as data.path, got {path}")
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
-    if path.is_dir() and not any(path.glob("*.tar")) and (split := split_folder(path, config.split)):
+    if path.is_dir() and not visible_files(path, "*.tar") and (split := split_folder(path, config.split)):
         refuse_keys(config, TABLE_KEYS[1:], f"{path} is not a Hugging Face dataset")
         return _split(split, config)
     refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")
@@ -161,7 +161,7 @@ def _split(folder: Path, config: DataConfig) -> Listing:
 
 def _folder(folder: Path, config: DataConfig) -> Listing:
     table = metadata_file(folder)
-    tars = [str(tar) for tar in sorted(folder.glob("*.tar"))]
+    tars = [str(tar) for tar in visible_files(folder, "*.tar")]
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
     if not tars:
@@ -275,11 +275,11 @@ def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
 def _holds_parquet(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".parquet"
-    if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
+    if not path.is_dir() or (path / "metadata.jsonl").is_file() or visible_files(path, "*.tar"):
         return False
-    if any(path.rglob("*-of-*.parquet")):
+    if visible_files(path, "**/*-of-*.parquet"):
         return True
-    return any(path.rglob("*.parquet")) and not find_images(path).images
+    return bool(visible_files(path, "**/*.parquet")) and not find_images(path).images
 
 
 def _table(path: Path, config: DataConfig) -> Listing:

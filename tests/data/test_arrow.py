@@ -51,6 +51,13 @@ def write(folder, name, values):
     table(values).to_parquet(str(file))
 
 
+def test_hidden_files_are_no_parquet(tmp_path):
+    write(tmp_path / "data", "train-00000-of-00001.parquet", [0, 10])
+    (tmp_path / "data/._train-00000-of-00001.parquet").write_bytes(b"what macOS adds")
+    config = DataConfig(name="images", path=str(tmp_path / "data"))
+    assert len(open_data(config, channels=3, size=(4, 4), num_classes=None)) == 2
+
+
 @pytest.fixture
 def hub_layout(tmp_path):
     """A repository with two splits, a picture for its page, and no subsets."""
