@@ -223,7 +223,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"grey values: expected 16 bits, got {values.min()} to {values.max()}")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey, clear = Image.fromarray(((values + 128) // 257).astype(np.uint8)), image.info.get("transparency")
+    if clear is not None:  # a level of 16 bits, which others share in 8
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -92,11 +92,14 @@ CASES = {
     "CMYK": (_image("CMYK", (0, 255, 255, 0)), "tif", RED),
     "16-bit": (_sixteen(30000), "png", (117, 117, 117)),  # 30000 / 257 = 116.7
     "16-bit white": (_sixteen(65535), "png", (255, 255, 255)),
+    "16-bit tRNS": (_sixteen(30000), "png", (255, 255, 255)),
     "16-bit pgm": (_sixteen(30000), "pgm", (117, 117, 117)),
     "16-bit tif": (_sixteen(30000), "tif", (117, 117, 117)),
     "32-bit tif": (_image("I", 30000), "tif", (117, 117, 117)),
 }
-TRANSPARENCY = {"L-tRNS": {"transparency": 100}, "P-tRNS": {"transparency": 1}}
+TRANSPARENCY = {
+    "L-tRNS": {"transparency": 100}, "P-tRNS": {"transparency": 1}, "16-bit tRNS": {"transparency": 30000},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
