@@ -475,6 +475,12 @@ def test_damaged_metadata_is_named(tmp_path, content, message):
     refused(message, tmp_path)
 
 
+def test_blank_lines_of_a_table_are_passed_over(tmp_path):
+    folder_of(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text("\n\nfile_name,text\n\n0.png,a\n\n")
+    assert opened(tmp_path).captions == ["a"]
+
+
 def test_a_damaged_parquet_table_is_named(tmp_path):
     folder_of(tmp_path, 1)
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 no table PAR1")
