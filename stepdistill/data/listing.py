@@ -112,7 +112,8 @@ def list_samples(config: DataConfig) -> Listing:
         raise ValueError(f"data.download: expected an address as data.path, got {path}")
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
-    if path.is_dir() and not visible_files(path, "*.tar") and (split := split_folder(path, config.split)):
+    may_have_splits = path.is_dir() and not visible_files(path, "*.tar")
+    if may_have_splits and (split := split_folder(path, config.split, suffixes_of(config))):
         refuse_keys(config, TABLE_KEYS[1:], f"{path} is not a Hugging Face dataset")
         return _split(split, config)
     refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")

@@ -432,6 +432,9 @@ def test_a_table_above_the_splits_and_classes_below_them(tmp_path):
         folder_of(tmp_path / "c" / name, 1)
     with pytest.warns(UserWarning, match="left out: validation"):
         assert opened(tmp_path / "c", classes=2, text=False).labels == [0, 1]
+    folder_of(tmp_path / "c", 2)
+    with pytest.warns(UserWarning, match="left out: validation, 2 files beside the splits"):
+        assert opened(tmp_path / "c", classes=2, text=False).labels == [0, 1]
     for name in ("train", "bus"):  # classes of vehicles
         folder_of(tmp_path / "v" / name, 1)
     assert opened(tmp_path / "v", classes=2, text=False).labels == [0, 1]
