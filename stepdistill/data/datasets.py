@@ -287,6 +287,8 @@ def _check_clips(config: DataConfig, found: tuple[int, ...] | None, expected: tu
 def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found == expected:
         return
+    if len(found) != len(expected):
+        raise ValueError(f"{config.path}: images (H, W, C) are clips {found}, the teacher's are {expected}")
     shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {expected}"
     if found[:2] != expected[:2] and config.resolution is None:
         raise ValueError(f"{shapes}; give data.resolution={min(expected[:2])} to resize them")
