@@ -108,6 +108,7 @@ def test_overrides_set_values_deep_down_and_leave_the_original_alone():
         "main": {"lr": 1e-3}, "optim": {"student": {"lr": 2}}, "name": "no", "folder": "a=b", "steps": 4,
     }  # fmt: skip
     assert original == {"main": {"lr": 1.0}, "steps": 1}
+    assert apply_overrides({"main": None}, ["main.lr=1"]) == {"main": {"lr": 1}}  # as a file has an empty section
 
 
 @pytest.mark.parametrize(("override", "message"), [("steps", r"section\.key=value"), ("steps.a=1", "not a section")])
