@@ -11,7 +11,7 @@ from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
 from stepdistill.evaluation.protocol import read_protocol
 from stepdistill.files.reading import parse_yaml
-from stepdistill.files.schema import ConfigError, build
+from stepdistill.files.schema import ConfigError, build, convert
 from stepdistill.files.words import nearest
 from stepdistill.training.config import EvalConfig, resolve
 
@@ -202,6 +202,19 @@ def test_a_configuration_is_built_recursively():
 )  # fmt: skip
 def test_a_problem_names_key_value_and_what_was_wanted(mapping, problem):
     assert problem in problems(mapping)
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        (list[int], "a list of whole numbers"),
+        (tuple[tuple[int, ...], ...], "a list, each entry a list of whole numbers"),
+        (list[str | dict[str, int]], "a list, each entry text or a section of keys"),
+    ],
+)
+def test_lists_are_described_in_words(hint, expected):
+    with pytest.raises(ConfigError, match=f"a: expected {expected}, got 5"):
+        convert(5, hint, "a")
 
 
 def test_every_problem_is_reported_at_once():
