@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stepdistill.data.base import Fit
 from stepdistill.data.remote import RemoteError
@@ -177,7 +177,10 @@ def _open_path(path: str) -> Image.Image:
 
 
 def _open_bytes(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's names an address in memory: on every visit another problem
+        raise UnidentifiedImageError("cannot identify image file") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
