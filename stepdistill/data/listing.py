@@ -234,8 +234,7 @@ def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
         found = {where: image for where, image in found.items() if within in Path(image).parents}
     rows = {where: rows[where] for where in found}
     labels, captions = label_column(rows, label), caption_column(rows, caption)
-    if caption is None:
-        captions.fail(f"{file}: no column 'text'{nearest('text', known)}; data.caption_column names another")
+    _say_if_absent(captions, caption, known, str(file))
     return Listing(
         list(found.values()),
         None if label is None or labels.values is None else np.array(labels.values, dtype=int),
@@ -250,6 +249,12 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
     if asked and asked not in known:
         raise ValueError(f"{where}: no column {asked!r}{nearest(asked, known)}")
     return asked or (usual if usual in known else None)
+
+
+def _say_if_absent(captions: Column[Texts], name: str | None, known: Sequence[str], where: str) -> None:
+    """Note why there are no captions, if there is no column of them."""
+    if name is None:
+        captions.fail(f"{where}: no column 'text'{nearest('text', known)}; data.caption_column names another")
 
 
 def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
@@ -288,6 +293,7 @@ def _table(path: Path, config: DataConfig) -> Listing:
     image, label, caption = _columns(config, table.column_names, str(path))
     labels, no_labels = label_cells(table, label, str(path))
     captions = caption_cells(table, caption, str(path))
+    _say_if_absent(captions, caption, table.column_names, str(path))
     return Listing(
         image_cells(table, image, str(path)), labels, version=version, no_labels=no_labels, **_captions(captions)
     )
@@ -332,6 +338,7 @@ def _remote_table(address: str, config: DataConfig) -> Listing:
     columns = table.columns([name for name in (label, caption) if name is not None])
     labels, no_labels = label_cells(columns, label, table.name)
     captions = caption_cells(columns, caption, table.name)
+    _say_if_absent(captions, caption, table.column_names, table.name)
     images = table.images(image)
     return Listing(
         images, labels, version=table.version, no_labels=no_labels, fetch=images.fetch, **_captions(captions)
