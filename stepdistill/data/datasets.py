@@ -303,7 +303,10 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
         return
     if listing.labels is None:
         reason = listing.no_labels or f"data.path: {config.path}: no labels"
-        raise ValueError(f"{reason}, but the teacher has {num_classes} classes")
+        raise ValueError(
+            f"{reason}, but the teacher has {num_classes} classes; expected a folder for each, 'label' in a "
+            "metadata.jsonl or a table, a .cls or .json beside every image of a tar, or data.label_column"
+        )
     if listing.num_folders is None:
         return
     if STRAY in listing.labels:

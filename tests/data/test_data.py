@@ -515,7 +515,7 @@ def test_archives_that_break_the_rules(tmp_path: Path) -> None:
     clips = np.zeros((3, 5, 4, 4, 1), dtype=np.uint8)
     refuses(r"are clips \(5, 4, 4, 1\), the teacher's are \(4, 4, 1\)$", {"resolution": 4}, images=clips)
     refuses("only images of 1 or 3", {"resolution": 4, "channels": 5}, images=np.zeros((3, 8, 8, 5), dtype=np.uint8))
-    refuses("no labels, but the teacher has 3", {"size": (8, 8), "num_classes": 3}, images=eight)
+    refuses("no labels, but the teacher has 3 classes; expected a folder for each.*_column$", classes, images=eight)
     for label in (-1, 3):
         labels = np.array([0, label, 0])
         refuses(
