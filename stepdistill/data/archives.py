@@ -41,7 +41,7 @@ def read_archive(path: Path) -> Archive:
         raise ValueError(f"{path}: no array 'images'{nearest('images', headers)}")
     arrays = read_arrays(path, names.values())
     images, labels = arrays[names["images"]], arrays.get(names["labels"])
-    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5) or 0 in images.shape[1:]:
         raise ValueError(
             f"{path}: {names['images']}: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} "
             f"{images.shape}"

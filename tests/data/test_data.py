@@ -505,6 +505,7 @@ def test_archives_that_break_the_rules(tmp_path: Path) -> None:
     refuses("no array 'images'; did you mean 'image'", image=eight)
     refuses("expected uint8.*got float32", images=eight.astype(np.float32))
     refuses(r"expected uint8 .*, got uint8 \(8, 8\)", images=eight[0])
+    refuses(r"expected uint8 .*, got uint8 \(3, 0, 8\)", {"resolution": 4}, images=eight[:, :0])
     classes, text = {"size": (8, 8), "num_classes": 3}, {"size": (8, 8), "takes_text": True}
     refuses(r"labels: expected int \(3,\), got float64 \(3,\)", classes, images=eight, labels=np.zeros(3))
     refuses(r"labels: expected int \(3,\), got int64 \(2,\)", classes, images=eight, labels=np.zeros(2, dtype=np.int64))
