@@ -74,7 +74,9 @@ def apply_overrides(mapping: Mapping, overrides: Iterable[str]) -> dict:
             raise ConfigError([f"override {shown(override)}: expected section.key=value"])
         node = result
         for section in sections:
-            if type(node.setdefault(section, {})) is not dict:
+            if node.get(section) is None:  # an empty section
+                node[section] = {}
+            if type(node[section]) is not dict:
                 raise ConfigError([f"override {shown(override)}: {section!r} is a value, not a section"])
             node = node[section]
         node[key] = _parse_value(override, text)

@@ -11,7 +11,7 @@ from stepdistill.benchmark.config import BenchmarkConfig
 from stepdistill.config import apply_overrides, fingerprint_json, flatten, read_config, to_dict, to_yaml
 from stepdistill.evaluation.protocol import read_protocol
 from stepdistill.files.reading import parse_yaml
-from stepdistill.files.schema import ConfigError, build
+from stepdistill.files.schema import ConfigError, build, convert
 from stepdistill.files.words import nearest
 from stepdistill.training.config import EvalConfig, resolve
 
@@ -108,6 +108,7 @@ def test_overrides_set_values_deep_down_and_leave_the_original_alone():
         "main": {"lr": 1e-3}, "optim": {"student": {"lr": 2}}, "name": "no", "folder": "a=b", "steps": 4,
     }  # fmt: skip
     assert original == {"main": {"lr": 1.0}, "steps": 1}
+    assert apply_overrides({"main": None}, ["main.lr=1"]) == {"main": {"lr": 1}}  # as a file has an empty section
 
 
 @pytest.mark.parametrize(("override", "message"), [("steps", r"section\.key=value"), ("steps.a=1", "not a section")])
@@ -201,6 +202,19 @@ def test_a_configuration_is_built_recursively():
 )  # fmt: skip
 def test_a_problem_names_key_value_and_what_was_wanted(mapping, problem):
     assert problem in problems(mapping)
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        (list[int], "a list of whole numbers"),
+        (tuple[tuple[int, ...], ...], "a list, each entry a list of whole numbers"),
+        (list[str | dict[str, int]], "a list, each entry text or a section of keys"),
+    ],
+)
+def test_lists_are_described_in_words(hint, expected):
+    with pytest.raises(ConfigError, match=f"a: expected {expected}, got 5"):
+        convert(5, hint, "a")
 
 
 def test_every_problem_is_reported_at_once():

@@ -41,7 +41,7 @@ def read_archive(path: Path) -> Archive:
         raise ValueError(f"{path}: no array 'images'{nearest('images', headers)}")
     arrays = read_arrays(path, names.values())
     images, labels = arrays[names["images"]], arrays.get(names["labels"])
-    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5) or 0 in images.shape[1:]:
         raise ValueError(
             f"{path}: {names['images']}: expected uint8 (N, H, W) or (N, H, W, C) in [0, 255], got {images.dtype} "
             f"{images.shape}"
@@ -64,7 +64,7 @@ def _unlike(column: np.ndarray | None, count: int, kinds: str, expected: str) ->
 
 def _captions(captions: np.ndarray | None, count: int, path: Path) -> Column[Texts]:
     column = Column[Texts]()
-    one = captions if captions is None or captions.ndim == 1 or not captions.size else captions[:, 0]
+    one = captions if captions is None or captions.ndim < 2 or not captions.size else captions[:, 0]
     if problem := _unlike(one, count, "U", f"{path}: captions: expected str"):
         column.fail(problem)
     elif captions is not None:

@@ -98,8 +98,10 @@ def nearest_frames(frames: Iterator[tuple[float, Any]], count: int, fps: float) 
         while wanted < count and now[0] >= wanted / fps:
             yield nearer(before or now, now, wanted / fps)[1]
             wanted += 1
+        if wanted == count:  # what follows, often most of the video, is not decoded
+            return
         before = now
-    if before is not None and wanted < count and wanted / fps - before[0] < 0.5 / fps:
+    if before is not None and wanted / fps - before[0] < 0.5 / fps:
         yield before[1]
 
 

@@ -287,6 +287,8 @@ def _check_clips(config: DataConfig, found: tuple[int, ...] | None, expected: tu
 def _check_array(config: DataConfig, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found == expected:
         return
+    if len(found) != len(expected):
+        raise ValueError(f"{config.path}: images (H, W, C) are clips {found}, the teacher's are {expected}")
     shapes = f"{config.path}: images (H, W, C) are {found}, the teacher's are {expected}"
     if found[:2] != expected[:2] and config.resolution is None:
         raise ValueError(f"{shapes}; give data.resolution={min(expected[:2])} to resize them")
@@ -301,7 +303,10 @@ def _check_labels_exist(config: DataConfig, listing: Listing, num_classes: int |
         return
     if listing.labels is None:
         reason = listing.no_labels or f"data.path: {config.path}: no labels"
-        raise ValueError(f"{reason}, but the teacher has {num_classes} classes")
+        raise ValueError(
+            f"{reason}, but the teacher has {num_classes} classes; expected a folder for each, 'label' in a "
+            "metadata.jsonl or a table, a .cls or .json beside every image of a tar, or data.label_column"
+        )
     if listing.num_folders is None:
         return
     if STRAY in listing.labels:

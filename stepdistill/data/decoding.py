@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stepdistill.data.base import Fit
 from stepdistill.data.remote import RemoteError
@@ -177,7 +177,10 @@ def _open_path(path: str) -> Image.Image:
 
 
 def _open_bytes(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's names an address in memory: on every visit another problem
+        raise UnidentifiedImageError("cannot identify image file") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -223,7 +226,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"grey values: expected 16 bits, got {values.min()} to {values.max()}")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey, clear = Image.fromarray(((values + 128) // 257).astype(np.uint8)), image.info.get("transparency")
+    if clear is not None:  # a level of 16 bits, which others share in 8
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _opaque(image: Image.Image) -> Image.Image:

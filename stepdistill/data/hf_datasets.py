@@ -13,6 +13,7 @@ from typing import Any
 
 from stepdistill.config import fingerprint_json
 from stepdistill.data.base import TABLE_KEYS, DataConfig
+from stepdistill.data.image_files import visible_files
 from stepdistill.files.reading import read_json
 from stepdistill.files.schema import convert
 from stepdistill.files.words import nearest
@@ -58,7 +59,7 @@ def open_table(path: Path, config: DataConfig) -> tuple[Any, str | None]:
         return _load_file(path), fingerprint_json([path.name, path.stat().st_size])
     if path.is_dir():
         refuse_keys(config, ("revision",), f"{path} is a folder, and only the hub has revisions")
-        _check_parquet(sorted(path.rglob("*.parquet")))
+        _check_parquet(visible_files(path, "**/*.parquet"))
         table = _load(path.absolute(), config)  # a bare name could be a format's, such as "parquet"
         return table, f"{_content(path, '*.parquet')} {table.config_name}/{table.split}"
     table = _load(path, config)
@@ -78,7 +79,7 @@ def refuse_keys(config: DataConfig, keys: tuple[str, ...], why: str) -> None:
 
 
 def _content(folder: Path, pattern: str) -> str:
-    files = sorted(folder.rglob(pattern))
+    files = visible_files(folder, f"**/{pattern}")
     return fingerprint_json([[str(file.relative_to(folder)), file.stat().st_size] for file in files])
 
 

@@ -38,6 +38,15 @@ def count_words(suffixes: collections.Counter[str]) -> str:
     return ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common(20))
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files in a folder that fit a pattern, sorted, without hidden ones (``._a.tar``, which macOS adds)."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        if not path.is_dir() and not any(name.startswith(".") for name in path.relative_to(folder).parts):
+            found.append(path)
+    return found
+
+
 @dataclasses.dataclass
 class Found:
     """What a folder holds.

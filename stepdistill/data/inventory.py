@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.data.base import Dataset
+from stepdistill.data.image_files import visible_files
 from stepdistill.files.writing import atomic_write
 
 SHOWN = 5
@@ -61,7 +63,7 @@ def _read(path: Path) -> dict[str, str]:
             for line in file:
                 size, _, name = line.rstrip("\n").partition(" ")
                 parts[name] = size
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: expected an inventory of the data: {error}; remove the file") from error
     return parts
 
@@ -105,7 +107,7 @@ def archives(path: Path) -> Iterator[tuple[str, str]]:
             for member in archive.infolist():
                 yield member.filename, f"{member.file_size}-{member.CRC:08x}"
         return
-    found = [path] if path.is_file() else sorted([*path.glob("*.tar"), *path.glob("*.arrow")])
+    found = [path] if path.is_file() else sorted([*visible_files(path, "*.tar"), *visible_files(path, "*.arrow")])
     for file in found:
         yield file.name, _size(file)
 

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ from stepdistill.files.ranges import PositiveInt
 from stepdistill.networks.fingerprint import fingerprint_weights
 
 FORMAT = ShardFormat(key="data.path", rows="samples", manifest="cache.json", script="scripts/cache.py")
+
+
+def reading(data: DataConfig) -> dict[str, Any]:
+    """Return the keys that choose what is read of a sample; caches of older versions do not tell theirs."""
+    return {"fps": data.fps, "image_column": data.image_column}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,7 @@ def make_cache(
         family.check_size((bucket[0], bucket[1]), f"data.buckets[{place}]")
     if data.buckets:
         manifest["buckets"] = [list(bucket) for bucket in data.buckets]
+    manifest |= {key: value for key, value in reading(data).items() if value not in (None, DataConfig.image_column)}
     write_or_check_manifest(folder / FORMAT.manifest, manifest, FORMAT.rows)
     write_captions(folder / FORMAT.manifest, dataset)
     if family.takes_text and dataset.choices is not None:
@@ -243,6 +250,9 @@ class LatentCacheDataset(Dataset):
             raise ValueError(f"data.path: {config.path} was made of prompts; the method trains on images")
         if needs_images and (fit := self.shards.manifest.get("fit")) != config.fit:
             raise ValueError(f"data.fit: expected {fit!r}, with which {config.path} was made, got {config.fit!r}")
+        for key, value in reading(config).items():
+            if needs_images and (made := self.shards.manifest.get(key, value)) != value:
+                raise ValueError(f"data.{key}: expected {made!r}, with which {config.path} was made, got {value!r}")
         if config.flip and "mirrored" not in self.shards.names:
             raise ValueError(f"data.flip: {config.path} holds no mirrored images; make it again with data.flip=true")
 

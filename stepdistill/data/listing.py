@@ -42,7 +42,7 @@ from stepdistill.data.base import TABLE_KEYS, DataConfig
 from stepdistill.data.clips import VIDEO_SUFFIXES
 from stepdistill.data.columns import Column, Texts
 from stepdistill.data.hf_datasets import is_hub_id, is_saved, open_table, refuse_keys
-from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images
+from stepdistill.data.image_files import IMAGE_SUFFIXES, Found, count_words, find_images, visible_files
 from stepdistill.data.metadata import (
     caption_column,
     find_files,
@@ -112,7 +112,8 @@ def list_samples(config: DataConfig) -> Listing:
         raise ValueError(f"data.download: expected an address as data.path, got {path}")
     if is_saved(path) or is_hub_id(path) or _holds_parquet(path):
         return _table(path, config)
-    if path.is_dir() and not any(path.glob("*.tar")) and (split := split_folder(path, config.split)):
+    may_have_splits = path.is_dir() and not visible_files(path, "*.tar")
+    if may_have_splits and (split := split_folder(path, config.split, suffixes_of(config))):
         refuse_keys(config, TABLE_KEYS[1:], f"{path} is not a Hugging Face dataset")
         return _split(split, config)
     refuse_keys(config, TABLE_KEYS, f"{path} is not a Hugging Face dataset")
@@ -161,7 +162,7 @@ def _split(folder: Path, config: DataConfig) -> Listing:
 
 def _folder(folder: Path, config: DataConfig) -> Listing:
     table = metadata_file(folder)
-    tars = [str(tar) for tar in sorted(folder.glob("*.tar"))]
+    tars = [str(tar) for tar in visible_files(folder, "*.tar")]
     if table is not None and (table.suffix == ".jsonl" or not tars):
         return _metadata(table, config, within=folder)
     if not tars:
@@ -233,8 +234,7 @@ def _metadata(file: Path, config: DataConfig, within: Path) -> Listing:
         found = {where: image for where, image in found.items() if within in Path(image).parents}
     rows = {where: rows[where] for where in found}
     labels, captions = label_column(rows, label), caption_column(rows, caption)
-    if caption is None:
-        captions.fail(f"{file}: no column 'text'{nearest('text', known)}; data.caption_column names another")
+    _say_if_absent(captions, caption, known, str(file))
     return Listing(
         list(found.values()),
         None if label is None or labels.values is None else np.array(labels.values, dtype=int),
@@ -249,6 +249,12 @@ def _column(asked: str | None, usual: str, known: Iterable[str], where: str) -> 
     if asked and asked not in known:
         raise ValueError(f"{where}: no column {asked!r}{nearest(asked, known)}")
     return asked or (usual if usual in known else None)
+
+
+def _say_if_absent(captions: Column[Texts], name: str | None, known: Sequence[str], where: str) -> None:
+    """Note why there are no captions, if there is no column of them."""
+    if name is None:
+        captions.fail(f"{where}: no column 'text'{nearest('text', known)}; data.caption_column names another")
 
 
 def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
@@ -275,11 +281,11 @@ def _tars(tars: Sequence[str], config: DataConfig) -> Listing:
 def _holds_parquet(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".parquet"
-    if not path.is_dir() or (path / "metadata.jsonl").is_file() or any(path.glob("*.tar")):
+    if not path.is_dir() or (path / "metadata.jsonl").is_file() or visible_files(path, "*.tar"):
         return False
-    if any(path.rglob("*-of-*.parquet")):
+    if visible_files(path, "**/*-of-*.parquet"):
         return True
-    return any(path.rglob("*.parquet")) and not find_images(path).images
+    return bool(visible_files(path, "**/*.parquet")) and not find_images(path).images
 
 
 def _table(path: Path, config: DataConfig) -> Listing:
@@ -287,6 +293,7 @@ def _table(path: Path, config: DataConfig) -> Listing:
     image, label, caption = _columns(config, table.column_names, str(path))
     labels, no_labels = label_cells(table, label, str(path))
     captions = caption_cells(table, caption, str(path))
+    _say_if_absent(captions, caption, table.column_names, str(path))
     return Listing(
         image_cells(table, image, str(path)), labels, version=version, no_labels=no_labels, **_captions(captions)
     )
@@ -331,6 +338,7 @@ def _remote_table(address: str, config: DataConfig) -> Listing:
     columns = table.columns([name for name in (label, caption) if name is not None])
     labels, no_labels = label_cells(columns, label, table.name)
     captions = caption_cells(columns, caption, table.name)
+    _say_if_absent(captions, caption, table.column_names, table.name)
     images = table.images(image)
     return Listing(
         images, labels, version=table.version, no_labels=no_labels, fetch=images.fetch, **_captions(captions)

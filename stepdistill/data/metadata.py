@@ -14,6 +14,7 @@ from typing import Any
 
 from stepdistill.data.columns import Column, Texts, read_label, read_texts
 from stepdistill.data.hf_datasets import reading_as
+from stepdistill.data.image_files import is_image
 from stepdistill.data.loader import TOLERATED, TOLERATED_SHARE
 from stepdistill.data.text import json_lines, table_rows
 from stepdistill.files.words import nearest, visible
@@ -32,15 +33,21 @@ MAX_ROWS = 100_000_000
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def split_folder(path: Path, split: str | None) -> Path | None:
+def split_folder(path: Path, split: str | None, suffixes: tuple[str, ...]) -> Path | None:
     """Return the folder of a split, ``train`` by default; None if the sub-folders are not splits.
 
     They are if one is called ``train`` or ``training``, and all have names of splits. What is left out is said.
 
+    Args:
+        path: the folder of all splits.
+        split: the one that is asked for.
+        suffixes: endings of samples, of which those beside the splits are left out.
+
     Raises:
         ValueError: if there are splits, but not this one.
     """
-    found = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = list(path.iterdir())
+    found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     known = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
     if not {"train", "training"} & set(map(str.lower, found)) or not set(map(str.lower, found)) <= known.keys():
         return None
@@ -51,6 +58,8 @@ def split_folder(path: Path, split: str | None) -> Path | None:
     if not chosen:
         raise ValueError(f"data.split: {path} has no {split!r}{nearest(asked, found)}; expected one of {found}")
     left_out = [name for name in found if name != chosen[0]]
+    if strays := sum(is_image(entry.name, suffixes) for entry in entries if not entry.is_dir()):
+        left_out.append(f"{strays} files beside the splits")
     if left_out:
         names = ", ".join(left_out)
         warnings.warn(f"{path}: reading the split {chosen[0]}; left out: {names} (see data.split)", stacklevel=2)

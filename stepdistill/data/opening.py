@@ -7,6 +7,7 @@ from pathlib import Path
 from stepdistill.data.base import DataConfig, Dataset, locate_data
 from stepdistill.data.datasets import check_stated, open_data
 from stepdistill.data.hf_datasets import is_saved
+from stepdistill.data.image_files import visible_files
 from stepdistill.data.latent_cache import LatentCacheDataset
 from stepdistill.data.metadata import metadata_file
 from stepdistill.data.ode_pairs import PairDataset
@@ -54,8 +55,8 @@ def check_apart(config: DataConfig, output_dir: Path) -> None:
     if config.name != "images" or not folder.is_dir() or not output_dir.resolve().is_relative_to(folder.resolve()):
         return
     is_hidden = any(name.startswith(".") for name in output_dir.resolve().relative_to(folder.resolve()).parts)
-    is_table = metadata_file(folder) or is_saved(folder) or any(folder.rglob("*-of-*.parquet"))
-    if not is_hidden and not is_table and not any(folder.glob("*.tar")):
+    is_table = metadata_file(folder) or is_saved(folder) or visible_files(folder, "**/*-of-*.parquet")
+    if not is_hidden and not is_table and not visible_files(folder, "*.tar"):
         raise ValueError(
             f"train.output_dir: expected a folder outside data.path ({folder}), whose images the run's pictures would "
             f"join, got {output_dir}"

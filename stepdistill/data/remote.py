@@ -253,6 +253,8 @@ def downloaded(address: str) -> str:
 def addresses_of(address: str, suffix: str) -> list[str]:
     """Return the addresses of files, sorted: that of one file, of a range ``{000..127}``, of a pattern, or of a folder.
 
+    Hidden files of a pattern or a folder are left out.
+
     Args:
         address: a file's if it ends in ``suffix``; one with ``*`` is a pattern; else a folder, of which files right in
             it are taken.
@@ -276,7 +278,8 @@ def addresses_of(address: str, suffix: str) -> list[str]:
     system, path = open_system(address)
     pattern = path if "*" in address else f"{path.rstrip('/')}/*{suffix}"
     rows = persistently(address, functools.partial(_matching, system, pattern))
-    return sorted(system.unstrip_protocol(row["name"]) for row in rows if row["name"].endswith(suffix))
+    names = [row["name"] for row in rows if row["name"].endswith(suffix)]
+    return sorted(system.unstrip_protocol(name) for name in names if not name.rpartition("/")[2].startswith("."))
 
 
 def _matching(system: Any, pattern: str) -> list[dict[str, Any]]:

@@ -90,8 +90,9 @@ def _rows(text: str, file: Path, **form: Any) -> dict[str, dict[str, str]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form)
     rows: dict[str, dict[str, str]] = {}
     try:
-        header = next(reader, [])
-        for row in filter(None, reader):
+        found = filter(None, reader)  # without blank lines
+        header = next(found, [])
+        for row in found:
             where = f"{file}:{reader.line_num}"
             if len(row) != len(header):
                 raise ValueError(f"{where}: expected {len(header)} columns as in the first line, got {len(row)}")

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
-from stepdistill.families.flux import Flux, image_ids, pack, unpack
+from stepdistill.families.flux import Flux, image_ids, pack, shifted_by_size, unpack
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of
 
@@ -36,6 +36,8 @@ class Chroma(PlainLatentFamily, TextToImageFamily):
         pipe.transformer._supports_gradient_checkpointing = False
         super().__init__(pipe, **options)
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
+        _, height, width = self.sample_shape
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, height * width // 4)
 
     @property
     def sequence_length(self) -> int:

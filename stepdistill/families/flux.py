@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from stepdistill.batch import Cond
-from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.diffusion.schedule import NoiseSchedule, RectifiedFlow
 from stepdistill.families.config import Resolution
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 
@@ -54,10 +54,8 @@ class Flux(PlainLatentFamily, TextToImageFamily):
             self.guidance_scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
             self.pipeline_kwargs = {**self.pipeline_kwargs, "guidance_scale": self.guidance_scale}
             self.guidance_convention = "an input of the network, as FLUX.1-dev takes it"
-        if self.scheduler_config.get("use_dynamic_shifting"):
-            _, height, width = self.sample_shape
-            shift = dynamic_shift(self.scheduler_config, height * width // 4)
-            self.schedule = RectifiedFlow(shift, self.scheduler_config["num_train_timesteps"])
+        _, height, width = self.sample_shape
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, height * width // 4)
 
     @property
     def sequence_length(self) -> int:
@@ -135,6 +133,16 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Invert :func:`pack`."""
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def shifted_by_size(schedule: NoiseSchedule, config: Mapping[str, Any], tokens: int) -> NoiseSchedule:
+    """Return a schedule with the grid that a pipeline's call sets for images of ``tokens`` tokens.
+
+    That is its own, unless its scheduler's config asks for a shift that follows the size.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return schedule
+    return RectifiedFlow(dynamic_shift(config, tokens), config["num_train_timesteps"])
 
 
 def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from typing import Any, TypeVar
 
-from stepdistill.diffusion.guidance import GuidanceRule, PipelineRescale
+from stepdistill.diffusion.guidance import TIE, GuidanceRule, PipelineRescale
 from stepdistill.diffusion.schedule import RectifiedFlow
 from stepdistill.diffusion.shift import unshifted
 from stepdistill.families.base import Family
@@ -77,7 +77,7 @@ def truncation(family: Family) -> dict[str, Any]:
         return {}
     taken = inspect.signature(type(family.pipe).__call__).parameters if family.pipe else {}
     if high == 1 and "cfg_truncation" in taken:
-        return {"cfg_truncation": 1 - low}  # of the network's time, which runs from noise to data
+        return {"cfg_truncation": 1 - (low + TIE)}  # of the network's time, which runs from noise to data
     if high == 1 and "cfg_trunc_ratio" in taken:
         return {"cfg_trunc_ratio": 1 - before_shift(family, low)}  # of the number of steps
     raise ValueError(

@@ -97,7 +97,7 @@ def fetch(config: TeacherConfig, *, without: Collection[str] = (), key: str = KE
         names = HfApi().list_repo_files(config.path, revision=config.revision)
     except unreachable():
         return snapshot(config.path, config.revision, ["model_index.json"], key=key, cached_only=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second for a name that no repository can have
         raise refused(config.path, error, key) from error
     asked = BARE_PARTS
     if "model_index.json" in names:
@@ -159,7 +159,7 @@ def snapshot(
         options["ignore_patterns"] = ["*/*"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
-    except (OSError, *unreachable()) as error:  # type: ignore[misc]  # mypy does not unpack a tuple of classes
+    except (OSError, ValueError, *unreachable()) as error:  # type: ignore[misc]  # mypy does not unpack a tuple of classes
         raise refused(name, error, key) from error
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.families.flux import shifted_by_size
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, masked
 
@@ -35,6 +36,8 @@ class Lumina2(PlainLatentFamily, TextToImageFamily):
         self.pipeline_kwargs = {
             **self.pipeline_kwargs, "cfg_normalization": False, "max_sequence_length": self.sequence_length,
         }  # fmt: skip
+        # the pipeline takes the number of channels for that of tokens
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, self.sample_shape[0])
 
     @property
     def sequence_length(self) -> int:

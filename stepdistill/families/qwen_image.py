@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from stepdistill.batch import Cond
 from stepdistill.diffusion.guidance import GuidanceRule
 from stepdistill.diffusion.schedule import RectifiedFlow
-from stepdistill.families.flux import dynamic_shift, pack, unpack
+from stepdistill.families.flux import pack, shifted_by_size, unpack
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of
 
@@ -46,10 +46,8 @@ class QwenImage(PlainLatentFamily, TextToImageFamily):
             raise ValueError("teacher.path: transformer/config.json: expected guidance_embeds: false, got true")
         super().__init__(pipe, **options)
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
-        if self.scheduler_config.get("use_dynamic_shifting"):
-            _, height, width = self.sample_shape
-            shift = dynamic_shift(self.scheduler_config, height * width // 4)
-            self.schedule = RectifiedFlow(shift, self.scheduler_config["num_train_timesteps"])
+        _, height, width = self.sample_shape
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, height * width // 4)
 
     @property
     def sequence_length(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import DiscreteVP, RectifiedFlow
+from stepdistill.families.flux import shifted_by_size
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.tiny import tiny_t5
 
@@ -31,6 +33,12 @@ class SD3(PlainLatentFamily, TextToImageFamily):
         "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",  # the second attention of SD3.5-medium
     )  # fmt: skip
     loads_lora = True
+
+    def __init__(self, pipe: Any, **options: Any) -> None:
+        super().__init__(pipe, **options)
+        _, height, width = self.sample_shape
+        tokens = (height // pipe.transformer.config.patch_size) * (width // pipe.transformer.config.patch_size)
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, tokens)
 
     @classmethod
     def tiny(cls, seed: int = 0, *, dual_attention: bool = False) -> SD3:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.batch import Cond
 from stepdistill.diffusion.schedule import RectifiedFlow
+from stepdistill.families.flux import shifted_by_size
 from stepdistill.families.latent import PlainLatentFamily, TextToImageFamily
 from stepdistill.families.prompts import default_of, padded
 
@@ -42,6 +43,8 @@ class ZImage(PlainLatentFamily, TextToImageFamily):
         rope.freqs_cis = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
         super().__init__(pipe, **options)
         self.pipeline_kwargs = {**self.pipeline_kwargs, "max_sequence_length": self.sequence_length}
+        _, height, width = self.sample_shape
+        self.schedule = shifted_by_size(self.schedule, self.scheduler_config, height * width // 4)
 
     @property
     def sequence_length(self) -> int:

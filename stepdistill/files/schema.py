@@ -265,7 +265,8 @@ def _describe(hint: Any) -> str:
     if origin is Annotated:
         return _describe(args[0])
     if origin in (tuple, list):
-        return f"a list of {_describe(args[0])}s"
+        entry = _describe(args[0])
+        return f"a list of {entry}s" if entry in _WORDS.values() else f"a list, each entry {entry}"
     if origin in (dict, Mapping) or is_typeddict(hint) or dataclasses.is_dataclass(hint):
         return "a section of keys"
     if origin is None:

@@ -51,6 +51,21 @@ def write(folder, name, values):
     table(values).to_parquet(str(file))
 
 
+def test_the_columns_of_a_table_without_captions_are_named(tmp_path):
+    table([0, 10]).rename_column("text", "texts").to_parquet(str(tmp_path / "a.parquet"))
+    for path in (tmp_path / "a.parquet", f"file://{tmp_path}/a.parquet"):
+        config = DataConfig(name="images", path=str(path))
+        with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'; did you mean 'texts'\?; data\.caption"):
+            open_data(config, channels=3, size=(4, 4), num_classes=None, takes_text=True)
+
+
+def test_hidden_files_are_no_parquet(tmp_path):
+    write(tmp_path / "data", "train-00000-of-00001.parquet", [0, 10])
+    (tmp_path / "data/._train-00000-of-00001.parquet").write_bytes(b"what macOS adds")
+    config = DataConfig(name="images", path=str(tmp_path / "data"))
+    assert len(open_data(config, channels=3, size=(4, 4), num_classes=None)) == 2
+
+
 @pytest.fixture
 def hub_layout(tmp_path):
     """A repository with two splits, a picture for its page, and no subsets."""

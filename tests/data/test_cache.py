@@ -7,10 +7,12 @@ import shutil
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from contracts.cases import save_images, sections
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from stepdistill.data.base import DataConfig
@@ -140,6 +142,27 @@ def test_other_images_of_one_shape_are_other_samples(tmp_path):
     assert path.stat().st_size == size
     with pytest.raises(ValueError, match=r"was made for other samples(.|\n)*files: was"):
         cached(family, tmp_path / "a", data)
+
+
+def test_another_column_of_images_makes_another_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
+    rows = []
+    for shade in range(3):
+        row = {"text": f"shade {shade}"}
+        for column, red in (("image", 0), ("photo", 9)):
+            file = io.BytesIO()
+            Image.new("RGB", (16, 16), (red, shade, 0)).save(file, "BMP")
+            row[column] = file.getvalue()
+        rows.append(row)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    family = SD.tiny()
+    data = {"name": "images", "path": str(tmp_path / "a.parquet"), "batch_size": 3, "image_column": "photo"}
+    section = build(DataConfig, cached(family, tmp_path / "a", data))
+    assert len(LatentCacheDataset(section, family)) == 3
+    with pytest.raises(ValueError, match=r"data\.image_column: expected 'photo', with which .* was made, got 'image'"):
+        LatentCacheDataset(dataclasses.replace(section, image_column="image"), family)
+    with pytest.raises(ValueError, match="image_column: was 'photo', is None"):
+        cached(family, tmp_path / "a", {**data, "image_column": "image"})
 
 
 def test_other_labels_and_another_tar_are_other_samples(tmp_path):

@@ -92,11 +92,14 @@ CASES = {
     "CMYK": (_image("CMYK", (0, 255, 255, 0)), "tif", RED),
     "16-bit": (_sixteen(30000), "png", (117, 117, 117)),  # 30000 / 257 = 116.7
     "16-bit white": (_sixteen(65535), "png", (255, 255, 255)),
+    "16-bit tRNS": (_sixteen(30000), "png", (255, 255, 255)),
     "16-bit pgm": (_sixteen(30000), "pgm", (117, 117, 117)),
     "16-bit tif": (_sixteen(30000), "tif", (117, 117, 117)),
     "32-bit tif": (_image("I", 30000), "tif", (117, 117, 117)),
 }
-TRANSPARENCY = {"L-tRNS": {"transparency": 100}, "P-tRNS": {"transparency": 1}}
+TRANSPARENCY = {
+    "L-tRNS": {"transparency": 100}, "P-tRNS": {"transparency": 1}, "16-bit tRNS": {"transparency": 30000},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -502,6 +505,7 @@ def test_archives_that_break_the_rules(tmp_path: Path) -> None:
     refuses("no array 'images'; did you mean 'image'", image=eight)
     refuses("expected uint8.*got float32", images=eight.astype(np.float32))
     refuses(r"expected uint8 .*, got uint8 \(8, 8\)", images=eight[0])
+    refuses(r"expected uint8 .*, got uint8 \(3, 0, 8\)", {"resolution": 4}, images=eight[:, :0])
     classes, text = {"size": (8, 8), "num_classes": 3}, {"size": (8, 8), "takes_text": True}
     refuses(r"labels: expected int \(3,\), got float64 \(3,\)", classes, images=eight, labels=np.zeros(3))
     refuses(r"labels: expected int \(3,\), got int64 \(2,\)", classes, images=eight, labels=np.zeros(2, dtype=np.int64))
@@ -509,8 +513,10 @@ def test_archives_that_break_the_rules(tmp_path: Path) -> None:
     assert len(open_images(path, size=(8, 8), num_classes=None)) == 3  # which wants neither
     refuses(r"\(8, 8, 1\), the teacher's are \(4, 4, 1\); give data.resolution=4", images=eight)
     refuses(r"\(8, 8, 1\), .* \(8, 8, 3\); give data.channels=3", {"size": (8, 8), "channels": 3}, images=eight)
+    clips = np.zeros((3, 5, 4, 4, 1), dtype=np.uint8)
+    refuses(r"are clips \(5, 4, 4, 1\), the teacher's are \(4, 4, 1\)$", {"resolution": 4}, images=clips)
     refuses("only images of 1 or 3", {"resolution": 4, "channels": 5}, images=np.zeros((3, 8, 8, 5), dtype=np.uint8))
-    refuses("no labels, but the teacher has 3", {"size": (8, 8), "num_classes": 3}, images=eight)
+    refuses("no labels, but the teacher has 3 classes; expected a folder for each.*_column$", classes, images=eight)
     for label in (-1, 3):
         labels = np.array([0, label, 0])
         refuses(

@@ -60,7 +60,7 @@ def test_a_decoder_that_is_not_named_is_never_reached(tmp_path: Path) -> None:
         Image.new(mode, (8, 8)).save(tmp_path / "a.png", name)
         with pytest.raises(UnreadableImageError, match="cannot identify image file"):
             read_pixels(str(tmp_path / "a.png"), 3, (8, 8))
-        with pytest.raises(UnreadableImageError, match="cannot identify image file"):
+        with pytest.raises(UnreadableImageError, match="cannot identify image file$"):  # the same on every visit
             read_shape(in_memory((tmp_path / "a.png").read_bytes()))
 
 

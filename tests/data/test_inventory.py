@@ -110,6 +110,12 @@ def test_a_damaged_inventory_is_named(tmp_path):
     (tmp_path / "data.txt.gz").write_bytes(b"\x1f\x8bjunk")
     with pytest.raises(ValueError, match=r"data\.txt\.gz: expected an inventory of the data"):
         Inventory({}).changes_since(tmp_path / "data.txt.gz")
+    Inventory({str(name): "1" for name in range(100)}).write(tmp_path / "data.txt.gz")
+    content = bytearray((tmp_path / "data.txt.gz").read_bytes())
+    content[30:34] = b"\xff" * 4  # which zlib refuses, and not gzip
+    (tmp_path / "data.txt.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.txt\.gz: expected an inventory of the data"):
+        Inventory({}).changes_since(tmp_path / "data.txt.gz")
 
 
 # ---------------------------------------------------------------------------------------------------- a run

@@ -64,7 +64,9 @@ def test_copies_are_kept_if_that_is_asked_for(memory, files, monkeypatch):
 
 
 def test_an_address_names_a_file_a_range_or_a_pattern(memory):
-    folder = memory({**TARS, "b.parquet": table(range(2)), "c.parquet": table(range(3))})
+    hidden = {"._a-000.tar": b"what macOS adds", "._b.parquet": b"what macOS adds"}
+    folder = memory({**TARS, **hidden, "b.parquet": table(range(2)), "c.parquet": table(range(3))})
+    assert len(opened(folder)) == 7
     assert [len(opened(f"{folder}/{name}")) for name in ("a-001.tar", "a-{000..001}.tar", "a*.tar", "b.parquet")] == [
         3, 7, 7, 2,
     ]  # fmt: skip

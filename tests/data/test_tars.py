@@ -85,6 +85,16 @@ def test_what_is_wrong_inside_is_named(tmp_path, files, message):
         opened(pack(tmp_path / "a.tar", files))
 
 
+def test_hidden_files_and_folders_are_no_tars(tmp_path):
+    pack(tmp_path / "a.tar", {"0.png": png(0), "0.txt": b"zero"})
+    (tmp_path / "._a.tar").write_bytes(b"what macOS adds")
+    (tmp_path / "old.tar").mkdir()
+    assert len(opened(tmp_path)) == 1
+    (tmp_path / "gone.tar").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"gone\.tar: no such file"):
+        opened(tmp_path)
+
+
 def test_tars_that_are_none(tmp_path):
     files = {"0.png": png(0), "0.txt": b"zero", "1.png": png(1), "1.txt": b"one"}
     with pytest.raises(ValueError, match=r"z\.tar: cannot be read as an uncompressed tar"):

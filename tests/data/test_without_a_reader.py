@@ -6,6 +6,7 @@ import pytest
 from diffusers import LattePipeline, SanaPipeline, WanPipeline
 
 from stepdistill.data.base import DataConfig
+from stepdistill.data.clips import nearest_frames
 from stepdistill.data.datasets import open_data
 from stepdistill.inference.saving import check_outputs
 
@@ -20,6 +21,12 @@ def test_videos_as_data_are_refused_when_they_are_opened(tmp_path):
     config = DataConfig(name="images", path=str(tmp_path), fps=8)
     with pytest.raises(ValueError, match=r"data.fps: expected the package av, .* pip install 'stepdistill\[video\]'"):
         open_data(config, channels=3, size=(5, 16, 16), num_classes=None, takes_text=True)
+
+
+def test_no_frame_behind_a_clip_is_decoded():
+    frames = iter([(place / 10, place) for place in range(100)])
+    assert list(nearest_frames(frames, 3, fps=5)) == [0, 2, 4]
+    assert next(frames) == (0.5, 5)
 
 
 @pytest.mark.parametrize("kind", [WanPipeline, LattePipeline])

@@ -113,7 +113,7 @@ def test_an_npz_holds_several_captions_an_image(tmp_path):
     assert data.captions == ["a cat", "one dog", "two birds", "red"]
     assert {text for index, text in visits(data, 80) if index == 3} == {"red", "blue"}
     images = np.zeros((4, 16, 16, 3), np.uint8)
-    for captions in (np.zeros((4, 0), "U1"), np.zeros((3, 2), "U1"), np.zeros((4, 2), int)):
+    for captions in (np.zeros((4, 0), "U1"), np.zeros((3, 2), "U1"), np.zeros((4, 2), int), np.array("one")):
         np.savez(tmp_path / "bad.npz", images=images, captions=captions)
         refused(r"bad\.npz: captions: expected str \(4,\), got", tmp_path / "bad.npz")
 
@@ -432,6 +432,9 @@ def test_a_table_above_the_splits_and_classes_below_them(tmp_path):
         folder_of(tmp_path / "c" / name, 1)
     with pytest.warns(UserWarning, match="left out: validation"):
         assert opened(tmp_path / "c", classes=2, text=False).labels == [0, 1]
+    folder_of(tmp_path / "c", 2)
+    with pytest.warns(UserWarning, match="left out: validation, 2 files beside the splits"):
+        assert opened(tmp_path / "c", classes=2, text=False).labels == [0, 1]
     for name in ("train", "bus"):  # classes of vehicles
         folder_of(tmp_path / "v" / name, 1)
     assert opened(tmp_path / "v", classes=2, text=False).labels == [0, 1]
@@ -473,6 +476,12 @@ def test_damaged_metadata_is_named(tmp_path, content, message):
     folder_of(tmp_path, 1)
     (tmp_path / "metadata.csv").write_bytes(content)
     refused(message, tmp_path)
+
+
+def test_blank_lines_of_a_table_are_passed_over(tmp_path):
+    folder_of(tmp_path, 1)
+    (tmp_path / "metadata.csv").write_text("\n\nfile_name,text\n\n0.png,a\n\n")
+    assert opened(tmp_path).captions == ["a"]
 
 
 def test_a_damaged_parquet_table_is_named(tmp_path):

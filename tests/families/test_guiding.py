@@ -70,6 +70,7 @@ CASES = {
     "sd-v": (lambda: SD.tiny(prediction_type="v_prediction"), {"guidance_rescale": 1.0}),
     "sdxl": (SDXL.tiny, {"guidance_rescale": 0.7}),
     "zimage": (ZImage.tiny, {"guidance_rescale": 1.1, "guidance_interval": (0.6, 1.0)}),
+    "zimage-tie": (ZImage.tiny, {"guidance_interval": (0.75, 1.0)}),  # a time of the grid, which is left out
     "lumina2": (Lumina2.tiny, {"guidance_rescale": 1.0, "guidance_interval": (6 / 7, 1.0)}),  # shift 6 of 0.5
     "qwen_image": (QwenImage.tiny, {}),
 }

@@ -153,6 +153,13 @@ def test_a_hub_id_that_is_not_cached_is_one_sentence_offline():
         locate(TeacherConfig(path="someone/nothing"))
 
 
+def test_a_name_that_no_repository_can_have_is_said_of_its_key():
+    with pytest.raises(ValueError, match=r"^teacher\.path: there is no local folder 'a--b/c', so .*; Cannot have --"):
+        locate(TeacherConfig(path="a--b/c"))
+    with pytest.raises(ValueError, match=r"^teacher\.lora: there is no local folder 'a--b/c', so .*; Cannot have --"):
+        only_file("a--b/c", "teacher.lora")
+
+
 def hub_error(kind, text="text of the hub"):
     error = kind.__new__(kind)
     OSError.__init__(error, text)

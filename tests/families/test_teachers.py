@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderTiny,
     DDPMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -245,3 +246,14 @@ def test_the_null_condition_is_copied_once_for_every_type_that_is_asked_for():
             assert first[name].dtype == kind and first[name].shape == tensor.shape
             assert first[name].data_ptr() == second[name].data_ptr()
             assert torch.equal(first[name], family.null[name].to(kind).expand_as(tensor))
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "zimage", "lumina2", "sd3"])
+def test_a_grid_is_shifted_as_by_the_pipelines_own_call(name):
+    cls = families()[name]
+    pipe = cls.tiny().pipe
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    family, size = cls(pipe, resolution=16), {"height": 16, "width": 16}
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a cat", sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent", **size, **family.guidance_arguments(1.0))
+    torch.testing.assert_close(family.schedule.grid(4).float(), pipe.scheduler.sigmas, atol=1e-5, rtol=0)
