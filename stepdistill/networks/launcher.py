@@ -95,10 +95,12 @@ def open_accelerator(
 def own_device() -> torch.device:
     """Return the device of a process that may have others beside it: the GPU of its number, or the CPU.
 
+    It is the CPU, too, where the environment asks for it (``ACCELERATE_USE_CPU``).
+
     >>> own_device().type in ("cpu", "cuda")
     True
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

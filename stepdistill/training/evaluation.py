@@ -16,6 +16,7 @@ from stepdistill.families.base import Family
 from stepdistill.features.identity import refuse_same_weights
 from stepdistill.inference.student import student_images
 from stepdistill.methods.base import Distiller
+from stepdistill.networks.launcher import own_device
 from stepdistill.training.config import EvalConfig
 from stepdistill.training.selection import DISTANCES, BestStudent
 
@@ -38,7 +39,8 @@ class Evaluation:
     def open(cls, config: EvalConfig, folder: Path, family: Family) -> Evaluation:
         """Open the feature network and the reference, if anything is to be measured.
 
-        Reference images are resized and cropped to the family's size where that is a square.
+        Reference images are resized and cropped to the family's size where that is a square. Features are computed
+        on this process's device.
 
         Raises:
             ValueError: if either is missing or does not suit the family's images, or a metric cannot be had from them.
@@ -46,7 +48,8 @@ class Evaluation:
         if not config.every:
             return cls(config, None, folder)
         channels, *size = family.image_shape
-        suite = MetricSuite.open(config.features, config.reference, size=size[0] if len(set(size)) == 1 else None)
+        square = size[0] if len(set(size)) == 1 else None
+        suite = MetricSuite.open(config.features, config.reference, size=square, device=own_device())
         suite.check(config.metrics)
         suite.features.check_shape(family.image_shape)
         expected = suite.reference.about.get("shape", [channels, *size])

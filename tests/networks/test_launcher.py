@@ -17,7 +17,14 @@ from contracts.cases import make_run
 from safetensors.torch import load_file
 
 import stepdistill
-from stepdistill.networks.launcher import DECIDED_HERE, REFUSED, check_environment, open_accelerator, remarks
+from stepdistill.networks.launcher import (
+    DECIDED_HERE,
+    REFUSED,
+    check_environment,
+    open_accelerator,
+    own_device,
+    remarks,
+)
 from stepdistill.training.parallelism import tracking
 
 STEPS = 3
@@ -94,6 +101,14 @@ def test_the_table_knows_every_switch_of_accelerate():
     source = inspect.getsource(accelerator) + inspect.getsource(state)
     switches = {word for word in source.replace("'", '"').split('"') if word.startswith("ACCELERATE_USE_")}
     assert switches == {*REFUSED, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU"}
+
+
+def test_each_process_has_its_own_gpu_unless_the_environment_asks_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert own_device() == torch.device("cpu")
 
 
 # -------------------------------------------------------------------------------------------------- session
