@@ -15,6 +15,7 @@ from stepdistill.diffusion.samplers import DDIM
 from stepdistill.export.contract import read_contract
 from stepdistill.export.pipeline import load_pipeline
 from stepdistill.families.pixel import Pixel
+from stepdistill.training import evaluation
 from stepdistill.training.config import resolve
 from stepdistill.training.cost import FORWARDS
 from stepdistill.training.run import Run
@@ -125,3 +126,18 @@ def test_pairs_cost_what_their_maker_called(tmp_path, solver, scale):
     assert Run(resolve(mapping)).trainer().cost.teacher_forwards == 0
     mapping["method"]["pairs"] = str(made)
     assert Run(resolve(mapping)).trainer().cost.teacher_forwards == images
+
+
+def test_features_are_computed_on_the_device_of_the_process(tmp_path, monkeypatch):
+    """On a GPU, Inception on the CPU would take longer than the training between two measurements."""
+    asked = {}
+
+    def opened(*names, **options):
+        asked.update(options)
+        raise ValueError("opened")
+
+    monkeypatch.setattr(evaluation, "own_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(evaluation.MetricSuite, "open", opened)
+    with pytest.raises(ValueError, match="opened"):
+        measured(tmp_path / "run", "progressive")
+    assert asked["device"] == torch.device("cuda", 1)
